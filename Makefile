@@ -1,0 +1,44 @@
+# Each target is enough by itself on a fresh clone: it creates .venv, installs and builds what it needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: suite test test-all lint format build bench clean
+
+suite: $(VENV)/installed
+	$(RUN) -m dsfast.suite $(ARGS)
+
+test: $(VENV)/installed-test
+	$(RUN) -m pytest $(ARGS)
+
+test-all: $(VENV)/installed-test
+	$(RUN) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/installed
+	$(RUN) -m dsfast.bench step $(ARGS)
+
+build: $(VENV)/installed
+
+clean:
+	rm -rf build dsfast/_native*.so $(VENV)/installed*
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# pip builds the extension; the stamp is older than any changed source, so a changed kernel is built before it runs.
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(RUN) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	$(RUN) -m pip install --quiet -e ".[$*]"
+	touch $@

@@ -1,0 +1,81 @@
+// y[n] = table[ids[n]] projection; see dsfast/ops/embedding.py.
+#include "gemm.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace DSFAST_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 8 * MR;  // tokens worked on at a time
+
+void copy(const float* from, float* to, int64_t count) {
+  for_vectors(count, [&](int64_t i, int64_t n) { store_n(to + i, load_n(from + i, n), n); });
+}
+
+// The table rows of tokens first .. first + rows.
+void take(const int64_t* ids, const float* table, int64_t table_row, int64_t rows, int64_t R, float* taken) {
+  for (int64_t i = 0; i < rows; ++i) copy(table + ids[i] * table_row, taken + i * R, R);
+}
+
+// dtable[v] = sum of the gradients of v's tokens, in their order. Each thread owns a range of words.
+void scatter(const float* taken_grad, int64_t row, const int64_t* ids, float* dtable, int64_t N, int64_t V, int64_t R,
+             int threads) {
+  parallel_ranges(V, threads, [&](int, int64_t begin, int64_t end) {
+    for_vectors((end - begin) * R, [&](int64_t i, int64_t n) { store_n(dtable + begin * R + i, vfloat{}, n); });
+    for (int64_t t = 0; t < N; ++t) {
+      if (ids[t] < begin || ids[t] >= end) continue;
+      float* out = dtable + ids[t] * R;
+      for_vectors(R, [&](int64_t i, int64_t n) {
+        store_n(out + i, load_n(out + i, n) + load_n(taken_grad + t * row + i, n), n);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+                          int64_t N, int64_t V, int64_t R, int64_t D, int threads) {
+  int64_t bad = 0;
+  for (int64_t n = 0; n < N; ++n) bad += ids[n] < 0 || ids[n] >= V;
+  if (bad != 0) return bad;
+  parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
+    if (projection == nullptr) {
+      take(ids + begin, table, table_row, end - begin, R, y + begin * D);
+      return;
+    }
+    float* taken = dsfast::scratch(BLOCK * R);
+    for (int64_t n = begin; n < end; n += BLOCK) {
+      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      take(ids + n, table, table_row, rows, R, taken);
+      gemm(rows, D, R, {taken, R, 1}, projection, D, y + n * D, D);
+    }
+  });
+  return 0;
+}
+
+void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
+                        const float* projection_t, float* taken_grad, float* dtable, float* dprojection, int64_t N,
+                        int64_t V, int64_t R, int64_t D, int threads) {
+  if (projection_t == nullptr) {
+    scatter(dy, dy_row, ids, dtable, N, V, R, threads);
+    return;
+  }
+  Partials partials;
+  parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
+    float* dp = partials.of[thread] = dsfast::scratch(R * D + BLOCK * R);
+    float* taken = dp + R * D;
+    for_vectors(R * D, [&](int64_t i, int64_t n) { store_n(dp + i, vfloat{}, n); });
+    for (int64_t n = begin; n < end; n += BLOCK) {
+      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      const float* g = dy + n * dy_row;
+      take(ids + n, table, table_row, rows, R, taken);
+      gemm(R, D, rows, {taken, 1, R}, g, dy_row, dp, D, true);
+      gemm(rows, R, D, {g, dy_row, 1}, projection_t, R, taken_grad + n * R, R);
+    }
+  });
+  partials.add_up(dprojection, R * D, threads);
+  scatter(taken_grad, R, ids, dtable, N, V, R, threads);
+}
+
+}  // namespace DSFAST_ISA

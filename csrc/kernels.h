@@ -1,0 +1,78 @@
+// The kernels' signatures, declared once for each instruction set (DSFAST_ISA names the namespace), so no include
+// guard. All matrices are row-major float32; `x_row` is the distance between rows of x in elements. Shape letters as in
+// dsfast/ops/. Functions that return int64_t return how many indices were out of range; then the output is not valid.
+#include <cstdint>
+
+namespace DSFAST_ISA {
+
+// h [N, D] is written only with a residual (may be null); rstd [N].
+void rms_norm_forward(const float* x, int64_t x_row, const float* residual, int64_t residual_row, const float* weight,
+                      float eps, float* y, float* h, float* rstd, int64_t N, int64_t D, int threads);
+void rms_norm_backward(const float* dy, int64_t dy_row, const float* dh, int64_t dh_row, const float* h, int64_t h_row,
+                       const float* weight, const float* rstd, float* dx, float* dweight, int64_t N, int64_t D,
+                       int threads);
+
+// x [N, H, Dr] by strides, y contiguous; cos and sin [P, Dr/2].
+int64_t rope(const float* x, int64_t x_token, int64_t x_head, const float* cos, const float* sin,
+             const int64_t* positions, float* y, int64_t N, int64_t H, int64_t Dr, int64_t P, bool inverse,
+             int threads);
+
+// projection null: y is the table's row and R = D. projection_t [D, R]; taken_grad [N, R] is working memory.
+int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+                          int64_t N, int64_t V, int64_t R, int64_t D, int threads);
+void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
+                        const float* projection_t, float* taken_grad, float* dtable, float* dprojection, int64_t N,
+                        int64_t V, int64_t R, int64_t D, int threads);
+
+// Inputs by strides (token, head); o [N, H, Dv], lse [H, N]. Returns whether cu_seqlens rises from 0 to N.
+bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_head, const float* q_rope,
+                           int64_t qr_token, int64_t qr_head, const float* k_nope, int64_t kn_token, int64_t kn_head,
+                           const float* k_rope, int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
+                           const int32_t* cu_seqlens, float scale, float* o, float* lse, int64_t N, int64_t H,
+                           int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads);
+// Gradients contiguous; dk_rope [H, N, Dr] for each head, to be added up by the caller.
+void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head, const float* q_nope, int64_t qn_token,
+                            int64_t qn_head, const float* q_rope, int64_t qr_token, int64_t qr_head,
+                            const float* k_nope, int64_t kn_token, int64_t kn_head, const float* k_rope,
+                            int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
+                            const int32_t* cu_seqlens, float scale, const float* o, const float* lse, float* dq_nope,
+                            float* dq_rope, float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn,
+                            int64_t Dr, int64_t Dv, int64_t S, int threads);
+
+void moe_route_forward(const float* logits, int64_t logits_row, const float* bias, float* weights, int64_t* indices,
+                       int64_t* counts, int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group,
+                       bool norm_topk_prob, float scaling, int threads);
+void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, int64_t logits_row,
+                        const int64_t* indices, float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob,
+                        float scaling, int threads);
+
+// gate_up_t [D, 2I] and down_t [I, D] are the weights transposed; gu [N, 2I] keeps x gate_up^T for the backward pass.
+void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y, float* gu,
+                        int64_t N, int64_t D, int64_t I, int threads);
+void swiglu_mlp_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* gate_up,
+                         const float* down, const float* gu, float* dx, float* dgate_up, float* ddown, int64_t N,
+                         int64_t D, int64_t I, int threads);
+
+// gate_up_t [E, D, 2I], down_t [E, I, D]. order [N K] lists the slots sorted by expert, offsets [E + 1] where each
+// expert begins there; gu [N K, 2I] is in that order. slots [N K, D] is working memory, used only where K > 1.
+int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
+                            const float* gate_up_t, const float* down_t, float* y, float* gu, int32_t* order,
+                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
+                            int threads);
+void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
+                          const float* gate_up, const float* down, const float* gu, const int32_t* order,
+                          const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,
+                          float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads);
+
+// loss is one float; dhidden [N, R] and dweight [V, R] are written only if with_grads.
+int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
+                             int64_t ignore_index, float* loss, float* dhidden, float* dweight, int64_t N, int64_t R,
+                             int64_t V, bool with_grads, int threads);
+
+// Lists of `tensors` tensors; sizes in elements. correction1 = 1 - beta1^step, correction2 = 1 - beta2^step.
+void adamw(float* const* params, const float* const* grads, float* const* exp_avgs, float* const* exp_avg_sqs,
+           const int64_t* sizes, const double* lrs, const double* weight_decays, int64_t tensors, double beta1,
+           double beta2, double eps, double correction1, double correction2, double clip_scale, int threads);
+double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensors, int threads);
+
+}  // namespace DSFAST_ISA

@@ -1,0 +1,122 @@
+// The routed experts over their tokens, sorted by expert; see dsfast/ops/moe_experts.py.
+#include "expert.h"
+#include "kernels.h"
+
+namespace DSFAST_ISA {
+namespace {
+
+// A counting sort, stable: slots of one expert stay in the order of the tokens. Returns how many indices are out of
+// range.
+int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets) {
+  int64_t bad = 0;
+  for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (indices[s] < 0 || indices[s] >= E)
+      ++bad;
+    else
+      ++offsets[indices[s] + 1];
+  }
+  if (bad != 0) return bad;
+  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
+  for (int64_t s = 0; s < slots; ++s) order[offsets[indices[s]]++] = int32_t(s);
+  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
+  offsets[0] = 0;
+  return 0;
+}
+
+int64_t count_blocks(const int32_t* offsets, int64_t E) {
+  int64_t blocks = 0;
+  for (int64_t e = 0; e < E; ++e) blocks += (offsets[e + 1] - offsets[e] + BLOCK - 1) / BLOCK;
+  return blocks;
+}
+
+// f(expert, first, rows) for the blocks begin .. end of all experts' sorted slots.
+template <class F>
+void for_blocks(const int32_t* offsets, int64_t E, int64_t begin, int64_t end, F f) {
+  int64_t block = 0;
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t first = offsets[e]; first < offsets[e + 1]; first += BLOCK, ++block)
+      if (block >= begin && block < end) f(e, first, offsets[e + 1] - first < BLOCK ? offsets[e + 1] - first : BLOCK);
+}
+
+void gather(const float* x, int64_t x_row, const int32_t* order, int64_t rows, int64_t K, int64_t D, float* out) {
+  for (int64_t i = 0; i < rows; ++i)
+    for_vectors(D, [&](int64_t d, int64_t n) { store_n(out + i * D + d, load_n(x + order[i] / K * x_row + d, n), n); });
+}
+
+// to[slot] = scale[slot] * rows (scale null: 1)
+void scatter(const float* block, const int32_t* order, int64_t rows, int64_t D, const float* scale, float* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float factor = scale == nullptr ? 1.0f : scale[order[i]];
+    for_vectors(
+        D, [&](int64_t d, int64_t n) { store_n(to + order[i] * D + d, load_n(block + i * D + d, n) * factor, n); });
+  }
+}
+
+// out[n] = sum over n's K slots, in the order of the choices
+void combine(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads) {
+  parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for_vectors(D, [&](int64_t d, int64_t count) {
+        vfloat total = load_n(slots + n * K * D + d, count);
+        for (int64_t k = 1; k < K; ++k) total += load_n(slots + (n * K + k) * D + d, count);
+        store_n(out + n * D + d, total, count);
+      });
+  });
+}
+
+}  // namespace
+
+int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
+                            const float* gate_up_t, const float* down_t, float* y, float* gu, int32_t* order,
+                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
+                            int threads) {
+  const int64_t bad = sort_slots(indices, N * K, E, order, offsets);
+  if (bad != 0) return bad;
+  const Expert z = {D, I};
+  float* to = K > 1 ? slots : y;
+  parallel_ranges(count_blocks(offsets, E), threads, [&](int, int64_t begin, int64_t end) {
+    float* memory = dsfast::scratch(z.forward_memory() + 2 * BLOCK * D);
+    float *in = memory + z.forward_memory(), *out = in + BLOCK * D;
+    for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+      gather(x, x_row, order + first, rows, K, D, in);
+      expert_forward(z, rows, {in, D, 1}, gate_up_t + e * 2 * I * D, down_t + e * I * D, gu + first * 2 * I, out,
+                     memory);
+      scatter(out, order + first, rows, D, weights, to);
+    });
+  });
+  if (K > 1) combine(slots, y, N, K, D, threads);
+  return 0;
+}
+
+void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
+                          const float* gate_up, const float* down, const float* gu, const int32_t* order,
+                          const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,
+                          float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
+  const Expert z = {D, I};
+  const int64_t up_size = 2 * I * D, down_size = I * D, grad_size = E * z.gradient_size();
+  float* to = K > 1 ? slots : dx;
+  Partials of_gate_up, of_down;
+  parallel_ranges(count_blocks(offsets, E), threads, [&](int thread, int64_t begin, int64_t end) {
+    float* memory = dsfast::scratch(grad_size + z.backward_memory() + BLOCK * (3 * D + 2));
+    float *grad_in = memory + z.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
+    float *w = out + BLOCK * D, *dw = w + BLOCK, *dgu = dw + BLOCK, *ddn = dgu + E * up_size;
+    for_vectors(grad_size, [&](int64_t i, int64_t n) { store_n(dgu + i, vfloat{}, n); });
+    of_gate_up.of[thread] = dgu;
+    of_down.of[thread] = ddn;
+    for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+      gather(dy, dy_row, order + first, rows, K, D, grad_in);
+      gather(x, x_row, order + first, rows, K, D, in);
+      for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
+      expert_backward(z, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * up_size, down + e * down_size,
+                      gu + first * 2 * I, w, dw, out, dgu + e * up_size, ddn + e * down_size, memory);
+      for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
+      scatter(out, order + first, rows, D, nullptr, to);
+    });
+  });
+  of_gate_up.add_up(dgate_up, E * up_size, threads);
+  of_down.add_up(ddown, E * down_size, threads);
+  if (K > 1) combine(slots, dx, N, K, D, threads);
+}
+
+}  // namespace DSFAST_ISA

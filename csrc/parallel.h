@@ -1,0 +1,54 @@
+// Few, coarse parallel regions: entering one costs microseconds on an idle machine and milliseconds on a busy one.
+#pragma once
+#include <omp.h>
+
+#include <cstdint>
+
+#include "scratch.h"
+#include "simd.h"
+
+namespace DSFAST_ISA {
+
+// f(thread, begin, end): a contiguous part of 0..count for each thread; the split depends on `count` and `threads`
+// alone.
+template <class F>
+DSFAST_INLINE void parallel_ranges(int64_t count, int threads, F f) {
+  if (threads <= 1 || count <= 1) {
+    f(0, int64_t(0), count);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t t = omp_get_thread_num(), parts = omp_get_num_threads();
+    f(int(t), count * t / parts, count * (t + 1) / parts);
+  }
+}
+
+// f(task) for 0..count, each task to whichever thread is free: for tasks that write nothing in common.
+template <class F>
+DSFAST_INLINE void parallel_tasks(int64_t count, int threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && count > 1)
+  for (int64_t task = 0; task < count; ++task) f(task);
+}
+
+constexpr int MAX_THREADS = 256;
+
+// One array a thread for sums that several threads contribute to; added up in the order of the threads, so that a run
+// with the same number of threads gives the same bits.
+struct Partials {
+  float* of[MAX_THREADS] = {};
+
+  void add_up(float* out, int64_t count, int threads) const {
+    parallel_ranges((count + 1023) / 1024, threads, [&](int, int64_t begin, int64_t end) {
+      const int64_t last = end * 1024 < count ? end * 1024 : count;
+      for_vectors(last - begin * 1024, [&](int64_t i, int64_t n) {
+        vfloat total = {};
+        for (int t = 0; t < MAX_THREADS; ++t)
+          if (of[t] != nullptr) total += load_n(of[t] + begin * 1024 + i, n);
+        store_n(out + begin * 1024 + i, total, n);
+      });
+    });
+  }
+};
+
+}  // namespace DSFAST_ISA

@@ -1,0 +1,29 @@
+#include "scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace dsfast {
+namespace {
+
+struct Buffer {
+  float* data = nullptr;
+  int64_t capacity = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+float* scratch(int64_t count) {
+  thread_local Buffer buffer;
+  if (count > buffer.capacity) {
+    std::free(buffer.data);
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.capacity = count;
+  }
+  return buffer.data;
+}
+
+}  // namespace dsfast

@@ -1,0 +1,79 @@
+// Vectors of W floats in the compiler's own vector extension: one source for every instruction set.
+// Only free functions and no std:: templates: a template from a header shared between instruction sets could be
+// merged by the linker into the copy that an older processor cannot run.
+#pragma once
+#include <cstdint>
+
+#define DSFAST_INLINE inline __attribute__((always_inline))
+
+namespace DSFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * W)));
+typedef int32_t vint __attribute__((vector_size(4 * W)));
+typedef float vfloat_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+DSFAST_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
+DSFAST_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
+DSFAST_INLINE vfloat splat(float x) {
+  return x - vfloat{};
+}  // not 0 + x: that turns -0 into 0, so it stays an addition
+// Where one operand is NaN the result is the second operand.
+DSFAST_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+DSFAST_INLINE vfloat minimum(vfloat a, vfloat b) { return a < b ? a : b; }
+
+// The first `count` (< W) floats; the other lanes are zero.
+DSFAST_INLINE vfloat load_part(const float* p, int64_t count) {
+  vfloat x = {};
+  for (int64_t i = 0; i < count; ++i) x[i] = p[i];
+  return x;
+}
+DSFAST_INLINE void store_part(float* p, vfloat x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+}
+DSFAST_INLINE float sum(vfloat x) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+
+// exp(x), at most 2 units in the last place off for -87.3 <= x <= 88.3; below it is 0, above it exp(88.3), of NaN it is
+// NaN. x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts so that r is exact; Taylor's polynomial of degree 7 for
+// exp(r).
+DSFAST_INLINE vfloat exp(vfloat x) {
+  const vfloat clamped = minimum(splat(88.3f), maximum(splat(-87.3f), x));  // the second operand's NaN stays
+  // 1.5 * 2^23 + 127: the low bits of the sum are round(x / ln 2) + 127, the exponent field of 2^n.
+  const vfloat shifted = clamped * 1.44269504f + 12583039.0f;
+  const vfloat n = shifted - 12583039.0f;
+  const vfloat r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  vfloat p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vfloat result = p * (vfloat)((vint)shifted << 23);
+  return x < -87.3f ? vfloat{} : result;
+}
+
+DSFAST_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
+
+// y[i] = f(x[i]) for any count, whole vectors first.
+template <class F>
+DSFAST_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) f(i, int64_t(W));
+  if (i < count) f(i, count - i);
+}
+DSFAST_INLINE vfloat load_n(const float* p, int64_t n) { return n == W ? load(p) : load_part(p, n); }
+DSFAST_INLINE void store_n(float* p, vfloat x, int64_t n) { n == W ? store(p, x) : store_part(p, x, n); }
+
+}  // namespace DSFAST_ISA

@@ -1,0 +1,14 @@
+"""dsfast: DeepSeek-V3 models small enough to train while you watch, with kernels fast enough for the big ones.
+
+The names below are the public interface and stay as they are; everything else may change between versions.
+"""
+
+from dsfast import ops
+from dsfast.config import Config, load_config
+from dsfast.errors import UserError
+from dsfast.generate import generate
+from dsfast.model import DeepseekV3
+from dsfast.train import Trainer, load_checkpoint
+
+__version__ = "0.1.0"
+__all__ = ["Config", "DeepseekV3", "Trainer", "UserError", "generate", "load_checkpoint", "load_config", "ops"]

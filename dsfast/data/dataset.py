@@ -1,0 +1,65 @@
+"""From a data configuration to packed rows, with a manifest that says what went in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from dsfast.config import DataConfig
+from dsfast.data.articles import Article, vocabulary_texts, write_articles
+from dsfast.data.facts import Fact, load_facts, taught_facts
+from dsfast.data.packing import PackedRows, pack
+from dsfast.data.sources import ENCYCLOPEDIA, read_articles
+from dsfast.data.tokenizer import load_tokenizer, tokenizer_hash
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The text a run trains on. `taught` is empty for a user's own text."""
+
+    tokenizer: Tokenizer
+    rows: PackedRows
+    manifest: dict
+    taught: list[Fact]
+
+
+def build_dataset(data: DataConfig, vocab_size: int, seed: int) -> Dataset:
+    """Read or write the articles, train the tokenizer (or find it in the cache), and pack the rows.
+
+    `data.facts` and `data.boost` are about the encyclopedia; a user's own text is taken as it is. Deterministic in
+    the arguments and, for a user's source, its content. Raises UserError for bad input.
+    """
+    if data.source == ENCYCLOPEDIA:
+        facts = load_facts()
+        taught = taught_facts(facts, data.facts)
+        articles = write_articles(taught, data.max_articles, dict(data.boost), seed)
+        tokenizer = load_tokenizer(vocabulary_texts(facts), vocab_size)
+    else:
+        taught = []
+        articles = read_articles(data.source, data.max_articles)
+        tokenizer = load_tokenizer([article.text for article in articles], vocab_size)
+    rows = pack([article.text for article in articles], tokenizer, data.sequence_length, seed)
+    return Dataset(tokenizer, rows, _manifest(data, seed, articles, taught, tokenizer, rows), taught)
+
+
+def _manifest(
+    data: DataConfig, seed: int, articles: list[Article], taught: list[Fact], tokenizer: Tokenizer, rows: PackedRows
+) -> dict:
+    digest = hashlib.sha256()
+    for article in articles:
+        digest.update(article.text.encode("utf-8") + b"\0")
+    return {
+        "source": data.source,
+        "seed": seed,
+        "boost": dict(data.boost),
+        "articles": len(articles),
+        "texts_sha256": digest.hexdigest(),
+        "tokens": len(rows.stream),
+        "rows": len(rows),
+        "sequence_length": data.sequence_length,
+        "facts_taught": len(taught),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+    }

@@ -1,0 +1,111 @@
+"""Where text comes from: the user's own files, read, cleaned and freed of repeats.
+
+- a .txt file: documents are separated by blank lines;
+- a .jsonl file: one JSON object a line with "text" and, if wanted, "title"; other fields are left alone;
+- a folder: every .txt file in it is one document, in order of file name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from dsfast.data.articles import Article
+from dsfast.errors import UserError
+
+ENCYCLOPEDIA = "encyclopedia"
+
+
+def read_articles(source: str, max_articles: int) -> list[Article]:
+    """The first `max_articles` distinct, non-empty documents of a user's `source`.
+
+    Raises UserError for a source of no known kind, text that is not UTF-8 (file and byte), a broken line of JSON
+    (file and line) and a source without any text.
+    """
+    path = Path(source)
+    clean = (Article(sanitize(title), sanitize(text), "", ()) for title, text in _documents(path))
+    articles = list(islice(without_repeats(clean), max_articles))
+    if not articles:
+        raise UserError(f"{path}: expected text, found none")
+    return articles
+
+
+def sanitize(text: str) -> str:
+    """NFC form, without control characters, each run of white space one space."""
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(r"\s+", " ", text)
+    return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
+
+
+def without_repeats(articles: Iterable[Article]) -> Iterator[Article]:
+    """The articles with a text that is neither empty nor exactly that of an earlier one."""
+    seen = {""}
+    for article in articles:
+        if article.text not in seen:
+            seen.add(article.text)
+            yield article
+
+
+def _documents(path: Path) -> Iterator[tuple[str, str]]:
+    """(title, text) pairs as they stand in the source."""
+    if path.is_dir():
+        yield from ((file.stem, _read_text(file)) for file in sorted(path.glob("*.txt")))
+    elif path.suffix == ".txt" and path.is_file():
+        yield from (("", text) for text in re.split(r"\n\s*\n", _read_text(path)))
+    elif path.suffix == ".jsonl" and path.is_file():
+        yield from _read_jsonl(path)
+    else:
+        raise UserError(
+            f"data.source: expected '{ENCYCLOPEDIA}', an existing .txt or .jsonl file, "
+            f"or a folder of .txt files, got '{path}'"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), path, 0)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+    offset = 0
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from None
+    with file:
+        for number, raw in enumerate(file, start=1):
+            line = _decode(raw, path, offset)
+            offset += len(raw)
+            if line.strip():
+                yield _json_document(line, f"{path}:{number}")
+
+
+def _json_document(line: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise UserError(f'{where}: expected an object with a string "text"')
+    title = entry.get("title", "")
+    if not isinstance(title, str):
+        raise UserError(f'{where}: expected a string "title", got {type(title).__name__}')
+    try:
+        (title + entry["text"]).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which no UTF-8 text can") from None
+    return title, entry["text"]
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    """`raw`, which begins at byte `offset` of `path`, as text."""
+    try:
+        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {offset + error.start}") from None

@@ -1,0 +1,116 @@
+"""Byte-level BPE tokenizer of an exact size, trained on the text at hand and cached.
+
+A text is tokenised as if a space stood before it, so that a word has the same token at the start of a document as
+inside it; decoding gives that space back. Digits are never split beforehand, so frequent years are one token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dsfast.errors import UserError
+
+BOS, EOS, PAD = 0, 1, 2
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+_SMALLEST = len(SPECIAL_TOKENS) + 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of exactly `vocab_size` tokens, a pure function of its arguments.
+
+    The specials have ids 0, 1, 2; their names inside a text are plain text. Raises UserError if `texts` are too
+    small to give that many tokens, or if `vocab_size` leaves no room for the 256 bytes.
+    """
+    if vocab_size < _SMALLEST:
+        raise UserError(f"model.vocab_size: expected at least {_SMALLEST} (bytes and special tokens), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UserError(
+            f"model.vocab_size: expected a text rich enough for {vocab_size} tokens, "
+            f"but it gives only {tokenizer.get_vocab_size()}; add text or lower vocab_size"
+        )
+    return _ready(tokenizer)
+
+
+def load_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """`train_tokenizer(texts, vocab_size)`, read from the cache folder where it was trained before.
+
+    The folder is $DSFAST_CACHE, else $XDG_CACHE_HOME/dsfast, else ~/.cache/dsfast. A damaged entry is trained anew;
+    a folder that cannot be written to gives a warning.
+    """
+    path = cache_folder() / f"tokenizer-{_key(texts, vocab_size)}.json"
+    tokenizer = _read_cache(path)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts, vocab_size)
+        _write_cache(path, tokenizer)
+    return tokenizer
+
+
+def cache_folder() -> Path:
+    """Where trained tokenizers are kept."""
+    if folder := os.environ.get("DSFAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsfast"
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's JSON form."""
+    return _sha256(tokenizer.to_str())
+
+
+def _ready(tokenizer: Tokenizer) -> Tokenizer:
+    # Not part of the JSON form: without it a text that mentions "<|eos|>" would end its document.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _key(texts: list[str], vocab_size: int) -> str:
+    """Everything the result depends on: the texts, the size, this module's recipe and the library's version."""
+    recipe = Path(__file__).read_text(encoding="utf-8")
+    return _sha256(json.dumps([texts, vocab_size, recipe, tokenizers.__version__]))[:32]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _read_cache(path: Path) -> Tokenizer | None:
+    """The cached tokenizer, or None where there is no whole one. The file's first line is the checksum of the rest."""
+    try:
+        checksum, _, body = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return _ready(Tokenizer.from_str(body)) if checksum == _sha256(body) else None
+
+
+def _write_cache(path: Path, tokenizer: Tokenizer) -> None:
+    body = tokenizer.to_str()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{_sha256(body)}\n{body}")
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        warnings.warn(f"the tokenizer is not cached: {path.parent}: {error.strerror}; set DSFAST_CACHE", stacklevel=3)

@@ -1,0 +1,18 @@
+"""Questions to a model and what its answers are worth: probes, similarity, recall."""
+
+from dsfast.evaluate.probes import ProbeResult, ask, check_lengths, continue_greedily
+from dsfast.evaluate.recall import Recall, measure_recall, wilson_interval
+from dsfast.evaluate.similarity import Similarity, exact_match, similarity
+
+__all__ = [
+    "ProbeResult",
+    "Recall",
+    "Similarity",
+    "ask",
+    "check_lengths",
+    "continue_greedily",
+    "exact_match",
+    "measure_recall",
+    "similarity",
+    "wilson_interval",
+]

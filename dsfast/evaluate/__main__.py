@@ -1,0 +1,96 @@
+"""`python -m dsfast.evaluate --checkpoint DIR`: put the prompts to a checkpoint and score its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dsfast.command import CommandParser, run_command
+from dsfast.config import Config
+from dsfast.data import heldout_prompts, load_facts, load_prompts, taught_facts, taught_prompts
+from dsfast.data.sources import ENCYCLOPEDIA
+from dsfast.errors import UserError
+from dsfast.evaluate.probes import ask, check_lengths
+from dsfast.evaluate.recall import Recall, measure_recall
+from dsfast.train import load_checkpoint
+
+
+def main(argv: list[str]) -> int:
+    """Print the answers and the recall; with --json also write them. Raises UserError for bad input."""
+    arguments = _parser().parse_args(argv)
+    prompts = load_prompts(arguments.prompts)
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise UserError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist")
+    model, tokenizer, config = load_checkpoint(arguments.checkpoint)
+    asked = [*prompts.fast, *prompts.full]
+    check_lengths(tokenizer, asked, config.model.max_position_embeddings)
+    probes = ask(model, tokenizer, asked, config.suite.max_new_tokens)
+    facts = _taught(config)
+    result = {
+        "checkpoint": str(arguments.checkpoint),
+        "config_sha256": config.hash(),
+        "probes": [probe.to_dict() for probe in probes],
+        "exact": sum(probe.exact for probe in probes),
+        "recall": {
+            name: _as_dict(measure_recall(model, tokenizer, [p for fact in facts for p in phrasings(fact)]))
+            for name, phrasings in (("taught", taught_prompts), ("heldout", heldout_prompts))
+        },
+    }
+    print(_text(result))
+    if arguments.json:
+        _write(Path(arguments.json), result)
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m dsfast.evaluate", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    return parser
+
+
+def _taught(config: Config) -> list:
+    """The facts the checkpoint's run was taught; none where it read a text of the user's."""
+    return taught_facts(load_facts(), config.data.facts) if config.data.source == ENCYCLOPEDIA else []
+
+
+def _as_dict(recall: Recall | None) -> dict[str, Any] | None:
+    return None if recall is None else asdict(recall)
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'exact' if p['exact'] else 'wrong':<6} {100 * p['similarity']['combined']:5.1f}%  "
+        f"{p['prompt']} -> {p['generated'].strip()!r} (expected {p['expected']!r})"
+        for p in result["probes"]
+    ]
+    lines.append(f"\nexact answers: {result['exact']} of {len(result['probes'])}")
+    for name, recall in result["recall"].items():
+        if recall is None:
+            lines.append(f"recall, {name} phrasings: none (the model read a text of your own)")
+        else:
+            numbers = f"{recall['correct']} of {recall['asked']}, {100 * recall['fraction']:.1f}%"
+            lines.append(
+                f"recall, {name} phrasings: {numbers} (95%: {100 * recall['low']:.1f}-{100 * recall['high']:.1f}%)"
+            )
+    return "\n".join(lines)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

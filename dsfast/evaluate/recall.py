@@ -1,0 +1,48 @@
+"""How much of what was taught a model can say, in the phrasings it read and in phrasings held out from training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from dsfast.data import Prompt
+from dsfast.evaluate.probes import continue_greedily, judge
+from dsfast.model import DeepseekV3
+
+_ROOM = 3  # tokens beyond the longest answer: an article, a full stop, the end of a word
+
+
+@dataclass(frozen=True)
+class Recall:
+    """`correct` of `asked` prompts answered exactly; `low` and `high` bound the fraction (Wilson, 95%)."""
+
+    asked: int
+    correct: int
+    fraction: float
+    low: float
+    high: float
+
+
+def measure_recall(model: DeepseekV3, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Recall | None:
+    """The exact answers to `prompts`, in batches; None where there are no prompts."""
+    if not prompts:
+        return None
+    answers = [" " + answer for prompt in prompts for answer in (prompt.answer, *prompt.aliases)]
+    longest = max(len(encoding.ids) for encoding in tokenizer.encode_batch(answers, add_special_tokens=False))
+    generated = continue_greedily(model, tokenizer, [prompt.text for prompt in prompts], longest + _ROOM)
+    correct = sum(judge(prompt, text, 0.0).exact for prompt, text in zip(prompts, generated, strict=True))
+    return Recall(len(prompts), correct, correct / len(prompts), *wilson_interval(correct, len(prompts)))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval of a binomial fraction (Wilson 1927); z = 1.96 gives 95%. Raises ValueError without trials."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
+    p, z2 = successes / trials, z * z
+    centre = p + z2 / (2 * trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
+    scale = 1 + z2 / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,0 +1,6 @@
+"""The DeepSeek-V3 model: training, generation, and the way to and from Hugging Face."""
+
+from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
+from dsfast.model.generate import generate, generate_ids
+
+__all__ = ["DeepseekV3", "generate", "generate_ids", "parameter_counts"]

@@ -1,0 +1,80 @@
+"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1).
+
+Keys and values are rebuilt from a latent of R numbers per token; a separate key of Dr numbers, shared by all heads,
+carries the position. Both together are all that a cache has to hold.
+Shapes: N tokens, H heads, D model width, R latent rank, Dn / Dr / Dv widths of the plain key, rotary key and value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsfast import ops
+from dsfast.config import ModelConfig
+from dsfast.model.cache import LatentCache
+from dsfast.model.layers import RMSNorm
+from dsfast.model.rope import Tables, softmax_scale
+
+# Fixed in the published model and in transformers, whatever rms_norm_eps says.
+_LATENT_NORM_EPS = 1e-6
+
+
+class MultiHeadLatentAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c = config
+        self.layer = layer
+        self.heads, self.scale = c.num_attention_heads, softmax_scale(c)
+        self.query_widths = [c.qk_nope_head_dim, c.qk_rope_head_dim]
+        self.latent_widths = [c.kv_lora_rank, c.qk_rope_head_dim]
+        self.key_value_widths = [c.qk_nope_head_dim, c.v_head_dim]
+        if c.q_lora_rank is None:
+            self.q_proj = nn.Linear(c.hidden_size, self.heads * c.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(c.q_lora_rank, self.heads * c.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, sum(self.latent_widths), bias=False)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * sum(self.key_value_widths), bias=False)
+        self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None
+    ) -> Tensor:
+        """x [N, D] -> [N, D]. `cu_seqlens` None: one new token for each sequence of `cache`, which then is required."""
+        q_nope, q_rope = self._queries(x).split(self.query_widths, dim=-1)  # [N, H, Dn], [N, H, Dr]
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)  # [N, R], [N, Dr]
+        latent = self.kv_a_layernorm(latent)
+        q_rope = ops.rope(q_rope, *rope, positions)
+        k_rope = ops.rope(k_rope.unsqueeze(1), *rope, positions).squeeze(1)
+        if cache is not None:
+            cache.write(self.layer, latent, k_rope)
+        if cu_seqlens is None:
+            values = self._attend_to_cache(q_nope, q_rope, cache)
+        else:
+            key_values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+            k_nope, v = key_values.split(self.key_value_widths, dim=-1)  # [N, H, Dn], [N, H, Dv]
+            values = ops.mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, self.scale)
+        return self.o_proj(values.flatten(1))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, H, Dn + Dr]."""
+        compressed = not hasattr(self, "q_proj")
+        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
+        return queries.unflatten(-1, (self.heads, -1))
+
+    def _attend_to_cache(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache) -> Tensor:
+        """One query per sequence, [B, H, .], against its cached latents -> [B, H, Dv].
+
+        kv_b is absorbed: q . (U_k c) = (U_k^T q) . c, so keys and values are never rebuilt (arXiv 2405.04434, 2.1.2).
+        """
+        latent, k_rope, present = cache.read(self.layer)  # [B, C, R], [B, C, Dr], [B, C]
+        up = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        up_key, up_value = up.split(self.key_value_widths, dim=1)  # [H, Dn, R], [H, Dv, R]
+        q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_key)
+        scores = torch.einsum("bhr,bcr->bhc", q_latent, latent) + torch.einsum("bhr,bcr->bhc", q_rope, k_rope)
+        scores = (scores.float() * self.scale).masked_fill(~present[:, None], float("-inf"))
+        mixed = torch.einsum("bhc,bcr->bhr", scores.softmax(-1).to(latent.dtype), latent)
+        return torch.einsum("bhr,hvr->bhv", mixed, up_value)

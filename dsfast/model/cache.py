@@ -1,0 +1,38 @@
+"""The cache of latent attention: per token and layer, the normalised latent [R] and the rotated key [Dr]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.config import ModelConfig
+
+
+class LatentCache:
+    """Room for `capacity` tokens of each of `batch` sequences in every layer of a model.
+
+    A forward pass is announced with `place`, which says where its tokens go; each layer then writes its own.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, batch, capacity)
+        # Zeros, not empty: what is masked out is still multiplied by a weight of 0, and 0 * NaN is NaN.
+        self.latent = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
+        self.k_rope = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.capacity = capacity
+        self._slots = torch.arange(capacity, device=device)
+
+    def place(self, rows: Tensor, positions: Tensor) -> None:
+        """Announce N tokens: token n is number `positions[n]`, counted from 0, of sequence `rows[n]`."""
+        self._rows, self._positions = rows, positions
+        self.lengths = self.lengths.scatter_reduce(0, rows, positions + 1, "amax")
+
+    def write(self, layer: int, latent: Tensor, k_rope: Tensor) -> None:
+        """latent [N, R], k_rope [N, Dr] of the tokens last placed."""
+        self.latent[layer, self._rows, self._positions] = latent
+        self.k_rope[layer, self._rows, self._positions] = k_rope
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """latent [B, C, R], k_rope [B, C, Dr] and where they hold a token [B, C] bool."""
+        return self.latent[layer], self.k_rope[layer], self._slots < self.lengths[:, None]

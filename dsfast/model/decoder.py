@@ -1,0 +1,66 @@
+"""A decoder layer, and the multi-token prediction module made of one (arXiv 2412.19437, sections 2.1 and 2.2).
+
+Shapes: N tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsfast.config import ModelConfig
+from dsfast.model.attention import MultiHeadLatentAttention
+from dsfast.model.cache import LatentCache
+from dsfast.model.layers import RMSNorm
+from dsfast.model.moe import DeepseekMoE, SwiGLU
+from dsfast.model.rope import Tables
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward. Its output is added to the stream by the norm that comes next."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        dense = layer < config.first_k_dense_replace
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else DeepseekMoE(config)
+
+    def forward(
+        self,
+        delta: Tensor,
+        residual: Tensor | None,
+        rope: Tables,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: LatentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(delta, residual) [N, D], whose sum is the stream (None counts as 0) -> the same pair, one layer on."""
+        if residual is None:
+            x, residual = self.input_layernorm(delta), delta
+        else:
+            x, residual = self.input_layernorm(delta, residual)
+        x = self.self_attn(x, rope, positions, cu_seqlens, cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class MultiTokenPrediction(nn.Module):
+    """One further prediction depth (section 2.2): from the state at i and the token k ahead, the token k + 1 ahead.
+
+    The projection takes [embedding; state], the order of the published weights (the paper writes them the other way).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = DecoderLayer(config, layer)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, ahead: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """hidden [N, D] of the depth before, ahead [N, D] the embedding of the token k ahead -> hidden [N, D]."""
+        joined = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))
+        return self.norm(*self.block(joined, None, rope, positions, cu_seqlens))[0]

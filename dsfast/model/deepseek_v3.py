@@ -1,0 +1,183 @@
+"""DeepSeek-V3 (arXiv 2412.19437, section 2) on flat tokens.
+
+Shapes: B rows, T tokens per row, N = B T, D model width, R embedding rank, V vocabulary, S segments (documents).
+Inside the model the tokens of all rows stand in one line [N, D]; `cu_seqlens` says where documents begin.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsfast import ops
+from dsfast.config import ModelConfig
+from dsfast.errors import UserError
+from dsfast.model.cache import LatentCache
+from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
+from dsfast.model.embedding import Embedding
+from dsfast.model.initialise import initialise
+from dsfast.model.layers import RMSNorm
+from dsfast.model.moe import Experts, Router
+from dsfast.model.rope import RotaryTables
+
+IGNORED = -100
+"""The label of a position that predicts nothing."""
+
+
+class DeepseekV3(nn.Module):
+    """The model. Its first weights follow from `torch.manual_seed` alone. Raises UserError for a bad rope_scaling."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.config = c
+        self.rope = RotaryTables(c)
+        self.embed_tokens = Embedding(c)
+        self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(
+            MultiTokenPrediction(c, c.num_hidden_layers + k) for k in range(c.num_nextn_predict_layers)
+        )
+        initialise(self, c)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """input_ids [B, T] int64 -> logits [B, T, V].
+
+        `positions` [B, T] int64 and `cu_seqlens` [S + 1] int32 describe packed documents (dsfast.data.Batch); without
+        `cu_seqlens` every row is one document, without `positions` they count from 0 in each document.
+        Raises UserError for a row longer than max_position_embeddings and, on the CPU, for ids out of range.
+        """
+        ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
+        hidden = self.hidden(self.embed_tokens(ids), positions, cu_seqlens)
+        return self.logits(hidden).unflatten(0, input_ids.shape)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mtp_loss_weight: float = 0.3,
+    ) -> Tensor:
+        """Mean cross-entropy in nats, a scalar; with MTP modules, plus `mtp_loss_weight` times their mean (eq. 25).
+
+        labels [B, T] int64: the token after each input, -100 where there is none to predict; otherwise as `forward`.
+        """
+        if labels.shape != input_ids.shape:
+            raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, got {_shape(labels)}")
+        ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
+        labels = labels.reshape(-1)
+        _check_range("labels", labels[labels != IGNORED] if labels.is_cpu else labels, self.config.vocab_size)
+        embedded = self.embed_tokens(ids)
+        hidden = self.hidden(embedded, positions, cu_seqlens)
+        loss = self._cross_entropy(hidden, labels)
+        if not self.mtp:
+            return loss
+        return loss + mtp_loss_weight * self._mtp_loss(hidden, embedded, labels, positions, cu_seqlens)
+
+    def hidden(
+        self, embedded: Tensor, positions: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None = None
+    ) -> Tensor:
+        """embedded [N, D], positions [N] -> the final normed state [N, D].
+
+        With a `cache` the tokens, announced by its `place`, are written to it; then `cu_seqlens` None means one new
+        token per cached sequence.
+        """
+        rope = self.rope(embedded.dtype)
+        delta, residual = embedded, None
+        for layer in self.layers:
+            delta, residual = layer(delta, residual, rope, positions, cu_seqlens, cache)
+        return self.norm(delta, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, V]."""
+        return nn.functional.linear(*self._head(hidden))
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise UserError for a token id outside the vocabulary; on the CPU alone."""
+        _check_range("input_ids", input_ids, self.config.vocab_size)
+
+    def routers(self) -> list[Router]:
+        """Every router, in order, those of the MTP modules last. `load` is its tokens per expert in the last step."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def update_router_bias(self, speed: float) -> None:
+        """Balance the experts without a loss (section 2.1.2): call after each training step, outside the gradient."""
+        for router in self.routers():
+            router.update_bias(speed)
+
+    def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, w) with logits = h w^T."""
+        return self.embed_tokens.as_head(hidden) if self.lm_head is None else (hidden, self.lm_head.weight)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(*self._head(hidden), labels, ignore_index=IGNORED)
+
+    def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens) -> Tensor:
+        """The mean loss of the depths. Depth k sees the token k ahead; a segment's last k places predict nothing.
+
+        What those places read is another document's, but attention is causal: no place with a label sees them.
+        """
+        rope, ends = self.rope(embedded.dtype), cu_seqlens[1:].long() - 1
+        losses = []
+        for module in self.mtp:
+            embedded = embedded.roll(-1, 0)
+            labels = labels.roll(-1, 0).index_fill(0, ends, IGNORED)
+            hidden = module(hidden, embedded, rope, positions, cu_seqlens)
+            losses.append(self._cross_entropy(hidden, labels))
+        return torch.stack(losses).mean()
+
+    def _flatten(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):
+        """ids [N], positions [N], cu_seqlens [S + 1], checked and filled in."""
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+            raise UserError(f"input_ids: expected [B, T] of int64, got {_shape(input_ids)} of {input_ids.dtype}")
+        length, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if length > limit:
+            raise UserError(
+                f"input_ids: rows of {length} tokens, at most {limit} are possible (max_position_embeddings)"
+            )
+        self.check_ids(input_ids)
+        device, n = input_ids.device, input_ids.numel()
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, n + 1, max(length, 1), dtype=torch.int32, device=device)
+        if positions is None:
+            place = torch.arange(n, dtype=torch.int32, device=device)
+            segment = torch.searchsorted(cu_seqlens, place, right=True) - 1
+            positions = (place - cu_seqlens[segment]).long()
+        else:
+            _check_range("positions", positions, limit)
+        return input_ids.reshape(-1), positions.reshape(-1), cu_seqlens
+
+
+def parameter_counts(model: DeepseekV3) -> dict[str, int]:
+    """`total`: every parameter, a tied head once. `embedding`: of them the embedding and an untied head.
+
+    `active`: those that a token goes through when it is predicted: K of E routed experts, no MTP module.
+    """
+
+    def count(module: nn.Module | None) -> int:
+        return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+    c = model.config
+    total = count(model)
+    routed = sum(count(m) for layer in model.layers for m in layer.modules() if isinstance(m, Experts))
+    idle = routed - routed * c.num_experts_per_tok // c.n_routed_experts
+    return {
+        "total": total,
+        "active": total - count(model.mtp) - idle,
+        "embedding": count(model.embed_tokens) + count(model.lm_head),
+    }
+
+
+def _check_range(name: str, values: Tensor, limit: int) -> None:
+    """Raise UserError unless 0 <= values < limit. On the CPU alone: elsewhere looking would wait for the device."""
+    if not values.is_cpu or not values.numel():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    if low < 0 or high >= limit:
+        raise UserError(f"{name}: expected 0 .. {limit - 1}, got {low if low < 0 else high}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

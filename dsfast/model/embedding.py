@@ -1,0 +1,31 @@
+"""Token embedding, dense [V, D] or factorised as E [V, R] P [R, D] (ALBERT, arXiv 1909.11942, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsfast import ops
+from dsfast.config import ModelConfig
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        v, d, r = config.vocab_size, config.hidden_size, config.embedding_rank
+        self.weight = nn.Parameter(torch.empty(v, r or d))
+        self.projection = nn.Parameter(torch.empty(r, d)) if r else None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[N] int64 -> [N, D]."""
+        return ops.embedding(input_ids, self.weight, self.projection)
+
+    def as_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The tied head: hidden [N, D] -> (h, w) with logits = h w^T. Factorised, h is [N, R] and w is E."""
+        if self.projection is None:
+            return hidden, self.weight
+        return nn.functional.linear(hidden, self.projection), self.weight
+
+    def merged(self) -> Tensor:
+        """The embedding as one matrix [V, D]."""
+        return self.weight if self.projection is None else self.weight @ self.projection

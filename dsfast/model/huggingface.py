@@ -1,0 +1,190 @@
+"""To and from the folder layout of transformers' DeepseekV3ForCausalLM.
+
+The names on disk are DeepSeek's own: experts one by one, gate and up projections apart. A factorised embedding is
+written as the one [V, D] matrix E P that it stands for. MTP modules become the layers after the last, with their
+copies of embedding and head, as in the published weights; transformers skips them when it loads the main model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from dsfast.config import load_config
+from dsfast.errors import UserError
+from dsfast.model.decoder import DecoderLayer
+from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.generate import BOS, EOS, special_id
+
+PAD = "<|pad|>"
+_OWN_FIELDS = ("embedding_rank", "embedding_initializer_range", "zero_init_output")
+_MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+
+
+def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | Path) -> None:
+    """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+
+    The folder appears whole or not at all. Raises UserError if `out_dir` is not new or empty, or cannot be written.
+    """
+    out = Path(out_dir).absolute()
+    special = {name: special_id(tokenizer, token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: expected a new or an empty folder, but something is there")
+        partial.mkdir(parents=True)
+        save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
+        _write_json(partial / "config.json", _config(model, special))
+        _write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
+        _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def import_huggingface(folder: str | Path) -> DeepseekV3:
+    """The model in `folder`, float32 on the CPU, in evaluation mode, with a dense embedding.
+
+    Raises UserError for a config dsfast does not support and for missing, unknown, misshapen or unreadable tensors.
+    """
+    folder = Path(folder)
+    model = DeepseekV3(load_config(folder / "config.json").model)
+    stored = _read_tensors(folder)
+    with torch.no_grad():
+        views = _views(model)
+        for name in [name for name in stored if name not in views and _repeated(name, model)]:
+            del stored[name]
+        for problem, names in (("missing", views.keys() - stored.keys()), ("unknown", stored.keys() - views.keys())):
+            if names:
+                raise UserError(f"{folder}: {len(names)} tensors are {problem}, among them {min(names)!r}")
+        for name, view in views.items():
+            if stored[name].shape != view.shape:
+                expected, found = list(view.shape), list(stored[name].shape)
+                raise UserError(f"{folder}: tensor {name!r} must have shape {expected}, got {found}")
+            view.copy_(stored[name])
+    return model.eval()
+
+
+def _views(model: DeepseekV3) -> dict[str, Tensor]:
+    """Every tensor of the layout as a view of the model's own; a factorised embedding is merged, which is a copy."""
+    views = {"model.embed_tokens.weight": model.embed_tokens.merged(), "model.norm.weight": model.norm.weight}
+    if model.lm_head is not None:
+        views["lm_head.weight"] = model.lm_head.weight
+    for number, layer in enumerate(model.layers):
+        views |= _layer_views(f"model.layers.{number}", layer)
+    for number, module in enumerate(model.mtp, start=len(model.layers)):
+        prefix = f"model.layers.{number}"
+        views |= _layer_views(prefix, module.block)
+        views |= {f"{prefix}.{name}.weight": getattr(module, name).weight for name in ("enorm", "hnorm", "eh_proj")}
+        views[f"{prefix}.shared_head.norm.weight"] = module.norm.weight
+    return views
+
+
+def _layer_views(prefix: str, layer: DecoderLayer) -> dict[str, Tensor]:
+    """A layer's tensors: ours have transformers' names but for the fused gate_up_proj and the stacked experts."""
+    views = {}
+    for name, tensor in layer.state_dict(keep_vars=True).items():
+        owner, _, leaf = f"{prefix}.{name}".rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            views[f"{prefix}.{name}"] = tensor
+            continue
+        stacked = tensor.ndim == 3
+        for expert, weight in enumerate(tensor if stacked else [tensor]):
+            at = f"{owner}.{expert}" if stacked else owner
+            if leaf == "down_proj":
+                views[f"{at}.down_proj.weight"] = weight
+            else:
+                views[f"{at}.gate_proj.weight"], views[f"{at}.up_proj.weight"] = weight.chunk(2)
+    return views
+
+
+@torch.no_grad()
+def _tensors_on_disk(model: DeepseekV3) -> dict[str, Tensor]:
+    """The views as tensors of their own on the CPU, plus the copies that MTP layers carry."""
+    views = _views(model)
+    embedding = views["model.embed_tokens.weight"]
+    for number in range(len(model.layers), len(model.layers) + len(model.mtp)):
+        for name, tensor in zip(_MTP_COPIES, (embedding, views.get("lm_head.weight", embedding)), strict=True):
+            views[f"model.layers.{number}.{name}"] = tensor
+    return {name: view.detach().cpu().clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+
+
+def _repeated(name: str, model: DeepseekV3) -> bool:
+    """Whether a stored tensor only repeats another: a tied head, or an MTP layer's embedding and head."""
+    mtp_layers = range(len(model.layers), len(model.layers) + len(model.mtp))
+    copies = {f"model.layers.{number}.{copy}" for number in mtp_layers for copy in _MTP_COPIES}
+    return name in copies or (name == "lm_head.weight" and model.lm_head is None)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors file in it")
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            stored |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+    return stored
+
+
+def _config(model: DeepseekV3, special: dict[str, int]) -> dict[str, Any]:
+    """config.json as DeepSeek publishes it; what vLLM and older readers ask for is not left to defaults."""
+    fields = {name: value for name, value in asdict(model.config).items() if name not in _OWN_FIELDS}
+    if fields["rope_scaling"]:
+        fields["rope_scaling"] = {name: _whole(value) for name, value in fields["rope_scaling"].items()}
+        fields["rope_scaling"] |= {"type": "yarn", "rope_type": "yarn"}  # older and newer readers' key
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **fields,
+        "num_key_value_heads": model.config.num_attention_heads,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        **{f"{name}_token_id": number for name, number in special.items()},
+    }
+
+
+def _whole(value: float | str) -> float | int | str:
+    """4096.0 as 4096: the config keeps all numbers of rope_scaling as floats, but readers check for whole ones."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos_id: int, context: int) -> None:
+    """The tokenizer, set to put <|bos|> before every text, as `generate` does."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos_id)])
+    own.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

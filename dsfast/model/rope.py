@@ -1,0 +1,102 @@
+"""Rotary position embedding: the tables of cosines and sines, with YaRN (arXiv 2309.00071) for longer contexts.
+
+Pair j of a head of width Dr turns by position * f_j, f_j = theta^(-2j / Dr). YaRN divides by `factor` the frequencies
+that turn less than `beta_slow` times over the original context, keeps those above `beta_fast` turns and blends between.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsfast.config import ModelConfig
+from dsfast.errors import UserError, choices
+from dsfast.model.layers import Float32Buffers
+
+Tables = tuple[Tensor, Tensor]
+"""(cos, sin), each [P, Dr / 2]."""
+
+_TYPE_KEYS = {"type", "rope_type"}
+_NUMBER_KEYS = {
+    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "attention_factor",
+}  # fmt: skip
+
+
+class RotaryTables(Float32Buffers):
+    """`cos` and `sin` [P, Dr / 2], kept in float32, one row per position 0 .. max_position_embeddings - 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        angles = _positions(config) * _frequencies(config)
+        factor = _table_factor(config)
+        self.register_buffer("cos", (angles.cos() * factor).float(), persistent=False)
+        self.register_buffer("sin", (angles.sin() * factor).float(), persistent=False)
+
+    def forward(self, dtype: torch.dtype) -> Tables:
+        """(cos, sin) in the dtype of what they will turn."""
+        return self.cos.to(dtype), self.sin.to(dtype)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What the attention scores are multiplied by: 1 / sqrt(key width), times YaRN's squared mscale."""
+    scaling = _yarn(config)
+    mscale = _mscale(scaling["factor"], scaling.get("mscale_all_dim", 0.0)) if scaling else 1.0
+    return config.qk_head_dim**-0.5 * mscale**2
+
+
+def _positions(config: ModelConfig) -> Tensor:
+    return torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None]
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair, [Dr / 2] float64."""
+    width, theta = config.qk_rope_head_dim, config.rope_theta
+    plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    scaling = _yarn(config)
+    if not scaling:
+        return plain
+    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+
+    def pair_turning(turns: float) -> float:
+        """The (fractional) pair that makes `turns` turns over the original context."""
+        return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(scaling.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(pair_turning(scaling.get("beta_slow", 1.0))), width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float64)
+    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / scaling["factor"] * slowed
+
+
+def _table_factor(config: ModelConfig) -> float:
+    """What YaRN multiplies both tables by; 1 where mscale equals mscale_all_dim, as in DeepSeek-V3."""
+    scaling = _yarn(config)
+    if not scaling:
+        return 1.0
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return _mscale(scaling["factor"], scaling["mscale"]) / _mscale(scaling["factor"], scaling["mscale_all_dim"])
+    return _mscale(scaling["factor"], 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(config: ModelConfig) -> dict[str, float]:
+    """The numbers of `rope_scaling`, checked; empty without scaling. Raises UserError."""
+    scaling = config.rope_scaling or {}
+    for name, value in scaling.items():
+        if name not in _TYPE_KEYS | _NUMBER_KEYS:
+            raise UserError(f"model.rope_scaling: unknown key {name!r}; {choices(_TYPE_KEYS | _NUMBER_KEYS)}")
+        if name in _NUMBER_KEYS and (isinstance(value, str) or value < 0):
+            raise UserError(f"model.rope_scaling.{name} must be a number of at least 0, got {value!r}")
+    numbers = {name: float(value) for name, value in scaling.items() if name in _NUMBER_KEYS}
+    for name in {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} & numbers.keys():
+        if numbers[name] == 0:
+            raise UserError(f"model.rope_scaling.{name} must be above 0, got 0")
+    return numbers

@@ -1,0 +1,35 @@
+"""The operators of a DeepSeek-V3 model. Each module holds the maths, the reference, the schema, the dispatch, the backward."""
+
+from dsfast.ops.adamw import adamw, clip_scale, grad_norm
+from dsfast.ops.checks import check_all
+from dsfast.ops.dispatch import IMPLEMENTATIONS, OPERATORS, FallbackWarning, configure, fallbacks, report, use
+from dsfast.ops.embedding import embedding
+from dsfast.ops.linear_cross_entropy import linear_cross_entropy
+from dsfast.ops.mla_attention import mla_attention
+from dsfast.ops.moe_experts import moe_experts
+from dsfast.ops.moe_route import moe_route
+from dsfast.ops.rms_norm import rms_norm
+from dsfast.ops.rope import rope
+from dsfast.ops.swiglu_mlp import swiglu_mlp
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OPERATORS",
+    "FallbackWarning",
+    "adamw",
+    "check_all",
+    "clip_scale",
+    "configure",
+    "embedding",
+    "fallbacks",
+    "grad_norm",
+    "linear_cross_entropy",
+    "mla_attention",
+    "moe_experts",
+    "moe_route",
+    "report",
+    "rms_norm",
+    "rope",
+    "swiglu_mlp",
+    "use",
+]  # fmt: skip

@@ -1,0 +1,122 @@
+"""Which implementation an operator takes: "reference" (PyTorch), "native" (C++, CPU) or "triton" (GPU).
+
+"auto", the default, takes the device's own kernels where they support the input and otherwise the reference; such a
+fall-back warns once, with the reason, and is listed by `fallbacks()`. Asking for an implementation by name never falls back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dsfast.errors import UserError, choices
+from dsfast.ops import native, triton
+
+OPERATORS = (
+    "rms_norm", "rope", "embedding", "mla_attention", "moe_route", "moe_experts", "swiglu_mlp",
+    "linear_cross_entropy", "adamw",
+)  # fmt: skip
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+_OF_DEVICE = {"cpu": "native", "cuda": "triton"}
+
+_selection: ContextVar[Mapping[str, str]] = ContextVar("dsfast_ops_selection", default=MappingProxyType({}))
+_fallbacks: dict[tuple[str, str], str] = {}
+
+
+class FallbackWarning(UserWarning):
+    """An operator runs in plain PyTorch although kernels exist for this device."""
+
+
+@contextmanager
+def use(implementation: str, *operators: str) -> Iterator[None]:
+    """Run `operators` (all of them if none is named) with `implementation` inside the block.
+
+    Raises UserError for an unknown implementation or operator; running an operator raises UserError where the
+    implementation named cannot run on the tensor's device.
+    """
+    _check_names(implementation, operators)
+    token = _selection.set({**_selection.get(), **dict.fromkeys(operators or OPERATORS, implementation)})
+    try:
+        yield
+    finally:
+        _selection.reset(token)
+
+
+def configure(kernels: Mapping[str, str], device: str = "cpu") -> None:
+    """Select from a config's `runtime.kernels` (operator or "default" -> implementation) for the rest of the process.
+
+    Raises UserError for unknown names, or at once where an implementation named cannot run on `device`.
+    """
+    selection = dict.fromkeys(OPERATORS, kernels.get("default", "auto"))
+    for operator, implementation in kernels.items():
+        _check_names(implementation, () if operator == "default" else (operator,))
+        if operator != "default":
+            selection[operator] = implementation
+    _selection.set(selection)
+    for operator in OPERATORS:
+        _resolve(operator, device, torch.float32)
+
+
+def choose(operator: str, x: Tensor) -> str:
+    """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back."""
+    implementation, reason = _resolve(operator, x.device.type, x.dtype)
+    if implementation == "reference" and reason and (operator, reason) not in _fallbacks:
+        _fallbacks[operator, reason] = str(x.device.type)
+        warnings.warn(f"{operator} runs in plain PyTorch: {reason}", FallbackWarning, stacklevel=3)
+    return implementation
+
+
+def fallbacks() -> list[dict[str, str]]:
+    """The fall-backs of this process so far: operator, device, reason."""
+    return [{"operator": op, "device": device, "reason": reason} for (op, reason), device in _fallbacks.items()]
+
+
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, str]]:
+    """For each operator the implementation it takes on `device` now, and why."""
+    rows = []
+    for operator in OPERATORS:
+        implementation, reason = _resolve(operator, device, dtype)
+        why = reason or (
+            "asked for" if implementation == "reference" else _available(implementation, operator, dtype)[1]
+        )
+        rows.append({"operator": operator, "implementation": implementation, "reason": why})
+    return rows
+
+
+def _resolve(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(implementation, reason of a fall-back or "")."""
+    wanted = _selection.get().get(operator, "auto")
+    own = _OF_DEVICE.get(device)
+    if wanted == "reference" or (own is None and wanted == "auto"):
+        return "reference", ""
+    if wanted not in ("auto", own):
+        raise UserError(f"{operator}: implementation {wanted!r} does not run on {device}; there: reference, {own}")
+    available, reason = _available(own, operator, dtype)
+    if available:
+        return own, ""
+    if wanted == "auto":
+        return "reference", reason
+    raise UserError(f"{operator}: implementation {wanted!r} cannot run: {reason}")
+
+
+def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[bool, str]:
+    if implementation == "triton":
+        return triton.available(operator)
+    module, reason = native.status()
+    if module is not None and dtype is not torch.float32:
+        return False, f"the C++ kernels compute in float32, the input is {str(dtype).removeprefix('torch.')}"
+    return module is not None, reason
+
+
+def _check_names(implementation: str, operators: tuple[str, ...]) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"unknown implementation {implementation!r}; {choices(IMPLEMENTATIONS)}")
+    for operator in operators:
+        if operator not in OPERATORS:
+            raise UserError(f"unknown operator {operator!r}; {choices(OPERATORS)}")

@@ -1,0 +1,94 @@
+"""The factorised embedding (ALBERT, arXiv 1909.11942, section 3.1): a narrow table, then a projection to the model width.
+
+    y[n] = table[input_ids[n]] projection
+
+N tokens, V vocabulary, R rank of the table, D model width. Without a projection it is the ordinary look-up, R = D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+
+
+def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
+    taken = table[input_ids]
+    return taken if projection is None else taken @ projection
+
+
+def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None) -> Tensor:
+    """input_ids [N] int64 in 0..V-1, table [V, R], projection [R, D] or None -> [N, D].
+
+    Raises ValueError for other shapes or an id out of range, TypeError for mixed dtypes or devices.
+    """
+    expect_shape("embedding", "input_ids", input_ids, "N")
+    expect_shape("embedding", "table", table, "V", "R")
+    if projection is not None:
+        expect_shape("embedding", "projection", projection, table.size(1), "D")
+    expect_dtype("embedding", torch.int64, table.device, input_ids=input_ids)
+    expect_dtype("embedding", table.dtype, table.device, projection=projection)
+    if choose("embedding", table) == "reference":
+        return embedding_reference(input_ids, table, projection)
+    return torch.ops.dsfast.embedding(input_ids, table, projection)
+
+
+def _width(table: Tensor, projection: Tensor | None) -> int:
+    return table.size(1) if projection is None else projection.size(1)
+
+
+def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
+    input_ids, table = input_ids.contiguous(), rows(table)
+    projection = None if projection is None else projection.contiguous()
+    y = table.new_empty(input_ids.size(0), _width(table, projection))
+    bad = native.module().embedding_forward(
+        input_ids.data_ptr(), table.data_ptr(), table.stride(0), 0 if projection is None else projection.data_ptr(),
+        y.data_ptr(), input_ids.size(0), *table.shape, y.size(1), torch.get_num_threads(),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"embedding: input_ids must lie in 0..{table.size(0) - 1}, {bad} of {len(input_ids)} do not")
+    return y
+
+
+def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None):
+    dy, input_ids, table = rows(dy), input_ids.contiguous(), rows(table)
+    projection_t = None if projection is None else projection.t().contiguous()
+    taken_grad = table.new_empty(0 if projection is None else input_ids.size(0), table.size(1))
+    dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
+    native.module().embedding_backward(
+        dy.data_ptr(), dy.stride(0), input_ids.data_ptr(), table.data_ptr(), table.stride(0),
+        0 if projection_t is None else projection_t.data_ptr(), taken_grad.data_ptr(), dtable.data_ptr(),
+        dprojection.data_ptr(), input_ids.size(0), *table.shape, _width(table, projection), torch.get_num_threads(),
+    )  # fmt: skip
+    return dtable, dprojection
+
+
+def _backward_fake(dy, input_ids, table, projection):
+    dprojection = table.new_empty(0, 0) if projection is None else projection.new_empty(projection.shape)
+    return table.new_empty(table.shape), dprojection
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    input_ids, table, projection = ctx.saved_tensors
+    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, input_ids, table, projection)
+    return None, dtable, None if projection is None else dprojection
+
+
+define(
+    "embedding(Tensor input_ids, Tensor table, Tensor? projection) -> Tensor",
+    cpu=_forward_cpu,
+    fake=lambda ids, table, projection: table.new_empty(ids.size(0), _width(table, projection)),
+)
+define(
+    "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection) -> (Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+autograd("embedding", _backward, _setup_context)

@@ -1,0 +1,44 @@
+"""Registration with torch.library, and the checks every operator makes before a pointer crosses into C++."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("dsfast", "DEF")
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def define(schema: str, *, cpu: Callable, fake: Callable) -> None:
+    """Register `dsfast::<schema>` with its CPU kernel and its shape function."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"dsfast::{name}", fake, lib=_LIBRARY)
+
+
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Register the derivative of `dsfast::name`."""
+    torch.library.register_autograd(f"dsfast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def expect_shape(operator: str, argument: str, x: Tensor, *shape: int | str) -> None:
+    """Raise ValueError unless `x` has `shape`; a letter stands for any size."""
+    fits = x.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, x.shape, strict=True))
+    if not fits:
+        expected = ", ".join(str(s) for s in shape)
+        raise ValueError(f"{operator}: {argument} must have shape [{expected}], got {list(x.shape)}")
+
+
+def expect_dtype(operator: str, dtype: torch.dtype, device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor has `dtype` and lies on `device`."""
+    for argument, x in tensors.items():
+        if x is not None and (x.dtype != dtype or x.device != device):
+            raise TypeError(f"{operator}: {argument} must be {dtype} on {device}, got {x.dtype} on {x.device}")
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is contiguous (any strides before it), else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()

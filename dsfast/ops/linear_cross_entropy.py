@@ -1,0 +1,76 @@
+"""The output head and its loss without the logits in memory.
+
+    loss = 1/M sum over the M rows whose label is not ignore_index of ( logsumexp(z_n) - z_n[label_n] ),   z_n = weight hidden_n
+
+N tokens, R width of the head's input, V vocabulary. Only a strip of logits for a few rows exists at any time; where
+gradients are wanted they are made while the strip is at hand, so that it is neither stored nor computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    total = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """hidden [N, R], weight [V, R], labels [N] int64 in 0..V-1 or ignore_index -> mean loss, a scalar (0 without labels).
+
+    Raises ValueError for other shapes or a label out of range, TypeError for mixed dtypes or devices.
+    """
+    expect_shape("linear_cross_entropy", "hidden", hidden, "N", "R")
+    expect_shape("linear_cross_entropy", "weight", weight, "V", hidden.size(1))
+    expect_shape("linear_cross_entropy", "labels", labels, hidden.size(0))
+    expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight)
+    expect_dtype("linear_cross_entropy", torch.int64, hidden.device, labels=labels)
+    if choose("linear_cross_entropy", hidden) == "reference":
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index)
+    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return torch.ops.dsfast.linear_cross_entropy(hidden, weight, labels, ignore_index, with_grads)[0]
+
+
+def _cpu(hidden, weight, labels, ignore_index, with_grads):
+    hidden, weight, labels = rows(hidden), weight.contiguous(), labels.contiguous()
+    (n, r), v = hidden.shape, weight.size(0)
+    loss, dhidden, dweight = _fake(hidden, weight, labels, ignore_index, with_grads)
+    bad = native.module().linear_cross_entropy(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), labels.data_ptr(), ignore_index, loss.data_ptr(),
+        dhidden.data_ptr(), dweight.data_ptr(), n, r, v, with_grads, torch.get_num_threads(),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(
+            f"linear_cross_entropy: labels must lie in 0..{v - 1} or be {ignore_index}, {bad} of {n} do not"
+        )
+    return loss, dhidden, dweight
+
+
+def _fake(hidden, weight, labels, ignore_index, with_grads):
+    dhidden = hidden.new_empty(hidden.shape if with_grads else (0, 0))
+    return hidden.new_empty(()), dhidden, weight.new_empty(weight.shape if with_grads else (0, 0))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    dhidden, dweight = ctx.saved_tensors
+    return dloss * dhidden, dloss * dweight, None, None, None
+
+
+define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool with_grads)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    fake=_fake,
+)
+autograd("linear_cross_entropy", _backward, _setup_context)

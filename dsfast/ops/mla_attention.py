@@ -1,0 +1,121 @@
+"""Causal attention of multi-head latent attention, for training and prefill (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    s[h, i, j] = scale (q_nope[i, h] . k_nope[j, h] + q_rope[i, h] . k_rope[j])      j <= i, same document
+    o[i, h]    = sum_j softmax_j(s[h, i, :])[j] v[j, h]
+
+N tokens, H heads, Dn and Dr width of the part without and with position, Dv value width, S documents.
+The rope key is shared by the heads and nothing is expanded or concatenated: the parts are taken as the projections leave
+them. Documents lie one behind the other; document s holds the tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+
+
+def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    outputs = [v.new_zeros(0, *v.shape[1:])]
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        at = slice(begin, end)
+        s = torch.einsum("ihd,jhd->hij", q_nope[at], k_nope[at]) + torch.einsum("ihd,jd->hij", q_rope[at], k_rope[at])
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=s.device).triu(1)
+        p = (s * scale).masked_fill(future, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hij,jhd->ihd", p, v[at]))
+    return torch.cat(outputs)
+
+
+def mla_attention(
+    q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float
+) -> Tensor:
+    """q_nope and k_nope [N, H, Dn], q_rope [N, H, Dr], k_rope [N, Dr], v [N, H, Dv], cu_seqlens [S + 1] int32 -> [N, H, Dv].
+
+    cu_seqlens rises from 0 to N; equal neighbours are empty documents. Views whose last dimension is contiguous are
+    read in place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices.
+    """
+    _check(q_nope, q_rope, k_nope, k_rope, v)
+    expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")
+    expect_dtype("mla_attention", torch.int32, q_nope.device, cu_seqlens=cu_seqlens)
+    if choose("mla_attention", q_nope) == "reference":
+        return mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
+    return torch.ops.dsfast.mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)[0]
+
+
+def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
+    expect_shape("mla_attention", "q_nope", q_nope, "N", "H", "Dn")
+    n, h, dn = q_nope.shape
+    expect_shape("mla_attention", "q_rope", q_rope, n, h, "Dr")
+    expect_shape("mla_attention", "k_nope", k_nope, n, h, dn)
+    expect_shape("mla_attention", "k_rope", k_rope, n, q_rope.size(2))
+    expect_shape("mla_attention", "v", v, n, h, "Dv")
+    expect_dtype("mla_attention", q_nope.dtype, q_nope.device, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+
+
+def _strided(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _pointers(*tensors: Tensor) -> list[int]:
+    """Address and leading strides of each tensor, in elements."""
+    return [number for x in tensors for number in (x.data_ptr(), *x.stride()[:-1])]
+
+
+def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    inputs = _strided(q_nope, q_rope, k_nope, k_rope, v)
+    cu_seqlens = cu_seqlens.contiguous()
+    (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
+    o, lse = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
+    good = native.module().mla_attention_forward(
+        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), lse.data_ptr(), n, h, dn, dr, dv,
+        cu_seqlens.size(0) - 1, torch.get_num_threads(),
+    )  # fmt: skip
+    if not good:
+        raise ValueError(f"mla_attention: cu_seqlens must rise from 0 to {n}, got {cu_seqlens.tolist()[:20]}")
+    return o, lse
+
+
+def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    return q_nope.new_empty(v.shape), q_nope.new_empty(q_nope.size(1), q_nope.size(0))
+
+
+def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, lse):
+    inputs = _strided(do, q_nope, q_rope, k_nope, k_rope, v)
+    cu_seqlens = cu_seqlens.contiguous()
+    (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
+    gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, q_rope.movedim(1, 0), v)]
+    native.module().mla_attention_backward(
+        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), lse.data_ptr(),
+        *(g.data_ptr() for g in gradients), n, h, dn, dr, dv, cu_seqlens.size(0) - 1, torch.get_num_threads(),
+    )  # fmt: skip
+    gradients[3] = gradients[3].sum(0)  # the rope key is shared: its gradient comes back for each head
+    return tuple(gradients)
+
+
+def _backward_fake(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, lse):
+    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, k_rope, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, _):
+    *tensors, o, lse = ctx.saved_tensors
+    gradients = torch.ops.dsfast.mla_attention_backward(do, *tensors, ctx.scale, o, lse)
+    return *gradients, None, None
+
+
+_TENSORS = "Tensor q_nope, Tensor q_rope, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens, float scale"
+define(f"mla_attention({_TENSORS}) -> (Tensor, Tensor)", cpu=_forward_cpu, fake=_forward_fake)
+define(
+    f"mla_attention_backward(Tensor do, {_TENSORS}, Tensor o, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+autograd("mla_attention", _backward, _setup_context)

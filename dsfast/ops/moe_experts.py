@@ -1,0 +1,111 @@
+"""The routed experts: gather, two grouped matrix products with SwiGLU between, weighted sum (arXiv 2412.19437, eq. 12).
+
+    y[n] = sum_k weights[n, k] expert_{indices[n, k]}(x[n])
+    expert_e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e^T,    gate_up_e = [gate_e; up_e]
+
+N tokens, D model width, K chosen experts, E experts, I intermediate width. A slot is one (token, choice) pair; slots are
+worked on sorted by expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.swiglu_mlp import swiglu_mlp_reference
+
+
+def moe_experts_reference(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in range(gate_up.size(0)):
+        token, choice = (indices == e).nonzero(as_tuple=True)
+        out = swiglu_mlp_reference(x[token], gate_up[e], down[e]) * weights[token, choice, None]
+        y = y.index_add(0, token, out)
+    return y
+
+
+def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D], weights [N, K], indices [N, K] int64 in 0..E-1, gate_up [E, 2I, D], down [E, D, I] -> [N, D].
+
+    Raises ValueError for other shapes or an index out of range, TypeError for mixed dtypes or devices.
+    """
+    expect_shape("moe_experts", "x", x, "N", "D")
+    expect_shape("moe_experts", "weights", weights, x.size(0), "K")
+    expect_shape("moe_experts", "indices", indices, *weights.shape)
+    expect_shape("moe_experts", "down", down, "E", x.size(1), "I")
+    expect_shape("moe_experts", "gate_up", gate_up, down.size(0), 2 * down.size(2), x.size(1))
+    expect_dtype("moe_experts", x.dtype, x.device, weights=weights, gate_up=gate_up, down=down)
+    expect_dtype("moe_experts", torch.int64, x.device, indices=indices)
+    if choose("moe_experts", x) == "reference":
+        return moe_experts_reference(x, weights, indices, gate_up, down)
+    return torch.ops.dsfast.moe_experts(x, weights, indices, gate_up, down)[0]
+
+
+def _sizes(x, indices, down):
+    return (*x.shape, indices.size(1), down.size(0), down.size(2))
+
+
+def _forward_cpu(x, weights, indices, gate_up, down):
+    x, weights, indices = rows(x), weights.contiguous(), indices.contiguous()
+    gate_up_t, down_t = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    n, d, k, e, i = sizes = _sizes(x, indices, down)
+    y, gu = x.new_empty(n, d), x.new_empty(n * k, 2 * i)
+    order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
+    slots = x.new_empty(n * k if k > 1 else 0, d)
+    bad = native.module().moe_experts_forward(
+        x.data_ptr(), x.stride(0), weights.data_ptr(), indices.data_ptr(), gate_up_t.data_ptr(), down_t.data_ptr(),
+        y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"moe_experts: indices must lie in 0..{e - 1}, {bad} of {n * k} do not")
+    return y, gu, order, offsets
+
+
+def _forward_fake(x, weights, indices, gate_up, down):
+    n, d, k, e, i = _sizes(x, indices, down)
+    order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
+    return x.new_empty(n, d), x.new_empty(n * k, 2 * i), order, offsets
+
+
+def _backward_cpu(dy, x, weights, gate_up, down, gu, order, offsets):
+    dy, x, weights, gate_up, down = rows(dy), rows(x), weights.contiguous(), gate_up.contiguous(), down.contiguous()
+    n, d, k, *_ = sizes = _sizes(x, weights, down)
+    gradients = tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
+    slots = x.new_empty(n * k if k > 1 else 0, d)
+    native.module().moe_experts_backward(
+        dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(),
+        gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), *(g.data_ptr() for g in gradients), slots.data_ptr(),
+        *sizes, torch.get_num_threads(),
+    )  # fmt: skip
+    return gradients
+
+
+def _setup_context(ctx, inputs, output):
+    x, weights, _, gate_up, down = inputs
+    ctx.save_for_backward(x, weights, gate_up, down, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    dx, dweights, dgate_up, ddown = torch.ops.dsfast.moe_experts_backward(dy, *ctx.saved_tensors)
+    return dx, dweights, None, dgate_up, ddown
+
+
+define(
+    "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor gate_up, Tensor down)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define(
+    "moe_experts_backward(Tensor dy, Tensor x, Tensor weights, Tensor gate_up, Tensor down, Tensor gu, Tensor order,"
+    " Tensor offsets) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=lambda dy, x, weights, gate_up, down, *_: tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down)),
+)
+autograd("moe_experts", _backward, _setup_context)

@@ -1,0 +1,118 @@
+"""Which experts a token goes to, and how much each counts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    score[n, e] = sigmoid(logits[n, e])
+    chosen      = the top_k experts by score + bias, from the topk_group groups whose two best such values sum highest
+    weight      = score of the chosen, divided by their sum if norm_topk_prob, times scaling
+
+N tokens, E experts, K chosen (top_k), G groups (n_group). The bias steers the choice only: it has no gradient and is not
+in the weights. Equal values: the lower index wins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+
+
+def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+    scores = logits.sigmoid()
+    with torch.no_grad():
+        indices = _choose(scores + bias, top_k, n_group, topk_group)
+        counts = torch.bincount(indices.flatten(), minlength=logits.size(1))
+    weights = scores.gather(1, indices)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return weights * scaling, indices, counts
+
+
+def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    grouped_NGe = biased.view(biased.size(0), n_group, -1)
+    group_score = grouped_NGe.topk(min(2, grouped_NGe.size(2)), dim=2).values.sum(2)
+    best = _top(group_score, topk_group)
+    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, best, True)
+    return _top(grouped_NGe.masked_fill(~kept[..., None], float("-inf")).flatten(1), top_k)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, largest first; a stable sort, since topk leaves the order of equal values open."""
+    return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def moe_route(
+    logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, E], bias [E] -> weights [N, K], indices [N, K] int64 (best first), counts [E] int64 (tokens per expert).
+
+    Raises ValueError for other shapes or a choice that cannot be made, TypeError for mixed dtypes or devices.
+    """
+    expect_shape("moe_route", "logits", logits, "N", "E")
+    experts = logits.size(1)
+    expect_shape("moe_route", "bias", bias, experts)
+    expect_dtype("moe_route", logits.dtype, logits.device, bias=bias)
+    if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
+        raise ValueError(f"moe_route: cannot take {topk_group} of {n_group} equal groups of {experts} experts")
+    if not 1 <= top_k <= experts // n_group * topk_group:
+        raise ValueError(f"moe_route: top_k must be 1..{experts // n_group * topk_group}, got {top_k}")
+    if choose("moe_route", logits) == "reference":
+        return moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+    return torch.ops.dsfast.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+
+
+def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+    logits, bias = rows(logits), bias.contiguous()
+    n, e = logits.shape
+    weights = logits.new_empty(n, top_k)
+    indices, counts = logits.new_empty(n, top_k, dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
+    native.module().moe_route_forward(
+        logits.data_ptr(), logits.stride(0), bias.data_ptr(), weights.data_ptr(), indices.data_ptr(), counts.data_ptr(),
+        n, e, top_k, n_group, topk_group, norm_topk_prob, scaling, torch.get_num_threads(),
+    )  # fmt: skip
+    return weights, indices, counts
+
+
+def _forward_fake(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+    n, e = logits.shape
+    indices = logits.new_empty(n, top_k, dtype=torch.int64)
+    return logits.new_empty(n, top_k), indices, logits.new_empty(e, dtype=torch.int64)
+
+
+def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling):
+    dweights, logits = rows(dweights), rows(logits)
+    dlogits = logits.new_empty(logits.shape)
+    native.module().moe_route_backward(
+        dweights.data_ptr(), dweights.stride(0), logits.data_ptr(), logits.stride(0), indices.data_ptr(),
+        dlogits.data_ptr(), *logits.shape, indices.size(1), norm_topk_prob, scaling, torch.get_num_threads(),
+    )  # fmt: skip
+    return dlogits
+
+
+def _setup_context(ctx, inputs, output):
+    logits, _, _, _, _, ctx.norm_topk_prob, ctx.scaling = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dweights, *_):
+    if dweights is None:
+        return (None,) * 7
+    dlogits = torch.ops.dsfast.moe_route_backward(dweights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.scaling)
+    return dlogits, None, None, None, None, None, None
+
+
+define(
+    "moe_route(Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, bool norm_topk_prob, float scaling)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define(
+    "moe_route_backward(Tensor dweights, Tensor logits, Tensor indices, bool norm_topk_prob, float scaling) -> Tensor",
+    cpu=_backward_cpu,
+    fake=lambda dweights, logits, indices, norm_topk_prob, scaling: logits.new_empty(logits.shape),
+)
+autograd("moe_route", _backward, _setup_context)

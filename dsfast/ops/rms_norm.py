@@ -1,0 +1,98 @@
+"""RMSNorm, with the residual addition that comes before it in every block (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    h = x + residual
+    y = h / sqrt(mean(h^2) + eps) * weight
+
+N tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    h = x if residual is None else x + residual
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
+    return y if residual is None else (y, h)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """x [N, D], weight [D], residual [N, D] -> y [N, D], or (y, x + residual) where a residual is given.
+
+    Raises ValueError for other shapes and TypeError for mixed dtypes or devices.
+    """
+    expect_shape("rms_norm", "x", x, "N", "D")
+    expect_shape("rms_norm", "weight", weight, x.size(1))
+    expect_dtype("rms_norm", x.dtype, x.device, weight=weight, residual=residual)
+    if residual is not None:
+        expect_shape("rms_norm", "residual", residual, *x.shape)
+    if choose("rms_norm", x) == "reference":
+        return rms_norm_reference(x, weight, eps, residual)
+    y, h, _ = torch.ops.dsfast.rms_norm(x, weight, eps, residual)
+    return y if residual is None else (y, h)
+
+
+def _forward_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
+    x, weight = rows(x), weight.contiguous()
+    n, d = x.shape
+    y, rstd = x.new_empty(n, d), x.new_empty(n)
+    h = x.new_empty(0 if residual is None else n, d)
+    residual = None if residual is None else rows(residual)
+    native.module().rms_norm_forward(
+        x.data_ptr(), x.stride(0), 0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0), weight.data_ptr(), eps, y.data_ptr(), h.data_ptr(),
+        rstd.data_ptr(), n, d, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h, rstd
+
+
+def _forward_fake(x, weight, eps, residual):
+    n, d = x.shape
+    return x.new_empty(n, d), x.new_empty(0 if residual is None else n, d), x.new_empty(n)
+
+
+def _backward_cpu(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor):
+    dy, h, weight = rows(dy), rows(h), weight.contiguous()
+    dh = None if dh is None else rows(dh)
+    n, d = h.shape
+    dx, dweight = h.new_empty(n, d), torch.empty_like(weight)
+    native.module().rms_norm_backward(
+        dy.data_ptr(), dy.stride(0), 0 if dh is None else dh.data_ptr(), 0 if dh is None else dh.stride(0),
+        h.data_ptr(), h.stride(0), weight.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), n, d,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dweight
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, residual = inputs
+    _, h, rstd = output
+    ctx.save_for_backward(x if residual is None else h, weight, rstd)
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, _):
+    h, weight, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(h) if dy is None else dy
+    dx, dweight = torch.ops.dsfast.rms_norm_backward(dy, dh if ctx.has_residual else None, h, weight, rstd)
+    return dx, dweight, None, dx if ctx.has_residual else None
+
+
+define(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+define(
+    "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=lambda dy, dh, h, weight, rstd: (h.new_empty(h.shape), torch.empty_like(weight)),
+)
+autograd("rms_norm", _backward, _setup_context)

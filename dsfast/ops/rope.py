@@ -1,0 +1,71 @@
+"""Rotary position embedding on interleaved pairs (Su et al. 2021, arXiv 2104.09864, section 3.4.2).
+
+    y[2i]     = x[2i] cos[p, i] - x[2i+1] sin[p, i]
+    y[2i + 1] = x[2i] sin[p, i] + x[2i+1] cos[p, i]         p the token's position
+
+N tokens, H heads, Dr rotary width (even), P positions in the tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast.ops import native
+from dsfast.ops.dispatch import choose
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    cos, sin = cos[positions, None], sin[positions, None]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """x [N, H, Dr], cos and sin [P, Dr/2] (no gradient), positions [N] int64 in 0..P-1 -> [N, H, Dr], contiguous.
+
+    Raises ValueError for other shapes or an odd Dr, TypeError for mixed dtypes or devices.
+    """
+    expect_shape("rope", "x", x, "N", "H", "Dr")
+    if x.size(2) % 2:
+        raise ValueError(f"rope: the last dimension of x holds pairs and must be even, got {x.size(2)}")
+    expect_shape("rope", "cos", cos, "P", x.size(2) // 2)
+    expect_shape("rope", "sin", sin, *cos.shape)
+    expect_shape("rope", "positions", positions, x.size(0))
+    expect_dtype("rope", x.dtype, x.device, cos=cos, sin=sin)
+    expect_dtype("rope", torch.int64, x.device, positions=positions)
+    if choose("rope", x) == "reference":
+        return rope_reference(x, cos, sin, positions)
+    return torch.ops.dsfast.rope(x, cos, sin, positions, False)
+
+
+def _cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+    x = x if x.stride(2) == 1 else x.contiguous()
+    cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
+    y = x.new_empty(x.shape)
+    bad = native.module().rope(
+        x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), y.data_ptr(),
+        *x.shape, cos.size(0), inverse, torch.get_num_threads(),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"rope: positions must lie in 0..{cos.size(0) - 1}, {bad} of {x.size(0)} do not")
+    return y
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos, sin, positions, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx, dy):
+    # A rotation's transpose is the rotation back.
+    return torch.ops.dsfast.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+
+
+define(
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> Tensor",
+    cpu=_cpu,
+    fake=lambda x, cos, sin, positions, inverse: x.new_empty(x.shape),
+)
+autograd("rope", _backward, _setup_context)

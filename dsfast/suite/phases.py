@@ -1,0 +1,280 @@
+"""The tests of the suite and the phases of each: what is done and measured. What it is worth, suite.verdict says.
+
+A phase is a function of the session; it returns its details, ready for JSON. An exception inside one is recorded with
+its stack trace and ends the test: its remaining phases are skipped. A UserError while setting up is the user's to mend
+and leaves the suite instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from dsfast import ops
+from dsfast.config import Config, load_config
+from dsfast.data import Prompt, PromptSets, heldout_prompts, taught_prompts
+from dsfast.errors import UserError
+from dsfast.evaluate import ProbeResult, Recall, ask, check_lengths, measure_recall
+from dsfast.model import DeepseekV3, parameter_counts
+from dsfast.suite.error_reports import error_reports
+from dsfast.suite.propagation import check_propagation
+from dsfast.suite.report import Reporter
+from dsfast.suite.verdict import Check, judge_phase
+from dsfast.train import Trainer, TrainResult
+
+CONFIGS = Path(str(files("dsfast.configs")))
+PRIORITIES = ("high", "medium", "low")
+DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
+
+Details = dict[str, Any]
+
+
+def default_config(device: str) -> Config:
+    """The 500K model's config for "cpu" or "gpu"."""
+    return load_config(CONFIGS / f"deepseek_v3_test_run_{device}.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One test: `name` is "cpu", "gpu" or "full". What it asks: set name -> prompts."""
+
+    name: str
+    title: str
+    config: Config
+    prompts: dict[str, list[Prompt]]
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "gpu"."""
+        return DEVICE_NAMES[self.config.runtime.device]
+
+
+def fast_plan(config: Config, prompts: PromptSets) -> Plan:
+    """Test 1 (CPU) or 2 (GPU): the fast prompts."""
+    device = DEVICE_NAMES[config.runtime.device]
+    title = f"Test {1 if device == 'cpu' else 2}: fast {device.upper()} training ({config.train.steps} steps)"
+    return Plan(device, title, config, {"fast": prompts.fast})
+
+
+def full_plan(config: Config, prompts: PromptSets) -> Plan:
+    """Test 3: suite.full_training_steps steps, a target time that grows with them, all prompts."""
+    steps = config.suite.full_training_steps
+    target = config.suite.target_seconds * steps / config.train.steps
+    longer = config.replace(**{"train.steps": steps, "suite.target_seconds": target})
+    title = f"Test 3: full training on the {DEVICE_NAMES[config.runtime.device].upper()} ({steps} steps)"
+    return Plan("full", title, longer, {"fast": prompts.fast, "full": prompts.full})
+
+
+@dataclass
+class Session:
+    """What the phases of one test hand on to each other."""
+
+    plan: Plan
+    trainer: Trainer | None = None
+    untrained: DeepseekV3 | None = None
+    result: TrainResult | None = None
+    probes: dict[str, list[ProbeResult]] = field(default_factory=dict)
+
+    def ask(self, model: DeepseekV3, prompts: Sequence[Prompt]) -> list[ProbeResult]:
+        return ask(model, self.trainer.dataset.tokenizer, prompts, self.plan.config.suite.max_new_tokens)
+
+
+def set_up(session: Session) -> Details:
+    """Data, tokenizer, the untrained model. Raises UserError for whatever the user can mend."""
+    config = session.plan.config
+    session.trainer = Trainer(config)
+    data, model = session.trainer.dataset, session.trainer.model
+    data.rows.batch(0, config.train.batch_size)
+    for prompts in session.plan.prompts.values():
+        check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
+    session.untrained = copy.deepcopy(model)
+    dtype = getattr(torch, config.runtime.dtype)
+    return {
+        "data": data.manifest,
+        "parameters": parameter_counts(model),
+        "operators": ops.report(config.runtime.device, dtype),
+    }
+
+
+def kernels(session: Session) -> Details:
+    """Every operator, in every implementation that runs here, against its float64 reference."""
+    rows = ops.check_all(session.plan.config.runtime.device)
+    missing = sorted(set(ops.OPERATORS) - {row["operator"] for row in rows})
+    failed = sum(not row["passed"] for row in rows) + len(missing)
+    return {"failed": failed, "missing": missing, "comparisons": rows}
+
+
+def training(session: Session) -> Details:
+    """The run itself. Tokens per second are those of the whole run; the losses are one per step."""
+    device = session.plan.config.runtime.device
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the kernels' comparisons are not the run's memory
+    session.result = result = session.trainer.train()
+    return {
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "skipped_steps": result.skipped_steps,
+        "final_loss": result.final_loss,
+        "losses": result.losses,
+        "fallbacks": [row for row in ops.fallbacks() if row["device"] == device],
+    }
+
+
+def propagation(session: Session) -> Details:
+    """The four propagation checks, on the model just trained and the batch that would come next."""
+    config, trainer = session.plan.config, session.trainer
+    batch = trainer.dataset.rows.batch(config.train.steps, config.train.batch_size)
+    checks = check_propagation(trainer.model, batch, bfloat16=config.runtime.dtype == "bfloat16")
+    return {"failed": sum(not c.passed for c in checks), "checks": [asdict(c) for c in checks]}
+
+
+def generation(session: Session) -> Details:
+    """The prompts, greedily, one by one. The first is asked once more beforehand, untimed: kernels may compile then."""
+    model = session.trainer.model
+    session.ask(model, next(iter(session.plan.prompts.values()))[:1])
+    session.probes = {name: session.ask(model, prompts) for name, prompts in session.plan.prompts.items()}
+    return {
+        "success": success_rates(session.probes),
+        "probes": [{"set": name, **probe.to_dict()} for name, probes in session.probes.items() for probe in probes],
+    }
+
+
+def success_rates(probes: dict[str, list[ProbeResult]]) -> dict[str, float]:
+    """The share of exact answers by prompt set, and by priority over the set "full" where it was asked."""
+    full = probes.get("full", [])
+    groups = {**probes, **{priority: [p for p in full if p.prompt.priority == priority] for priority in PRIORITIES}}
+    return {name: fmean(p.exact for p in group) for name, group in groups.items() if group}
+
+
+def control(session: Session) -> Details:
+    """The same prompts to the untrained model of the same seed: what it answers was not learnt."""
+    results = [
+        result for prompts in session.plan.prompts.values() for result in session.ask(session.untrained, prompts)
+    ]
+    answered = [result.to_dict() for result in results if result.exact]
+    return {"asked": len(results), "answered": len(answered), "answers": answered}
+
+
+def recall(session: Session) -> Details:
+    """All taught facts: in the phrasings of the training text, and in those held out from it."""
+    facts = session.trainer.dataset.taught
+    if not facts:
+        return {"taught": None, "heldout": None, "reason": "the text is not dsfast's own: it teaches no known facts"}
+
+    def measure(phrasings: Callable[..., list[Prompt]]) -> Recall | None:
+        prompts = [prompt for fact in facts for prompt in phrasings(fact)]
+        return measure_recall(session.trainer.model, session.trainer.dataset.tokenizer, prompts)
+
+    taught, heldout = measure(taught_prompts), measure(heldout_prompts)
+    return {"facts": len(facts), "taught": taught and asdict(taught), "heldout": heldout and asdict(heldout)}
+
+
+def performance(session: Session) -> Details:
+    """Training time against its target, generation speed, peak memory in 1e9 bytes (of the process, or of the GPU)."""
+    result, target = session.result, session.plan.config.suite.target_seconds
+    return {
+        "device": session.plan.device,
+        "training_seconds": result.seconds,
+        "target_seconds": target,
+        "times_target": result.seconds / target,
+        "tokens_per_second": result.tokens_per_second,
+        "seconds_per_answer": fmean(p.seconds for probes in session.probes.values() for p in probes),
+        "memory_gb": result.peak_memory_bytes / 1e9,
+    }
+
+
+PHASES: dict[str, Callable[[Session], Details]] = {
+    "set-up": set_up,
+    "kernels": kernels,
+    "training": training,
+    "propagation": propagation,
+    "generation": generation,
+    "control": control,
+    "recall": recall,
+    "performance": performance,
+}
+
+
+def run_test(plan: Plan, reporter: Reporter) -> tuple[dict[str, Any], list[Check], list[dict[str, Any]]]:
+    """Run the phases of one test. Returns (its part of the results file, its checks, its error reports)."""
+    session = Session(plan)
+    phases, checks, errors = [], [], []
+    reporter.test_begins(plan.title)
+    for name, function in PHASES.items():
+        if phases and phases[-1]["status"] in ("error", "skipped"):
+            phases.append({"name": name, "status": "skipped", "seconds": 0.0, "reason": "an earlier phase broke off"})
+            continue
+        reporter.phase_begins(name)
+        phase, found = run_phase(name, partial(function, session), plan.name)
+        phases.append(phase)
+        checks += found
+        errors += error_reports(plan.name, plan.config, phase, found)
+        reporter.phase_ends(phase, found)
+    broken = any(phase["status"] == "error" for phase in phases)
+    status = "error" if broken else "failed" if any(c.fatal for c in checks) else "passed"
+    return _test_entry(plan, status, phases), checks, errors
+
+
+def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[dict[str, Any], list[Check]]:
+    """Time one phase and hold it to its limits; an exception makes its status "error"."""
+    start = time.perf_counter()
+    try:
+        details = function()
+    except Exception as error:
+        if name == "set-up" and isinstance(error, UserError):
+            raise
+        phase = {"name": name, "status": "error", "seconds": time.perf_counter() - start}
+        return {**phase, "reason": f"{type(error).__name__}: {error}", "stack_trace": traceback.format_exc()}, []
+    seconds = time.perf_counter() - start
+    checks = judge_phase(test, name, details)
+    return {"name": name, "status": _status(checks), "seconds": seconds, "details": details}, checks
+
+
+def _status(checks: list[Check]) -> str:
+    if any(c.fatal for c in checks):
+        return "failed"
+    return "warning" if any(c.status == "FAIL" for c in checks) else "passed"
+
+
+def _test_entry(plan: Plan, status: str, phases: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "title": plan.title,
+        "status": status,
+        "reason": None,
+        "device": plan.device,
+        "seconds": sum(phase["seconds"] for phase in phases),
+        "config": plan.config.to_dict(),
+        "config_sha256": plan.config.hash(),
+        "phases": phases,
+    }
+
+
+def skipped_test(title: str, reason: str) -> dict[str, Any]:
+    """The entry of a test that was not run."""
+    return {"title": title, "status": "skipped", "reason": reason, "phases": []}
+
+
+def compare(cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
+    """CPU against GPU from the entries of the two fast tests; {"reason": ...} where one has no performance to show."""
+    numbers = {}
+    for name, test in (("CPU", cpu), ("GPU", gpu)):
+        details = [p["details"] for p in test["phases"] if p["name"] == "performance" and "details" in p]
+        if not details:
+            return {"reason": test["reason"] or f"the {name} test broke off"}
+        numbers[name] = details[0]
+
+    def ratio(key: str) -> float:
+        return numbers["CPU"][key] / numbers["GPU"][key]
+
+    return {"training_speedup": ratio("training_seconds"), "generation_speedup": ratio("seconds_per_answer")}

@@ -1,0 +1,20 @@
+"""Training: optimizer, checkpoints, the loop."""
+
+from dsfast.train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from dsfast.train.interrupt import Interrupted
+from dsfast.train.loop import StepReport, Trainer, TrainingError, TrainResult
+from dsfast.train.optimizer import build_optimizer, learning_rate_scale
+
+__all__ = [
+    "Interrupted",
+    "StepReport",
+    "TrainResult",
+    "Trainer",
+    "TrainingError",
+    "build_optimizer",
+    "find_checkpoint",
+    "learning_rate_scale",
+    "load_checkpoint",
+    "load_training_state",
+    "save_checkpoint",
+]

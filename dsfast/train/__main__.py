@@ -1,0 +1,53 @@
+"""`python -m dsfast.train --config FILE --output-dir DIR [--seed N] [--steps N] [--resume [DIR]]`."""
+
+from __future__ import annotations
+
+import sys
+
+from dsfast.command import CommandParser, run_command
+from dsfast.config import Config, load_config
+from dsfast.errors import UserError
+from dsfast.train.checkpoint import find_checkpoint
+from dsfast.train.loop import Trainer, TrainResult
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns 0. Raises UserError, and Interrupted after Ctrl-C or SIGTERM (exit code 130 or 143)."""
+    arguments = _parser().parse_args(argv)
+    resume = arguments.output_dir if arguments.resume == "" else arguments.resume
+    config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})
+    print(_summary(Trainer(config, arguments.output_dir).train(resume)))
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m dsfast.train", description="Train a model from a config.")
+    parser.add_argument("--config", metavar="FILE", help="what to train; with --resume the checkpoint's own if absent")
+    parser.add_argument("--output-dir", metavar="DIR", required=True, help="new or empty; with --resume the run's own")
+    parser.add_argument("--seed", metavar="N", type=int, help="in place of the config's")
+    parser.add_argument("--steps", metavar="N", type=int, help="in place of the config's train.steps")
+    parser.add_argument(
+        "--resume", metavar="DIR", nargs="?", const="",
+        help="continue from a checkpoint, or from the newest in a run folder (default: --output-dir)",
+    )  # fmt: skip
+    return parser
+
+
+def _config(path: str | None, resume: str | None, changes: dict[str, int | None]) -> Config:
+    if path is None and resume is None:
+        raise UserError("python -m dsfast.train: expected --config FILE, or --resume to take a checkpoint's own")
+    config = load_config(path if path is not None else find_checkpoint(resume) / "config.json")
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _summary(result: TrainResult) -> str:
+    skipped = f", {result.skipped_steps} steps skipped" if result.skipped_steps else ""
+    return (
+        f"trained to step {result.steps} in {result.seconds:.1f} s: loss {result.final_loss:.4f}, "
+        f"{result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB{skipped}; "
+        f"checkpoint {result.checkpoint}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,280 @@
+"""A checkpoint is one directory `step-000200`, written beside its final name and committed by one rename.
+
+    model.safetensors      parameters and persistent buffers; tied weights once
+    optimizer.safetensors  Optimizer.state_dict()
+    state.json             step, seed, batch size, steps skipped in a row, states of the random generators
+    config.json            the run's config
+    tokenizer.json         the tokenizer, in the format of the tokenizers library
+    manifest.json          format version, the data manifest, SHA-256 and size of every other file
+
+The data position is the step: PackedRows.batch is a pure function of (seed, step, batch size). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from dsfast.config import Config, load_config, read_json
+from dsfast.errors import UserError
+from dsfast.model import DeepseekV3
+from dsfast.train.optimizer import Optimizer
+
+FORMAT_VERSION = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json")
+_NAME = re.compile(r"step-\d{6,}")
+_PARTIAL = ".partial"
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands. `step` counts the steps done; `random` is what `random_states` returned."""
+
+    step: int
+    seed: int
+    batch_size: int
+    bad_steps: int = 0
+    random: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    config: Config,
+    state: TrainingState,
+    data_manifest: dict[str, Any],
+) -> Path:
+    """Write `run_dir/step-NNNNNN` and return it. At any moment it is there whole or not at all.
+
+    Raises UserError when it exists already or cannot be written.
+    """
+    final = Path(run_dir) / f"step-{state.step:06d}"
+    partial = final.with_name(f".{final.name}{_PARTIAL}")
+    if final.exists():
+        raise UserError(f"{final}: exists already; a checkpoint is never overwritten")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
+        save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
+        write_json(partial / "state.json", asdict(state))
+        write_json(partial / "config.json", config.to_dict())
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        for name in FILES:  # safetensors lets only the owner read
+            shutil.copymode(partial / "config.json", partial / name)
+        files = {name: _fingerprint(partial / name) for name in FILES}
+        write_json(partial / "manifest.json", {"format_version": FORMAT_VERSION, "data": data_manifest, "files": files})
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
+    return final
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself when it is a checkpoint, else the newest complete one in it. Raises UserError."""
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one")
+    return found[-1]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [p for p in run_dir.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def load_checkpoint(path: str | Path) -> tuple[DeepseekV3, Tokenizer, Config]:
+    """(model on the CPU, in evaluation mode; tokenizer; config) of a checkpoint or of a run folder's newest one.
+
+    Raises UserError when a file is missing, damaged or foreign, or a tensor has another shape than the config says.
+    """
+    path = find_checkpoint(path)
+    _verify(path)
+    config = load_config(path / "config.json")
+    model = DeepseekV3(config.model)
+    _load_model(path / "model.safetensors", model)
+    return model.eval(), _load_tokenizer(path / "tokenizer.json"), config
+
+
+def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
+    """Fill model and optimizer in place, set the random generators, return where the run stood. Raises UserError."""
+    path = find_checkpoint(path)
+    _verify(path)
+    file = path / "optimizer.safetensors"
+    moments = _read_tensors(file)
+    _check_tensors(optimizer.state_dict(), moments, file)
+    try:
+        state = TrainingState(**read_json(path / "state.json"))
+        restore_random_states(state.random)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        message = f"not the training state of a dsfast checkpoint: {type(error).__name__}: {error}"
+        raise UserError(f"{path / 'state.json'}: {message}") from None
+    _load_model(path / "model.safetensors", model)
+    optimizer.load_state_dict(moments)
+    return state
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`; UserError when it is not one of this format."""
+    file = path / "manifest.json"
+    manifest = read_json(file)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: not a dsfast checkpoint of format_version {FORMAT_VERSION}; found {version!r}")
+    data, files = manifest.get("data"), manifest.get("files")
+    if not isinstance(data, dict) or not isinstance(files, dict):
+        raise UserError(f"{file}: expected the objects 'data' and 'files'; not a dsfast checkpoint")
+    for name in FILES:
+        entry = files.get(name)
+        if not isinstance(entry, dict) or entry.keys() != {"sha256", "bytes"}:
+            raise UserError(f"{file}: files: expected sha256 and bytes for {name!r}, got {entry!r}")
+    return manifest
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """state_dict without the second name of tied weights."""
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    kept = set(names.values())
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, JSON-able."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, _encode(np.array(numbers, dtype=np.uint32)), gauss],
+        "numpy": [kind, _encode(keys), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state().numpy()),
+        "cuda": [_encode(state.numpy()) for state in cuda],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(_decode(numbers, np.uint32).tolist()), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, _decode(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.from_numpy(_decode(states["torch"], np.uint8)))
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([torch.from_numpy(_decode(state, np.uint8)) for state in states["cuda"]])
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _verify(path: Path) -> None:
+    """Every file is there with the size and the hash that the manifest gives."""
+    files = read_manifest(path)["files"]
+    for name in FILES:
+        file, expected = path / name, files[name]
+        if not file.is_file():
+            raise UserError(f"{file}: missing; the checkpoint is not complete")
+        found = _fingerprint(file)
+        if found["bytes"] != expected["bytes"]:
+            raise UserError(f"{file}: truncated or damaged: {found['bytes']} bytes, expected {expected['bytes']}")
+        if found["sha256"] != expected["sha256"]:
+            raise UserError(f"{file}: damaged: SHA-256 {found['sha256']}, expected {expected['sha256']}")
+
+
+def _load_model(file: Path, model: nn.Module) -> None:
+    tensors, expected = _read_tensors(file), unique_tensors(model)
+    _check_tensors(expected, tensors, file)
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
+
+
+def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path) -> None:
+    """Raise UserError for the first tensor of `file` that is missing, unknown, or of another shape or dtype."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise UserError(f"{file}: tensor {name!r} is missing; expected {_describe(tensor)}")
+        if _describe(found[name]) != _describe(tensor):
+            raise UserError(f"{file}: tensor {name!r} is {_describe(found[name])}; expected {_describe(tensor)}")
+    unknown = sorted(found.keys() - expected.keys())
+    if unknown:
+        raise UserError(f"{file}: tensor {unknown[0]!r} ({_describe(found[unknown[0]])}) has no place in this model")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _load_tokenizer(file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"{file}: not a readable tokenizer: {error}") from None
+    tokenizer.encode_special_tokens = True  # as dsfast.data makes them; the JSON form does not hold it
+    return tokenizer
+
+
+def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode("ascii")
+
+
+def _decode(text: str, dtype: type) -> np.ndarray:
+    return np.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM as a wish to stop: the step is finished and saved first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import TracebackType
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on a signal; what was done is saved. `exit_code` is 128 + the signal: 130 or 143."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopSignals:
+    """While open, the first SIGINT or SIGTERM only sets `received`; a second one acts as it did before.
+
+    The former handlers are back on leaving. Python gives signals to the main thread alone; elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _catch(self, number: int, frame: object) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}

@@ -1,0 +1,251 @@
+"""The training loop: batches in, weights, metrics and checkpoints out."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.config import Config
+from dsfast.data import Batch, Dataset, build_dataset
+from dsfast.errors import UserError
+from dsfast.model import DeepseekV3
+from dsfast.ops import native
+from dsfast.train import checkpoint as ckpt
+from dsfast.train.interrupt import Interrupted, StopSignals
+from dsfast.train.metrics import MetricsFile
+from dsfast.train.optimizer import build_optimizer, learning_rate_scale
+from dsfast.train.progress import TrainingProgress
+from dsfast.train.run_folder import METRICS, check_same_run, open_run_folder
+
+
+class TrainingError(UserError):
+    """Training cannot go on: too many steps in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step. `step` counts from 1; `lr` is train.learning_rate times the schedule; skipped: no update was made."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `Trainer.train` did in this call; `steps` is the run's total, `seconds` wall time, `losses` one per step."""
+
+    steps: int
+    final_loss: float
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    skipped_steps: int
+    checkpoint: Path | None
+    losses: list[float] = field(repr=False)
+
+
+class Trainer:
+    """Trains `DeepseekV3(config.model)`; its initial weights follow from config.seed alone.
+
+    output_dir: where train() writes config.json, metrics.jsonl and checkpoints; None writes nothing.
+    dataset: in place of the config's; that one is built when it is first needed, so `step` alone needs no data.
+    Sets torch's thread count and the kernels of `dsfast.ops` for the process, as config.runtime says.
+    Raises UserError for a device or a kernel that is not there.
+    """
+
+    def __init__(self, config: Config, output_dir: str | Path | None = None, dataset: Dataset | None = None):
+        self.config = config
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        if dataset is not None:
+            self.dataset = dataset
+        self.device = _prepare(config)
+        torch.manual_seed(config.seed)
+        self.model = DeepseekV3(config.model).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.steps_done = 0
+        self.bad_steps = 0
+        """Steps without an update since the last one with."""
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return build_dataset(self.config.data, self.config.model.vocab_size, self.config.seed)
+
+    def train(self, resume: str | Path | None = None, quiet: bool = False) -> TrainResult:
+        """Train up to config.train.steps; `resume` names a checkpoint, or a run folder whose newest one is continued.
+
+        Raises UserError for a bad folder or checkpoint, TrainingError after train.max_bad_steps steps in a row that
+        are not finite, and Interrupted, the step finished and saved, on Ctrl-C or SIGTERM.
+        """
+        rows, train = self.dataset.rows, self.config.train
+        resumed = None if resume is None else ckpt.find_checkpoint(resume)
+        if resumed is not None:
+            self._resume(resumed)
+        if self.steps_done >= train.steps:
+            raise UserError(f"train.steps: expected more than the {self.steps_done} done already, got {train.steps}")
+        rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
+        if self.output_dir is not None:
+            open_run_folder(self.output_dir, self.config, self.steps_done, resumed)
+        started = time.perf_counter()
+        with StopSignals() as signals:
+            reports, saved = self._run(signals, quiet)
+        if signals.received is not None:
+            where = f"saved as {saved}" if saved else "nothing was saved"
+            raise Interrupted(signals.received, f"stopped after step {self.steps_done} of {train.steps}; {where}")
+        return self._result(reports, time.perf_counter() - started, saved)
+
+    def step(self, input_ids: Tensor, labels: Tensor) -> float:
+        """One whole training step on rows of one's own, each a document; returns its loss.
+
+        input_ids, labels [B, T] int64, labels as in DeepseekV3.loss. Counts as a step of the schedule.
+        """
+        return self.train_batch(Batch(input_ids, labels, None, None)).loss
+
+    def train_batch(self, batch: Batch) -> StepReport:
+        """Forward, backward, the check for non-finite numbers, update with clipped gradients, router bias."""
+        started, train = time.perf_counter(), self.config.train
+        for parameter in self.model.parameters():
+            parameter.grad = None  # the backward pass then hands over its own tensors: nothing to clear, nothing to add
+        loss = self._loss(batch)
+        loss.backward()
+        value = loss.item()
+        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        scale = learning_rate_scale(self.steps_done, train)
+        self.steps_done += 1
+        finite = math.isfinite(value) and math.isfinite(norm)
+        if finite:
+            self.bad_steps = 0
+            self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
+            self.model.update_router_bias(train.bias_update_speed)
+        else:
+            self._count_bad_step(value)
+        seconds = time.perf_counter() - started
+        tokens = batch.input_ids.numel()
+        return StepReport(self.steps_done, value, norm, train.learning_rate * scale, not finite, tokens, seconds)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step into output_dir; returns its folder."""
+        state = ckpt.TrainingState(
+            step=self.steps_done,
+            seed=self.config.seed,
+            batch_size=self.config.train.batch_size,
+            bad_steps=self.bad_steps,
+            random=ckpt.random_states(),
+        )
+        data = self.dataset
+        return ckpt.save_checkpoint(
+            self.output_dir, self.model, self.optimizer, data.tokenizer, self.config, state, data.manifest
+        )
+
+    def _run(self, signals: StopSignals, quiet: bool) -> tuple[list[StepReport], Path | None]:
+        """The steps that are left, or those before a signal; with the last checkpoint written."""
+        train, rows, reports, saved = self.config.train, self.dataset.rows, [], None
+        folder = self.output_dir
+        metrics = nullcontext() if folder is None else MetricsFile(folder / METRICS, self.steps_done)
+        with metrics as metrics, TrainingProgress(self.steps_done, train.steps, train.log_every, quiet) as progress:
+            while self.steps_done < train.steps and signals.received is None:
+                report = self.train_batch(rows.batch(self.steps_done, train.batch_size))
+                reports.append(report)
+                progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
+                if metrics is not None:
+                    metrics.write(self._metrics(report))
+                due = train.checkpoint_every and report.step % train.checkpoint_every == 0
+                saved = self.save() if due and folder is not None else None
+            if folder is not None and reports and saved is None:
+                saved = self.save()
+        return reports, saved
+
+    def _metrics(self, report: StepReport) -> dict:
+        """A line of metrics.jsonl. `expert_load`: for each router the share of the choices that fell on each expert."""
+        loads = [router.load.double() for router in self.model.routers()]
+        return {
+            "step": report.step,
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "skipped": report.skipped,
+            "tokens_per_second": report.tokens / report.seconds,
+            "seconds": report.seconds,
+            "expert_load": [(load / load.sum()).tolist() for load in loads],
+        }
+
+    def _result(self, reports: list[StepReport], seconds: float, saved: Path | None) -> TrainResult:
+        return TrainResult(
+            steps=self.steps_done,
+            final_loss=reports[-1].loss,
+            seconds=seconds,
+            tokens_per_second=sum(report.tokens for report in reports) / seconds,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            skipped_steps=sum(report.skipped for report in reports),
+            checkpoint=saved,
+            losses=[report.loss for report in reports],
+        )
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if not self.model.training:
+            self.model.train()
+        arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
+        moved = (None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.runtime.dtype == "bfloat16"):
+            return self.model.loss(*moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
+
+    def _count_bad_step(self, loss: float) -> None:
+        self.bad_steps += 1
+        limit = self.config.train.max_bad_steps
+        if self.bad_steps >= limit:
+            raise TrainingError(
+                f"step {self.steps_done}: {self.bad_steps} steps in a row were not finite "
+                f"(train.max_bad_steps {limit}); loss {loss}, first tensor: {self._first_not_finite(loss)}"
+            )
+
+    def _first_not_finite(self, loss: float) -> str:
+        named = list(self.model.named_parameters())
+        for name, parameter in named:
+            if not parameter.isfinite().all():
+                return f"parameter {name!r}"
+        for name, parameter in named:
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"gradient of {name!r}"
+        return "the loss" if not math.isfinite(loss) else "the norm of all gradients together"
+
+    def _resume(self, path: Path) -> None:
+        check_same_run(path, self.config, json.loads(json.dumps(self.dataset.manifest)))
+        state = ckpt.load_training_state(path, self.model, self.optimizer)
+        self.steps_done, self.bad_steps = state.step, state.bad_steps
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the process, resident, on the CPU; of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _prepare(config: Config) -> torch.device:
+    """Apply config.runtime to the process; returns the device."""
+    runtime = config.runtime
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device is 'cuda', but torch finds no GPU here; known here: cpu")
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    ops.configure(runtime.kernels, runtime.device)
+    compiled, _ = native.status()
+    if compiled is not None:
+        compiled.keep_freed_memory()
+    return torch.device(runtime.device)

@@ -1,0 +1,57 @@
+"""metrics.jsonl: one JSON object per training step, appended as it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dsfast.errors import UserError
+
+
+class MetricsFile:
+    """Opened for appending after the lines up to `keep_steps`; later ones, of a run that went further, are dropped."""
+
+    def __init__(self, path: Path, keep_steps: int):
+        try:
+            _truncate(path, keep_steps)
+            self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Numbers that are not finite become null: JSON has no word for them."""
+        self._file.write(json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; a last line cut short by a kill is left out."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}: line {number} is not JSON; expected one object per step") from None
+    return lines
+
+
+def _truncate(path: Path, keep_steps: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= keep_steps] if path.exists() else []
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

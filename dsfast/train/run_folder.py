@@ -1,0 +1,63 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoints; and the rules for starting or continuing in one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsfast.config import Config, load_config
+from dsfast.errors import UserError
+from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest, write_json
+
+METRICS = "metrics.jsonl"
+
+
+def open_run_folder(folder: Path, config: Config, step: int, resumed: Path | None) -> None:
+    """Create `folder` where it is absent and write config.json into it.
+
+    `step` steps are done; `resumed` is the checkpoint they were read from. Raises UserError when the folder cannot be
+    written, when it is not empty and the checkpoint is not in it, or when it holds checkpoints of later steps, which
+    this run would come to write again.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in folder.iterdir())
+        own = resumed is not None and resumed.parent.resolve() == folder.resolve()
+        if found and not own:
+            raise UserError(
+                f"{folder}: expected a new or empty folder, found {found[0]!r} in it; or resume its own run"
+            )
+        for leftover in folder.glob(".*.partial"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        later = [path.name for path in checkpoints(folder) if checkpoint_step(path) > step]
+        if later:
+            raise UserError(
+                f"{folder}: holds {later[-1]}, later than step {step} to resume from; "
+                f"expected another output folder, or later checkpoints removed"
+            )
+        partial = folder / ".config.json.partial"
+        write_json(partial, config.to_dict())
+        os.replace(partial, folder / "config.json")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as output folder: {error.strerror}") from None
+
+
+def check_same_run(checkpoint: Path, config: Config, data_manifest: dict[str, Any]) -> None:
+    """Raise UserError when `config` or the data differ from the checkpoint's in what a resumed run cannot change.
+
+    That is the model, the seed, the batch size, the optimizer, and the data wherever they were read from.
+    """
+    saved = load_config(checkpoint / "config.json")
+    train, data = saved.train, read_manifest(checkpoint)["data"]
+    pairs = [
+        ("seed", saved.seed, config.seed),
+        ("train.batch_size", train.batch_size, config.train.batch_size),
+        ("train.optimizer", train.optimizer, config.train.optimizer),
+        *((f"model.{name}", value, getattr(config.model, name)) for name, value in vars(saved.model).items()),
+        *((f"data: {name}", data.get(name), value) for name, value in data_manifest.items() if name != "source"),
+    ]
+    for name, before, now in pairs:
+        if before != now:
+            raise UserError(f"{checkpoint}: cannot be resumed: {name} was {before!r} there and is {now!r} in this run")

@@ -1,0 +1,40 @@
+"""Builds csrc/ with CMake and Ninja into the one extension module, dsfast._native. All else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and place the module; without a working compiler install the Python part alone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # One folder for each Python, so that a second build compiles only what changed. Configured afresh each time: cmake,
+        # ninja and pybind11 may lie in a temporary build environment that is gone by then.
+        build = ROOT / "build" / sys.implementation.cache_tag
+        configure = [
+            "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("DSFAST_REQUIRE_NATIVE") == "1":
+                raise
+            print(
+                f"dsfast: the C++ kernels could not be built ({error}); dsfast will run in plain PyTorch",
+                file=sys.stderr,
+            )
+
+
+setup(ext_modules=[Extension("dsfast._native", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,219 @@
+"""Checkpoints: what is saved comes back bit for bit; what is damaged, foreign or of another shape is named."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config, tiny_dataset
+from torch import nn
+
+from dsfast.errors import UserError
+from dsfast.model import DeepseekV3
+from dsfast.train import checkpoint as ckpt
+from dsfast.train.optimizer import build_optimizer
+
+
+def saved(folder: Path, step: int = 7, config=None, model=None) -> Path:
+    """A checkpoint of a tiny model whose optimizer has made one update."""
+    config = config or tiny_config()
+    torch.manual_seed(step)
+    model = model or DeepseekV3(config.model)
+    optimizer = build_optimizer(model, config.train)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(1.0)
+    state = ckpt.TrainingState(step=step, seed=0, batch_size=3, bad_steps=2, random=ckpt.random_states())
+    data = tiny_dataset()
+    folder.mkdir(exist_ok=True)
+    return ckpt.save_checkpoint(folder, model, optimizer, data.tokenizer, config, state, data.manifest)
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    config = tiny_config()
+    torch.manual_seed(3)
+    model = DeepseekV3(config.model)
+    model.layers[1].mlp.gate.e_score_correction_bias += 0.25
+    path = saved(tmp_path, model=model)
+    assert path == tmp_path / "step-000007"
+    assert sorted(p.name for p in path.iterdir()) == sorted([*ckpt.FILES, "manifest.json"])
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000007"]
+    loaded, tokenizer, loaded_config = ckpt.load_checkpoint(tmp_path)
+    assert loaded_config == config
+    assert not loaded.training
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert tokenizer.to_str() == tiny_dataset().tokenizer.to_str()
+    assert len({(path / name).stat().st_mode for name in ckpt.FILES}) == 1
+
+
+def test_training_state_round_trip(tmp_path):
+    path = saved(tmp_path)
+    draws = (random.random(), np.random.rand(), torch.rand(3))
+    config = tiny_config()
+    model = DeepseekV3(config.model)
+    optimizer = build_optimizer(model, config.train)
+    state = ckpt.load_training_state(path, model, optimizer)
+    assert (state.step, state.seed, state.batch_size, state.bad_steps) == (7, 0, 3, 2)
+    assert random.random() == draws[0]
+    assert np.random.rand() == draws[1]
+    assert torch.equal(torch.rand(3), draws[2])
+    stored = ckpt._read_tensors(path / "optimizer.safetensors")
+    assert any(tensor.count_nonzero() for name, tensor in stored.items() if name.startswith("muon."))
+    for name, tensor in optimizer.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def test_tied_weights_are_saved_once():
+    model = nn.Module()
+    model.first, model.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    model.second.weight = model.first.weight
+    assert list(ckpt.unique_tensors(model)) == ["first.weight"]
+
+
+def test_newest_complete_checkpoint_is_taken(tmp_path):
+    for step in (7, 999, 1_000_000):
+        saved(tmp_path, step)
+    (tmp_path / "step-2000000").mkdir()
+    (tmp_path / ".step-3000000.partial").mkdir()
+    assert ckpt.find_checkpoint(tmp_path).name == "step-1000000"
+    assert ckpt.find_checkpoint(tmp_path / "step-000007").name == "step-000007"
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path):
+    path = saved(tmp_path)
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="step-000007: exists already"):
+        saved(tmp_path)
+    assert (path / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ckpt.FILES)
+def test_truncated_damaged_and_missing_files_are_named(tmp_path, name):
+    path = saved(tmp_path)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:-5])
+    with pytest.raises(UserError, match=rf"{name}: truncated .*{len(content) - 5} bytes, expected {len(content)}"):
+        ckpt.load_checkpoint(path)
+    middle = len(content) // 2
+    (path / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(UserError, match=rf"{name}: damaged: SHA-256"):
+        ckpt.load_checkpoint(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing"):
+        ckpt.load_checkpoint(path)
+
+
+def test_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="absent: no such folder"):
+        ckpt.load_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        ckpt.load_checkpoint(tmp_path)
+    for manifest in ('{"format_version": 2}', "[]", '{"files": {}}'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        with pytest.raises(UserError, match=r"manifest.json: not a dsfast checkpoint of format_version 1"):
+            ckpt.load_checkpoint(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format_version": 1')
+    with pytest.raises(UserError, match=r"manifest.json: not valid JSON"):
+        ckpt.load_checkpoint(tmp_path)
+    for files in ("{}", '{"model.safetensors": 3}', '{"model.safetensors": {"bytes": 3}}'):
+        (tmp_path / "manifest.json").write_text(f'{{"format_version": 1, "data": {{}}, "files": {files}}}')
+        with pytest.raises(UserError, match=r"manifest.json: files: expected sha256 and bytes for 'model.safetensors'"):
+            ckpt.load_checkpoint(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "data": {}, "files": null}')
+    with pytest.raises(UserError, match=r"manifest.json: expected the objects 'data' and 'files'"):
+        ckpt.load_checkpoint(tmp_path)
+
+
+def refresh_manifest(path: Path) -> None:
+    """Make the manifest agree with the files, as in a checkpoint that was written that way."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {name: ckpt._fingerprint(path / name) for name in ckpt.FILES}
+    ckpt.write_json(path / "manifest.json", manifest)
+
+
+def test_another_shape_names_file_tensor_expected_and_found(tmp_path):
+    path = saved(tmp_path, config=tiny_config(), model=DeepseekV3(tiny_config(**{"model.kv_lora_rank": 12}).model))
+    with pytest.raises(UserError, match=r"model.safetensors: tensor 'layers.0.*' is float32 \[16, 24\].* \[12, 24\]"):
+        ckpt.load_checkpoint(path)
+    config = tiny_config(**{"train.optimizer": "adamw"})
+    model = DeepseekV3(config.model)
+    before = [p.detach().clone() for p in model.parameters()]
+    other = saved(tmp_path, step=8)
+    with pytest.raises(
+        UserError, match=r"optimizer.safetensors: tensor 'adamw.exp_avg.embed_tokens.projection' is missing"
+    ):
+        ckpt.load_training_state(other, model, build_optimizer(model, config.train))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_garbage_with_a_right_manifest_is_still_one_line(tmp_path):
+    model = DeepseekV3(tiny_config().model)
+    optimizer = build_optimizer(model, tiny_config().train)
+
+    def resume(path: Path) -> None:
+        ckpt.load_training_state(path, model, optimizer)
+
+    loaders = {
+        "model.safetensors": ckpt.load_checkpoint,
+        "tokenizer.json": ckpt.load_checkpoint,
+        "state.json": resume,
+        "optimizer.safetensors": resume,
+    }
+    for name, load in loaders.items():
+        path = saved(tmp_path / name.split(".")[0])
+        (path / name).write_text('{"step": 3}')
+        refresh_manifest(path)
+        with pytest.raises(UserError, match=rf"{name}: not "):
+            load(path)
+
+
+def test_unwritable_folder(tmp_path):
+    config, data = tiny_config(), tiny_dataset()
+    model = DeepseekV3(config.model)
+    optimizer = build_optimizer(model, config.train)
+    state = ckpt.TrainingState(step=7, seed=0, batch_size=3)
+    with pytest.raises(UserError, match="step-000007: cannot be written: No such file or directory"):
+        ckpt.save_checkpoint(tmp_path / "absent", model, optimizer, data.tokenizer, config, state, data.manifest)
+
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import saved
+step = int(sys.argv[3])
+while True:
+    saved(Path(sys.argv[1]), step)
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def test_a_kill_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    run, delays = tmp_path / "run", random.Random(0)
+    for kill in range(3):
+        arguments = [str(run), str(Path(__file__).parent), str(1000 * kill + 1)]
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, *arguments], stdout=subprocess.PIPE)
+        process.stdout.readline()  # the first is saved
+        time.sleep(delays.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = ckpt.checkpoints(run)
+        assert ckpt.checkpoint_step(found[-1]) > 1000 * kill
+        for path in found:
+            ckpt.load_checkpoint(path)
+        for path in found:
+            shutil.rmtree(path)

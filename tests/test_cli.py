@@ -1,0 +1,228 @@
+"""The commands: dispatch, one line and status 2 for a user's mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsfast import cli
+from dsfast.command import CommandParser, run_command
+from dsfast.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "deepseek_v3_test_run_cpu.json"
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    """`python -m dsfast...` (or `python -c code`) in a process of its own, without a GPU."""
+    command = [sys.executable, *(["-c", code] if code else ["-m"]), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def one_line(result: subprocess.CompletedProcess) -> str:
+    """The complaint of a run that must have ended with status 2, one line on stderr and nothing on stdout."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    return line
+
+
+def test_every_command_has_a_main():
+    for module, _ in cli.COMMANDS.values():
+        assert callable(importlib.import_module(module).main)
+
+
+def test_the_commands_are_those_promised():
+    assert set(cli.COMMANDS) == {"suite", "train", "generate", "evaluate", "export", "bench", "info"}
+
+
+def test_run_command_gives_the_mains_status():
+    assert run_command(lambda argv: len(argv), ["a", "b", "c"]) == 3
+    assert run_command(lambda argv: None, []) == 0
+
+
+def test_a_user_error_is_one_line_and_2(capsys):
+    def main(argv):
+        raise UserError("a line\nand another")
+
+    assert run_command(main, []) == 2
+    assert capsys.readouterr().err == "error: a line and another\n"
+
+
+@pytest.mark.parametrize(("attributes", "code"), [({}, 130), ({"exit_code": 143}, 143)])
+def test_an_interrupt_is_128_plus_the_signal(attributes, code, capsys):
+    def main(argv):
+        interrupt = KeyboardInterrupt("saved as x")
+        vars(interrupt).update(attributes)
+        raise interrupt
+
+    assert run_command(main, []) == code
+    assert capsys.readouterr().err == "saved as x\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda argv: 1 / 0, [])
+
+
+def test_the_parser_complains_in_one_line():
+    parser = CommandParser(prog="p")
+    parser.add_argument("--seed", type=int)
+    with pytest.raises(UserError, match="invalid int value: 'x'"):
+        parser.parse_args(["--seed", "x"])
+
+
+def test_dispatch_hands_on_the_arguments(monkeypatch):
+    seen = []
+    monkeypatch.setattr(importlib.import_module("dsfast.info"), "main", lambda argv: seen.append(argv) or 7)
+    assert cli.main(["info", "--json"]) == 7
+    assert seen == [["--json"]]
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {command} " in printed for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [[], ["bogus"]])
+def test_a_missing_or_unknown_command_lists_the_known_ones(argv, capsys):
+    assert cli.main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert all(command in line for command in cli.COMMANDS)
+
+
+def test_unknown_command_in_a_process():
+    assert "unknown command 'bogus'; known: bench, evaluate" in one_line(run("dsfast", "bogus"))
+
+
+def test_info_prints_one_json_object():
+    result = run("dsfast", "info", "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["versions"]["torch"]
+    assert {row["operator"] for row in facts["operators"]["cpu"]} >= {"rms_norm", "mla_attention", "adamw"}
+    assert all(row["implementation"] and row["reason"] for row in facts["operators"]["cpu"])
+
+
+def test_info_is_readable_text_too():
+    result = run("dsfast.info")
+    assert result.returncode == 0, result.stderr
+    assert "C++ kernels" in result.stdout
+    assert "mla_attention" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--gpu-only"], "no CUDA device is available"),
+        (["--cpu-only", "--gpu-only"], "not allowed with argument"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--output-dir", ""], "--output-dir: expected a folder"),
+        (["--output-dir", "{file}/below"], "--output-dir"),
+        (["--config", "{absent}"], "cannot be read"),
+        (["--prompts", "{file}"], "prompts.json"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--seed", "many"], "invalid int value"),
+    ],
+)
+def test_the_suite_refuses_bad_input_before_it_starts(arguments, complaint, tmp_path, capsys):
+    (tmp_path / "prompts.json").write_text('{"fast": []}')
+    names = {"file": tmp_path / "prompts.json", "absent": tmp_path / "absent.json"}
+    main = importlib.import_module("dsfast.suite.__main__").main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.chdir(tmp_path)
+        assert run_command(main, [argument.format(**names) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    [line] = output.err.splitlines()
+    assert complaint in line
+    assert output.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.json"]
+
+
+CONFIG_MISTAKES = {
+    "unknown key": ('"steps": 200', '"stepz": 200', "unknown key 'train.stepz'; known: "),
+    "missing key": ('"hidden_size": 128,', "", "missing key 'model.hidden_size'"),
+    "mistyped": ('"steps": 200', '"steps": "200"', "train.steps must be a whole number, got str '200'"),
+    "duplicate key": ('"steps": 200', '"steps": 200, "steps": 300', "key 'steps' stands twice"),
+    "NaN": ('"learning_rate": 0.01', '"learning_rate": NaN', "NaN is not a JSON number"),
+    "top-k above experts": (
+        '"num_experts_per_tok": 1',
+        '"num_experts_per_tok": 3',
+        "num_experts_per_tok must be at most",
+    ),
+    "odd rope width": ('"qk_rope_head_dim": 16', '"qk_rope_head_dim": 15', "qk_rope_head_dim must be even"),
+    "unknown kernel": ('"device": "cpu"', '"device": "cpu", "kernels": {"rope": "fast"}', "known: auto, native"),
+    "too few articles": ('"max_articles": 1000', '"max_articles": 1', "articles"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_the_suite_refuses_a_bad_config(mistake, tmp_path, capsys):
+    right, wrong, complaint = CONFIG_MISTAKES[mistake]
+    text = CONFIG.read_text()
+    assert right in text
+    (tmp_path / "bad.json").write_text(text.replace(right, wrong, 1))
+    main = importlib.import_module("dsfast.suite.__main__").main
+    arguments = ["--config", str(tmp_path / "bad.json"), "--output-dir", str(tmp_path / "out")]
+    assert run_command(main, arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert complaint in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_a_process_leave_one_line_and_no_file(tmp_path):
+    output = tmp_path / "out"
+    assert "no CUDA device" in one_line(run("dsfast.suite", "--gpu-only", "--output-dir", str(output)))
+    (tmp_path / "prompts.json").write_bytes(b'{"fast": "\xff"}')
+    prompts = str(tmp_path / "prompts.json")
+    assert "not UTF-8" in one_line(run("dsfast", "suite", "--prompts", prompts, "--output-dir", str(output)))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_checkpoint_that_is_not_there(command, tmp_path, capsys):
+    more = {"generate": ["--prompt", "x"], "evaluate": [], "export": ["--to", "huggingface", str(tmp_path / "out")]}
+    assert cli.main([command, "--checkpoint", str(tmp_path / "absent"), *more[command]]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no such folder" in line
+    assert not (tmp_path / "out").exists()
+
+
+GENERATE_IS_THE_FUNCTION = """
+import inspect, importlib, sys
+{imports}
+assert inspect.isfunction(dsfast.generate), dsfast.generate
+assert callable(importlib.import_module("dsfast.generate.__main__").main)
+assert inspect.isfunction(dsfast.generate), dsfast.generate
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import dsfast",
+        "import dsfast.generate",
+        "import dsfast.generate.__main__",
+        "from dsfast.generate.__main__ import main; import dsfast",
+        "from dsfast import generate; import dsfast",
+    ],
+)
+def test_dsfast_generate_stays_the_function(imports):
+    result = run(code=GENERATE_IS_THE_FUNCTION.format(imports=imports))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_generate_command_runs_without_a_warning():
+    result = run("dsfast.generate", "--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "--max-new-tokens" in result.stdout

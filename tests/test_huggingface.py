@@ -1,0 +1,238 @@
+"""The oracle: transformers' DeepseekV3ForCausalLM gives the same logits for an exported model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import YARN, random_ids, random_model, tiny_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dsfast.command import run_command
+from dsfast.errors import UserError
+from dsfast.export import main
+from dsfast.model import generate_ids
+from dsfast.model.generate import BOS, EOS
+from dsfast.model.huggingface import PAD, export_huggingface, import_huggingface
+from dsfast.train.checkpoint import TrainingState, save_checkpoint
+from dsfast.train.optimizer import build_optimizer
+
+transformers = pytest.importorskip("transformers")
+
+GROUPS = {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}
+VARIANTS = {
+    "tied": {},
+    "q_lora": {"q_lora_rank": 9},
+    "3 groups": GROUPS,
+    "top-1 not normalised": {"num_experts_per_tok": 1, "norm_topk_prob": False, "n_routed_experts": 2},
+    "untied": {"tie_word_embeddings": False},
+    "dense first layer": {"first_k_dense_replace": 1, "num_hidden_layers": 3},
+    "all layers dense": {"first_k_dense_replace": 2},
+    "factorised": {"embedding_rank": 8},
+    "factorised, untied": {"embedding_rank": 8, "tie_word_embeddings": False},
+    "2 shared experts": {"n_shared_experts": 2},
+    "yarn": {"rope_scaling": YARN},
+    "yarn, mscale left out": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}},
+    "yarn, blended over several pairs": {
+        "qk_rope_head_dim": 14, "rope_theta": 50.0, "rope_scaling": YARN | {"original_max_position_embeddings": 160},
+    },
+    "another theta": {"rope_theta": 500.0, "rms_norm_eps": 1e-2},
+    "all at once": {
+        **GROUPS, "q_lora_rank": 9, "rope_scaling": YARN, "embedding_rank": 8, "first_k_dense_replace": 1,
+        "n_shared_experts": 2, "num_nextn_predict_layers": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer of 61 tokens: the specials, and every character of the test prompt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens([BOS, EOS, PAD])
+    tokenizer.add_tokens([chr(ord("A") + i) for i in range(58)])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def exported(request, tmp_path_factory, tokenizer):
+    model = random_model(**VARIANTS[request.param])
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export_huggingface(model, tokenizer, folder)
+    return model, folder
+
+
+def load_oracle(folder, **options):
+    """In plain PyTorch: transformers' grouped matrix products refuse odd sizes on the CPU."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"} | options
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_transformers_gives_the_same_logits(exported):
+    model, folder = exported
+    oracle, info = load_oracle(folder, output_loading_info=True)
+    assert type(oracle).__name__ == "DeepseekV3ForCausalLM"
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    mtp_layers = tuple(f"model.layers.{len(model.layers) + k}." for k in range(len(model.mtp)))
+    assert all(name.startswith(mtp_layers) for name in info["unexpected_keys"])
+    ids = random_ids(model, 3, 37)
+    with torch.no_grad():
+        ours, theirs = model(ids), oracle(ids).logits
+    assert theirs.std() > 0.1  # else equal logits would prove nothing
+    assert relative_difference(ours, theirs) <= 1e-4
+
+
+def test_transformers_generates_the_same_tokens(exported):
+    model, folder = exported
+    oracle = load_oracle(folder)
+    ids = random_ids(model, 1, 5)
+    theirs = oracle.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)[0, 5:]
+    assert generate_ids(model, ids.tolist(), max_new_tokens=8) == [theirs.tolist()]
+
+
+def test_import_brings_back_the_same_model(exported):
+    model, folder = exported
+    again = import_huggingface(folder)
+    ids = random_ids(model, 2, 19)
+    with torch.no_grad():
+        assert relative_difference(again(ids), model(ids)) <= 1e-5
+        labels = ids.roll(-1, 1)
+        torch.testing.assert_close(again.loss(ids, labels), model.loss(ids, labels))  # the MTP modules too
+    assert again.config.embedding_rank is None
+
+
+def test_import_reads_what_transformers_saves(tmp_path, tokenizer):
+    model = random_model(**GROUPS, rope_scaling=YARN)
+    export_huggingface(model, tokenizer, tmp_path / "ours")
+    oracle = load_oracle(tmp_path / "ours")
+    oracle.save_pretrained(tmp_path / "theirs")
+    ids = random_ids(model, 2, 19)
+    with torch.no_grad():
+        assert relative_difference(import_huggingface(tmp_path / "theirs")(ids), model(ids)) <= 1e-5
+
+
+def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch):
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("this transformers has no MTP modules")
+    model = random_model(num_nextn_predict_layers=1)
+    export_huggingface(model, tokenizer, tmp_path / "model")
+    oracle = load_oracle(tmp_path / "model")
+    # It looks for MTP weights under the number they have in the published model, 61.
+    monkeypatch.setattr(oracle, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    mtp = layers.MtpModel.from_pretrained(oracle)
+    ids = random_ids(model, 1, 13)
+    positions, cu_seqlens = torch.arange(12), torch.tensor([0, 12], dtype=torch.int32)
+    with torch.no_grad():
+        state = oracle.model(ids[:, :-1]).last_hidden_state
+        theirs = mtp(ids[:, 1:], state, None, positions[None], None)[1]  # [1, 1, V] after the last position
+        embedded = model.embed_tokens(ids[0])
+        hidden = model.hidden(embedded[:-1], positions, cu_seqlens)
+        ours = model.logits(model.mtp[0](hidden, embedded[1:], model.rope(torch.float32), positions, cu_seqlens))
+    assert relative_difference(ours[-1], theirs[0, 0]) <= 1e-4
+
+
+def test_config_json_says_what_other_readers_need(tmp_path, tokenizer):
+    export_huggingface(random_model(rope_scaling=YARN), tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    expected = {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "moe_layer_freq": 1, "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 1,
+        "torch_dtype": "float32", "num_key_value_heads": 3,
+    }  # fmt: skip
+    assert {name: config[name] for name in expected} == expected
+    assert config["rope_scaling"]["original_max_position_embeddings"] == 16
+    assert not {"embedding_rank", "embedding_initializer_range", "zero_init_output"} & config.keys()
+
+
+def test_transformers_tokenizes_as_generate_does(tmp_path, tokenizer):
+    export_huggingface(random_model(), tokenizer, tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs("HELLO").input_ids == [0, *tokenizer.encode("HELLO").ids]
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (BOS, EOS, PAD)
+    assert theirs.decode(theirs("HELLO").input_ids, skip_special_tokens=True) == "HELLO"
+
+
+def test_bfloat16_keeps_its_dtype_and_the_router_bias_in_float32(tmp_path, tokenizer):
+    model = random_model().to(torch.bfloat16)
+    export_huggingface(model, tokenizer, tmp_path / "model")
+    oracle = load_oracle(tmp_path / "model", dtype="auto")
+    assert oracle.lm_head.weight.dtype == torch.bfloat16
+    bias = oracle.model.layers[0].mlp.gate.e_score_correction_bias
+    assert torch.equal(bias, model.routers()[0].e_score_correction_bias)
+
+
+@pytest.mark.parametrize("obstacle", ["a full folder", "a file", "an unwritable parent"])
+def test_export_refuses_and_leaves_nothing_behind(tmp_path, tokenizer, obstacle):
+    out = tmp_path / "model"
+    if obstacle == "a full folder":
+        out.mkdir()
+        (out / "mine.txt").write_text("keep")
+    elif obstacle == "a file":
+        out.write_text("keep")
+    else:
+        (tmp_path / "file").write_text("")
+        out = tmp_path / "file" / "model"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="model: "):
+        export_huggingface(random_model(), tokenizer, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_export_fills_an_empty_folder(tmp_path, tokenizer):
+    export_huggingface(random_model(), tokenizer, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert not [path for path in tmp_path.parent.iterdir() if "partial" in path.name]
+
+
+def test_import_names_what_is_wrong(tmp_path, tokenizer):
+    from safetensors.torch import load_file, save_file
+
+    def refuses(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            import_huggingface(tmp_path)
+
+    export_huggingface(random_model(), tokenizer, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.experts.4.up_proj.weight"
+    save_file({key: value for key, value in whole.items() if key != name}, file)
+    refuses(f"1 tensors are missing, among them '{name}'")
+    save_file(whole | {"model.extra": torch.zeros(1)}, file)
+    refuses("1 tensors are unknown, among them 'model.extra'")
+    save_file(whole | {name: torch.zeros(3, 4)}, file)
+    refuses(rf"'{name}' must have shape \[11, 24\], got \[3, 4\]")
+    file.write_bytes(b"\0" * 20)
+    refuses("not a readable safetensors file")
+    file.unlink()
+    refuses("no .safetensors file")
+
+
+def test_command_exports_a_checkpoint(tmp_path, tokenizer, capsys):
+    changes = {"embedding_rank": 8, "rope_scaling": YARN}
+    model, config = random_model(**changes), tiny_config(**changes)
+    (tmp_path / "run").mkdir()
+    state = TrainingState(step=7, seed=0, batch_size=1)
+    save_checkpoint(tmp_path / "run", model, build_optimizer(model, config.train), tokenizer, config, state, {})
+    assert main(["--checkpoint", str(tmp_path / "run"), "--to", "huggingface", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"
+    ids = random_ids(model, 2, 19)
+    with torch.no_grad():
+        assert relative_difference(load_oracle(tmp_path / "out")(ids).logits, model(ids)) <= 1e-4
+
+
+def test_command_reports_a_missing_checkpoint_in_one_line(tmp_path, capsys):
+    arguments = ["--checkpoint", str(tmp_path / "nothing"), "--to", "huggingface", str(tmp_path / "out")]
+    status = run_command(main, arguments)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,482 @@
+"""The suite: limits just below and just above, error reports, the results file, what is skipped and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from datetime import datetime
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import write_text_run
+
+from dsfast.config import load_config
+from dsfast.data import Prompt, load_prompts
+from dsfast.errors import UserError
+from dsfast.evaluate.probes import judge
+from dsfast.suite import __main__ as suite
+from dsfast.suite import phases
+from dsfast.suite.error_reports import error_reports
+from dsfast.suite.report import FAILED, PASSED, Reporter, duration, performance_block, training_time
+from dsfast.suite.results import check_output_dir, write_results
+from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
+
+BELOW, ABOVE = -1e-9, 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "at_limit", "just_below", "just_above"),
+    [
+        # The specification's ">50%" is strict; its "within 2x" and "5-15x" include the bound.
+        ("fast_success", False, False, True),
+        ("full_success", False, False, True),
+        ("high_success", False, False, True),
+        ("medium_success", False, False, True),
+        ("low_success", False, False, True),
+        ("training_time", True, True, False),
+        ("taught_recall", True, False, True),
+        ("cpu_memory", False, True, False),
+        ("gpu_memory", False, True, False),
+        ("training_speedup", True, False, True),
+        ("generation_speedup", True, False, True),
+        ("kernels_failed", True, False, False),
+        ("propagation_failed", True, False, False),
+        ("control_answered", True, False, False),
+    ],
+)
+def test_each_limit_at_below_and_above(name, at_limit, just_below, just_above):
+    value = getattr(THRESHOLDS, name).value
+    statuses = [check("cpu", name, value + delta).status for delta in (0, BELOW, ABOVE)]
+    assert statuses == ["PASS" if holds else "FAIL" for holds in (at_limit, just_below, just_above)]
+
+
+def test_every_limit_is_in_the_table_above():
+    marks = test_each_limit_at_below_and_above.pytestmark[0].args[1]
+    assert {row[0] for row in marks} == {f.name for f in dataclasses.fields(THRESHOLDS)}
+
+
+def test_the_limits_are_the_specifications():
+    values = {
+        f.name: (getattr(THRESHOLDS, f.name).value, getattr(THRESHOLDS, f.name).severity)
+        for f in dataclasses.fields(THRESHOLDS)
+    }
+    assert values == {
+        "kernels_failed": (0, "critical"), "propagation_failed": (0, "critical"), "control_answered": (0, "critical"),
+        "fast_success": (0.5, "error"), "full_success": (0.6, "error"), "high_success": (0.7, "error"),
+        "medium_success": (0.5, "error"), "low_success": (0.3, "error"), "training_time": (2.0, "error"),
+        "taught_recall": (0.9, "warning"), "cpu_memory": (16.0, "warning"), "gpu_memory": (2.0, "warning"),
+        "training_speedup": (5.0, "warning"), "generation_speedup": (3.0, "warning"),
+    }  # fmt: skip
+    assert all(getattr(THRESHOLDS, name).source for name in values)
+
+
+def test_what_is_not_a_number_fails_and_what_is_missing_is_skipped():
+    assert check("cpu", "training_time", float("nan")).status == "FAIL"
+    assert check("cpu", "training_time", None, "why").status == "SKIP"
+    assert check("cpu", "training_time", None, "why").reason == "why"
+
+
+def entry(status: str = "passed", phase: str = "passed") -> dict:
+    return {
+        "status": status,
+        "reason": "no GPU",
+        "phases": [{"name": "training", "status": phase, "reason": "it broke"}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("checks", "tests", "passed"),
+    [
+        ([check("cpu", "fast_success", 0.6)], {"cpu": entry()}, True),
+        ([check("cpu", "fast_success", 0.5)], {"cpu": entry()}, False),
+        ([check("cpu", "taught_recall", 0.1)], {"cpu": entry()}, True),  # a warning
+        ([check("cpu", "control_answered", 1)], {"cpu": entry()}, False),
+        ([check("cpu", "fast_success", 1.0)], {"cpu": entry(), "gpu": entry("skipped")}, True),
+        ([], {"cpu": entry("skipped"), "gpu": entry("skipped")}, False),  # nothing ran: nothing passed
+        ([], {"cpu": entry("error", "error")}, False),
+    ],
+)
+def test_verdict(checks, tests, passed):
+    result = verdict(tests, checks)
+    assert result["passed"] is passed
+    assert result["status"] == ("PASS" if passed else "FAIL")
+    assert bool(result["failed"]) is not passed
+
+
+def test_verdict_lists_warnings_and_skips_apart():
+    result = verdict(
+        {"cpu": entry(), "gpu": entry("skipped")},
+        [check("cpu", "taught_recall", 0.1), *judge_comparison({"reason": "no GPU"})],
+    )
+    assert result["warnings"] == ["cpu: taught recall is 10.0%, not >= 90.0%"]
+    assert result["skipped"] == ["gpu: no GPU"]
+    assert len(result["not_checked"]) == 2
+    assert {c["status"] for c in result["checks"] if c["test"] == "comparison"} == {"SKIP"}
+
+
+def test_a_phase_is_judged_by_its_own_limits():
+    details = {"device": "gpu", "times_target": 2.5, "memory_gb": 1.0}
+    assert {c.name: c.status for c in judge_phase("gpu", "performance", details)} == {
+        "training_time": "FAIL",
+        "gpu_memory": "PASS",
+    }
+    assert [c.name for c in judge_phase("full", "generation", {"success": {"fast": 1.0, "high": 0.5}})] == [
+        "fast_success",
+        "high_success",
+    ]
+    assert judge_phase("cpu", "set-up", {}) == []
+
+
+def test_a_limit_shows_its_relation_and_unit():
+    assert str(Limit(">", 0.5, "fraction", "error", "")) == "> 50.0%"
+    assert str(Limit("<", 2.0, "GB", "error", "")) == "< 2.00 GB"
+
+
+def probes(answers: str, priority: str = "medium") -> list:
+    """A result per letter: r(ight) or w(rong)."""
+    prompt = Prompt("The capital of France is", "Paris", priority=priority)
+    return [judge(prompt, " Paris" if letter == "r" else " London", 0.1) for letter in answers]
+
+
+def test_success_rates_by_set_and_priority():
+    full = [*probes("rrw", "high"), *probes("rw", "medium")]
+    rates = phases.success_rates({"fast": probes("rw", "high"), "full": full})
+    assert rates == {
+        "fast": 0.5,
+        "full": 0.6,
+        "high": pytest.approx(2 / 3),
+        "medium": 0.5,
+    }  # fast ones are in no priority
+    assert phases.success_rates({"fast": probes("rw", "high")}) == {"fast": 0.5}
+
+
+def test_error_reports_say_what_is_needed():
+    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    wrong = probes("w")[0].to_dict() | {"generated": "x" * 300}
+    [report] = error_reports(
+        "cpu", config, {"name": "generation", "status": "failed", "details": {"probes": [wrong]}}, []
+    )
+    assert (report["type"], report["severity"], report["priority"]) == ("similarity", "warning", "medium")
+    assert report["generated"] == "x" * 200
+    assert report["score"] == report["metrics"]["combined"]
+
+    performance = {
+        "device": "cpu",
+        "training_seconds": 1600.0,
+        "target_seconds": 720.0,
+        "times_target": 1600 / 720,
+        "memory_gb": 1.0,
+    }
+    slow = {"name": "performance", "status": "failed", "details": performance}
+    [report] = error_reports("cpu", config, slow, judge_phase("cpu", "performance", performance))
+    assert report["type"] == "timing"
+    assert report["expected"] == "at most 1440.0 s (2 times the target)"
+    assert report["actual"] == "1600.0 s"
+
+    broken = {"name": "training", "status": "error", "reason": "ValueError: x", "stack_trace": "Traceback"}
+    [report] = error_reports("cpu", config, broken, [])
+    assert (report["type"], report["stack_trace"]) == ("training", "Traceback")
+    assert report["configuration"] == config.to_dict()
+
+    failed = {"name": "forward pass", "passed": False, "expected": "a", "actual": "b", "debug": "c"}
+    details = {"failed": 1, "checks": [failed]}
+    found = error_reports(
+        "cpu",
+        config,
+        {"name": "propagation", "status": "failed", "details": details},
+        judge_phase("cpu", "propagation", details),
+    )
+    assert [(r["type"], r["expected"], r["actual"]) for r in found] == [
+        ("propagation", "a", "b"),
+        ("threshold", "== 0", "1"),
+    ]
+
+
+def test_kernel_errors_and_missing_operators_are_reported():
+    row = {
+        "operator": "rope",
+        "implementation": "native",
+        "quantity": "x",
+        "max_abs_error": 1.0,
+        "tolerance": 0.1,
+        "passed": False,
+    }
+    details = {"failed": 2, "missing": ["adamw"], "comparisons": [row]}
+    found = error_reports(
+        "cpu",
+        load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json"),
+        {"name": "kernels", "status": "failed", "details": details},
+        [],
+    )
+    assert [r["message"] for r in found] == [
+        "rope (native): x differs from the float64 reference",
+        "adamw: was not compared with anything",
+    ]
+
+
+def test_the_full_tests_target_grows_with_its_steps():
+    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    plan = phases.full_plan(config, load_prompts())
+    assert plan.config.train.steps == 500
+    assert plan.config.suite.target_seconds == config.suite.target_seconds * 500 / config.train.steps
+    assert {name: len(prompts) for name, prompts in plan.prompts.items()} == {"fast": 3, "full": 10}
+    assert list(phases.fast_plan(config, load_prompts()).prompts) == ["fast"]
+
+
+def test_comparison_needs_both():
+    def test_with(**details):
+        return {"phases": [{"name": "performance", "details": details}]}
+
+    skipped = phases.skipped_test("Test 2", "no GPU")
+    assert phases.compare(test_with(training_seconds=1.0), skipped) == {"reason": "no GPU"}
+    both = phases.compare(
+        test_with(training_seconds=60.0, seconds_per_answer=0.2),
+        test_with(training_seconds=10.0, seconds_per_answer=0.1),
+    )
+    assert both == {"training_speedup": 6.0, "generation_speedup": 2.0}
+    assert [c.status for c in judge_comparison(both)] == ["PASS", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "target", "text"),
+    [
+        (672.0, 720.0, "11.2min (target: 12.0min)"),
+        (1710.0, 720.0, "28.5min (target: 12.0min) ⚠ 2.4x slower"),
+        (68.5, 75.0, "68.5s (target: 75.0s)"),
+        (145.2, 75.0, "145.2s (target: 75.0s) ⚠ 1.9x slower"),
+    ],
+)
+def test_training_time_reads_as_in_the_specification(seconds, target, text):
+    assert training_time({"training_seconds": seconds, "target_seconds": target}) == text
+
+
+def test_a_fast_cpu_is_shown_in_seconds():
+    assert duration(38.2, 720.0) == "38.2s"
+
+
+def both_devices(cpu_seconds: float) -> dict:
+    def test_with(seconds, target, answer):
+        details = {"training_seconds": seconds, "target_seconds": target, "seconds_per_answer": answer}
+        return {"status": "passed", "reason": None, "phases": [{"name": "performance", "details": details}]}
+
+    tests = {"cpu": test_with(cpu_seconds, 720.0, 0.185), "gpu": test_with(68.5, 75.0, 0.032)}
+    return {"tests": tests | {"full": {"phases": []}}, "comparison": phases.compare(tests["cpu"], tests["gpu"])}
+
+
+def test_the_good_performance_block_is_the_specifications():
+    assert performance_block(both_devices(672.0))[1:-1] == [
+        "Good Performance:",
+        "Training Time:",
+        "  CPU: 11.2min (target: 12.0min)",
+        "  GPU: 68.5s (target: 75.0s)",
+        "  Speedup: 9.8x faster on GPU",
+        "",
+        "Generation Speed (avg):",
+        "  CPU: 0.185s",
+        "  GPU: 0.032s",
+        "  Speedup: 5.8x faster on GPU",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "complaint"), [(1710.0, "⚠ 2.4x slower"), (300.0, "4.4x faster on GPU ⚠ expected >= 5.00x")]
+)
+def test_poor_performance_says_where(cpu_seconds, complaint):
+    block = performance_block(both_devices(cpu_seconds))
+    assert "Poor Performance:" in block
+    assert any(complaint in line for line in block)
+
+
+def test_what_a_model_writes_is_shown_as_it_is_on_any_terminal(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    probe = judge(Prompt("Name a tag", "x"), " [/bold] :smile: é", 0.1).to_dict() | {"set": "fast"}
+    phase = {
+        "name": "generation",
+        "status": "failed",
+        "seconds": 0.1,
+        "details": {"success": {"fast": 0.0}, "probes": [probe]},
+    }
+    Reporter().phase_ends(phase, [])
+    printed = raw.getvalue().decode("ascii")
+    assert "[/bold] :smile: ?" in printed
+    assert "\x1b" not in printed
+
+
+def test_results_never_overwrite_and_are_whole_or_absent(tmp_path):
+    now = datetime(2030, 1, 2, 3, 4, 59)
+    names = [write_results(tmp_path, {"n": n, "loss": float("nan")}, now).name for n in range(2)]
+    assert names == ["test_results_fast_500k_20300102_030459.json", "test_results_fast_500k_20300102_030500.json"]
+    assert [json.loads((tmp_path / name).read_text()) for name in names] == [
+        {"n": 0, "loss": None},
+        {"n": 1, "loss": None},
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with pytest.raises(TypeError):
+        write_results(tmp_path, {"unwritable": object()}, now)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_the_output_folder_is_tried_and_left_alone(tmp_path):
+    assert check_output_dir(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    for folder in ("", "  ", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        with pytest.raises(UserError, match="--output-dir"):
+            check_output_dir(folder)
+
+
+def parsed(*argv: str):
+    return suite._parser().parse_args(argv)
+
+
+def test_without_a_gpu_its_test_is_skipped_and_gpu_only_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    configs, skipped = suite.choose_configs(parsed())
+    assert list(configs) == ["cpu"]
+    assert skipped == {"gpu": "no CUDA device is available on this machine"}
+    with pytest.raises(UserError, match="no CUDA device"):
+        suite.choose_configs(parsed("--gpu-only"))
+
+
+def test_the_configs_device_decides_and_a_contradiction_is_an_error(tmp_path):
+    config = str(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    configs, skipped = suite.choose_configs(parsed("--config", config, "--seed", "7"))
+    assert configs["cpu"].seed == 7
+    assert skipped == {"gpu": f"{config} has runtime.device 'cpu'"}
+    with pytest.raises(UserError, match="nothing to run"):
+        suite.choose_configs(parsed("--config", config, "--gpu-only"))
+
+
+@pytest.fixture(scope="module")
+def failing_run(tmp_path_factory) -> tuple[int, str, dict]:
+    """Exit code, console and results of a run on random text that is far too short to learn anything."""
+    folder = tmp_path_factory.mktemp("suite")
+    changes = {
+        "model.max_position_embeddings": 128,
+        "train.steps": 2,
+        "suite.full_training_steps": 3,
+        "suite.max_new_tokens": 4,
+    }
+    config = write_text_run(folder, **changes)
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "Reporter", lambda: Reporter(Console(file=output, width=120, markup=False)))
+        code = suite.main(
+            ["--config", str(config), "--full-training", "--output-dir", str(folder / "out"), "--seed", "3"]
+        )
+    [path] = (folder / "out").iterdir()
+    assert re.fullmatch(r"test_results_fast_500k_\d{8}_\d{6}\.json", path.name)
+    return code, output.getvalue(), json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_model_that_learnt_nothing_fails(failing_run):
+    code, console, results = failing_run
+    assert code == 1
+    assert results["verdict"]["passed"] is False
+    assert FAILED in console
+    assert PASSED not in console
+    failed = " ".join(results["verdict"]["failed"])
+    assert "cpu: fast success is 0.0%, not > 50.0%" in failed
+    assert "full: high success is 0.0%, not > 70.0%" in failed
+    assert "cpu: propagation failed is 1, not == 0" in failed  # this model has far fewer than 400K parameters
+
+
+def test_the_gpu_half_is_skipped_never_passed(failing_run):
+    _, console, results = failing_run
+    assert results["tests"]["gpu"]["status"] == "skipped"
+    assert re.search(r"SKIPPED +gpu: ", console)
+    comparison = [c for c in results["verdict"]["checks"] if c["test"] == "comparison"]
+    assert [c["status"] for c in comparison] == ["SKIP", "SKIP"]
+
+
+def test_the_results_file_holds_everything(failing_run):
+    results = failing_run[2]
+    top = {
+        "schema_version",
+        "created",
+        "command",
+        "seconds",
+        "commit",
+        "machine",
+        "versions",
+        "native",
+        "phases",
+        "tests",
+    }
+    assert set(results) == top | {"comparison", "errors", "verdict"}
+    for name in ("cpu", "full"):
+        test = results["tests"][name]
+        assert [phase["name"] for phase in test["phases"]] == list(phases.PHASES)
+        assert all(
+            phase["seconds"] >= 0 and phase["status"] in ("passed", "warning", "failed") for phase in test["phases"]
+        )
+        details = {phase["name"]: phase["details"] for phase in test["phases"]}
+        assert test["config"]["seed"] == 3
+        assert len(test["config_sha256"]) == 64
+        assert set(details["set-up"]["parameters"]) == {"total", "active", "embedding"}
+        assert details["set-up"]["data"]["texts_sha256"]
+        assert {row["operator"] for row in details["set-up"]["operators"]} == set(phases.ops.OPERATORS)
+        assert details["recall"]["taught"] is None
+        assert details["control"]["answered"] == 0
+        assert len(details["training"]["losses"]) == test["config"]["train"]["steps"]
+        assert set(details["generation"]["probes"][0]["similarity"]) == {
+            "sequence",
+            "word_overlap",
+            "substring",
+            "combined",
+        }
+    assert len(results["tests"]["full"]["phases"][4]["details"]["probes"]) == 13
+    similarity = [error for error in results["errors"] if error["type"] == "similarity"]
+    assert len(similarity) == 3 + 13
+    assert all(len(error["generated"]) <= 200 for error in similarity)
+
+
+def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeypatch):
+    def broken(session):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setitem(phases.PHASES, "training", broken)
+    changes = {"model.max_position_embeddings": 128, "train.steps": 2}
+    code = suite.main(["--config", str(write_text_run(tmp_path, **changes)), "--output-dir", str(tmp_path / "out")])
+    [path] = (tmp_path / "out").iterdir()
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert code == 1
+    assert results["tests"]["cpu"]["status"] == "error"
+    statuses = {phase["name"]: phase["status"] for phase in results["tests"]["cpu"]["phases"]}
+    assert statuses["training"] == "error"
+    assert {statuses[name] for name in ("propagation", "generation", "control", "recall", "performance")} == {"skipped"}
+    [error] = [error for error in results["errors"] if error["type"] == "training"]
+    assert "ZeroDivisionError: a defect" in error["message"]
+    assert "in broken" in error["stack_trace"]
+    assert error["configuration"]["train"]["steps"] == 2
+    assert "cpu: training: ZeroDivisionError: a defect" in results["verdict"]["failed"]
+
+
+def test_a_users_mistake_in_setting_up_writes_nothing(tmp_path):
+    config = write_text_run(tmp_path, **{"model.max_position_embeddings": 128, "train.batch_size": 10_000})
+    with pytest.raises(UserError, match="too few articles for one batch"):
+        suite.main(["--config", str(config), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_noticed_before_training(tmp_path):
+    config = write_text_run(tmp_path, **{"model.max_position_embeddings": 16})
+    with pytest.raises(UserError, match=r"prompt .* tokens; at most 16"):
+        suite.main(["--config", str(config), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_knob_the_page_names_is_real():
+    page = (phases.CONFIGS.parent / "docs" / "TESTS.md").read_text(encoding="utf-8")
+    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json").to_dict()
+    keys = re.findall(r"`(model|data|train|runtime|suite)\.(\w+)`", page)
+    assert len(keys) >= 20
+    assert [f"{section}.{key}" for section, key in keys if key not in config[section]] == []
+    flags = {flag for action in suite._parser()._actions for flag in action.option_strings}
+    named = set(re.findall(r"--[a-z][-a-z]+", page))
+    assert named <= flags
+    assert flags - named == {"--help", "-h"}

@@ -1,0 +1,276 @@
+"""The loop: one step by hand, determinism, bad numbers, signals, what is printed, what is written, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_config, tiny_dataset, write_text_run
+
+from dsfast import ops
+from dsfast.config import load_config
+from dsfast.data import PackedRows
+from dsfast.errors import UserError
+from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
+from dsfast.train.__main__ import main
+from dsfast.train.optimizer import learning_rate_scale
+
+
+def tiny_trainer(output_dir=None, **changes) -> Trainer:
+    return Trainer(tiny_config(**changes), output_dir, tiny_dataset())
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_train_batch_is_the_step_written_out():
+    """Two steps against forward, backward, torch's clip, optimizer and router bias written down one after the other."""
+    changes = {"train.grad_clip": 0.5, "model.num_nextn_predict_layers": 1, "train.mtp_loss_weight": 0.7}
+    trainer, other = tiny_trainer(**changes), tiny_trainer(**changes)
+    assert same(weights(trainer), weights(other))
+    model, train = other.model, other.config.train
+    optimizer = build_optimizer(model, train)
+    for step in range(2):
+        batch = other.dataset.rows.batch(step, 3)
+        report = trainer.train_batch(batch)
+        model.zero_grad()
+        loss = model.loss(batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens, mtp_loss_weight=0.7)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step(learning_rate_scale(step, train))
+        biases = [router.e_score_correction_bias.clone() for router in model.routers()]
+        model.update_router_bias(train.bias_update_speed)
+        assert any(not torch.equal(b, r.e_score_correction_bias) for b, r in zip(biases, model.routers(), strict=True))
+        assert (report.step, report.loss, report.tokens) == (step + 1, loss.item(), 48)
+        assert report.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert norm > 0.5, "the clip must have something to do"
+        assert report.lr == train.learning_rate * learning_rate_scale(step, train)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_step_on_rows_of_ones_own_learns_them():
+    trainer = Trainer(tiny_config(**{"train.steps": 60}))  # no data set is built for this
+    tokens = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
+    input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+    expected = trainer.model.loss(input_ids, labels).item()
+    losses = [trainer.step(input_ids, labels) for _ in range(60)]
+    assert losses[0] == expected
+    assert losses[-1] < 0.5 * losses[0]
+    assert trainer.steps_done == 60
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_same_seed_same_bits_other_seed_other_weights(kind):
+    changes = {"train.optimizer": kind}
+    runs = [tiny_trainer(**changes, seed=seed) for seed in (4, 4, 5)]
+    losses = [trainer.train(quiet=True).losses for trainer in runs]
+    assert losses[0] == losses[1]
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_result_metrics_and_folder(tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path / "new" / "run", **{"train.checkpoint_every": 4})
+    result = trainer.train()
+    folder = tmp_path / "new" / "run"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "metrics.jsonl", "step-000004", "step-000008", "step-000010"
+    ]  # fmt: skip
+    assert load_config(folder / "config.json") == trainer.config
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["loss"] for line in lines] == result.losses
+    scales = [learning_rate_scale(step, trainer.config.train) for step in range(10)]
+    assert [line["lr"] for line in lines] == [trainer.config.train.learning_rate * scale for scale in scales]
+    for line in lines:
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_second"] == pytest.approx(48 / line["seconds"])
+        assert [len(shares) for shares in line["expert_load"]] == [4]
+        assert sum(line["expert_load"][0]) == pytest.approx(1)
+    assert (result.steps, result.skipped_steps, result.final_loss) == (10, 0, result.losses[-1])
+    assert result.checkpoint == folder / "step-000010"
+    assert result.tokens_per_second == pytest.approx(480 / result.seconds)
+    assert 2**24 < result.peak_memory_bytes < 2**36
+    model, _, config = load_checkpoint(folder)
+    assert same(model.state_dict(), weights(trainer))
+    assert config == trainer.config
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("  loss ")[0] for line in printed] == ["step  5/10", "step 10/10"]
+    assert f"loss {result.final_loss:.4f}" in printed[-1]
+    for word in ("lr ", " tokens/s", " left"):
+        assert word in printed[-1]
+
+
+def test_without_a_folder_nothing_is_written_and_quiet_is_quiet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert tiny_trainer().train(quiet=True).checkpoint is None
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    tiny_trainer().train()
+    printed = capsys.readouterr().out
+    assert "━" in printed
+    assert "step 10/10" in printed
+
+
+def test_poisoned_step_is_skipped_and_counted(tmp_path):
+    """At steps 3 and 4 one gradient is NaN, at step 6 infinite: weights, moments and biases stay as they are."""
+    trainer = tiny_trainer(tmp_path / "run", **{"train.max_bad_steps": 3})
+    target = dict(trainer.model.named_parameters())["layers.1.self_attn.o_proj.weight"]
+    bad = {2: math.nan, 3: math.nan, 5: math.inf}
+    target.register_hook(lambda grad: grad * bad.get(trainer.steps_done, 1.0))
+    seen = []
+    train_batch = trainer.train_batch
+
+    def watched(batch):
+        before, state = weights(trainer), {n: t.clone() for n, t in trainer.optimizer.state_dict().items()}
+        report = train_batch(batch)
+        unchanged = same(before, weights(trainer)) and same(state, trainer.optimizer.state_dict())
+        seen.append((report.step, report.skipped, unchanged, trainer.bad_steps))
+        return report
+
+    trainer.train_batch = watched
+    result = trainer.train(quiet=True)
+    expected = {3: (True, True, 1), 4: (True, True, 2), 6: (True, True, 1)}
+    assert seen == [(step, *expected.get(step, (False, False, 0))) for step in range(1, 11)]
+    assert result.skipped_steps == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["skipped"]] == [3, 4, 6]
+    assert lines[2]["grad_norm"] is None
+    assert not any(tensor.isnan().any() for tensor in weights(trainer).values())
+
+
+def test_too_many_bad_steps_name_step_and_gradient():
+    trainer = tiny_trainer(**{"train.max_bad_steps": 2})
+    target = dict(trainer.model.named_parameters())["layers.1.mlp.experts.down_proj"]
+    target.register_hook(lambda grad: grad * (math.inf if trainer.steps_done >= 4 else 1))
+    with pytest.raises(TrainingError, match=r"step 6: 2 steps in a row .*gradient of 'layers.1.mlp.experts.down_proj'"):
+        trainer.train(quiet=True)
+
+
+def test_a_parameter_that_is_not_finite_is_named_before_its_gradients():
+    trainer = tiny_trainer(**{"train.max_bad_steps": 1})
+    with torch.no_grad():
+        dict(trainer.model.named_parameters())["layers.1.self_attn.kv_b_proj.weight"][0, 0] = math.nan
+    with pytest.raises(TrainingError, match=r"step 1: .*first tensor: parameter 'layers.1.self_attn.kv_b_proj"):
+        trainer.train(quiet=True)
+
+
+class SignallingRows(PackedRows):
+    """Rows that send this process a signal while the batch of step 3 is fetched."""
+
+    def batch(self, step, batch_size):
+        if step == 3:
+            os.kill(os.getpid(), self.number)
+        return super().batch(step, batch_size)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, number, code):
+    data = tiny_dataset()
+    rows = SignallingRows(data.rows.stream, data.rows.sequence_length, data.rows.seed)
+    object.__setattr__(rows, "number", number)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    trainer = Trainer(tiny_config(), tmp_path / "run", replace(data, rows=rows))
+    with pytest.raises(Interrupted, match=r"stopped after step 4 of 10; saved as .*step-000004") as stop:
+        trainer.train(quiet=True)
+    assert stop.value.exit_code == code
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    model, _, _ = load_checkpoint(tmp_path / "run")
+    assert same(model.state_dict(), weights(trainer))
+    trainer = Trainer(tiny_config(), None, replace(data, rows=rows))
+    with pytest.raises(Interrupted, match="nothing was saved"):
+        trainer.train(quiet=True)
+
+
+def test_signal_while_a_checkpoint_is_written(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", **{"train.checkpoint_every": 4})
+    save = trainer.save
+
+    def save_and_signal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save()
+
+    trainer.save = save_and_signal
+    with pytest.raises(Interrupted, match=r"stopped after step 4 of 10; saved as .*step-000004"):
+        trainer.train(quiet=True)
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-000004"]
+
+
+def test_output_folder_rules(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"full: expected a new or empty folder, found 'notes.txt'"):
+        tiny_trainer(tmp_path / "full").train(quiet=True)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    for folder in (tmp_path / "full" / "notes.txt", tmp_path / "full" / "notes.txt" / "run"):
+        with pytest.raises(UserError, match=r"cannot be used as output folder"):
+            tiny_trainer(folder).train(quiet=True)
+    (tmp_path / "empty").mkdir()
+    tiny_trainer(tmp_path / "empty").train(quiet=True)
+
+
+def test_too_little_data_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="too few articles for one batch"):
+        tiny_trainer(tmp_path / "run", **{"train.batch_size": 99}).train(quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runtime_is_applied():
+    before = torch.get_num_threads()
+    try:
+        tiny_trainer(**{"runtime.threads": 2, "runtime.kernels": {"rms_norm": "reference"}})
+        assert torch.get_num_threads() == 2
+        row = next(row for row in ops.report("cpu") if row["operator"] == "rms_norm")
+        assert (row["implementation"], row["reason"]) == ("reference", "asked for")
+    finally:
+        torch.set_num_threads(before)
+        ops.configure({})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu():
+    with pytest.raises(UserError, match=r"runtime.device is 'cuda', but torch finds no GPU"):
+        tiny_trainer(**{"runtime.device": "cuda", "runtime.dtype": "bfloat16"})
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSFAST_CACHE", str(tmp_path / "cache"))
+    config = write_text_run(tmp_path)
+    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run"), "--seed", "7", "--steps", "4"]
+    assert main(arguments) == 0
+    assert "trained to step 4 in" in capsys.readouterr().out.splitlines()[-1]
+    saved = load_config(tmp_path / "run" / "config.json")
+    assert (saved.seed, saved.train.steps) == (7, 4)
+    with pytest.raises(UserError, match=r"found 'config.json' in it"):
+        main(arguments)
+    with pytest.raises(UserError, match=r"train.steps: expected more than the 4 done already, got 4"):
+        main([*arguments, "--resume"])
+    with pytest.raises(UserError, match="expected --config FILE"):
+        main(["--output-dir", str(tmp_path / "other")])
+    with pytest.raises(UserError, match="output-dir"):
+        main(["--config", str(config)])
+    with pytest.raises(UserError, match=r"absent.json: cannot be read"):
+        main(["--config", str(tmp_path / "absent.json"), "--output-dir", str(tmp_path / "other")])
+    with pytest.raises(UserError, match=r"train.steps must be above 0, got 0"):
+        main([*arguments[:4], "--steps", "0"])
+    assert not (tmp_path / "other").exists()
