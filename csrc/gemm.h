@@ -71,8 +71,8 @@ DSFAST_INLINE void for_row_blocks(int64_t M, F f) {
   for (; i < M; ++i) f(Rows<1>{}, i);
 }
 
-inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 bool accumulate = false) {
+__attribute__((noinline)) inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb,
+                                           float* c, int64_t ldc, bool accumulate = false) {
   // Panels outside, rows inside: one panel of B stays in the first-level cache while A streams past.
   int64_t j = 0;
   for (; j + NR <= N; j += NR)

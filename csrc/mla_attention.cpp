@@ -77,7 +77,7 @@ void softmax(float* scores, int64_t q0, int64_t keys, float* top, float* total) 
 }
 
 void forward_head(View qn, View qr, View kn, View kr, View v, int64_t first, int64_t length, int64_t head, int64_t H,
-                  float scale, const Sizes& z, float* o, float* lse) {
+                  float scale, const Sizes& z, float* o, float* tops) {
   float* keys = dsfast::scratch(length * (z.Dk + z.Dv + NR) + 2 * z.Dk * NR);
   float *values = keys + length * z.Dk, *scores = values + length * z.Dv;
   float *q = scores + length * NR, *q_t = q + z.Dk * NR;
@@ -94,7 +94,7 @@ void forward_head(View qn, View qr, View kn, View kr, View v, int64_t first, int
     gemm(rows, z.Dv, seen, {scores, 1, NR}, values, z.Dv, out, H * z.Dv);
     for (int64_t i = 0; i < rows; ++i) {
       copy_scaled(out + i * H * z.Dv, out + i * H * z.Dv, z.Dv, 1.0f / total[i]);
-      lse[first + q0 + i] = top[i] + std::log(total[i]);
+      tops[first + q0 + i] = top[i];
     }
   }
 }
@@ -104,7 +104,7 @@ struct Work {
   float *keys, *values, *dkeys, *dvalues;  // [length][...]
   float *p, *ds;                           // [length][NR]
   float *q, *q_t, *d_o, *do_t, *dq;        // [NR][...] and [...][NR]
-  float minus_lse[NR], delta[NR];
+  float top[NR];                           // each query's highest score
 
   Work(int64_t length, const Sizes& z) {
     const int64_t width = z.Dk + z.Dv;
@@ -118,30 +118,30 @@ struct Work {
   }
 };
 
-// p = exp(score - lse), ds = p (dp - delta) where ds holds dp on entry
+// p = exp(score - top) / sum, ds = p (dp - sum p dp) where ds holds dp on entry. Sum and delta are made anew from the
+// same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
+// itself.
 void softmax_backward(Work& w, int64_t q0, int64_t keys) {
+  for_future(q0, keys, [&](int64_t at) {
+    w.p[at] = -INFINITY;
+    w.ds[at] = 0.0f;
+  });
   for (int part = 0; part < NR; part += W) {
-    const vfloat minus_lse = load(w.minus_lse + part), delta = load(w.delta + part);
+    const vfloat top = load(w.top + part);
+    vfloat total = {}, delta = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const vfloat p = exp(load(w.p + j * NR + part) + minus_lse);
+      const vfloat e = exp(load(w.p + j * NR + part) - top);
+      store(w.p + j * NR + part, e);
+      total += e;
+      delta += e * load(w.ds + j * NR + part);
+    }
+    const vfloat share = 1.0f / total;
+    delta *= share;
+    for (int64_t j = 0; j < keys; ++j) {
+      const vfloat p = load(w.p + j * NR + part) * share;
       store(w.p + j * NR + part, p);
       store(w.ds + j * NR + part, p * (load(w.ds + j * NR + part) - delta));
     }
-  }
-  for_future(q0, keys, [&](int64_t at) { w.p[at] = w.ds[at] = 0.0f; });
-}
-
-void load_rows(View d_o, const float* o, const float* lse, int64_t first, int64_t rows, int64_t head, int64_t H,
-               const Sizes& z, Work& w) {
-  pack(d_o, first, head, rows, z.Dv, w.d_o);
-  for (int64_t i = 0; i < NR; ++i) {
-    w.minus_lse[i] = i < rows ? -lse[first + i] : 0.0f;
-    vfloat products = {};
-    const float* out = o + ((first + i) * H + head) * z.Dv;
-    if (i < rows)
-      for_vectors(z.Dv,
-                  [&](int64_t d, int64_t n) { products += load_n(out + d, n) * load_n(w.d_o + i * z.Dv + d, n); });
-    w.delta[i] = sum(products);
   }
 }
 
@@ -150,7 +150,7 @@ void load_rows(View d_o, const float* o, const float* lse, int64_t first, int64_
 bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_head, const float* q_rope,
                            int64_t qr_token, int64_t qr_head, const float* k_nope, int64_t kn_token, int64_t kn_head,
                            const float* k_rope, int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
-                           const int32_t* cu_seqlens, float scale, float* o, float* lse, int64_t N, int64_t H,
+                           const int32_t* cu_seqlens, float scale, float* o, float* tops, int64_t N, int64_t H,
                            int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads) {
   if (!rises(cu_seqlens, S, N)) return false;
   const Sizes z = {Dn, Dr, Dv, Dn + Dr};
@@ -158,7 +158,7 @@ bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_hea
   const View kr = {k_rope, kr_token, 0}, values = {v, v_token, v_head};
   parallel_tasks(S * H, threads, [&](int64_t task) {
     const int64_t first = cu_seqlens[task / H], length = cu_seqlens[task / H + 1] - first, head = task % H;
-    if (length > 0) forward_head(qn, qr, kn, kr, values, first, length, head, H, scale, z, o, lse + head * N);
+    if (length > 0) forward_head(qn, qr, kn, kr, values, first, length, head, H, scale, z, o, tops + head * N);
   });
   return true;
 }
@@ -167,9 +167,9 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
                             int64_t qn_head, const float* q_rope, int64_t qr_token, int64_t qr_head,
                             const float* k_nope, int64_t kn_token, int64_t kn_head, const float* k_rope,
                             int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
-                            const int32_t* cu_seqlens, float scale, const float* o, const float* lse, float* dq_nope,
-                            float* dq_rope, float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn,
-                            int64_t Dr, int64_t Dv, int64_t S, int threads) {
+                            const int32_t* cu_seqlens, float scale, const float* tops, float* dq_nope, float* dq_rope,
+                            float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
+                            int64_t Dv, int64_t S, int threads) {
   const Sizes z = {Dn, Dr, Dv, Dn + Dr};
   const View grad = {d_o, do_token, do_head}, qn = {q_nope, qn_token, qn_head}, qr = {q_rope, qr_token, qr_head};
   const View kn = {k_nope, kn_token, kn_head}, kr = {k_rope, kr_token, 0}, values = {v, v_token, v_head};
@@ -185,7 +185,8 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
       const int64_t rows = length - q0 < NR ? length - q0 : NR, seen = q0 + rows;
       pack_keyed(qn, qr, first + q0, head, rows, z, scale, w.q);
       transpose(w.q, rows, z.Dk, w.q_t);
-      load_rows(grad, o, lse + head * N, first + q0, rows, head, H, z, w);
+      pack(grad, first + q0, head, rows, Dv, w.d_o);
+      for (int64_t i = 0; i < NR; ++i) w.top[i] = i < rows ? tops[head * N + first + q0 + i] : 0.0f;
       transpose(w.d_o, rows, Dv, w.do_t);
       gemm(seen, NR, z.Dk, {w.keys, z.Dk, 1}, w.q_t, NR, w.p, NR);
       gemm(seen, NR, Dv, {w.values, Dv, 1}, w.do_t, NR, w.ds, NR);

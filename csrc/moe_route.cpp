@@ -11,11 +11,14 @@ void sigmoids(const float* logits, int64_t E, float* scores) {
   for_vectors(E, [&](int64_t e, int64_t n) { store_n(scores + e, sigmoid(load_n(logits + e, n)), n); });
 }
 
+// NaN counts as the largest, as in a sort: a broken router shows in the weights.
+bool larger(float a, float b) { return !(a <= b) && b == b; }
+
 // The index of the largest value, the lowest of equals.
 int64_t best(const float* values, int64_t count) {
   int64_t at = 0;
   for (int64_t i = 1; i < count; ++i)
-    if (values[i] > values[at]) at = i;
+    if (larger(values[i], values[at])) at = i;
   return at;
 }
 
@@ -26,10 +29,10 @@ void limit_groups(float* values, int64_t E, int64_t n_group, int64_t topk_group,
     float first = -INFINITY, second = -INFINITY;
     for (int64_t i = 0; i < size; ++i) {
       const float value = values[g * size + i];
-      if (value > first) {
+      if (larger(value, first)) {
         second = first;
         first = value;
-      } else if (value > second) {
+      } else if (larger(value, second)) {
         second = value;
       }
     }

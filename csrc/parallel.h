@@ -9,6 +9,8 @@
 
 namespace DSFAST_ISA {
 
+constexpr int MAX_THREADS = 256;
+
 // f(thread, begin, end): a contiguous part of 0..count for each thread; the split depends on `count` and `threads`
 // alone.
 template <class F>
@@ -17,7 +19,7 @@ DSFAST_INLINE void parallel_ranges(int64_t count, int threads, F f) {
     f(0, int64_t(0), count);
     return;
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads < MAX_THREADS ? threads : MAX_THREADS)
   {
     const int64_t t = omp_get_thread_num(), parts = omp_get_num_threads();
     f(int(t), count * t / parts, count * (t + 1) / parts);
@@ -30,8 +32,6 @@ DSFAST_INLINE void parallel_tasks(int64_t count, int threads, F f) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && count > 1)
   for (int64_t task = 0; task < count; ++task) f(task);
 }
-
-constexpr int MAX_THREADS = 256;
 
 // One array a thread for sums that several threads contribute to; added up in the order of the threads, so that a run
 // with the same number of threads gives the same bits.

@@ -57,6 +57,9 @@ def adamw(
         adamw_reference(*arguments)
     else:
         torch.ops.dsfast.adamw(*arguments)
+        torch.autograd.graph.increment_version(
+            [*params, *exp_avgs, *exp_avg_sqs]
+        )  # C++ wrote where autograd cannot see
 
 
 @torch.no_grad()

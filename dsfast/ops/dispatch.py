@@ -49,26 +49,30 @@ def use(implementation: str, *operators: str) -> Iterator[None]:
 
 
 def configure(kernels: Mapping[str, str], device: str = "cpu") -> None:
-    """Select from a config's `runtime.kernels` (operator or "default" -> implementation) for the rest of the process.
+    """Select from a config's `runtime.kernels` (operator or "default" -> implementation), from now on in this thread.
 
     Raises UserError for unknown names, or at once where an implementation named cannot run on `device`.
     """
-    selection = dict.fromkeys(OPERATORS, kernels.get("default", "auto"))
     for operator, implementation in kernels.items():
         _check_names(implementation, () if operator == "default" else (operator,))
-        if operator != "default":
-            selection[operator] = implementation
+    default = kernels.get("default", "auto")
+    selection = {operator: kernels.get(operator, default) for operator in OPERATORS}
+    for operator, implementation in selection.items():
+        _resolve(operator, device, torch.float32, implementation)
     _selection.set(selection)
-    for operator in OPERATORS:
-        _resolve(operator, device, torch.float32)
 
 
 def choose(operator: str, x: Tensor) -> str:
     """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back."""
-    implementation, reason = _resolve(operator, x.device.type, x.dtype)
+    return _choose(operator, x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # the choice is made, and its warning given, when torch.compile traces
+def _choose(operator: str, device: str, dtype: torch.dtype) -> str:
+    implementation, reason = _resolve(operator, device, dtype)
     if implementation == "reference" and reason and (operator, reason) not in _fallbacks:
-        _fallbacks[operator, reason] = str(x.device.type)
-        warnings.warn(f"{operator} runs in plain PyTorch: {reason}", FallbackWarning, stacklevel=3)
+        _fallbacks[operator, reason] = device
+        warnings.warn(f"{operator} runs in plain PyTorch: {reason}", FallbackWarning, stacklevel=4)
     return implementation
 
 
@@ -89,9 +93,9 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
     return rows
 
 
-def _resolve(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, reason of a fall-back or "")."""
-    wanted = _selection.get().get(operator, "auto")
+def _resolve(operator: str, device: str, dtype: torch.dtype, wanted: str | None = None) -> tuple[str, str]:
+    """(implementation, reason of a fall-back or ""); `wanted` in place of what is selected."""
+    wanted = wanted or _selection.get().get(operator, "auto")
     own = _OF_DEVICE.get(device)
     if wanted == "reference" or (own is None and wanted == "auto"):
         return "reference", ""

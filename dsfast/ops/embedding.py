@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 
 
 def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
@@ -32,6 +32,7 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     expect_dtype("embedding", torch.int64, table.device, input_ids=input_ids)
     expect_dtype("embedding", table.dtype, table.device, projection=projection)
     if choose("embedding", table) == "reference":
+        expect_range("embedding", "input_ids", input_ids, table.size(0))
         return embedding_reference(input_ids, table, projection)
     return torch.ops.dsfast.embedding(input_ids, table, projection)
 
@@ -48,8 +49,7 @@ def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) ->
         input_ids.data_ptr(), table.data_ptr(), table.stride(0), 0 if projection is None else projection.data_ptr(),
         y.data_ptr(), input_ids.size(0), *table.shape, y.size(1), torch.get_num_threads(),
     )  # fmt: skip
-    if bad:
-        raise ValueError(f"embedding: input_ids must lie in 0..{table.size(0) - 1}, {bad} of {len(input_ids)} do not")
+    raise_out_of_range("embedding", "input_ids", bad, input_ids.size(0), table.size(0))
     return y
 
 

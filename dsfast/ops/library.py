@@ -39,6 +39,22 @@ def expect_dtype(operator: str, dtype: torch.dtype, device: torch.device, **tens
             raise TypeError(f"{operator}: {argument} must be {dtype} on {device}, got {x.dtype} on {x.device}")
 
 
+def expect_range(operator: str, argument: str, x: Tensor, limit: int, ignored: int | None = None) -> None:
+    """Raise ValueError unless 0 <= x < limit (or x is `ignored`). The C++ kernels look themselves; a GPU is not waited for."""
+    if x.is_cpu:
+        bad = int(((x < 0) | (x >= limit) if ignored is None else ((x < 0) | (x >= limit)) & (x != ignored)).sum())
+        raise_out_of_range(operator, argument, bad, x.numel(), limit, ignored)
+
+
+def raise_out_of_range(
+    operator: str, argument: str, bad: int, count: int, limit: int, ignored: int | None = None
+) -> None:
+    """The ValueError for `bad` (none: no error) of `count` indices outside 0..limit - 1."""
+    if bad:
+        other = "" if ignored is None else f" or be {ignored}"
+        raise ValueError(f"{operator}: {argument} must lie in 0..{limit - 1}{other}, {bad} of {count} do not")
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous (any strides before it), else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()

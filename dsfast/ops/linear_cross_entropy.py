@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -32,6 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
     expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight)
     expect_dtype("linear_cross_entropy", torch.int64, hidden.device, labels=labels)
     if choose("linear_cross_entropy", hidden) == "reference":
+        expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index)
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return torch.ops.dsfast.linear_cross_entropy(hidden, weight, labels, ignore_index, with_grads)[0]
@@ -45,10 +46,7 @@ def _cpu(hidden, weight, labels, ignore_index, with_grads):
         hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), labels.data_ptr(), ignore_index, loss.data_ptr(),
         dhidden.data_ptr(), dweight.data_ptr(), n, r, v, with_grads, torch.get_num_threads(),
     )  # fmt: skip
-    if bad:
-        raise ValueError(
-            f"linear_cross_entropy: labels must lie in 0..{v - 1} or be {ignore_index}, {bad} of {n} do not"
-        )
+    raise_out_of_range("linear_cross_entropy", "labels", bad, n, v, ignore_index)
     return loss, dhidden, dweight
 
 

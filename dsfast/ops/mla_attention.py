@@ -19,7 +19,7 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
-    outputs = [v.new_zeros(0, *v.shape[1:])]
+    outputs = [v[:0]]
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         at = slice(begin, end)
         s = torch.einsum("ihd,jhd->hij", q_nope[at], k_nope[at]) + torch.einsum("ihd,jd->hij", q_rope[at], k_rope[at])
@@ -41,6 +41,8 @@ def mla_attention(
     expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")
     expect_dtype("mla_attention", torch.int32, q_nope.device, cu_seqlens=cu_seqlens)
     if choose("mla_attention", q_nope) == "reference":
+        if cu_seqlens.is_cpu and not _rises(cu_seqlens.tolist(), q_nope.size(0)):
+            raise _bad_boundaries(cu_seqlens, q_nope.size(0))
         return mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
     return torch.ops.dsfast.mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)[0]
 
@@ -55,6 +57,14 @@ def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
     expect_dtype("mla_attention", q_nope.dtype, q_nope.device, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
 
 
+def _rises(boundaries: list[int], end: int) -> bool:
+    return bool(boundaries) and boundaries[0] == 0 and boundaries[-1] == end and boundaries == sorted(boundaries)
+
+
+def _bad_boundaries(cu_seqlens: Tensor, end: int) -> ValueError:
+    return ValueError(f"mla_attention: cu_seqlens must rise from 0 to {end}, got {cu_seqlens.tolist()[:20]}")
+
+
 def _strided(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
@@ -64,38 +74,39 @@ def _pointers(*tensors: Tensor) -> list[int]:
     return [number for x in tensors for number in (x.data_ptr(), *x.stride()[:-1])]
 
 
+# `softmax` [H, N] is what the backward pass needs to know of each query's scores: their maximum (C++) or log-sum-exp (Triton).
 def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     inputs = _strided(q_nope, q_rope, k_nope, k_rope, v)
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
-    o, lse = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
+    o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
     good = native.module().mla_attention_forward(
-        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), lse.data_ptr(), n, h, dn, dr, dv,
+        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), softmax.data_ptr(), n, h, dn, dr, dv,
         cu_seqlens.size(0) - 1, torch.get_num_threads(),
     )  # fmt: skip
     if not good:
-        raise ValueError(f"mla_attention: cu_seqlens must rise from 0 to {n}, got {cu_seqlens.tolist()[:20]}")
-    return o, lse
+        raise _bad_boundaries(cu_seqlens, n)
+    return o, softmax
 
 
 def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     return q_nope.new_empty(v.shape), q_nope.new_empty(q_nope.size(1), q_nope.size(0))
 
 
-def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, lse):
+def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
     inputs = _strided(do, q_nope, q_rope, k_nope, k_rope, v)
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, q_rope.movedim(1, 0), v)]
     native.module().mla_attention_backward(
-        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), lse.data_ptr(),
+        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, softmax.data_ptr(),
         *(g.data_ptr() for g in gradients), n, h, dn, dr, dv, cu_seqlens.size(0) - 1, torch.get_num_threads(),
     )  # fmt: skip
     gradients[3] = gradients[3].sum(0)  # the rope key is shared: its gradient comes back for each head
     return tuple(gradients)
 
 
-def _backward_fake(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, lse):
+def _backward_fake(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
     return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, k_rope, v))
 
 
@@ -106,15 +117,15 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do, _):
-    *tensors, o, lse = ctx.saved_tensors
-    gradients = torch.ops.dsfast.mla_attention_backward(do, *tensors, ctx.scale, o, lse)
+    *tensors, o, softmax = ctx.saved_tensors
+    gradients = torch.ops.dsfast.mla_attention_backward(do, *tensors, ctx.scale, o, softmax)
     return *gradients, None, None
 
 
 _TENSORS = "Tensor q_nope, Tensor q_rope, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens, float scale"
 define(f"mla_attention({_TENSORS}) -> (Tensor, Tensor)", cpu=_forward_cpu, fake=_forward_fake)
 define(
-    f"mla_attention_backward(Tensor do, {_TENSORS}, Tensor o, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"mla_attention_backward(Tensor do, {_TENSORS}, Tensor o, Tensor softmax) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
 )

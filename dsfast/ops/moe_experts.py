@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 from dsfast.ops.swiglu_mlp import swiglu_mlp_reference
 
 
@@ -40,6 +40,7 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, do
     expect_dtype("moe_experts", x.dtype, x.device, weights=weights, gate_up=gate_up, down=down)
     expect_dtype("moe_experts", torch.int64, x.device, indices=indices)
     if choose("moe_experts", x) == "reference":
+        expect_range("moe_experts", "indices", indices, down.size(0))
         return moe_experts_reference(x, weights, indices, gate_up, down)
     return torch.ops.dsfast.moe_experts(x, weights, indices, gate_up, down)[0]
 
@@ -60,8 +61,7 @@ def _forward_cpu(x, weights, indices, gate_up, down):
         y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
         torch.get_num_threads(),
     )  # fmt: skip
-    if bad:
-        raise ValueError(f"moe_experts: indices must lie in 0..{e - 1}, {bad} of {n * k} do not")
+    raise_out_of_range("moe_experts", "indices", bad, n * k, e)
     return y, gu, order, offsets
 
 

@@ -30,7 +30,7 @@ def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob
 
 
 def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
-    grouped_NGe = biased.view(biased.size(0), n_group, -1)
+    grouped_NGe = biased.unflatten(1, (n_group, -1))
     group_score = grouped_NGe.topk(min(2, grouped_NGe.size(2)), dim=2).values.sum(2)
     best = _top(group_score, topk_group)
     kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, best, True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -36,6 +36,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     expect_dtype("rope", x.dtype, x.device, cos=cos, sin=sin)
     expect_dtype("rope", torch.int64, x.device, positions=positions)
     if choose("rope", x) == "reference":
+        expect_range("rope", "positions", positions, cos.size(0))
         return rope_reference(x, cos, sin, positions)
     return torch.ops.dsfast.rope(x, cos, sin, positions, False)
 
@@ -48,8 +49,7 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) 
         x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), y.data_ptr(),
         *x.shape, cos.size(0), inverse, torch.get_num_threads(),
     )  # fmt: skip
-    if bad:
-        raise ValueError(f"rope: positions must lie in 0..{cos.size(0) - 1}, {bad} of {x.size(0)} do not")
+    raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))
     return y
 
 
