@@ -34,11 +34,13 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# pip builds the extension; the stamp is older than any changed source, so a changed kernel is built before it runs.
+# pip builds the extension; the stamps are older than any changed source, so a changed kernel is built before it runs.
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@echo "Installing dsfast into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
 	$(RUN) -m pip install --quiet -e .
-	touch $@
+	@touch $@
 
-$(VENV)/installed-%: $(VENV)/installed
+$(VENV)/installed-%: $(VENV)/bin/python $(SOURCES)
+	@echo "Installing dsfast[$*] into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
 	$(RUN) -m pip install --quiet -e ".[$*]"
-	touch $@
+	@touch $@
