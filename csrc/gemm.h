@@ -20,6 +20,7 @@ struct Matrix {
   const float* data;
   int64_t row, column;  // strides
   DSFAST_INLINE Matrix rows_from(int64_t i) const { return {data + i * row, row, column}; }
+  DSFAST_INLINE Matrix columns_from(int64_t k) const { return {data + k * column, row, column}; }
 };
 
 template <int ROWS, int VECTORS>
@@ -67,12 +68,16 @@ template <class F>
 DSFAST_INLINE void for_row_blocks(int64_t M, F f) {
   int64_t i = 0;
   for (; i + MR <= M; i += MR) f(Rows<MR>{}, i);
+  if (MR > 8 && i + 8 <= M) {
+    f(Rows<8>{}, i);
+    i += 8;
+  }
   for (; i + 4 <= M; i += 4) f(Rows<4>{}, i);
   for (; i < M; ++i) f(Rows<1>{}, i);
 }
 
-__attribute__((noinline)) inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb,
-                                           float* c, int64_t ldc, bool accumulate = false) {
+__attribute__((noinline)) inline void gemm_slice(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb,
+                                                 float* c, int64_t ldc, bool accumulate) {
   // Panels outside, rows inside: one panel of B stays in the first-level cache while A streams past.
   int64_t j = 0;
   for (; j + NR <= N; j += NR)
@@ -89,6 +94,17 @@ __attribute__((noinline)) inline void gemm(int64_t M, int64_t N, int64_t K, Matr
     for_row_blocks(M, [&](auto rows, int64_t i) {
       tile_part<rows.value>(K, N - j, a.rows_from(i), b + j, ldb, c + i * ldc + j, ldc, accumulate);
     });
+}
+
+// Terms summed in registers before they are added to C: bounds the rounding, and B's panel in the cache.
+constexpr int64_t KC = 512;
+
+inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                 bool accumulate = false) {
+  for (int64_t k = 0; k < K || k == 0; k += KC) {
+    const int64_t terms = K - k < KC ? K - k : KC;
+    gemm_slice(M, N, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+  }
 }
 
 }  // namespace DSFAST_ISA

@@ -40,12 +40,12 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
                             float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
                             int64_t Dv, int64_t S, int threads);
 
-void moe_route_forward(const float* logits, int64_t logits_row, const float* bias, float* weights, int64_t* indices,
-                       int64_t* counts, int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group,
-                       bool norm_topk_prob, float scaling, int threads);
-void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, int64_t logits_row,
-                        const int64_t* indices, float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob,
-                        float scaling, int threads);
+void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
+                       int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
+                       float scaling, int threads);
+void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* indices,
+                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
+                        int threads);
 
 // gate_up_t [D, 2I] and down_t [I, D] are the weights transposed; gu [N, 2I] keeps x gate_up^T for the backward pass.
 void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y, float* gu,

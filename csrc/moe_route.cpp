@@ -7,6 +7,8 @@
 namespace DSFAST_ISA {
 namespace {
 
+constexpr int64_t BLOCK = 64;  // tokens whose scores are made together: a token alone may not fill a vector
+
 void sigmoids(const float* logits, int64_t E, float* scores) {
   for_vectors(E, [&](int64_t e, int64_t n) { store_n(scores + e, sigmoid(load_n(logits + e, n)), n); });
 }
@@ -46,14 +48,14 @@ void limit_groups(float* values, int64_t E, int64_t n_group, int64_t topk_group,
 
 }  // namespace
 
-void moe_route_forward(const float* logits, int64_t logits_row, const float* bias, float* weights, int64_t* indices,
-                       int64_t* counts, int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group,
-                       bool norm_topk_prob, float scaling, int threads) {
+void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
+                       int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
+                       float scaling, int threads) {
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float* scores = dsfast::scratch(2 * E + n_group);
-    float *biased = scores + E, *group = biased + E;
+    float *biased = dsfast::scratch((BLOCK + 1) * E + n_group), *group = biased + E, *block = group + n_group;
     for (int64_t n = begin; n < end; ++n) {
-      sigmoids(logits + n * logits_row, E, scores);
+      const float* scores = block + (n - begin) % BLOCK * E;
+      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (end - n < BLOCK ? end - n : BLOCK) * E, block);
       for (int64_t e = 0; e < E; ++e) biased[e] = scores[e] + bias[e];
       if (topk_group < n_group) limit_groups(biased, E, n_group, topk_group, group);
       float total = 0;
@@ -72,13 +74,14 @@ void moe_route_forward(const float* logits, int64_t logits_row, const float* bia
 }
 
 // With s the chosen scores, T their sum:  w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
-void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, int64_t logits_row,
-                        const int64_t* indices, float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob,
-                        float scaling, int threads) {
+void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* indices,
+                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
+                        int threads) {
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float* scores = dsfast::scratch(E);
+    float* block = dsfast::scratch(BLOCK * E);
     for (int64_t n = begin; n < end; ++n) {
-      sigmoids(logits + n * logits_row, E, scores);
+      const float* scores = block + (n - begin) % BLOCK * E;
+      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (end - n < BLOCK ? end - n : BLOCK) * E, block);
       const float* dw = dweights + n * dweights_row;
       const int64_t* chosen = indices + n * K;
       float total = 0, product = 0;

@@ -1,4 +1,4 @@
-"""The output head and its loss without the logits in memory.
+"""The output head and its loss without the logits in memory (as cut cross-entropy does: Wijmans et al. 2024, arXiv 2411.09009).
 
     loss = 1/M sum over the M rows whose label is not ignore_index of ( logsumexp(z_n) - z_n[label_n] ),   z_n = weight hidden_n
 

@@ -63,12 +63,12 @@ def moe_route(
 
 
 def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
-    logits, bias = rows(logits), bias.contiguous()
+    logits, bias = logits.contiguous(), bias.contiguous()
     n, e = logits.shape
     weights = logits.new_empty(n, top_k)
     indices, counts = logits.new_empty(n, top_k, dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
     native.module().moe_route_forward(
-        logits.data_ptr(), logits.stride(0), bias.data_ptr(), weights.data_ptr(), indices.data_ptr(), counts.data_ptr(),
+        logits.data_ptr(), bias.data_ptr(), weights.data_ptr(), indices.data_ptr(), counts.data_ptr(),
         n, e, top_k, n_group, topk_group, norm_topk_prob, scaling, torch.get_num_threads(),
     )  # fmt: skip
     return weights, indices, counts
@@ -81,10 +81,10 @@ def _forward_fake(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scal
 
 
 def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling):
-    dweights, logits = rows(dweights), rows(logits)
+    dweights, logits = rows(dweights), logits.contiguous()
     dlogits = logits.new_empty(logits.shape)
     native.module().moe_route_backward(
-        dweights.data_ptr(), dweights.stride(0), logits.data_ptr(), logits.stride(0), indices.data_ptr(),
+        dweights.data_ptr(), dweights.stride(0), logits.data_ptr(), indices.data_ptr(),
         dlogits.data_ptr(), *logits.shape, indices.size(1), norm_topk_prob, scaling, torch.get_num_threads(),
     )  # fmt: skip
     return dlogits

@@ -233,6 +233,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: of the process, resident, on the CPU; of torch's allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage, whose peak survives exec: a child of a large process would show its parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
