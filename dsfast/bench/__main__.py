@@ -1,0 +1,131 @@
+"""`python -m dsfast.bench <step|kernels|generate>`: how fast dsfast is here, beside peers timed in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsfast.bench import cases, results
+from dsfast.bench.generation import run_generate
+from dsfast.bench.kernels import run_kernels
+from dsfast.bench.memory import check_measurable
+from dsfast.bench.report import Reporter
+from dsfast.bench.step import choose_peers, run_step
+from dsfast.command import CommandParser, run_command
+from dsfast.config import Config, load_config
+from dsfast.model import DeepseekV3
+from dsfast.train import load_checkpoint
+
+Json = dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    """Time, show, write; 0, or 1 where something that ran failed or gave wrong numbers. Raises UserError before any timing."""
+    arguments = _parser().parse_args(argv)
+    path = results.check_writable(arguments.json) if arguments.json else None
+    reporter = Reporter()
+    settings, found = arguments.run(arguments, reporter)
+    written = results.document(argv, {"bench": arguments.bench, "repeats": arguments.repeats, **settings}, found)
+    if path is not None:
+        results.write(path, written)
+    reporter.show(written)
+    return 0 if sound(found) else 1
+
+
+def sound(found: Json) -> bool:
+    """Whether everything that could run here ran, and gave the right numbers."""
+    states = [found.get("status"), *(peer["status"] for peer in found.get("peers", {}).values())]
+    problems = [problem for case in found.get("cases", []) for problem in case["checks"].values()]
+    wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
+    return not wrong and not {"failed", "wrong"} & set(states)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate", required=True)
+
+    def command(name: str, run, purpose: str, repeats: int) -> CommandParser:
+        sub = commands.add_parser(name, help=purpose, description=purpose)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--repeats", metavar="N", type=_positive, default=repeats, help=f"timed pairs (default {repeats})"
+        )
+        sub.add_argument(
+            "--json", metavar="FILE", help="write every figure, with machine, versions, commit and command"
+        )
+        return sub
+
+    step = command("step", _step, "one whole training step against peers, and split by operator", 20)
+    step.add_argument("--config", metavar="FILE", help="the model (default: the 500K model)")
+    step.add_argument("--batch", metavar="B", type=_positive, help="rows (default: train.batch_size)")
+    step.add_argument("--length", metavar="T", type=_positive, help="tokens of a row (default: data.sequence_length)")
+    step.add_argument("--peers", metavar="A,B,...", type=_names, help="default: eager,compile,autocast,transformers")
+    step.add_argument("--memory", action="store_true", help="also peak memory, each variant in a process of its own")
+    kernels = command("kernels", _kernels, "operators, their implementations beside each other", 20)
+    kernels.add_argument("operators", metavar="OP", nargs="*", help="default: all")
+    kernels.add_argument("--size", choices=[*cases.SIZE_NAMES, "all"], default="500k", help="default: 500k")
+    generate = command("generate", _generate, "tokens per second against transformers' generate", 5)
+    generate.add_argument("--checkpoint", metavar="DIR", help="default: the untrained 500K model")
+    generate.add_argument("--batch", metavar="B,...", type=_positives, default=[1, 32], help="default: 1,32")
+    generate.add_argument("--new-tokens", metavar="N", type=_positive, default=64, help="default: 64")
+    return parser
+
+
+def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    """(settings, results), as the other two."""
+    config = load_config(arguments.config) if arguments.config else default_config()
+    batch = arguments.batch or config.train.batch_size
+    length = arguments.length or config.data.sequence_length
+    peers = choose_peers(arguments.peers)
+    if arguments.memory:
+        check_measurable()
+    settings = {"batch": batch, "length": length, "config": config.to_dict(), "config_hash": config.hash()}
+    found = run_step(config, batch, length, arguments.repeats, peers, arguments.memory, reporter.progress)
+    return settings, found
+
+
+def _kernels(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    names = cases.operators(arguments.operators)
+    sizes = cases.SIZE_NAMES if arguments.size == "all" else [arguments.size]
+    found = run_kernels(names, sizes, arguments.repeats, reporter.progress)
+    return {"operators": names, "sizes": list(sizes)}, found
+
+
+def _generate(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    if arguments.checkpoint:
+        model, _, config = load_checkpoint(arguments.checkpoint)
+    else:
+        config = default_config().replace(**{"model.zero_init_output": False})
+        torch.manual_seed(config.seed)
+        model = DeepseekV3(config.model)
+    settings = {"batches": arguments.batch, "new_tokens": arguments.new_tokens, "model": config.to_dict()["model"]}
+    return settings, run_generate(model, arguments.batch, arguments.new_tokens, arguments.repeats, reporter.progress)
+
+
+def default_config() -> Config:
+    """The 500K model's config for the CPU."""
+    return load_config(Path(str(files("dsfast.configs"))) / "deepseek_v3_test_run_cpu.json")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,209 @@
+"""What each operator is timed on: three sizes, and formulas for the work that cannot be avoided.
+
+FLOPs count matrix products alone, two for each multiply-add; attention's are those below the diagonal. Bytes count every
+input once and every result once, in float32 and int64; what an implementation keeps between forward and backward, or
+computes again, is its own affair and not counted.
+
+Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "v3" has the widths of DeepSeek-V3 with as
+many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
+Letters: N tokens, T tokens per document, D model width, R rank or width of table and head, V vocabulary, H heads,
+Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups, I intermediate width, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dsfast import ops
+from dsfast.bench.peers import operators as eager
+from dsfast.errors import UserError, choices
+from dsfast.ops import cases
+
+SIZE_NAMES = ("500k", "5m", "v3")
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "rms_norm": {"500k": {"N": 8192, "D": 128}, "5m": {"N": 8192, "D": 256}, "v3": {"N": 512, "D": 7168}},
+    "rope": {
+        "500k": {"N": 8192, "T": 256, "H": 4, "Dr": 16},
+        "5m": {"N": 8192, "T": 256, "H": 8, "Dr": 16},
+        "v3": {"N": 512, "T": 512, "H": 128, "Dr": 64},
+    },
+    "embedding": {  # D 0: no projection
+        "500k": {"N": 8192, "V": 8000, "R": 32, "D": 128},
+        "5m": {"N": 8192, "V": 8000, "R": 64, "D": 256},
+        "v3": {"N": 512, "V": 2048, "R": 7168, "D": 0},
+    },
+    "mla_attention": {
+        "500k": {"N": 8192, "T": 256, "H": 4, "Dn": 32, "Dr": 16, "Dv": 32},
+        "5m": {"N": 8192, "T": 256, "H": 8, "Dn": 32, "Dr": 16, "Dv": 32},
+        "v3": {"N": 1024, "T": 1024, "H": 8, "Dn": 128, "Dr": 64, "Dv": 128},
+    },
+    "moe_route": {
+        "500k": {"N": 8192, "E": 2, "K": 1, "G": 1, "kept": 1},
+        "5m": {"N": 8192, "E": 8, "K": 2, "G": 1, "kept": 1},
+        "v3": {"N": 4096, "E": 256, "K": 8, "G": 8, "kept": 4},
+    },
+    "moe_experts": {
+        "500k": {"N": 8192, "D": 128, "E": 2, "K": 1, "I": 64},
+        "5m": {"N": 8192, "D": 256, "E": 8, "K": 2, "I": 128},
+        "v3": {"N": 256, "D": 7168, "E": 2, "K": 1, "I": 2048},
+    },
+    "swiglu_mlp": {
+        "500k": {"N": 8192, "D": 128, "I": 64},
+        "5m": {"N": 8192, "D": 256, "I": 128},
+        "v3": {"N": 256, "D": 7168, "I": 2048},
+    },
+    "linear_cross_entropy": {
+        "500k": {"N": 8192, "R": 32, "V": 8000},
+        "5m": {"N": 8192, "R": 64, "V": 8000},
+        "v3": {"N": 256, "R": 7168, "V": 4096},
+    },
+    "adamw": {  # P parameters in as many tensors; half of them are one table
+        "500k": {"P": 520_000, "tensors": 21},
+        "5m": {"P": 5_000_000, "tensors": 41},
+        "v3": {"P": 22_000_000, "tensors": 3},
+    },
+}
+_FLOAT, _INDEX = 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass must do at least."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One operator at one size.
+
+    case: its inputs, and the function that is checked on them. ours, eager: what is timed on them, in place for adamw.
+    eager_result: eager as a function without side effects, whose results are those of `case.function`.
+    backward: None for an operator without gradient.
+    """
+
+    case: cases.Case
+    sizes: dict[str, int]
+    ours: Callable[..., Any]
+    eager: Callable[..., Any]
+    eager_result: Callable[..., Any]
+    forward: Work
+    backward: Work | None
+
+
+def operators(names: list[str]) -> list[str]:
+    """`names`, or all operators if there are none. Raises UserError for an unknown one, listing the known ones."""
+    for name in names:
+        if name not in SIZES:
+            raise UserError(f"unknown operator {name!r}; {choices(SIZES)}")
+    return names or list(SIZES)
+
+
+def build_case(operator: str, name: str, sizes: dict[str, int] | None = None) -> BenchCase:
+    """`operator` at the size called `name`; `sizes`, keyed as in SIZES, in place of that entry."""
+    sizes = SIZES[operator][name] if sizes is None else sizes
+    case, forward, backward = _BUILDERS[operator](name, **sizes)
+    peer = getattr(eager, operator)
+    if operator == "adamw":
+        return BenchCase(case, sizes, _clip_and_update, peer, _eager_update, forward, backward)
+    return BenchCase(case, sizes, case.function, peer, peer, forward, backward)
+
+
+def _rms_norm(name: str, N: int, D: int):
+    # Out: y and h. Back in: dy, dh and h; the gradients of x and of the residual are one tensor.
+    forward, backward = Work(0, _FLOAT * (4 * N * D + D)), Work(0, _FLOAT * (4 * N * D + 2 * D))
+    return cases.rms_norm_case(name, N, D), forward, backward
+
+
+def _rope(name: str, N: int, T: int, H: int, Dr: int):
+    work = Work(0, _FLOAT * (2 * N * H * Dr + T * Dr) + _INDEX * N)
+    return cases.rope_case(name, N, H, Dr, T), work, work
+
+
+def _embedding(name: str, N: int, V: int, R: int, D: int):
+    width = D or R
+    taken = N * R if D else 0  # rows of the table, which the projection's gradient needs
+    forward = Work(2 * N * R * D, _FLOAT * (N * R + R * D + N * width) + _INDEX * N)
+    backward = Work(4 * N * R * D, _FLOAT * (N * width + taken + V * R + 2 * R * D) + _INDEX * N)
+    return cases.embedding_case(name, N, V, R, D or None), forward, backward
+
+
+def _mla_attention(name: str, N: int, T: int, H: int, Dn: int, Dr: int, Dv: int):
+    pairs = N * (T + 1) // 2 * H
+    read, values = _FLOAT * (N * H * (2 * Dn + Dr + Dv) + N * Dr), _FLOAT * N * H * Dv
+    forward = Work(2 * pairs * (Dn + Dr + Dv), read + values)
+    backward = Work(2 * forward.flops, 2 * read + values)
+    return cases.mla_attention_case(name, [T] * (N // T), H, Dn, Dr, Dv), forward, backward
+
+
+def _moe_route(name: str, N: int, E: int, K: int, G: int, kept: int):
+    forward = Work(0, _FLOAT * (N * E + E + N * K) + _INDEX * (N * K + E))
+    backward = Work(0, _FLOAT * (N * K + 2 * N * E) + _INDEX * N * K)
+    return cases.moe_route_case(name, N, E, K, G, kept, norm_topk_prob=K > 1), forward, backward
+
+
+def _moe_experts(name: str, N: int, D: int, E: int, K: int, I: int):
+    matrices, choice = 3 * E * D * I, _INDEX * N * K
+    forward = Work(6 * N * K * D * I, _FLOAT * (2 * N * D + N * K + matrices) + choice)
+    backward = Work(2 * forward.flops, _FLOAT * (3 * N * D + 2 * N * K + 2 * matrices) + choice)
+    return cases.moe_experts_case(name, N, D, K, E, I), forward, backward
+
+
+def _swiglu_mlp(name: str, N: int, D: int, I: int):
+    forward = Work(6 * N * D * I, _FLOAT * (2 * N * D + 3 * D * I))
+    backward = Work(2 * forward.flops, _FLOAT * (3 * N * D + 6 * D * I))
+    return cases.swiglu_mlp_case(name, N, D, I), forward, backward
+
+
+def _linear_cross_entropy(name: str, N: int, R: int, V: int):
+    read = _FLOAT * (N * R + V * R) + _INDEX * N
+    forward = Work(2 * N * R * V, read + _FLOAT)
+    backward = Work(2 * forward.flops, read + _FLOAT * (1 + N * R + V * R))
+    return cases.linear_cross_entropy_case(name, N, R, V, counted=1.0), forward, backward
+
+
+def _adamw(name: str, P: int, tensors: int):
+    rest = P // 2 // (tensors - 1)
+    shapes = [(P - rest * (tensors - 1),), *[(rest,)] * (tensors - 1)]
+    case = cases.adamw_case(name, shapes, step=1)
+
+    def one_group(generator: torch.Generator) -> tuple:
+        """One rate and decay for all, as PyTorch's has; no clipping, which would shrink the gradients call by call."""
+        *tensors, lrs, decays, beta1, beta2, eps, step, _ = case.make_inputs(generator)
+        return *tensors, lrs[:1] * len(lrs), decays[:1] * len(decays), beta1, beta2, eps, step, 1.0
+
+    # The norm reads g; the update reads p, g, m, v and writes p, m, v.
+    return replace(case, make_inputs=one_group), Work(0, 8 * _FLOAT * P), None
+
+
+def _clip_and_update(params, grads, *arguments) -> None:
+    ops.grad_norm(grads)
+    ops.adamw(params, grads, *arguments)
+
+
+def _eager_update(params, grads, exp_avgs, exp_avg_sqs, *settings):
+    copies = [[x.clone() for x in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    norm = eager.adamw(*copies, *settings)
+    params, _, exp_avgs, exp_avg_sqs = (torch.cat([x.flatten() for x in tensors]) for tensors in copies)
+    return params, exp_avgs, exp_avg_sqs, norm
+
+
+_BUILDERS = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "embedding": _embedding,
+    "mla_attention": _mla_attention,
+    "moe_route": _moe_route,
+    "moe_experts": _moe_experts,
+    "swiglu_mlp": _swiglu_mlp,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "adamw": _adamw,
+}

@@ -1,0 +1,93 @@
+"""`bench generate`: tokens per second of greedy generation, against transformers' generate on the exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsfast.bench.peers import huggingface
+from dsfast.bench.timing import compare
+from dsfast.errors import UserError
+from dsfast.model import DeepseekV3, generate_ids
+
+PROMPT_TOKENS = 8
+TOLERANCE = 1e-3
+"""Of the largest logit: how far the two models may lie apart after the prompt."""
+
+Json = dict[str, Any]
+
+
+def run_generate(
+    model: DeepseekV3, batches: Sequence[int], new_tokens: int, repeats: int, progress: Callable[[str], None]
+) -> Json:
+    """Time `new_tokens` tokens for each batch size; `progress` is told what comes next.
+
+    Returns `status` ("timed", "missing", "failed" or "wrong", of the peer), `reason` and `batches`, a list of batch, tokens,
+    seconds, tokens_per_second and, where the peer was timed, comparison (first: dsfast).
+    Raises UserError where prompt and new tokens do not fit the context.
+    """
+    limit = model.config.max_position_embeddings
+    if PROMPT_TOKENS + new_tokens > limit:
+        fits = limit - PROMPT_TOKENS
+        raise UserError(f"--new-tokens: expected at most {fits} (the context less the prompt), got {new_tokens}")
+    model.eval()
+    peer, status, reason = _load_peer(model, _prompts(model, max(batches)))
+    rows = []
+    for batch in batches:
+        progress(f"generate, batch {batch}")
+        prompts = _prompts(model, batch)
+        theirs = None if peer is None else partial(_generate_theirs, peer, prompts, new_tokens)
+        ours = partial(generate_ids, model, prompts.tolist(), new_tokens)
+        rows.append(_timed(ours, theirs, batch, batch * new_tokens, repeats))
+    return {"status": status, "reason": reason, "batches": rows}
+
+
+def _load_peer(model: DeepseekV3, prompts: Tensor) -> tuple[Any, str, str]:
+    """(the model in transformers, or None where it cannot be timed; status; reason)."""
+    if huggingface.missing():
+        return None, "missing", huggingface.missing()
+    try:
+        peer = huggingface.from_dsfast(model).eval()
+        peer.generation_config.eos_token_id = None  # both sides go on to the last token
+        difference = _difference(model, peer, prompts)
+    except Exception as error:  # whatever stops the peer is its own; dsfast is still worth timing
+        return None, "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+    return (None, "wrong", difference) if difference else (peer, "timed", "")
+
+
+def _prompts(model: DeepseekV3, batch: int) -> Tensor:
+    """Random tokens [batch, PROMPT_TOKENS]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, PROMPT_TOKENS), generator=generator)
+
+
+@torch.inference_mode()
+def _difference(model: DeepseekV3, peer: Any, prompts: Tensor) -> str:
+    """How the logits after `prompts` differ, in words; "" where they agree."""
+    expected = peer(prompts).logits[:, -1]
+    error, allowed = (model(prompts)[:, -1] - expected).abs().max(), TOLERANCE * expected.abs().max()
+    return "" if error <= allowed else f"logits differ by {error:.2e}, at most {allowed:.2e} is right"
+
+
+def _generate_theirs(peer: Any, prompts: Tensor, new_tokens: int) -> Tensor:
+    mask = torch.ones_like(prompts)
+    return peer.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
+
+
+def _timed(ours: Callable, theirs: Callable | None, batch: int, tokens: int, repeats: int) -> Json:
+    # Without a peer dsfast takes turns with itself: the same code, half the samples unused.
+    pair = compare(ours, {"transformers": theirs or ours}, repeats, warmup=1)["transformers"]
+    row = {
+        "batch": batch,
+        "tokens": tokens,
+        "seconds": asdict(pair.first),
+        "tokens_per_second": tokens / pair.first.median,
+    }
+    if theirs is not None:
+        row |= {"comparison": asdict(pair), "peer_tokens_per_second": tokens / pair.other.median}
+    return row

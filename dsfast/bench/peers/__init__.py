@@ -1,0 +1,91 @@
+"""What dsfast's training step is timed against: name -> how to build it, and what it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsfast.bench.peers import huggingface
+from dsfast.bench.peers.eager import EagerDeepseekV3
+from dsfast.config import TrainConfig
+from dsfast.model import DeepseekV3
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`build(model)` copies the weights of a dsfast model: (module, its loss(input_ids, labels)).
+
+    what: the line in the table. missing(): why it cannot run here, "" if it can.
+    tolerance: of its first loss against dsfast's, relative.
+    """
+
+    what: str
+    build: Callable[[DeepseekV3], tuple[nn.Module, Loss]]
+    missing: Callable[[], str] = lambda: ""
+    tolerance: float = 1e-4
+
+
+class PeerTraining:
+    """A training step as PyTorch users write it, with AdamW and clipping as `train` says."""
+
+    def __init__(self, peer: Peer, model: DeepseekV3, train: TrainConfig):
+        module, self.loss = peer.build(model)
+        self.parameters = list(module.train().parameters())
+        self.grad_clip = train.grad_clip
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.eps,
+            weight_decay=train.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def step(self, input_ids: Tensor, labels: Tensor) -> float:
+        """Forward, backward, clip, update; returns the loss before the update."""
+        self.optimizer.zero_grad()
+        loss = self.loss(input_ids, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.optimizer.step()
+        return loss.item()
+
+
+def _eager(model: DeepseekV3) -> tuple[nn.Module, Loss]:
+    module = EagerDeepseekV3(model)
+    return module, module.loss
+
+
+def _compiled(model: DeepseekV3) -> tuple[nn.Module, Loss]:
+    module = EagerDeepseekV3(model)
+    return module, torch.compile(module.loss)
+
+
+def _autocast(model: DeepseekV3) -> tuple[nn.Module, Loss]:
+    module = EagerDeepseekV3(model)
+    return module, torch.autocast("cpu", torch.bfloat16)(module.loss)
+
+
+def _transformers(model: DeepseekV3) -> tuple[nn.Module, Loss]:
+    module = huggingface.from_dsfast(model)
+
+    def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        return module(input_ids, labels=labels, shift_labels=labels, use_cache=False).loss
+
+    return module, loss
+
+
+def _no_compiler() -> str:
+    found = any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+    return "" if found else "torch.compile needs a C++ compiler; install g++ or clang++, or set CXX"
+
+
+PEERS = {
+    "eager": Peer("PyTorch module, float32", _eager),
+    "compile": Peer("torch.compile of it, float32", _compiled, _no_compiler),
+    "autocast": Peer("the module under bfloat16 autocast", _autocast, tolerance=1e-2),
+    "transformers": Peer("transformers DeepseekV3, full embedding, float32", _transformers, huggingface.missing),
+}

@@ -1,0 +1,98 @@
+"""Each operator as a good PyTorch user writes it: what "eager" means in every table of the bench.
+
+Names, arguments and results are those of dsfast.ops, which says the shapes (adamw also does the clipping). dsfast's
+references are written to be read beside the paper, these to be fast in PyTorch. Documents must be equally long here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    h = x if residual is None else x + residual
+    y = functional.rms_norm(h, weight.shape, weight, eps)
+    return y if residual is None else (y, h)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    return rotate(x, cos[positions, None], sin[positions, None])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., Dr] with cos and sin that broadcast to [..., Dr / 2]: the interleaved pairs of x turned."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None) -> Tensor:
+    taken = functional.embedding(input_ids, table)
+    return taken if projection is None else taken @ projection
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q and k [B, H, T, Dk], v [B, H, T, Dv] -> [B, H, T, Dv]."""
+    # Padded, v is as wide as the keys, which SDPA's fused CPU kernel asks for; unpadded it takes the slow path.
+    padded = functional.pad(v, (0, q.size(-1) - v.size(-1)))
+    return functional.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)[..., : v.size(-1)]
+
+
+def mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    documents, heads = len(cu_seqlens) - 1, q_nope.size(1)
+    q = torch.cat((q_nope, q_rope), -1)
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1)), -1)
+    q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+    return causal_attention(q, k, v, scale).transpose(1, 2).flatten(0, 1)
+
+
+def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+    scores = logits.sigmoid()
+    biased = (scores + bias).detach()
+    if n_group > 1:
+        grouped = biased.unflatten(1, (n_group, -1))
+        best = grouped.topk(2, dim=2).values.sum(2).topk(topk_group, dim=1).indices
+        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        biased = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
+    indices = biased.topk(top_k, dim=1).indices
+    weights = scores.gather(1, indices)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return weights * scaling, indices, torch.bincount(indices.flatten(), minlength=logits.size(1))
+
+
+def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in range(gate_up.size(0)):
+        token, choice = (indices == e).nonzero(as_tuple=True)
+        out = swiglu_mlp(x.index_select(0, token), gate_up[e], down[e])
+        y = y.index_add(0, token, out * weights[token, choice, None])
+    return y
+
+
+def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = functional.linear(x, gate_up).chunk(2, -1)
+    return functional.linear(functional.silu(gate) * up, down)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    return functional.cross_entropy(functional.linear(hidden, weight), labels, ignore_index=ignore_index)
+
+
+@torch.no_grad()
+def adamw(
+    params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, beta1, beta2, eps, step, clip_scale=1.0
+) -> Tensor:  # fmt: skip
+    """clip_grad_norm_ and torch.optim.AdamW(fused=True) for one group: the norm, the gradients scaled, the update.
+
+    Changes the gradients too; takes the first of `lrs` and `weight_decays`. Returns the norm.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    torch._foreach_mul_(grads, clip_scale)
+    steps = list(torch.full((len(params),), float(step)).unbind())
+    torch._fused_adamw_(  # what torch.optim.AdamW(fused=True).step() calls
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lrs[0], beta1=beta1, beta2=beta2,
+        weight_decay=weight_decays[0], eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return norm

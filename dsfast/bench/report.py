@@ -1,0 +1,168 @@
+"""What the bench shows on the console: tables with a bar in each row. Colour on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dsfast.bench.memory import IDLE
+
+PLAIN_WIDTH = 120  # columns where the output is not a terminal
+BAR = 12  # columns of the longest bar
+
+Json = dict[str, Any]
+
+
+class Reporter:
+    """Prints results to standard output, and what is under way to standard error if that is a terminal."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+        self._errors = Console(stderr=True, highlight=False)
+
+    def progress(self, text: str) -> None:
+        if self._errors.is_terminal:
+            self._errors.print(f"… {text}", style="dim", markup=False)
+
+    def show(self, found: Json) -> None:
+        """Print a whole document (see results)."""
+        machine, build = found["machine"], found["native"]
+        self._say(
+            f"{machine['processor']}, {machine['threads']} threads, torch {found['versions']['torch']}; {build['reason']}"
+        )
+        for fallback in found["fallbacks"]:
+            self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
+        {"step": self._step, "kernels": self._kernels, "generate": self._generate}[found["settings"]["bench"]](found)
+
+    def _step(self, found: Json) -> None:
+        settings, results = found["settings"], found["results"]
+        title = f"One training step, {settings['batch']} x {settings['length']} tokens: forward, backward, clip, AdamW"
+        table = _table(title, "variant", "median ms", "quartiles", "dsfast is", "pairwise", "ms in bars", "what")
+        timed = {n: p["comparison"] for n, p in results["peers"].items() if p["status"] == "timed"}
+        longest = max((c[side]["median"] for c in timed.values() for side in ("first", "other")), default=0.0)
+        for name, c in timed.items():
+            ratios = (f"{c['ratio_of_medians']:.2f} x", f"{c['median_of_ratios']:.2f} x")
+            table.add_row("dsfast", *_times(c["first"]), "", "", _bar(c["first"]["median"], longest), "beside the next")
+            bar = _bar(c["other"]["median"], longest)
+            table.add_row(name, *_times(c["other"]), *ratios, bar, results["peers"][name]["what"], end_section=True)
+        if timed:
+            self.console.print(table)
+        for name, peer in results["peers"].items():
+            if peer["status"] != "timed":
+                self._say(f"{peer['status']}: {name}: {peer['reason']}", "yellow")
+        self._say("Freed memory stays with the process (mallopt, set by dsfast's trainer); the peers gain by it too.")
+        self._work(results["work"])
+        self._operators(results["operators"])
+        if "memory" in results:
+            self._memory(results["memory"])
+
+    def _work(self, work: Json) -> None:
+        shares = ", ".join(f"{work['share_of'][d]:.0%} of torch.mm in {d}" for d in ("float32", "bfloat16"))
+        self._say(
+            f"Matrix products of the step: {work['flops'] / 1e9:,.1f} GFLOP. dsfast's whole step does"
+            f" {work['flops_per_second'] / 1e9:,.0f} GFLOP/s: {shares} (measured in this run)."
+        )
+
+    def _operators(self, rows: list[Json]) -> None:
+        table = _table("dsfast's step by operator (the head computes its gradients in the forward pass)",
+                       "operator", "forward ms", "backward ms", "share", "")  # fmt: skip
+        longest = max(row["share"] for row in rows)
+        for row in rows:
+            milliseconds = (_milliseconds(row[f"{side}_seconds"]) for side in ("forward", "backward"))
+            table.add_row(row["operator"], *milliseconds, f"{row['share']:.1%}", _bar(row["share"], longest))
+        self.console.print(table)
+
+    def _memory(self, peaks: dict[str, int]) -> None:
+        table = _table("Peak resident memory, each in a process of its own", "variant", "MB", f"over {IDLE!r}", "")
+        for name, peak in peaks.items():
+            table.add_row(
+                name, f"{peak / 1e6:,.0f}", f"{(peak - peaks[IDLE]) / 1e6:,.0f}", _bar(peak, max(peaks.values()))
+            )
+        self.console.print(table)
+
+    def _kernels(self, found: Json) -> None:
+        ceilings = found["results"]["ceilings"]
+        self._say(
+            f"Ceilings: torch.mm {ceilings['float32'] / 1e9:,.0f} GFLOP/s in float32, {ceilings['bfloat16'] / 1e9:,.0f} in "
+            f"bfloat16; copy {ceilings['bandwidth'] / 1e9:,.1f} GB/s. Share: time at the ceilings over time taken; above"
+            " 100% where the data stays in the caches or a kernel beats torch.mm."
+        )
+        for case in found["results"]["cases"]:
+            self._case(case)
+
+    def _case(self, case: Json) -> None:
+        sizes = " ".join(f"{letter}={n}" for letter, n in case["sizes"].items())
+        title = f"{case['operator']} {case['size']}  {sizes}"
+        table = _table(
+            title, "pass", "implementation", "median ms", "quartiles", "GFLOP/s", "GB/s", "share", "over eager", ""
+        )
+        for name, timed in case["passes"].items():
+            figures = timed["implementations"]
+            fastest = max(1 / f["seconds"]["median"] for f in figures.values())
+            for implementation, f in figures.items():
+                rate = f"{f['flops_per_second'] / 1e9:,.0f}" if timed["flops"] else "-"
+                speed = f"{f['speedup_median_of_pairs']:.2f} x" if "speedup_median_of_pairs" in f else ""
+                table.add_row(
+                    name, implementation, *_times(f["seconds"]), rate, f"{f['bytes_per_second'] / 1e9:,.1f}",
+                    f"{f['ceiling_share']:.0%}", speed, _bar(1 / f["seconds"]["median"], fastest),
+                )  # fmt: skip
+            table.add_section()
+        self.console.print(table)
+        for implementation, problem in case["checks"].items():
+            if problem:
+                self._say(f"not timed: {implementation}: {problem}", "red")
+
+    def _generate(self, found: Json) -> None:
+        results = found["results"]
+        table = _table(f"Greedy generation, {found['settings']['new_tokens']} tokens after the prompt",
+                       "batch", "variant", "tokens/s", "median ms", "quartiles", "dsfast is", "pairwise", "")  # fmt: skip
+        for row in results["batches"]:
+            fastest, pair = row["tokens_per_second"], row.get("comparison")
+            fastest = max(fastest, row.get("peer_tokens_per_second", 0.0))
+            bar = _bar(row["tokens_per_second"], fastest)
+            table.add_row(
+                str(row["batch"]), "dsfast", f"{row['tokens_per_second']:,.0f}", *_times(row["seconds"]), "", "", bar
+            )
+            if pair:
+                ratios = (f"{pair['ratio_of_medians']:.2f} x", f"{pair['median_of_ratios']:.2f} x")
+                bar = _bar(row["peer_tokens_per_second"], fastest)
+                rate = f"{row['peer_tokens_per_second']:,.0f}"
+                table.add_row(str(row["batch"]), "transformers", rate, *_times(pair["other"]), *ratios, bar)
+            table.add_section()
+        self.console.print(table)
+        if results["reason"]:
+            self._say(f"{results['status']}: transformers: {results['reason']}", "yellow")
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False)  # "dsfast[bench]" is no markup
+
+
+def _times(spread: Json) -> Iterable[str]:
+    """Median and quartiles in milliseconds."""
+    yield _milliseconds(spread["median"])
+    yield f"{_milliseconds(spread['lower'])} .. {_milliseconds(spread['upper'])}"
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three or more digits, none of them without meaning."""
+    ms = seconds * 1e3
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def _bar(value: float, longest: float) -> str:
+    return "█" * max(1, round(BAR * value / longest)) if longest else ""
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for column in columns:
+        words = column in ("", "what", "variant", "operator", "implementation", "pass", "ms in bars")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "what")
+    return table

@@ -1,0 +1,113 @@
+"""`bench step`: one whole training step of dsfast against peers with the same weights on the same batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from dsfast.bench.ceilings import Ceilings, measure_ceilings
+from dsfast.bench.memory import peak_memory
+from dsfast.bench.peers import PEERS, PeerTraining
+from dsfast.bench.split import split_by_operator
+from dsfast.bench.timing import compare, seconds, spread
+from dsfast.bench.workload import comparable, matrix_flops, random_batch
+from dsfast.config import Config
+from dsfast.errors import UserError, choices
+from dsfast.train import Trainer
+
+PROFILED_STEPS = 3
+
+Json = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
+
+
+def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
+    """Peer -> why it is missing here, "" if it is not; all peers if `names` is None.
+
+    Raises UserError for an unknown peer, and for one asked for by name that is missing.
+    """
+    for name in names or ():
+        if name not in PEERS:
+            raise UserError(f"unknown peer {name!r}; {choices(PEERS)}")
+        if PEERS[name].missing():
+            raise UserError(f"peer {name!r}: {PEERS[name].missing()}")
+    return {name: PEERS[name].missing() for name in (PEERS if names is None else dict.fromkeys(names))}
+
+
+def run_step(
+    config: Config, batch: int, length: int, repeats: int, peers: dict[str, str], memory: bool,
+    progress: Callable[[str], None],
+) -> Json:  # fmt: skip
+    """Time `peers` (from `choose_peers`) against dsfast; `progress` is told what comes next.
+
+    Returns `first_loss`, `dsfast` (seconds), `peers` (name -> status "timed", "missing", "failed" or "wrong", reason,
+    comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory` (see memory).
+    """
+    config = comparable(config)
+    rows = random_batch(config, batch, length)
+    trainer = Trainer(config)
+    ours = partial(trainer.step, *rows)
+    trainings, outcome = _first_steps(trainer, peers, rows, progress)
+    progress(f"dsfast against {', '.join(trainings)}")
+    others = {name: partial(training.step, *rows) for name, training in trainings.items()}
+    for name, pair in compare(ours, others, repeats).items():
+        outcome["peers"][name] |= {"status": "timed", "comparison": asdict(pair)}
+    progress("ceilings")
+    outcome["dsfast"] = asdict(spread([seconds(ours) for _ in range(repeats)]))
+    outcome |= _work(
+        matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings(max(repeats, 3))
+    )
+    progress("dsfast by operator")
+    outcome["operators"] = split_by_operator(ours, PROFILED_STEPS)
+    if memory:
+        outcome["memory"] = peak_memory(config, batch, length, trainings, progress)
+    return outcome
+
+
+def _work(flops: int, median: float, ceilings: Ceilings) -> Json:
+    """The step's matrix products over its whole time, and as shares of the ceilings."""
+    rate = flops / median
+    shares = {"float32": rate / ceilings.float32, "bfloat16": rate / ceilings.bfloat16}
+    return {"work": {"flops": flops, "flops_per_second": rate, "share_of": shares}, "ceilings": asdict(ceilings)}
+
+
+def _first_steps(
+    trainer: Trainer, peers: dict[str, str], rows: Batch, progress: Callable[[str], None]
+) -> tuple[dict[str, PeerTraining], Json]:
+    """The peers whose first step gives dsfast's loss, and the outcome so far."""
+    # All copies are made before dsfast's first step, which changes the weights.
+    trainings = {
+        name: PeerTraining(PEERS[name], trainer.model, trainer.config.train) for name, why in peers.items() if not why
+    }
+    expected = trainer.step(*rows)
+    found = {}
+    for name, missing in peers.items():
+        progress(f"first step of {name}")
+        state = (
+            {"status": "missing", "reason": missing} if missing else _first_step(name, trainings[name], rows, expected)
+        )
+        found[name] = {"what": PEERS[name].what, **state}
+    return {name: t for name, t in trainings.items() if not found[name]["reason"]}, {
+        "first_loss": expected,
+        "peers": found,
+    }
+
+
+def _first_step(name: str, training: PeerTraining, rows: Batch, expected: float) -> Json:
+    """Status and reason, both empty where the peer works and its loss is the expected one."""
+    try:
+        with warnings.catch_warnings():  # what a peer has to say of itself is said in its first step, to nobody's use
+            warnings.simplefilter("ignore")
+            loss = training.step(*rows)
+    except Exception as error:  # whatever stops a peer is the peer's own; the others are still worth timing
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+    allowed = PEERS[name].tolerance * abs(expected)
+    if not abs(loss - expected) <= allowed:
+        reason = f"its first loss is {loss:.6f}, dsfast's {expected:.6f}; they may differ by {allowed:.1e}"
+        return {"status": "wrong", "reason": reason, "first_loss": loss}
+    return {"status": "", "reason": "", "first_loss": loss}

@@ -1,0 +1,517 @@
+"""The bench: its formulas against counters, its peers against dsfast, what it writes and shows. No time is judged here."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_models
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsfast import ops
+from dsfast.bench import __main__ as bench
+from dsfast.bench import cases, ceilings, kernels, memory, peers, results, step, timing
+from dsfast.bench.generation import run_generate
+from dsfast.bench.peers import PEERS, Peer, huggingface
+from dsfast.bench.peers.eager import EagerDeepseekV3, rename
+from dsfast.bench.report import Reporter
+from dsfast.bench.split import REST, split_by_operator
+from dsfast.bench.workload import comparable, matrix_flops, random_batch
+from dsfast.command import run_command
+from dsfast.errors import UserError
+from dsfast.train import Trainer
+
+# Small, and no two letters of an operator alike.
+SMALL = {
+    "rms_norm": {"N": 12, "D": 5},
+    "rope": {"N": 12, "T": 6, "H": 3, "Dr": 4},
+    "embedding": {"N": 12, "V": 19, "R": 5, "D": 7},
+    "mla_attention": {"N": 12, "T": 6, "H": 3, "Dn": 5, "Dr": 4, "Dv": 7},
+    "moe_route": {"N": 12, "E": 8, "K": 3, "G": 4, "kept": 2},
+    "moe_experts": {"N": 12, "D": 7, "E": 5, "K": 2, "I": 3},
+    "swiglu_mlp": {"N": 12, "D": 7, "I": 5},
+    "linear_cross_entropy": {"N": 12, "R": 5, "V": 19},
+    "adamw": {"P": 50, "tensors": 4},
+}
+CEILINGS = ceilings.Ceilings(1e11, 2e11, 1e10)
+ARCHITECTURES = {
+    "factorised": {"embedding_rank": 8},
+    "dense embedding, untied": {"tie_word_embeddings": False},
+    "factorised, untied": {"embedding_rank": 8, "tie_word_embeddings": False},
+    "q_lora, first layer dense": {"q_lora_rank": 9, "first_k_dense_replace": 1},
+    "groups, no shared expert": {"n_group": 3, "topk_group": 2, "n_shared_experts": 0},
+    "unnormalised, scaled": {"norm_topk_prob": False, "num_experts_per_tok": 1, "routed_scaling_factor": 1.7},
+    "yarn": {"rope_scaling": tiny_models.YARN},
+}
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings, "MATRIX", 64)
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 4096)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny.tiny_config().to_dict()), encoding="utf-8")
+    return path
+
+
+# timing
+
+
+def test_variants_take_turns_pair_by_pair_after_the_warmup():
+    calls = []
+    found = timing.compare(
+        lambda: calls.append("a"), {n: lambda n=n: calls.append(n) for n in "bc"}, repeats=2, warmup=1
+    )
+    assert "".join(calls) == "abc" + "abac" * 2
+    assert list(found) == ["b", "c"]
+    assert found["b"].first.count == found["b"].other.count == 2
+
+
+def test_a_comparison_says_how_many_times_as_fast_the_first_is():
+    pair = timing.summarise([(1.0, 3.0), (2.0, 4.0), (4.0, 20.0)])
+    assert (pair.first.median, pair.other.median) == (2.0, 4.0)
+    assert pair.ratio_of_medians == 2.0  # 4 / 2
+    assert pair.median_of_ratios == 3.0  # of 3, 2 and 5
+
+
+def test_quartiles_lie_between_the_samples():
+    assert timing.spread([4.0, 1.0, 3.0, 2.0, 5.0]) == timing.Spread(3.0, 2.0, 4.0, 5)
+    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0, 1)
+
+
+# cases
+
+
+def build(operator: str) -> cases.BenchCase:
+    return cases.build_case(operator, "small", SMALL[operator])
+
+
+def inputs(case: cases.BenchCase, dtype: torch.dtype = torch.float32) -> list:
+    arguments = list(case.case.make_inputs(torch.Generator().manual_seed(0)))
+    for position in case.case.differentiable:
+        arguments[position] = arguments[position].to(dtype).requires_grad_()
+    return arguments
+
+
+def test_every_operator_has_every_size():
+    assert set(cases.SIZES) == set(ops.OPERATORS)
+    assert all(tuple(sizes) == cases.SIZE_NAMES for sizes in cases.SIZES.values())
+
+
+@pytest.mark.parametrize(
+    "operator", ["embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy"]
+)
+def test_flops_are_those_torch_counts(operator: str):
+    case = build(operator)
+    arguments = inputs(case)
+    # Attention without a mask in its products counts the pairs above the diagonal too: T of them, not (T + 1) / 2.
+    full = 2 * 6 / (6 + 1) if operator == "mla_attention" else 1
+    with ops.use("reference"), FlopCounterMode(display=False) as counter:
+        output = case.ours(*arguments)
+    assert counter.get_total_flops() == case.forward.flops * full
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == case.backward.flops * full
+
+
+@pytest.mark.parametrize("operator", sorted(set(SMALL) - {"embedding", "adamw"}))
+def test_forward_bytes_are_those_of_inputs_and_results(operator: str):
+    case = build(operator)
+    arguments = inputs(case)
+    with ops.use("reference"):
+        outputs = case.ours(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    tensors = [x for x in (*arguments, *outputs) if isinstance(x, Tensor) and x.dtype is not torch.int32]
+    assert case.forward.bytes == sum(x.nbytes for x in tensors)
+
+
+@pytest.mark.parametrize("operator", ["mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy"])
+def test_backward_bytes_are_those_of_inputs_and_gradients(operator: str):
+    case = build(operator)
+    arguments = inputs(case)
+    with ops.use("reference"):
+        output = case.ours(*arguments)
+    read = [x for x in arguments if isinstance(x, Tensor) and x.dtype is not torch.int32]
+    written = [arguments[position] for position in case.case.differentiable]
+    assert case.backward.bytes == sum(x.nbytes for x in (*read, output, *written))
+
+
+def test_an_embedding_reads_the_rows_it_takes_not_the_table():
+    N, V, R, D = SMALL["embedding"].values()
+    case = build("embedding")
+    assert case.forward.bytes == 8 * N + 4 * (N * R + R * D + N * D)
+    assert case.backward.bytes == 8 * N + 4 * (N * D + N * R + R * D + V * R + R * D)  # dy, rows, P -> dE, dP
+
+
+def test_adamw_reads_and_writes_every_state_once():
+    case = build("adamw")
+    assert sum(p.numel() for p in inputs(case)[0]) == 50
+    assert case.forward.bytes == 50 * 4 * (1 + 4 + 3)  # norm: g; update: p, g, m, v; out: p, m, v
+    assert case.backward is None
+
+
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_a_steps_flops_are_those_torch_counts_in_the_eager_model(changes: dict):
+    rows, length = 2, 12
+    config = tiny_models.tiny_config(v_head_dim=13, **changes)  # as wide as the keys: nothing is padded
+    c = config.model
+    model = EagerDeepseekV3(tiny_models.random_model(v_head_dim=13, **changes))
+    # The products above the diagonal, which torch's plain attention does and a causal one need not.
+    extra = 6 * rows * length * (length - 1) / 2 * c.num_hidden_layers * c.num_attention_heads * 26
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(*random_batch(config, rows, length)).backward()
+    assert counter.get_total_flops() == matrix_flops(c, rows, length) + extra
+
+
+# peers
+
+
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_the_eager_peer_has_dsfasts_loss_and_gradients(changes: dict):
+    config = tiny_models.tiny_config(**changes)
+    rows = random_batch(config, 3, 21)
+    model = tiny_models.random_model(**changes).train()
+    peer = EagerDeepseekV3(model)
+    loss, theirs = model.loss(*rows), peer.loss(*rows)
+    loss.backward()
+    theirs.backward()
+    torch.testing.assert_close(theirs, loss, rtol=1e-6, atol=0)
+    expected = rename({name: p.grad for name, p in model.named_parameters()})
+    found = {name: p.grad for name, p in peer.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        size = expected[name].abs().max().item()
+        assert size > 0 or ".experts." in name, name  # an expert that no token chose has none
+        # Sums of 63 tokens and up to 61 words in another order: a few hundred roundings at most.
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=300 * 2**-24 * size, msg=name)
+
+
+def test_the_peers_copy_is_its_own():
+    model = tiny_models.random_model()
+    peer = EagerDeepseekV3(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in (*peer.parameters(), *peer.buffers()):
+            tensor.add_(1)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's, on its own norm under autocast
+@pytest.mark.parametrize("name", ["eager", "autocast", "transformers"])
+def test_a_peers_step_gives_dsfasts_loss_and_updates_every_weight(name: str):
+    if PEERS[name].missing():
+        pytest.skip(PEERS[name].missing())
+    config = comparable(tiny.tiny_config())
+    trainer = Trainer(config)
+    rows = random_batch(config, 2, 16)
+    training = peers.PeerTraining(PEERS[name], trainer.model, config.train)
+    before = [p.detach().clone() for p in training.parameters]
+    expected, found = trainer.step(*rows), training.step(*rows)
+    assert abs(found - expected) <= PEERS[name].tolerance * expected
+    assert not any(torch.equal(p, old) for p, old in zip(training.parameters, before, strict=True))
+
+
+def test_the_eager_step_follows_dsfasts_for_several_steps():
+    """The same clip and the same AdamW on both sides: the losses stay together while they fall."""
+    config = comparable(tiny.tiny_config(**{"train.weight_decay": 0.0, "train.bias_update_speed": 0.0}))
+    trainer = Trainer(config)
+    rows = random_batch(config, 2, 16)
+    training = peers.PeerTraining(PEERS["eager"], trainer.model, config.train)
+    pairs = [(trainer.step(*rows), training.step(*rows)) for _ in range(6)]
+    assert pairs[-1][0] < pairs[0][0] - 0.1
+    assert all(abs(a - b) <= 1e-3 * a for a, b in pairs), pairs
+
+
+# kernels
+
+
+@pytest.mark.parametrize("operator", SMALL)
+def test_a_right_case_is_timed_in_every_implementation(operator: str):
+    row = kernels.run_case(build(operator), CEILINGS, repeats=2)
+    timed = {name for name, problem in row["checks"].items() if not problem}
+    assert {"reference", "eager"} <= timed
+    assert list(row["passes"]) == (["update"] if operator == "adamw" else ["forward", "forward+backward"])
+    for found in row["passes"].values():
+        assert set(found["implementations"]) == timed
+        for name, figures in found["implementations"].items():
+            median = figures["seconds"]["median"]
+            assert figures["bytes_per_second"] == found["bytes"] / median
+            assert figures["ceiling_share"] == CEILINGS.ideal_seconds(found["flops"], found["bytes"]) / median
+            assert ("speedup_median_of_pairs" in figures) == (name != "eager")
+
+
+def test_a_wrong_eager_peer_is_not_timed():
+    case = build("swiglu_mlp")
+
+    def wrong(x, gate_up, down):
+        return case.eager(x, gate_up, down) * 1.01
+
+    row = kernels.run_case(dataclasses.replace(case, eager_result=wrong), CEILINGS, 1)
+    assert row["checks"]["eager"].startswith("output: error")
+    assert row["passes"] == {}
+    assert not bench.sound({"cases": [row]})
+
+
+def test_a_wrong_implementation_is_named_and_not_timed(monkeypatch):
+    right = kernels.checks.check
+
+    def check(*arguments, **options):
+        rows = right(*arguments, **options)
+        return [{**row, "passed": row["implementation"] != "reference"} for row in rows]
+
+    monkeypatch.setattr(kernels.checks, "check", check)
+    row = kernels.run_case(build("rope"), CEILINGS, 1)
+    assert "error" in row["checks"]["reference"]
+    assert all("reference" not in found["implementations"] for found in row["passes"].values())
+    assert not bench.sound({"cases": [row]})
+
+
+def test_a_missing_native_module_is_reported_not_an_error(monkeypatch):
+    monkeypatch.setattr(kernels.native, "status", lambda: (None, "no compiler"))
+    row = kernels.run_case(build("rope"), CEILINGS, 1)
+    assert row["checks"]["native"] == "not available: no compiler"
+    assert set(row["passes"]["forward"]["implementations"]) == {"reference", "eager"}
+    assert bench.sound({"cases": [row]})
+
+
+def test_the_ideal_time_is_that_of_the_narrower_ceiling():
+    assert CEILINGS.ideal_seconds(flops=10**11, bytes_moved=10**9) == 1.0
+    assert CEILINGS.ideal_seconds(flops=10**9, bytes_moved=2 * 10**10) == 2.0
+
+
+# step
+
+
+def test_a_peer_with_another_loss_is_wrong_and_not_timed(monkeypatch):
+    def build_wrong(model):
+        module = EagerDeepseekV3(model)
+        return module, lambda ids, labels: module.loss(ids, labels) * 1.01
+
+    monkeypatch.setitem(PEERS, "eager", Peer("wrong", build_wrong))
+    found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"eager": ""}, False, quiet)
+    assert found["peers"]["eager"]["status"] == "wrong"
+    assert "its first loss is" in found["peers"]["eager"]["reason"]
+    assert "comparison" not in found["peers"]["eager"]
+    assert not bench.sound(found)
+
+
+def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch):
+    def broken(ids, labels):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setitem(PEERS, "compile", Peer("broken", lambda model: (EagerDeepseekV3(model), broken)))
+    found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"compile": "", "eager": ""}, False, quiet)
+    assert found["peers"]["compile"]["status"] == "failed"
+    assert found["peers"]["compile"]["reason"] == "RuntimeError: no kernel"
+    assert found["peers"]["eager"]["status"] == "timed"
+    assert not bench.sound(found)
+
+
+def test_a_missing_peer_is_reported_and_by_name_an_error(monkeypatch):
+    missing = dataclasses.replace(PEERS["transformers"], missing=lambda: huggingface.INSTALL)
+    monkeypatch.setitem(PEERS, "transformers", missing)
+    chosen = step.choose_peers(None)
+    assert list(chosen) == list(PEERS)
+    assert "pip install" in chosen["transformers"]
+    found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"transformers": chosen["transformers"]}, False, quiet)
+    assert found["peers"]["transformers"]["status"] == "missing"
+    assert bench.sound(found)
+    with pytest.raises(UserError, match=r"peer 'transformers': .*pip install 'dsfast\[bench\]'"):
+        step.choose_peers(["transformers"])
+
+
+def test_the_comparison_starts_with_no_weight_at_zero():
+    config = comparable(tiny.tiny_config(**{"model.zero_init_output": True}))
+    assert config.train.optimizer == "adamw"
+    assert all(p.any() for p in Trainer(config).model.parameters())
+
+
+def test_the_split_names_dsfasts_operators_forward_and_backward():
+    config = comparable(tiny.tiny_config())
+    trainer, batch = Trainer(config), random_batch(config, 2, 8)
+    rows = {row["operator"]: row for row in split_by_operator(lambda: trainer.step(*batch), 2)}
+    assert REST in rows
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=0.01)
+    if kernels.native.status()[0]:
+        assert {f"dsfast::{name}" for name in ops.OPERATORS} <= set(rows)
+        for name in ("rms_norm", "rope", "mla_attention", "moe_experts", "swiglu_mlp"):
+            assert rows[f"dsfast::{name}"]["forward_seconds"] > 0
+            assert rows[f"dsfast::{name}"]["backward_seconds"] > 0
+        assert rows["dsfast::adamw"]["backward_seconds"] == 0
+
+
+def test_memory_is_that_of_a_process_for_each_variant():
+    memory.check_measurable()
+    found = memory.peak_memory(comparable(tiny.tiny_config()), 2, 8, [], quiet)
+    assert list(found) == [memory.IDLE, "dsfast"]
+    assert 10e6 < found[memory.IDLE] < found["dsfast"] < 2e9
+
+
+# generate
+
+# transformers' grouped products want rows of whole 16 bytes.
+EVEN = {"hidden_size": 24, "moe_intermediate_size": 12, "intermediate_size": 20}
+
+
+def test_generation_is_timed_against_transformers():
+    pytest.importorskip("transformers")
+    found = run_generate(tiny_models.random_model(**EVEN), [1, 3], 4, 1, quiet)
+    assert (found["status"], found["reason"]) == ("timed", "")
+    assert [row["tokens"] for row in found["batches"]] == [4, 12]
+    for row in found["batches"]:
+        assert row["tokens_per_second"] == row["tokens"] / row["seconds"]["median"]
+        assert row["peer_tokens_per_second"] == row["tokens"] / row["comparison"]["other"]["median"]
+
+
+def test_generation_without_transformers_is_timed_alone(monkeypatch):
+    monkeypatch.setattr(huggingface, "missing", lambda: huggingface.INSTALL)
+    found = run_generate(tiny_models.random_model(), [2], 3, 1, quiet)
+    assert found["status"] == "missing"
+    assert "pip install" in found["reason"]
+    assert found["batches"][0]["tokens"] == 6
+    assert "comparison" not in found["batches"][0]
+
+
+def test_another_model_in_transformers_is_wrong_and_not_timed(monkeypatch):
+    pytest.importorskip("transformers")
+    other = huggingface.from_dsfast(tiny_models.random_model(seed=1, **EVEN))
+    monkeypatch.setattr(huggingface, "from_dsfast", lambda model: other)
+    found = run_generate(tiny_models.random_model(**EVEN), [1], 3, 1, quiet)
+    assert found["status"] == "wrong"
+    assert "logits differ" in found["reason"]
+    assert "comparison" not in found["batches"][0]
+
+
+def test_a_model_that_transformers_cannot_run_is_reported(monkeypatch):
+    def fails(model):
+        raise RuntimeError("strides should be multiple of 16 bytes")
+
+    monkeypatch.setattr(huggingface, "missing", lambda: "")
+    monkeypatch.setattr(huggingface, "from_dsfast", fails)
+    found = run_generate(tiny_models.random_model(), [1], 3, 1, quiet)
+    assert (found["status"], found["reason"]) == ("failed", "RuntimeError: strides should be multiple of 16 bytes")
+    assert found["batches"][0]["tokens"] == 3
+    assert not bench.sound(found)
+
+
+# the command
+
+
+def test_step_writes_and_shows_every_figure(config_file: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["step", "--config", str(config_file), "--batch", "2", "--length", "8", "--repeats", "2"]
+    arguments += ["--peers", "eager,autocast", "--json", str(out)]
+    assert run_command(bench.main, arguments) == 0
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert written["schema_version"] == results.SCHEMA_VERSION
+    assert written["command"] == ["python", "-m", "dsfast.bench", *arguments]
+    assert {"processor", "cores", "threads", "memory_gb"} <= set(written["machine"])
+    assert {"versions", "commit", "native", "operators", "fallbacks", "created"} <= set(written)
+    assert written["settings"] | {"config": 0, "config_hash": 0} == {
+        "bench": "step", "repeats": 2, "batch": 2, "length": 8, "config": 0, "config_hash": 0,
+    }  # fmt: skip
+    assert list(written["results"]["peers"]) == ["eager", "autocast"]
+    comparison = written["results"]["peers"]["eager"]["comparison"]
+    assert comparison["first"]["count"] == comparison["other"]["count"] == 2
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown  # not a terminal: no colour
+    assert "█" in shown
+    assert all(word in shown for word in ("eager", "autocast", "dsfast::linear_cross_entropy", REST))
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_kernels_writes_and_shows_every_figure(tmp_path: Path, capsys, monkeypatch):
+    for operator in ("rope", "swiglu_mlp"):
+        monkeypatch.setitem(cases.SIZES[operator], "500k", SMALL[operator])
+    out = tmp_path / "out.json"
+    assert run_command(bench.main, ["kernels", "rope", "swiglu_mlp", "--repeats", "1", "--json", str(out)]) == 0
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert [(case["operator"], case["size"]) for case in written["results"]["cases"]] == [
+        ("rope", "500k"),
+        ("swiglu_mlp", "500k"),
+    ]
+    assert set(written["results"]["ceilings"]) == {"float32", "bfloat16", "bandwidth"}
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("rope 500k", "forward+backward", "reference", "eager", "█"))
+
+
+def test_what_was_not_timed_is_shown_with_the_reason():
+    reporter = Reporter(Console(file=(shown := io.StringIO()), width=100))
+    case = {"operator": "rope", "size": "500k", "sizes": {}, "passes": {}, "checks": {"native": "output: error 1"}}
+    reporter._case(case)
+    reporter._generate(
+        {"settings": {"new_tokens": 3}, "results": {"status": "missing", "reason": huggingface.INSTALL, "batches": []}}
+    )
+    assert "not timed: native: output: error 1" in shown.getvalue()
+    assert f"missing: transformers: {huggingface.INSTALL}" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["kernels", "rop"], "unknown operator 'rop'; known: adamw, embedding"),
+        (["kernels", "--size", "7m"], "argument --size: invalid choice: '7m'"),
+        (["step", "--peers", "eager,jax"], "unknown peer 'jax'; known: autocast, compile, eager, transformers"),
+        (["step", "--repeats", "0"], "argument --repeats: expected a whole number above 0, got '0'"),
+        (["step", "--length", "257"], "--length: expected at most model.max_position_embeddings 256, got 257"),
+        (["step", "--config", "/no/such.json"], "/no/such.json: cannot be read"),
+        (["step", "--json", "/no/such/folder/out.json"], "--json /no/such/folder/out.json: cannot be written"),
+        (["kernels", "--json", "/"], "--json /: expected a file, this is a folder"),
+        (["generate", "--new-tokens", "250"], "--new-tokens: expected at most 248"),
+        (["generate", "--batch", "1,0"], "argument --batch: expected a whole number above 0, got '0'"),
+        (["generate", "--checkpoint", "/no/such"], "/no/such: no such folder"),
+        (["train"], "invalid choice: 'train'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_bad_input_is_one_line_and_2_before_anything_is_timed(arguments, complaint, capsys, monkeypatch):
+    def timed(*arguments, **options):
+        pytest.fail("timed something")
+
+    for module in (timing, step, kernels):
+        monkeypatch.setattr(module, "compare", timed)
+    assert run_command(bench.main, arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [({"runtime.device": "cuda"}, "got 'cuda'"), ({"model.num_nextn_predict_layers": 1}, "the peers have no MTP")],
+)
+def test_what_the_peers_cannot_do_is_refused(changes: dict, complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        comparable(tiny.tiny_config(**changes))
+
+
+def test_an_unwritable_file_leaves_what_is_there(tmp_path: Path, monkeypatch):
+    path = tmp_path / "out.json"
+    path.write_text("before", encoding="utf-8")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        results.write(path, {"a": 1})
+    assert path.read_text(encoding="utf-8") == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
