@@ -8,20 +8,32 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("dsfast", "DEF")
-DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable) -> None:
-    """Register `dsfast::<schema>` with its CPU kernel and its shape function."""
+def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None = None) -> None:
+    """Register `dsfast::<schema>` with its CPU kernel, its shape function and, where there is one, its GPU kernel."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"dsfast::{name}", fake, lib=_LIBRARY)
 
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the derivative of `dsfast::name`."""
+    """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused."""
     torch.library.register_autograd(f"dsfast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    if hasattr(torch.ops.dsfast, f"{name}_backward"):
+        torch.library.register_autograd(f"dsfast::{name}_backward", _no_second_derivative(name), lib=_LIBRARY)
+
+
+def _no_second_derivative(name: str) -> Callable:
+    """A formula that raises: without one a second derivative would silently be wrong."""
+
+    def refuse(ctx, *_):
+        raise NotImplementedError(f"dsfast::{name} has first derivatives only; ops.use('reference') has second ones")
+
+    return refuse
 
 
 def expect_shape(operator: str, argument: str, x: Tensor, *shape: int | str) -> None:

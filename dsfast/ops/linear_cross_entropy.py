@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
+from dsfast.ops.library import (
+    autograd,
+    define,
+    expect_dtype,
+    expect_range,
+    expect_shape,
+    raise_out_of_range,
+    rows,
+)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -57,12 +65,16 @@ def _fake(hidden, weight, labels, ignore_index, with_grads):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    dhidden, dweight = ctx.saved_tensors
-    return dloss * dhidden, dloss * dweight, None, None, None
+    return *torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None, None, None
+
+
+def _scale(dloss, dhidden, dweight):
+    return dloss * dhidden, dloss * dweight
 
 
 define(
@@ -70,5 +82,10 @@ define(
     " -> (Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
+)
+define(
+    "linear_cross_entropy_backward(Tensor dloss, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
+    cpu=_scale,
+    fake=_scale,
 )
 autograd("linear_cross_entropy", _backward, _setup_context)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 
@@ -74,7 +74,8 @@ def _pointers(*tensors: Tensor) -> list[int]:
     return [number for x in tensors for number in (x.data_ptr(), *x.stride()[:-1])]
 
 
-# `softmax` [H, N] is what the backward pass needs to know of each query's scores: their maximum (C++) or log-sum-exp (Triton).
+# `softmax` is what the backward pass needs to know of each query's scores: their maximum [H, N] (C++), or that and the
+# logarithm of the sum [2, H, N] (Triton).
 def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     inputs = _strided(q_nope, q_rope, k_nope, k_rope, v)
     cu_seqlens = cu_seqlens.contiguous()
@@ -90,7 +91,8 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 
 def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
-    return q_nope.new_empty(v.shape), q_nope.new_empty(q_nope.size(1), q_nope.size(0))
+    n, h, _ = q_nope.shape
+    return q_nope.new_empty(v.shape), q_nope.new_empty((2, h, n) if q_nope.is_cuda else (h, n), dtype=torch.float32)
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
@@ -123,10 +125,16 @@ def _backward(ctx, do, _):
 
 
 _TENSORS = "Tensor q_nope, Tensor q_rope, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens, float scale"
-define(f"mla_attention({_TENSORS}) -> (Tensor, Tensor)", cpu=_forward_cpu, fake=_forward_fake)
+define(
+    f"mla_attention({_TENSORS}) -> (Tensor, Tensor)",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    cuda=triton.launcher("mla_attention", "forward"),
+)
 define(
     f"mla_attention_backward(Tensor do, {_TENSORS}, Tensor o, Tensor softmax) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    cuda=triton.launcher("mla_attention", "backward"),
 )
 autograd("mla_attention", _backward, _setup_context)

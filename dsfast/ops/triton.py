@@ -1,14 +1,40 @@
-"""The Triton kernels (dsfast.triton_kernels): which operators have one."""
+"""The Triton kernels (dsfast.triton_kernels): which operators have one that can run here, and how to call it."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+OLDEST = (3, 6)  # version of triton
+OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
 
 
+@cache
 def available(operator: str) -> tuple[bool, str]:
     """Whether `operator` has a Triton kernel that can run here, and the reason."""
     if importlib.util.find_spec(f"dsfast.triton_kernels.{operator}") is None:
         return False, "dsfast has no Triton kernel for it yet"
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed; run `pip install dsfast[gpu]`"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return False, f"triton {version} is too old, 3.6 or newer is needed; run `pip install -U dsfast[gpu]`"
+    if not torch.cuda.is_available():
+        return False, "PyTorch finds no GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CHIP:
+        return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
     return True, "Triton kernel"
+
+
+def launcher(operator: str, function: str) -> Callable:
+    """`function` of dsfast.triton_kernels.`operator`, imported when first called: triton is not installed everywhere."""
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"dsfast.triton_kernels.{operator}"), function)(*arguments)
+
+    return launch

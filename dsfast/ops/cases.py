@@ -1,0 +1,138 @@
+"""Random inputs of any size for every operator: what the live check, the tests and the bench run the operators on.
+
+Each function returns a Case whose `make_inputs` draws float32 arguments from a generator. Shape letters as in the
+operator's own module.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from dsfast.ops.adamw import adamw, grad_norm
+from dsfast.ops.embedding import embedding
+from dsfast.ops.linear_cross_entropy import linear_cross_entropy
+from dsfast.ops.mla_attention import mla_attention
+from dsfast.ops.moe_experts import moe_experts
+from dsfast.ops.moe_route import moe_route
+from dsfast.ops.rms_norm import rms_norm
+from dsfast.ops.rope import rope
+from dsfast.ops.swiglu_mlp import swiglu_mlp
+
+
+@dataclass(frozen=True)
+class Case:
+    """`function(*make_inputs(generator))`, with gradients wanted for the arguments at positions `differentiable`."""
+
+    operator: str
+    name: str
+    function: Callable[..., Any]
+    make_inputs: Callable[[Generator], tuple]
+    differentiable: tuple[int, ...] = ()
+
+
+def rms_norm_case(name: str, n: int, d: int, residual: bool = True) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        x, weight = _normal(g, n, d), 1 + 0.2 * _normal(g, d)
+        return (x, weight, 1e-6, _normal(g, n, d)) if residual else (x, weight, 1e-6)
+
+    return Case("rms_norm", name, rms_norm, make_inputs, (0, 1, 3) if residual else (0, 1))
+
+
+def rope_case(name: str, n: int, h: int, dr: int, p: int) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        angles = torch.arange(p)[:, None] * 10000.0 ** (-torch.arange(dr // 2) / max(dr // 2, 1))
+        return _normal(g, n, h, dr), angles.cos(), angles.sin(), torch.randint(p, (n,), generator=g)
+
+    return Case("rope", name, rope, make_inputs, (0,))
+
+
+def embedding_case(name: str, n: int, v: int, r: int, d: int | None) -> Case:
+    """Without `d` there is no projection. A quarter of the tokens are one word, as in text."""
+
+    def make_inputs(g: Generator) -> tuple:
+        input_ids = torch.randint(v, (n,), generator=g)
+        input_ids[::4] = v // 2
+        projection = None if d is None else _normal(g, r, d, scale=r**-0.5)
+        return input_ids, _normal(g, v, r), projection
+
+    return Case("embedding", name, embedding, make_inputs, (1,) if d is None else (1, 2))
+
+
+def mla_attention_case(name: str, lengths: Sequence[int], h: int, dn: int, dr: int, dv: int) -> Case:
+    """Documents of `lengths` tokens."""
+
+    def make_inputs(g: Generator) -> tuple:
+        n = sum(lengths)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        queries_and_keys = (_normal(g, *shape) for shape in ((n, h, dn), (n, h, dr), (n, h, dn), (n, dr)))
+        return *queries_and_keys, _normal(g, n, h, dv), cu_seqlens, (dn + dr) ** -0.5
+
+    return Case("mla_attention", name, mla_attention, make_inputs, (0, 1, 2, 3, 4))
+
+
+def moe_route_case(
+    name: str, n: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False
+) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        return _normal(g, n, e), _normal(g, e, scale=0.1), k, n_group, topk_group, norm_topk_prob, 2.5
+
+    return Case("moe_route", name, moe_route, make_inputs, (0,))
+
+
+def moe_experts_case(name: str, n: int, d: int, k: int, e: int, i: int, used: Sequence[int] | None = None) -> Case:
+    """Each token goes to k different experts of `used` (all e of them if None); the others get no token."""
+
+    def make_inputs(g: Generator) -> tuple:
+        among = torch.tensor(range(e) if used is None else used, dtype=torch.int64)
+        indices = among[torch.rand(n, len(among), generator=g).argsort(1)[:, :k]]
+        weights = torch.rand(n, k, generator=g) + 0.1
+        gate_up, down = _normal(g, e, 2 * i, d, scale=d**-0.5), _normal(g, e, d, i, scale=i**-0.5)
+        return _normal(g, n, d), weights, indices, gate_up, down
+
+    return Case("moe_experts", name, moe_experts, make_inputs, (0, 1, 3, 4))
+
+
+def swiglu_mlp_case(name: str, n: int, d: int, i: int) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        return _normal(g, n, d), _normal(g, 2 * i, d, scale=d**-0.5), _normal(g, d, i, scale=i**-0.5)
+
+    return Case("swiglu_mlp", name, swiglu_mlp, make_inputs, (0, 1, 2))
+
+
+def linear_cross_entropy_case(name: str, n: int, r: int, v: int, counted: float = 0.9) -> Case:
+    """About `counted` of the labels count, the others are the ignore_index."""
+
+    def make_inputs(g: Generator) -> tuple:
+        labels = torch.randint(v, (n,), generator=g)
+        labels[torch.rand(n, generator=g) >= counted] = -100
+        return _normal(g, n, r), _normal(g, v, r, scale=2 * r**-0.5), labels
+
+    return Case("linear_cross_entropy", name, linear_cross_entropy, make_inputs, (0, 1))
+
+
+def adamw_case(name: str, shapes: Sequence[tuple[int, ...]], step: int) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        params, grads, exp_avgs = ([_normal(g, *shape) for shape in shapes] for _ in range(3))
+        exp_avg_sqs = [_normal(g, *shape).square() for shape in shapes]
+        lrs, decays = ([base * (1 + t) for t in range(len(shapes))] for base in (1e-2, 1e-1))
+        return params, grads, exp_avgs, exp_avg_sqs, lrs, decays, 0.9, 0.95, 1e-8, step, 0.7
+
+    return Case("adamw", name, updated_by_adamw, make_inputs)
+
+
+def updated_by_adamw(params, grads, exp_avgs, exp_avg_sqs, *settings) -> tuple[Tensor, ...]:
+    """`adamw` and `grad_norm` without side effects: all params, exp_avgs, exp_avg_sqs as one vector each, and the norm."""
+    params, exp_avgs, exp_avg_sqs = ([x.clone() for x in tensors] for tensors in (params, exp_avgs, exp_avg_sqs))
+    adamw(params, grads, exp_avgs, exp_avg_sqs, *settings)
+    flat = (torch.cat([x.flatten() for x in tensors]) for tensors in (params, exp_avgs, exp_avg_sqs))
+    return *flat, torch.tensor(grad_norm(grads), dtype=torch.float64)
+
+
+def _normal(generator: Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=generator) * scale

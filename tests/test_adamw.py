@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from operator_cases import OperatorContract, bad, drawn, needs_native
+
+from dsfast import ops
+from dsfast.ops.cases import adamw_case, updated_by_adamw
+
+IMPLEMENTATIONS = ["reference", "native"]
+
+
+class TestAdamw(OperatorContract):
+    cases = (
+        *(adamw_case(f"one tensor of {n}", ((n,),), 3) for n in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)),
+        *(adamw_case(f"one tensor of {n}: tasks of 16384", ((n,),), 3) for n in (16383, 16384, 16385, 40009)),
+        adamw_case("the first step: both corrections are largest", ((7, 5),), 1),
+        adamw_case("step 100000: both corrections are 1", ((7, 5),), 100000),
+        adamw_case("tensors without elements, first, last and between", ((0,), (3, 5), (0, 4), (2,), (0,)), 2),
+        adamw_case("many small tensors", tuple((1 + i % 7, 3) for i in range(61)), 5),
+        adamw_case("a scalar", ((),), 2),
+    )
+    tiny = adamw_case("tiny", ((3, 2), (5,)), 3)
+    strided_arguments = (1,)  # the gradients: what is updated in place must be contiguous
+    bad_arguments = (
+        bad("adamw: params, grads, exp_avgs, exp_avg_sqs, lrs and weight_decays must be equally long", lrs=[0.1]),
+        bad("must be equally long", grads=lambda grads: grads[:1]),
+        bad("adamw: step counts from 1, got 0", step=0),
+        bad(r"adamw: grads must have shape \[5\], got \[4\]", grads=lambda g: [g[0], g[1][:4]]),
+        bad(r"adamw: exp_avg_sqs must have shape \[3, 2\], got \[2, 3\]", exp_avg_sqs=lambda v: [v[0].T, v[1]]),
+        bad("adamw: grads must be torch.float32 on cpu, got", TypeError, grads=lambda g: [g[0], g[1].double()]),
+        bad("adamw: params must be torch.float32 on cpu, got", TypeError, params=lambda p: [p[0], p[1].double()]),
+        bad("updated in place and must be contiguous", params=lambda p: [torch.empty(2, 3).T, p[1]]),
+        bad("updated in place and must be contiguous", exp_avgs=lambda m: [torch.empty(2, 3).T, m[1]]),
+    )
+
+    @staticmethod
+    def independent(params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, beta1, beta2, eps, step, clip_scale):
+        groups = [
+            {"params": [p.clone()], "lr": r, "weight_decay": d}
+            for p, r, d in zip(params, lrs, weight_decays, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, foreach=False)
+        state = []
+        for group, g, m, v in zip(groups, grads, exp_avgs, exp_avg_sqs, strict=True):
+            (p,) = group["params"]
+            p.grad = g * clip_scale
+            optimizer.state[p] = {"step": torch.tensor(step - 1.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+            state.append((p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]))
+        optimizer.step()
+        norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]).double())
+        return *(torch.cat([x.flatten() for x in tensors]) for tensors in zip(*state, strict=True)), norm
+
+    def call(self, **changes):
+        arguments = dict(zip(ADAMW_ARGUMENTS, drawn(self.tiny), strict=True))
+        for name, change in changes.items():
+            arguments[name] = change(arguments[name]) if callable(change) else change
+        ops.adamw(**arguments)
+
+    test_gradcheck_of_reference = None  # an update has no derivative
+    test_second_derivative = None
+    test_compile_full_graph = None  # and is not part of a compiled model
+    test_compile_with_inductor = None
+
+
+ADAMW_ARGUMENTS = (
+    "params", "grads", "exp_avgs", "exp_avg_sqs", "lrs", "weight_decays", "beta1", "beta2", "eps", "step", "clip_scale",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("reference", torch.float64), ("reference", torch.float32), ("native", torch.float32)]
+)
+def test_trains_like_torch_adamw(implementation, dtype):
+    """20 steps of a least squares problem, each with its own gradient and clip."""
+    if implementation == "native":
+        needs_native()
+    generator = torch.Generator().manual_seed(0)
+    start, data, wanted = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5, 3), (17, 5), (17, 3)))
+    theirs = start.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theirs], lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours, m, v = start.clone().to(dtype), torch.zeros(5, 3, dtype=dtype), torch.zeros(5, 3, dtype=dtype)
+    for step in range(1, 21):
+        optimizer.zero_grad()
+        (data @ theirs - wanted).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        optimizer.step()
+        weights = ours.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((data.to(dtype) @ weights - wanted.to(dtype)).square().mean(), weights)
+        with ops.use(implementation):
+            scale = ops.clip_scale(ops.grad_norm([gradient]), 0.5)
+            ops.adamw([ours], [gradient], [m], [v], [0.03], [0.1], 0.9, 0.95, 1e-8, step, scale)
+    assert (theirs - start).abs().max() > 0.3
+    # clip_grad_norm_ divides by norm + 1e-6, hence not 1e-12 in float64
+    torch.testing.assert_close(ours.double(), theirs.detach(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestInPlace:
+    def prepared(self, implementation):
+        if implementation == "native":
+            needs_native()
+        return drawn(adamw_case("two", ((3, 2), (5,)), 3))
+
+    def test_updates_the_tensors_given_and_leaves_gradients(self, implementation):
+        arguments = self.prepared(implementation)
+        before = [[x.clone() for x in tensors] for tensors in arguments[:4]]
+        with ops.use(implementation):
+            expected = updated_by_adamw(*arguments)
+            ops.adamw(*arguments)
+        for tensors, flat in zip((arguments[0], arguments[2], arguments[3]), expected[:3], strict=True):
+            assert torch.equal(torch.cat([x.flatten() for x in tensors]), flat)
+        assert all(torch.equal(g, old) for g, old in zip(arguments[1], before[1], strict=True))
+        assert not torch.equal(arguments[0][0], before[0][0])
+
+    def test_autograd_notices_the_update(self, implementation):
+        """A backward pass through what was saved before the update must not silently use the new values."""
+        arguments = self.prepared(implementation)
+        parameter = arguments[0][0].requires_grad_()
+        loss = parameter.square().sum()
+        with ops.use(implementation):
+            ops.adamw(*arguments)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_nothing_to_update(self, implementation):
+        self.prepared(implementation)
+        with ops.use(implementation):
+            ops.adamw([], [], [], [], [], [], 0.9, 0.95, 1e-8, 1)
+            assert ops.grad_norm([]) == 0.0
+
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+    @pytest.mark.parametrize("at", [0, 16, 20000])
+    def test_norm_of_large_and_bad_gradients(self, implementation, value, at):
+        self.prepared(implementation)
+        gradient = torch.zeros(20001)
+        gradient[at] = value
+        with ops.use(implementation):
+            norm = ops.grad_norm([torch.ones(3), gradient])
+        assert norm == pytest.approx(abs(torch.tensor(value).item()), rel=1e-6, nan_ok=True)
+
+
+def test_inf_and_nan_together_are_not_finite():
+    needs_native()
+    with ops.use("native"):
+        assert math.isnan(ops.grad_norm([torch.tensor([math.inf]), torch.tensor([math.nan])]))
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (8.0, 0.25), (math.inf, 0.0)])
+def test_clip_scale(norm, scale):
+    assert ops.clip_scale(norm, 2.0) == scale

@@ -1,0 +1,125 @@
+"""The live check itself: it must pass what is right and catch what is slightly wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dsfast import ops
+from dsfast.ops import cases, checks, native
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return ops.check_all("cpu")
+
+
+def test_everything_available_is_checked_and_passes(rows):
+    assert [row for row in rows if not row["passed"]] == []
+    available = {row["operator"]: row["implementation"] for row in ops.report("cpu")}
+    for operator in ops.OPERATORS:
+        checked = {row["implementation"] for row in rows if row["operator"] == operator}
+        assert checked == {"reference", available[operator]}
+        assert {row["case"] for row in rows if row["operator"] == operator} == {"500K", "odd"}
+
+
+def test_rows_are_plain_numbers_and_names(rows):
+    for row in rows:
+        assert list(row) == [
+            "operator", "implementation", "case", "quantity", "max_abs_error", "eager_error", "tolerance", "passed",
+        ]  # fmt: skip
+        assert type(row["passed"]) is bool
+        assert all(type(row[name]) is float for name in ("max_abs_error", "eager_error", "tolerance"))
+
+
+def test_every_gradient_is_among_the_quantities(rows):
+    quantities = {row["quantity"] for row in rows if row["operator"] == "mla_attention"}
+    assert quantities == {"output", "grad q_nope", "grad q_rope", "grad k_nope", "grad k_rope", "grad v"}
+
+
+def test_a_selection_does_not_keep_the_kernels_from_being_checked(rows):
+    with ops.use("reference"):
+        assert ops.check_all("cpu") == rows
+
+
+def swiglu_rows(spoil, differentiable=(0,)):
+    """The check's rows for a native swiglu_mlp whose output went through `spoil`."""
+    if native.status()[0] is None:
+        pytest.skip("the C++ kernels are not built")
+    case = cases.swiglu_mlp_case("", 64, 32, 16)
+
+    def function(x, gate_up, down):
+        y = ops.swiglu_mlp(x, gate_up, down)
+        return spoil(y) if ops.report("cpu")[ops.OPERATORS.index("swiglu_mlp")]["implementation"] == "native" else y
+
+    arguments = case.make_inputs(torch.Generator().manual_seed(0))
+    return checks.check("swiglu_mlp", function, arguments, differentiable, ["native"])
+
+
+def ulps(count):
+    return lambda y: y + count * torch.finfo(torch.float32).eps * y.detach().abs().max()
+
+
+def put(value):
+    def spoil(y):
+        changed = y.clone()
+        changed[3, 4] = value
+        return changed
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        ulps(16),
+        lambda y: y.bfloat16().float(),
+        put(0.0),
+        put(math.nan),
+        put(math.inf),
+        lambda y: y[:-1],
+        lambda y: y * 1.00001,
+    ],
+    ids=[
+        "16 ulp off",
+        "rounded to bfloat16",
+        "one value missing",
+        "one NaN",
+        "one inf",
+        "one row short",
+        "1e-5 too large",
+    ],
+)
+def test_wrong_values_fail(spoil):
+    assert not swiglu_rows(spoil, ())[0]["passed"]
+
+
+def test_right_values_pass_and_a_wrong_gradient_fails():
+    assert all(row["passed"] for row in swiglu_rows(lambda y: y))
+    value, gradient = swiglu_rows(lambda y: y + 1e-4 * (y - y.detach()))
+    assert value["passed"]
+    assert not gradient["passed"]
+
+
+def test_a_nan_that_eager_shows_and_the_implementation_hides_fails():
+    found = {"output": torch.zeros(3)}
+    expected = torch.tensor([0.0, math.nan, 0.0])
+    assert not checks._judge(expected, expected, found["output"], torch.float32, "native")["passed"]
+    assert checks._judge(expected, expected, expected.clone(), torch.float32, "native")["passed"]
+    assert not checks._judge(expected, expected, -expected.nan_to_num(math.inf), torch.float32, "native")["passed"]
+
+
+def test_a_reference_of_lower_precision_fails():
+    case = cases.swiglu_mlp_case("", 64, 32, 16)
+
+    def truncated(x, gate_up, down):
+        return (
+            ops.swiglu_mlp(x, gate_up, down)
+            if x.dtype == torch.float64
+            else ops.swiglu_mlp(x.bfloat16().float(), gate_up, down)
+        )
+
+    rows = checks.check("swiglu_mlp", truncated, case.make_inputs(torch.Generator().manual_seed(0)), (), ["reference"])
+    assert not rows[0]["passed"]

@@ -1,0 +1,209 @@
+"""Which implementation runs: use, configure, report, fall-backs."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import warnings
+
+import pytest
+import torch
+from operator_cases import needs_native
+
+from dsfast import ops
+from dsfast.errors import UserError
+from dsfast.ops import dispatch, native
+
+X, WEIGHT = torch.ones(2, 3), torch.ones(3)
+
+
+@pytest.fixture(autouse=True)
+def own_selection(monkeypatch):
+    """What a test configures or notes ends with it."""
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
+    with ops.use("auto"):
+        yield
+
+
+def taken(device: str = "cpu", **kwargs) -> dict[str, str]:
+    return {row["operator"]: row["implementation"] for row in ops.report(device, **kwargs)}
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: (None, "dsfast._native is not built; run `make build`"))
+
+
+class TestUse:
+    def test_all_operators_inside_the_block_alone(self):
+        before = taken()
+        with ops.use("reference"):
+            assert set(taken().values()) == {"reference"}
+        assert taken() == before
+
+    def test_named_operators_alone(self):
+        with ops.use("reference", "rope", "adamw"):
+            assert {name for name, implementation in taken().items() if implementation == "reference"} >= {
+                "rope",
+                "adamw",
+            }
+            needs_native()
+            assert taken()["rms_norm"] == "native"
+
+    def test_inner_block_wins_and_outer_comes_back(self):
+        needs_native()
+        with ops.use("reference"):
+            with ops.use("native", "rope"):
+                assert taken()["rope"] == "native"
+                assert taken()["adamw"] == "reference"
+            assert taken()["rope"] == "reference"
+
+    def test_ends_after_an_exception(self):
+        before = taken()
+        with pytest.raises(ZeroDivisionError), ops.use("reference"):
+            raise ZeroDivisionError
+        assert taken() == before
+
+    def test_unknown_names_list_the_known(self):
+        with pytest.raises(UserError, match="unknown implementation 'cuda'; known: auto, native, reference, triton"):
+            ops.use("cuda").__enter__()
+        with pytest.raises(UserError, match=r"unknown operator 'softmax'; known: adamw, embedding, .*swiglu_mlp"):
+            ops.use("native", "softmax").__enter__()
+
+    def test_implementation_of_another_device(self):
+        with (
+            ops.use("triton"),
+            pytest.raises(UserError, match=r"rms_norm: .*'triton' does not run on cpu; there: reference, native"),
+        ):
+            ops.rms_norm(X, WEIGHT, 1e-6)
+
+    def test_native_in_another_dtype_is_an_error_not_a_fall_back(self):
+        needs_native()
+        with ops.use("native"), pytest.raises(UserError, match=r"rms_norm: .*'native' cannot run: .*float32.*float64"):
+            ops.rms_norm(X.double(), WEIGHT.double(), 1e-6)
+        assert ops.fallbacks() == []
+
+    def test_native_that_is_not_built_is_an_error(self, without_native):
+        with (
+            ops.use("native"),
+            pytest.raises(UserError, match=r"'native' cannot run: dsfast._native is not built; run `make"),
+        ):
+            ops.rms_norm(X, WEIGHT, 1e-6)
+
+
+class TestAuto:
+    def test_takes_the_kernels_without_a_word(self):
+        needs_native()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.rms_norm(X, WEIGHT, 1e-6)
+        assert set(taken().values()) == {"native"}
+        assert ops.fallbacks() == []
+
+    def test_float64_falls_back_warns_once_and_is_listed(self):
+        needs_native()
+        with pytest.warns(ops.FallbackWarning, match="rms_norm runs in plain PyTorch: .*float32.* float64") as caught:
+            [ops.rms_norm(X.double(), WEIGHT.double(), 1e-6) for _ in range(2)]
+        assert len(caught) == 1
+        (row,) = ops.fallbacks()
+        assert (row["operator"], row["device"]) == ("rms_norm", "cpu")
+        assert "float64" in row["reason"]
+
+    def test_each_operator_warns_for_itself(self, without_native):
+        with pytest.warns(ops.FallbackWarning, match="rms_norm"):
+            ops.rms_norm(X, WEIGHT, 1e-6)
+        with pytest.warns(ops.FallbackWarning, match="swiglu_mlp"):
+            ops.swiglu_mlp(X, torch.ones(4, 3), torch.ones(3, 2))
+        assert [row["operator"] for row in ops.fallbacks()] == ["rms_norm", "swiglu_mlp"]
+        assert all("make build" in row["reason"] for row in ops.fallbacks())
+
+    def test_what_was_asked_for_is_no_fall_back(self):
+        with ops.use("reference"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.rms_norm(X, WEIGHT, 1e-6)
+        assert ops.fallbacks() == []
+
+    @pytest.mark.parametrize("implementation", ["reference", "native"])
+    def test_autograd_runs_the_implementation_in_force_at_the_forward_pass(self, implementation):
+        if implementation == "native":
+            needs_native()
+        x = torch.randn(3, 4, requires_grad=True)
+        with ops.use(implementation):
+            y = ops.swiglu_mlp(x, torch.ones(4, 4), torch.ones(4, 2))
+        assert ("dsfast" in y.grad_fn.name()) == (implementation == "native")
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+class TestReport:
+    def test_one_row_for_each_operator_with_a_reason(self):
+        rows = ops.report("cpu")
+        assert [row["operator"] for row in rows] == list(ops.OPERATORS)
+        assert all(row["implementation"] in ops.IMPLEMENTATIONS and row["reason"] for row in rows)
+
+    def test_asked_for(self):
+        with ops.use("reference"):
+            assert {row["reason"] for row in ops.report("cpu")} == {"asked for"}
+
+    def test_says_why_not_native(self, without_native):
+        for row in ops.report("cpu"):
+            assert row["implementation"] == "reference"
+            assert "not built" in row["reason"]
+
+    def test_other_dtypes_take_the_reference(self):
+        assert set(taken(dtype=torch.bfloat16).values()) == {"reference"}
+
+
+class TestConfigure:
+    def run(self, function):
+        contextvars.copy_context().run(function)
+
+    def test_default_and_exceptions(self):
+        def check():
+            ops.configure({"default": "reference", "rope": "auto"}, "cpu")
+            chosen = taken()
+            assert {name for name, implementation in chosen.items() if implementation != "reference"} <= {"rope"}
+            if native.status()[0] is not None:
+                assert chosen["rope"] == "native"
+
+        self.run(check)
+
+    def test_without_entries_everything_is_automatic(self):
+        def check():
+            before = taken()
+            ops.configure({"default": "reference"}, "cpu")
+            ops.configure({}, "cpu")
+            assert taken() == before
+
+        self.run(check)
+
+    def test_holds_in_this_thread_alone(self):
+        found = []
+
+        def check():
+            ops.configure({"default": "reference"}, "cpu")
+            thread = threading.Thread(target=lambda: found.append(taken()))
+            thread.start()
+            thread.join()
+            assert set(taken().values()) == {"reference"}
+
+        self.run(check)
+        assert found == [taken()]
+
+    @pytest.mark.parametrize(
+        ("kernels", "match"),
+        [
+            ({"default": "fast"}, "unknown implementation 'fast'; known: auto"),
+            ({"rope": "fast"}, "unknown implementation 'fast'; known: auto"),
+            ({"softmax": "native"}, "unknown operator 'softmax'; known: adamw"),
+            ({"rope": "triton"}, "rope: implementation 'triton' does not run on cpu"),
+        ],
+    )
+    def test_bad_entries_raise_at_once_and_change_nothing(self, kernels, match):
+        def check():
+            before = taken()
+            with pytest.raises(UserError, match=match):
+                ops.configure(kernels, "cpu")
+            assert taken() == before
+
+        self.run(check)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from operator_cases import OperatorContract, bad, edges
+
+from dsfast.ops.cases import embedding_case
+
+
+class TestEmbedding(OperatorContract):
+    cases = (
+        *edges(embedding_case, "n", v=11, r=5, d=7),
+        *edges(embedding_case, "d", n=19, v=5, r=3),
+        *edges(embedding_case, "r", n=19, v=5, d=3),
+        embedding_case("no tokens", 0, 5, 3, 7),
+        embedding_case("no tokens, no projection", 0, 5, 3, None),
+        embedding_case("no projection", 37, 11, 19, None),
+        embedding_case("no projection, one token", 1, 3, 1, None),
+        embedding_case("one word: every gradient falls on one row", 97, 1, 7, 13),
+        embedding_case("far more words than tokens: most rows have no gradient", 5, 1009, 3, 7),
+        embedding_case("sums over 641 tokens", 641, 3, 5, 17),
+    )
+    tiny = embedding_case("tiny", 4, 3, 2, 5)
+    summed_over_threads = frozenset({"grad projection"})
+    bad_arguments = (
+        bad(r"embedding: input_ids must have shape \[N\], got \[1, 4\]", input_ids=lambda i: i[None]),
+        bad(r"embedding: table must have shape \[V, R\], got \[3\]", table=lambda t: t[:, 0]),
+        bad(r"embedding: projection must have shape \[2, D\], got \[1, 5\]", projection=lambda p: p[:1]),
+        bad("embedding: input_ids must be torch.int64 on cpu, got torch.int32", TypeError, input_ids=torch.Tensor.int),
+        bad("embedding: projection must be torch.float32 on cpu, got", TypeError, projection=torch.Tensor.double),
+        bad(r"embedding: input_ids must lie in 0..2, 1 of 4 do not", input_ids=torch.tensor([0, 3, 1, 2])),
+        bad(r"embedding: input_ids must lie in 0..2, 2 of 4 do not", input_ids=torch.tensor([0, -1, 1, -(2**62)])),
+        bad(r"embedding: input_ids must lie in 0..-1", table=lambda t: t[:0]),
+    )
+
+    @staticmethod
+    def independent(input_ids, table, projection):
+        taken = torch.nn.functional.one_hot(input_ids, len(table)).to(table) @ table
+        return taken if projection is None else taken @ projection

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
+
+from dsfast import ops
+from dsfast.ops.cases import linear_cross_entropy_case
+from dsfast.ops.checks import check
+
+
+class TestLinearCrossEntropy(OperatorContract):
+    cases = (
+        *edges(linear_cross_entropy_case, "n", r=5, v=11),
+        *edges(linear_cross_entropy_case, "r", n=19, v=5),
+        *(case for case in edges(linear_cross_entropy_case, "v", n=19, r=5) if case.name != "v 1"),
+        linear_cross_entropy_case("no tokens", 0, 5, 11),
+        linear_cross_entropy_case("all labels ignored: the loss is 0", 37, 5, 11, counted=0.0),
+        linear_cross_entropy_case("most labels ignored", 67, 5, 11, counted=0.1),
+        linear_cross_entropy_case("every label counts", 67, 5, 11, counted=1.0),
+        linear_cross_entropy_case("a sum over 1009 words", 41, 16, 1009),
+        linear_cross_entropy_case("a sum over 641 tokens", 641, 8, 97),
+    )
+    not_expanded = (1,)  # the weight: see test_equal_words
+    tiny = linear_cross_entropy_case("tiny", 4, 3, 5, counted=1.0)
+    summed_over_threads = frozenset({"output", "grad weight"})
+    bad_arguments = (
+        bad(r"linear_cross_entropy: hidden must have shape \[N, R\], got \[4\]", hidden=lambda h: h[:, 0]),
+        bad(r"linear_cross_entropy: weight must have shape \[V, 3\], got \[5, 2\]", weight=lambda w: w[:, :2]),
+        bad(r"linear_cross_entropy: labels must have shape \[4\], got \[3\]", labels=lambda x: x[:3]),
+        bad("linear_cross_entropy: weight must be torch.float32 on cpu, got", TypeError, weight=torch.Tensor.double),
+        bad("linear_cross_entropy: labels must be torch.int64 on cpu, got", TypeError, labels=torch.Tensor.int),
+        bad(r"labels must lie in 0..4 or be -100, 1 of 4 do not", labels=torch.tensor([0, 5, -100, 4])),
+        bad(r"labels must lie in 0..4 or be -100, 3 of 4 do not", labels=torch.tensor([-1, 2**62, -101, 4])),
+        bad(r"labels must lie in 0..4 or be -7, 1 of 4 do not", labels=torch.tensor([0, -100, -7, 4]), ignore_index=-7),
+    )
+
+    @staticmethod
+    def independent(hidden, weight, labels, ignore_index=-100):
+        kept = labels != ignore_index
+        z = hidden[kept] @ weight.T
+        losses = torch.log(torch.exp(z - z.max().detach()).sum(1)) + z.max().detach() if len(z) else z.sum(1)
+        taken = z.gather(1, labels[kept][:, None]).squeeze(1)
+        return (losses - taken).sum() / max(1, len(z))
+
+
+def test_an_ignore_index_that_is_a_word():
+    needs_native()
+    hidden, weight, labels = drawn(linear_cross_entropy_case("all count", 37, 5, 7, counted=1.0))
+
+    def function(hidden, weight, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=3)
+
+    assert (labels == 3).any()
+    rows = check("linear_cross_entropy", function, (hidden, weight, labels), (0, 1), ["reference", "native"])
+    assert_passed(rows)
+
+
+@pytest.mark.parametrize("words", [1, 2, 17])
+def test_equal_words(words):
+    """Words with one weight: the loss is log V, and their gradients cancel in dhidden but for the last bits."""
+    needs_native()
+    case = linear_cross_entropy_case("equal words", 13, 5, words, counted=1.0)
+    hidden, weight, labels = drawn(case)
+    found = run_native(case, (hidden, weight[:1].expand(words, 5), labels))
+    torch.testing.assert_close(found["output"], torch.tensor(float(words)).log(), rtol=3e-7, atol=1e-7)
+    ulp = torch.finfo(torch.float32).eps
+    assert found["grad hidden"].abs().max() <= 4 * ulp * weight.abs().max() / 13
+    assert found["grad weight"].sum(0).abs().max() <= 4 * ulp * hidden.abs().max()
+
+
+def test_ignored_rows_have_no_gradient():
+    needs_native()
+    case = linear_cross_entropy_case("half", 33, 5, 7, counted=0.5)
+    arguments = drawn(case)
+    gradient = run_native(case, arguments)["grad hidden"]
+    ignored = arguments[2] == -100
+    assert not gradient[ignored].any()
+    assert gradient[~ignored].any(1).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0, 1e4])
+def test_small_and_large_logits(size):
+    """Logits of 10^5: the exponentials must not overflow, and a word with all the weight leaves a loss near 0."""
+    needs_native()
+    hidden, weight, labels = drawn(linear_cross_entropy_case("logits", 37, 5, 19))
+    assert_passed(
+        check("linear_cross_entropy", ops.linear_cross_entropy, (hidden * size, weight, labels), (0, 1), ["native"])
+    )
+
+
+def test_forward_alone_gives_the_same_loss():
+    """Without gradients nothing of them is made; the loss is the same bits."""
+    needs_native()
+    arguments = drawn(linear_cross_entropy_case("both ways", 67, 5, 131))
+    with ops.use("native"):
+        alone = ops.linear_cross_entropy(*arguments)
+        arguments[0].requires_grad_()
+        with_gradients = ops.linear_cross_entropy(*arguments)
+        with torch.no_grad():
+            under_no_grad = ops.linear_cross_entropy(*arguments)
+    assert with_gradients.requires_grad
+    assert not under_no_grad.requires_grad
+    assert torch.equal(alone, with_gradients)
+    assert torch.equal(alone, under_no_grad)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import torch
+from operator_cases import OperatorContract, bad, drawn, edges, needs_native, run_native
+
+from dsfast import ops
+from dsfast.ops.cases import moe_experts_case
+
+
+class TestMoeExperts(OperatorContract):
+    cases = (
+        *edges(moe_experts_case, "n", d=5, k=2, e=3, i=3),
+        *edges(moe_experts_case, "d", n=29, k=1, e=2, i=3),
+        *edges(moe_experts_case, "i", n=29, k=1, e=2, d=3),
+        moe_experts_case("no tokens", 0, 5, 2, 3, 7),
+        moe_experts_case("one expert", 13, 7, 1, 1, 5),
+        moe_experts_case("all tokens to the last expert", 113, 7, 1, 4, 5, used=(3,)),
+        moe_experts_case("all tokens to the first expert", 113, 7, 1, 4, 5, used=(0,)),
+        moe_experts_case("experts without a token, first, last and between", 37, 7, 1, 6, 5, used=(1, 4)),
+        moe_experts_case("every expert chosen by every token", 29, 11, 4, 4, 6),
+        moe_experts_case("many experts, a token or none each", 17, 6, 3, 61, 4),
+        moe_experts_case("sums over 641 tokens", 641, 7, 1, 2, 5),
+    )
+    tiny = moe_experts_case("tiny", 4, 3, 2, 3, 2)
+    summed_over_threads = frozenset({"grad gate_up", "grad down"})
+    bad_arguments = (
+        bad(r"moe_experts: x must have shape \[N, D\], got \[4\]", x=lambda x: x[:, 0]),
+        bad(r"moe_experts: weights must have shape \[4, K\], got \[3, 2\]", weights=lambda w: w[:3]),
+        bad(r"moe_experts: indices must have shape \[4, 2\], got \[4, 1\]", indices=lambda i: i[:, :1]),
+        bad(r"moe_experts: down must have shape \[E, 3, I\], got \[3, 2, 2\]", down=lambda d: d[:, :2]),
+        bad(r"moe_experts: gate_up must have shape \[3, 4, 3\], got \[2, 4, 3\]", gate_up=lambda g: g[:2]),
+        bad(r"moe_experts: gate_up must have shape \[3, 4, 3\], got \[3, 3, 3\]", gate_up=lambda g: g[:, :3]),
+        bad("moe_experts: weights must be torch.float32 on cpu, got", TypeError, weights=torch.Tensor.double),
+        bad("moe_experts: indices must be torch.int64 on cpu, got torch.int32", TypeError, indices=torch.Tensor.int),
+        bad(r"moe_experts: indices must lie in 0..2, 1 of 8 do not", indices=torch.tensor([[0, 1]] * 3 + [[3, 1]])),
+        bad(
+            r"moe_experts: indices must lie in 0..2, 2 of 8 do not", indices=torch.tensor([[0, 1]] * 3 + [[-1, 2**62]])
+        ),
+    )
+
+    @staticmethod
+    def independent(x, weights, indices, gate_up, down):
+        """All experts on all tokens, most of it thrown away."""
+        gate, up = torch.einsum("nd,eid->eni", x, gate_up).chunk(2, -1)
+        every = torch.einsum("eni,edi->end", gate / (1 + torch.exp(-gate)) * up, down)
+        share = torch.nn.functional.one_hot(indices, len(down)).to(x).mul(weights[..., None]).sum(1)
+        return torch.einsum("ne,end->nd", share, every)
+
+
+def test_weights_of_an_expert_without_tokens_are_not_read():
+    needs_native()
+    case = moe_experts_case("two unused", 19, 5, 1, 4, 3, used=(0, 2))
+    arguments = drawn(case)
+    clean = run_native(case, arguments)
+    arguments[3][[1, 3]] = float("nan")
+    arguments[4][[1, 3]] = float("nan")
+    found = run_native(case, arguments)
+    assert all(torch.equal(found[quantity], clean[quantity]) for quantity in clean)
+    assert not found["grad gate_up"][[1, 3]].any()
+    assert not found["grad down"][[1, 3]].any()
+
+
+def test_an_expert_chosen_twice_by_a_token_counts_twice():
+    needs_native()
+    x, weights, _, gate_up, down = drawn(moe_experts_case("twice", 5, 7, 2, 3, 4))
+    once = torch.ones(5, 1, dtype=torch.int64)
+    with ops.use("native"):
+        twice = ops.moe_experts(x, weights, once.expand(5, 2), gate_up, down)
+        together = ops.moe_experts(x, weights.sum(1, keepdim=True), once, gate_up, down)
+    torch.testing.assert_close(twice, together, rtol=1e-6, atol=1e-6)
+
+
+def test_agrees_with_swiglu_mlp_where_there_is_one_expert():
+    needs_native()
+    x, _, _, gate_up, down = drawn(moe_experts_case("one", 101, 19, 1, 1, 13))
+    with ops.use("native"):
+        routed = ops.moe_experts(x, torch.ones(101, 1), torch.zeros(101, 1, dtype=torch.int64), gate_up, down)
+        assert torch.equal(routed, ops.swiglu_mlp(x, gate_up[0], down[0]))

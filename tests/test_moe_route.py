@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import OperatorContract, assert_passed, bad, edges, needs_native
+
+from dsfast import ops
+from dsfast.ops.cases import moe_route_case
+from dsfast.ops.checks import check
+
+
+class TestMoeRoute(OperatorContract):
+    cases = (
+        *edges(moe_route_case, "n", e=5, k=2),
+        *edges(moe_route_case, "e", n=7, k=1),
+        moe_route_case("no tokens", 0, 4, 2),
+        moe_route_case("the 500K model: top 1 of 2", 61, 2, 1),
+        moe_route_case("all experts chosen", 13, 7, 7),
+        moe_route_case("normalised", 37, 9, 3, norm_topk_prob=True),
+        moe_route_case("normalised top 1: the weight is constant, the gradient 0", 11, 6, 1, norm_topk_prob=True),
+        moe_route_case("2 of 3 groups, normalised", 41, 21, 4, 3, 2, True),
+        moe_route_case("1 of 4 groups", 29, 12, 3, 4, 1),
+        moe_route_case("all groups: no limit", 17, 12, 5, 4, 4),
+        moe_route_case("groups of one expert: a group's score is one value", 23, 8, 2, 8, 3),
+        moe_route_case("all experts of the groups taken", 19, 15, 6, 5, 2),
+        moe_route_case("DeepSeek-V3's 256 experts, 4 of 8 groups, top 8", 31, 256, 8, 8, 4, True),
+    )
+    tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
+    bad_arguments = (
+        bad(r"moe_route: logits must have shape \[N, E\], got \[3\]", logits=lambda x: x[:, 0]),
+        bad(r"moe_route: bias must have shape \[6\], got \[5\]", bias=lambda b: b[:5]),
+        bad("moe_route: bias must be torch.float32 on cpu, got torch.float64", TypeError, bias=torch.Tensor.double),
+        bad("moe_route: cannot take 2 of 4 equal groups of 6 experts", n_group=4),
+        bad("moe_route: cannot take 2 of 0 equal groups of 6 experts", n_group=0),
+        bad("moe_route: cannot take 4 of 3 equal groups of 6 experts", topk_group=4),
+        bad("moe_route: cannot take 0 of 3 equal groups of 6 experts", topk_group=0),
+        bad(r"moe_route: top_k must be 1..4, got 5", top_k=5),
+        bad(r"moe_route: top_k must be 1..4, got 0", top_k=0),
+    )
+
+    @staticmethod
+    def independent(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+        scores, (n, e) = 1 / (1 + torch.exp(-logits)), logits.shape
+        indices = torch.zeros(n, top_k, dtype=torch.int64)
+        for token in range(n):
+            value = {i: float(scores[token, i] + bias[i]) for i in range(e)}
+            groups = [range(e * g // n_group, e * (g + 1) // n_group) for g in range(n_group)]
+            groups.sort(key=lambda group: sum(sorted((value[i] for i in group), reverse=True)[:2]), reverse=True)
+            allowed = [i for group in groups[:topk_group] for i in group]
+            indices[token] = torch.tensor(sorted(allowed, key=value.get, reverse=True)[:top_k])
+        weights = torch.stack([scores[t, indices[t]] for t in range(n)]) if n else scores[:, :top_k]
+        weights = weights / weights.sum(1, keepdim=True) if norm_topk_prob else weights
+        counts = torch.tensor([int((indices == i).sum()) for i in range(e)])
+        return weights * scaling, indices, counts
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+class TestChoice:
+    def route(self, implementation, logits, bias, *choice):
+        if implementation == "native":
+            needs_native()
+        with ops.use(implementation):
+            return ops.moe_route(torch.tensor(logits), torch.tensor(bias), *choice)
+
+    def test_equal_values_go_to_the_lower_index(self, implementation):
+        _, indices, counts = self.route(implementation, [[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
+        assert indices.tolist() == [[0, 1, 2, 3]] * 3
+        assert counts.tolist() == [3, 3, 3, 3, 0, 0]
+
+    def test_bias_steers_the_choice_and_is_not_in_the_weights(self, implementation):
+        weights, indices, _ = self.route(implementation, [[2.0, 0.0, -2.0]], [0.0, 0.0, 5.0], 2, 1, 1, False, 1.0)
+        assert indices.tolist() == [[2, 0]]
+        torch.testing.assert_close(weights, torch.tensor([[-2.0, 2.0]]).sigmoid())
+
+    def test_a_group_counts_by_its_two_best(self, implementation):
+        # group 0 has the single best expert, group 1 the two best together
+        _, indices, _ = self.route(implementation, [[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
+        assert indices.tolist() == [[4, 3]]
+
+    def test_negative_biased_scores_still_beat_the_groups_left_out(self, implementation):
+        _, indices, _ = self.route(
+            implementation, [[1.0, 0.0, 2.0, 2.0]], [-9.0, -9.0, -20.0, -20.0], 2, 2, 1, False, 1.0
+        )
+        assert indices.tolist() == [[0, 1]]
+
+    @pytest.mark.parametrize("at", range(4))
+    def test_nan_is_chosen_so_that_it_shows(self, implementation, at):
+        logits = [1.0, 3.0, 2.0, 0.0]
+        logits[at] = float("nan")
+        weights, _, counts = self.route(implementation, [logits], [0.0] * 4, 1, 1, 1, False, 1.0)
+        assert weights.isnan().all()
+        assert counts[at] == 1
+
+
+@pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
+def test_saturated_scores(size):
+    """sigmoid near 0 and 1: small ones keep their digits, nothing overflows. (Which of two scores rounded to 1 comes first
+    differs from float64, so all experts are chosen and put back in their order.)
+    """
+    needs_native()
+
+    def scores(logits):
+        weights, indices, _ = ops.moe_route(logits, torch.zeros(17).to(logits), 17, 1, 1, False, 1.0)
+        return torch.zeros_like(weights).scatter(1, indices, weights)
+
+    logits = torch.linspace(-size, size, 34).view(2, 17)
+    assert_passed(check("moe_route", scores, (logits,), (0,), ["native"]))
+    with ops.use("native"):
+        found = scores(logits).double()
+    torch.testing.assert_close(found, logits.double().sigmoid(), rtol=1e-6, atol=1e-36)

@@ -1,0 +1,182 @@
+"""The compiled module: stale and missing builds, what it links, its threads, and every instruction set it holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operator_cases import needs_native
+
+from dsfast import ops
+from dsfast.errors import UserError
+from dsfast.ops import native
+
+TESTS = Path(__file__).parent
+OPERATOR_TESTS = [str(TESTS / f"test_{operator}.py") for operator in ops.OPERATORS]
+BLOCKED = "import sys; sys.modules['dsfast._native'] = None; "  # makes its import an ImportError
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with `environment` added."""
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, cwd=TESTS.parent, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fresh_status(monkeypatch):
+    """native.status without what it remembers."""
+    monkeypatch.delenv("DSFAST_REQUIRE_NATIVE", raising=False)
+    native.status.cache_clear()
+    yield monkeypatch
+    native.status.cache_clear()
+
+
+class TestStaleAndMissing:
+    def test_hash_changes_with_any_source(self, tmp_path):
+        hash_of = runpy.run_path(str(native.SOURCES / "source_hash.py"))["source_hash"]
+        (tmp_path / "a.cpp").write_text("int a;")
+        (tmp_path / "a.h").write_text("int b;")
+        first = hash_of(tmp_path)
+        assert hash_of(tmp_path) == first
+        (tmp_path / "a.h").write_text("int b; ")
+        changed = hash_of(tmp_path)
+        (tmp_path / "a.h").rename(tmp_path / "c.h")
+        renamed = hash_of(tmp_path)
+        (tmp_path / "CMakeLists.txt").write_text("")
+        assert len({first, changed, renamed, hash_of(tmp_path)}) == 4
+
+    def test_a_build_of_other_sources_counts_as_missing(self, fresh_status):
+        needs_native()
+        native.status.cache_clear()
+        fresh_status.setattr(native, "source_hash", lambda: "another")
+        module, reason = native.status()
+        assert module is None
+        assert re.search("built from other sources.*make build", reason)
+        assert {row["implementation"] for row in ops.report("cpu")} == {"reference"}
+
+    def test_without_sources_the_build_is_taken_as_it_is(self, fresh_status):
+        needs_native()
+        native.status.cache_clear()
+        fresh_status.setattr(native, "source_hash", lambda: None)
+        assert native.status()[0] is not None
+
+    def test_required_but_stale_is_an_error(self, fresh_status):
+        needs_native()
+        native.status.cache_clear()
+        fresh_status.setattr(native, "source_hash", lambda: "another")
+        fresh_status.setenv("DSFAST_REQUIRE_NATIVE", "1")
+        with pytest.raises(UserError, match="DSFAST_REQUIRE_NATIVE=1 forbids"):
+            native.status()
+
+    def test_missing_falls_back_with_a_warning(self):
+        done = run_python("-c", BLOCKED + USE_AN_OPERATOR, DSFAST_REQUIRE_NATIVE="0")
+        assert done.returncode == 0, done.stderr
+        assert re.search(
+            "FallbackWarning: rms_norm runs in plain PyTorch: dsfast._native is not built.*make build", done.stderr
+        )
+
+    def test_required_but_missing_is_an_error(self):
+        done = run_python("-c", BLOCKED + USE_AN_OPERATOR, DSFAST_REQUIRE_NATIVE="1")
+        assert done.returncode != 0
+        assert re.search(r"UserError: dsfast._native is not built .*DSFAST_REQUIRE_NATIVE=1 forbids", done.stderr)
+
+
+USE_AN_OPERATOR = "import torch; from dsfast import ops; ops.rms_norm(torch.ones(2, 3), torch.ones(3), 1e-6)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
+class TestLinking:
+    def test_links_no_torch_and_no_python(self):
+        needs_native()
+        # The names of needed libraries stand in the file's string table.
+        names = set(re.findall(rb"lib[\w+.-]+\.so[.\d]*", Path(native.module().__file__).read_bytes()))
+        assert any(name.startswith(b"libgomp") for name in names)
+        assert not [name for name in names if re.match(rb"lib(torch|c10|python)", name)]
+
+    def test_one_openmp_runtime_in_the_process(self):
+        needs_native()
+        with ops.use("native"):
+            ops.rms_norm(torch.ones(64, 3), torch.ones(3), 1e-6)
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+        assert len({name for name in loaded if re.search(r"lib(gomp|omp|iomp5)[-.]", name)}) == 1
+
+    def test_obeys_torch_set_num_threads(self):
+        """Threads counted in a fresh process, where no other code has started any."""
+        needs_native()
+        done = run_python("-c", COUNT_THREADS, OMP_NUM_THREADS="1")
+        assert done.stdout.split() == ["0", "1", "2"], done.stderr
+
+
+COUNT_THREADS = """
+import os, torch
+from dsfast import ops
+x = torch.ones(512, 64)
+before = len(os.listdir("/proc/self/task"))
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    with ops.use("native"):
+        ops.rms_norm(x, torch.ones(64), 1e-6)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_attention_softmax_has_the_accuracy_of_exp():
+    """csrc/simd.h: exp is at most 2 ulp off. Two keys, one with score 0 and value 0, one with score x <= -18 and value 1: the
+    output is exp(x) itself, since 1 + exp(x) rounds to 1.
+    """
+    needs_native()
+    x = torch.cat((torch.linspace(-87.3, -18, 40001), torch.tensor([-87.3, -87.0, -18.0])))
+    found = exp_through_attention(x)
+    exact = x.double().exp()
+    ulp = 2.0 ** (torch.floor(torch.log2(exact)) - 23)
+    assert ((found.double() - exact).abs() / ulp).max() <= 2
+    below = exp_through_attention(torch.tensor([-87.4, -100.0, -1e4, -1e30]))
+    assert below.max() <= 1.2e-38
+    assert exp_through_attention(torch.tensor([torch.nan])).isnan().all()
+
+
+def exp_through_attention(x: torch.Tensor) -> torch.Tensor:
+    h = len(x)
+    query = torch.stack((torch.zeros(h), x))[..., None]  # [N = 2, H, 1]; the second token asks
+    key = torch.tensor([0.0, 1.0])[:, None, None].expand(2, h, 1)
+    none = torch.zeros(2, h, 0)
+    boundaries = torch.tensor([0, 2], dtype=torch.int32)
+    with ops.use("native"):
+        return ops.mla_attention(query, none, key, torch.zeros(2, 0), key, boundaries, 1.0)[1, :, 0]
+
+
+class TestInstructionSets:
+    def test_best_supported_is_chosen(self):
+        needs_native()
+        module = native.module()
+        assert set(module.supported) <= set(module.compiled)
+        assert module.supported[0] == "baseline"
+        assert module.isa == os.environ.get("DSFAST_ISA", module.supported[-1])
+
+    def test_unknown_name_lists_the_known(self):
+        needs_native()
+        done = run_python("-c", USE_AN_OPERATOR, DSFAST_ISA="avx1024", DSFAST_REQUIRE_NATIVE="1")
+        assert done.returncode != 0
+        assert "environment variable DSFAST_ISA is 'avx1024'; this processor runs: baseline" in done.stderr
+
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+    def test_every_operator(self, isa):
+        """All cases of all operators and the accuracy of exp, in a process that runs the instruction set named."""
+        needs_native()
+        if isa not in native.module().supported:
+            pytest.skip(f"this processor does not run {isa}")
+        if isa == native.module().isa:
+            pytest.skip("it is the one this process runs, and tests everywhere else")
+        chosen = "test_native_against_float64 or test_views or accuracy_of_exp or saturated or best_supported"
+        command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, __file__)
+        done = run_python(*command, DSFAST_ISA=isa, DSFAST_REQUIRE_NATIVE="1")
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert re.search(r"^\d{3,} passed", done.stdout.splitlines()[-1]), done.stdout[-300:]

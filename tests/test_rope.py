@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import OperatorContract, bad, drawn, edges, run_native
+
+from dsfast.ops.cases import rope_case
+
+
+class TestRope(OperatorContract):
+    cases = (
+        *edges(rope_case, "n", h=2, dr=6, p=11),
+        *(rope_case(f"width {dr}", 5, 3, dr, 7) for dr in (2, 14, 16, 18, 30, 32, 34, 64)),
+        rope_case("no tokens", 0, 3, 4, 5),
+        rope_case("one head, as the shared key has", 17, 1, 16, 17),
+        rope_case("one position", 9, 2, 4, 1),
+    )
+    tiny = rope_case("tiny", 3, 2, 4, 5)
+    linear = True
+    bad_arguments = (
+        bad(r"rope: x must have shape \[N, H, Dr\], got \[3, 4\]", x=lambda x: x[:, 0]),
+        bad("rope: the last dimension of x holds pairs and must be even, got 3", x=lambda x: x[..., :3]),
+        bad(r"rope: cos must have shape \[P, 2\], got \[5, 1\]", cos=lambda c: c[:, :1]),
+        bad(r"rope: sin must have shape \[5, 2\], got \[4, 2\]", sin=lambda s: s[:4]),
+        bad(r"rope: positions must have shape \[3\], got \[2\]", positions=lambda p: p[:2]),
+        bad("rope: positions must be torch.int64 on cpu, got torch.int32", TypeError, positions=torch.Tensor.int),
+        bad("rope: sin must be torch.float32 on cpu, got torch.float64", TypeError, sin=torch.Tensor.double),
+        bad(r"rope: positions must lie in 0..4, 1 of 3 do not", positions=torch.tensor([0, 5, 1])),
+        bad(r"rope: positions must lie in 0..4, 2 of 3 do not", positions=torch.tensor([-1, 0, -(2**62)])),
+    )
+
+    @staticmethod
+    def independent(x, cos, sin, positions):
+        turns = torch.complex(cos[positions], sin[positions])[:, None]
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+
+@pytest.mark.parametrize("width", [6, 16])
+def test_score_depends_on_the_distance_alone(width):
+    """What rotary embedding is for: q at p + 5 and k at p have one product, wherever p is."""
+    q, cos, sin, _ = drawn(rope_case("same query everywhere", 1, 1, width, 64))
+    k = drawn(rope_case("same key everywhere", 1, 1, width, 64), seed=1)[0]
+    positions = torch.arange(50)
+    turned = [
+        run_native(rope_case("", 50, 1, width, 64), (x.expand(50, 1, width), cos, sin, p), ())["output"]
+        for x, p in ((q, positions + 5), (k, positions))
+    ]
+    scores = (turned[0] * turned[1]).sum((1, 2))
+    torch.testing.assert_close(scores, scores[:1].expand(50), rtol=0, atol=4e-6)

@@ -1,0 +1,236 @@
+"""The Triton kernels of mla_attention against the float64 reference: on a GPU where there is one, and everywhere in Triton's
+interpreter, in a process of its own because triton reads TRITON_INTERPRET when it is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsfast import ops
+from dsfast.ops.mla_attention import mla_attention_reference
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# bf16 on a GPU alone: the interpreter's bf16 products are wrong.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
+
+on_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a GPU; without one it runs in the interpreter's process",
+)
+
+# Lengths of the documents, with the reason. Tiles have 128 rows and blocks 64 in 16 bits; 16 and 32 in float32.
+DOCUMENTS = {
+    "no token": [0],
+    "one token": [1],
+    "one below a tile": [127],
+    "a tile": [128],
+    "one above a tile": [129],
+    "a prime, several blocks before the tile": [211],
+    "boundaries inside a tile, on its edge, and a document that spans three tiles": [5, 1, 122, 201, 37],
+    "empty documents at the start, in the middle, side by side and at the end": [0, 40, 0, 0, 33, 70, 0],
+    "single tokens": [1] * 33,
+}
+WIDTHS = {
+    "500K model": (32, 16, 32),
+    "DeepSeek-V3": (128, 64, 128),
+    "no power of two": (48, 16, 80),
+    "narrower than a matrix instruction": (8, 4, 8),
+    "values the widest": (16, 16, 64),
+}
+
+
+def make_inputs(lengths, widths, dtype, heads=2, seed=0):
+    """Tensors as the model's projections leave them: views with strides, split from a common tensor."""
+    dn, dr, dv = widths
+    n = sum(lengths)
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(n, heads, dn + dr, generator=random).to(DEVICE, dtype)
+    kv = torch.randn(n, heads, dn + dv, generator=random).to(DEVICE, dtype)
+    latent = torch.randn(n, 24 + dr, generator=random).to(DEVICE, dtype)
+    do = torch.randn(n, heads, dv, generator=random).to(DEVICE, dtype)
+    k_nope, v = kv.split([dn, dv], -1)
+    tensors = (*q.split([dn, dr], -1), k_nope, latent[:, 24:], v)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+    return tensors, cu_seqlens, (dn + dr) ** -0.5, do
+
+
+def run_kernels(tensors, cu_seqlens, scale, do):
+    """o and the five gradients by the kernels, every uninitialised output filled with NaN beforehand."""
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        o, softmax = kernels.forward(*tensors, cu_seqlens, scale)
+        return o, softmax, kernels.backward(do, *tensors, cu_seqlens, scale, o, softmax)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_reference(tensors, cu_seqlens, scale, do, dtype):
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+    o = mla_attention_reference(*leaves, cu_seqlens, scale)
+    return o.detach(), torch.autograd.grad(o, leaves, do.to(dtype))
+
+
+def assert_as_good_as_eager(tensors, cu_seqlens, scale, do):
+    """Values and gradients: the error is at most twice that of eager PyTorch in the same dtype, plus one rounding."""
+    dtype = tensors[0].dtype
+    o, _, gradients = run_kernels(tensors, cu_seqlens, scale, do)
+    exact = run_reference(tensors, cu_seqlens, scale, do, torch.float64)
+    eager = run_reference(tensors, cu_seqlens, scale, do, dtype)
+    for name, mine, theirs, truth in zip(
+        ("o", *NAMES), (o, *gradients), (eager[0], *eager[1]), (exact[0], *exact[1]), strict=True
+    ):
+        assert mine.dtype == dtype
+        assert mine.is_contiguous()
+        assert mine.shape == truth.shape
+        # With one token a document the gradients of q and k are differences of equal numbers, exactly 0; v's gives the size.
+        size = truth.norm() if truth.any() else exact[1][-1].norm()
+        assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + torch.finfo(dtype).eps * size, name
+
+
+@on_device
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_documents(documents, dtype):
+    assert_as_good_as_eager(*make_inputs(DOCUMENTS[documents], WIDTHS["500K model"], dtype, heads=1))
+
+
+@on_device
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widths(widths, dtype):
+    assert_as_good_as_eager(*make_inputs([50, 3, 28], WIDTHS[widths], dtype))
+
+
+@on_device
+def test_more_heads_than_run_together():
+    assert_as_good_as_eager(*make_inputs([33, 7], WIDTHS["500K model"], torch.float32, heads=11))
+
+
+@on_device
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_documents(seed, dtype):
+    random = torch.Generator().manual_seed(seed)
+    lengths = (torch.rand(5, generator=random) ** 3 * 200).int().tolist()
+    assert_as_good_as_eager(*make_inputs(lengths, WIDTHS["500K model"], dtype, heads=1, seed=seed))
+
+
+@on_device
+@pytest.mark.parametrize("size", [10, 100])
+def test_large_scores(size):
+    """Scores of tens and hundreds: the softmax must neither overflow nor lose what rounding a log-sum-exp would."""
+    tensors, cu_seqlens, scale, do = make_inputs([70, 30], WIDTHS["500K model"], torch.float32)
+    assert_as_good_as_eager(tensors, cu_seqlens, size * scale, do)
+
+
+@on_device
+def test_nan_key_stays_in_its_document():
+    """The loop over earlier keys runs without a mask, also for the rows of the tile that belong to the next document."""
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    tensors, cu_seqlens, scale, _ = make_inputs([150, 60], WIDTHS["500K model"], torch.float16)
+    tensors[2][10] = float("nan")
+    o, _ = kernels.forward(*tensors, cu_seqlens, scale)
+    assert o[10:150].isnan().all()
+    assert o[:10].isfinite().all()
+    assert o[150:].isfinite().all()
+
+
+@on_device
+def test_any_strides():
+    """Expanded, with a last dimension that is not contiguous, and with rows too far apart."""
+    from dsfast.triton_kernels.launch import rows
+
+    tensors, cu_seqlens, scale, do = make_inputs([20, 25], WIDTHS["500K model"], torch.float32)
+    q_nope, q_rope, k_nope, k_rope, v = tensors
+    expanded = k_nope[:1].expand(k_nope.shape)
+    transposed = v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_as_good_as_eager(
+        (q_nope, q_rope, expanded, k_rope, transposed), cu_seqlens, scale, do[..., :1].expand(do.shape)
+    )
+    # Offsets inside a tile are 32-bit: rows further apart are copied.
+    far = torch.empty(2**24 + 64, device=DEVICE).as_strided((2, 2, 32), (2**24, 32, 1))
+    assert max(rows(far)[0].stride()) == 64
+
+
+@on_device
+def test_rope_key_gradient_is_summed_in_float32():
+    """Many heads whose shares nearly cancel: rounding them to float16 before the sum would show."""
+    tensors, cu_seqlens, scale, do = make_inputs([40], WIDTHS["500K model"], torch.float16, heads=16)
+    exact = run_reference(tensors, cu_seqlens, scale, do, torch.float64)[1][3]
+    found = run_kernels(tensors, cu_seqlens, scale, do)[2][3]
+    eager = run_reference(tensors, cu_seqlens, scale, do, torch.float16)[1][3]
+    assert (found - exact).norm() <= (eager - exact).norm() + torch.finfo(torch.float16).eps * exact.norm()
+
+
+@on_device
+def test_two_runs_are_equal_and_inputs_stay():
+    tensors, cu_seqlens, scale, do = make_inputs([50, 0, 90], WIDTHS["500K model"], torch.float16)
+    before = [x.clone() for x in (*tensors, cu_seqlens, do)]
+    o, softmax, gradients = run_kernels(tensors, cu_seqlens, scale, do)
+    again = run_kernels(tensors, cu_seqlens, scale, do)
+    assert all(torch.equal(a, b) for a, b in zip((o, softmax, *gradients), (*again[:2], *again[2]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, cu_seqlens, do), strict=True))
+    assert softmax.dtype == torch.float32
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"dtype": torch.float64}, TypeError, "take float32, float16, bfloat16, got float64"),
+        ({"widths": (128, 64, 256), "dtype": torch.float32}, ValueError, "up to 320 in float32, got 448"),
+        ({"widths": (512, 64, 512)}, ValueError, "up to 576 in float16, got 1088"),
+        ({"scale": 0.0}, ValueError, "take a positive scale, got 0.0"),
+        ({"scale": float("nan")}, ValueError, "take a positive scale, got nan"),
+        ({"boundaries": [0]}, ValueError, "cu_seqlens must hold 0 and the end of each document, got 1 numbers"),
+    ],
+    ids=str,
+)
+def test_refused_before_launch(change, kind, message):
+    tensors, cu_seqlens, scale, do = make_inputs(
+        [4], change.get("widths", (32, 16, 32)), change.get("dtype", torch.float16)
+    )
+    cu_seqlens = cu_seqlens.new_tensor(change["boundaries"]) if "boundaries" in change else cu_seqlens
+    with pytest.raises(kind, match=message):
+        run_kernels(tensors, cu_seqlens, change.get("scale", scale), do)
+
+
+@pytest.mark.parametrize("operator", ["mla_attention", "mla_attention_backward"])
+def test_registered_for_cuda(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsfast::{operator}", "CUDA")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_operator_takes_the_kernels():
+    """Through torch.library: autograd, and torch.compile, give what the launchers give, bit for bit."""
+    tensors, cu_seqlens, scale, do = make_inputs([300, 45], WIDTHS["500K model"], torch.bfloat16)
+    o, _, gradients = run_kernels(tensors, cu_seqlens, scale, do)
+    for function in (ops.mla_attention, torch.compile(ops.mla_attention, fullgraph=True)):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        with ops.use("triton", "mla_attention"):
+            found = function(*leaves, cu_seqlens, scale)
+        assert torch.equal(found, o)
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, leaves, do), gradients, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]

@@ -1,0 +1,101 @@
+"""Compiles a launch for a chip that is not here and reads off what it takes of it: registers, shared memory, instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from dsfast.triton_kernels.launch import Launch
+from dsfast.triton_kernels.limits import CHIPS, SPILLS
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one chip."""
+
+    kernel: str
+    chip: str
+    registers: int  # of a thread
+    spills: int  # bytes of registers that a thread keeps in memory
+    shared: int  # bytes of a program
+    matrix: int  # instructions of the matrix units
+    copies: int | None  # asynchronous copies into shared memory; None where the assembly does not tell
+
+    def faults(self, launch: Launch) -> list[str]:
+        """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
+        chip, itemsize = CHIPS[self.chip], launch.itemsize
+        found = []
+        if self.spills > SPILLS[itemsize]:
+            found.append(f"{self.spills} bytes of registers spilled, at most {SPILLS[itemsize]} may be")
+        if self.shared > chip.shared:
+            found.append(f"{self.shared} bytes of shared memory, {chip.shared} are there")
+        if itemsize == 2 and launch.rows >= chip.matrix_rows and not self.matrix:
+            found.append(f"no {chip.matrix} for tiles of {launch.rows} rows")
+        if self.copies == 0 and launch.options["num_stages"] > 1:
+            found.append("the loop is not pipelined: no asynchronous copies")
+        return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
+
+
+def compile_launch(launch: Launch, chip: str) -> Compiled:
+    """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
+    target = CHIPS[chip]
+    kernel = triton.compile(
+        _source(launch), target=GPUTarget(target.backend, target.arch, target.warp_size), options=launch.options
+    )
+    assembly = kernel.asm[target.stage]
+    cuda = target.backend == "cuda"
+    registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
+    copies = len(re.findall(r"\bcp\.async\.c[ag]\b", assembly)) if cuda else None
+    return Compiled(
+        launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies
+    )
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The arguments' types as a call would specialise them: an integer 1 is a constant, multiples of 16 are marked."""
+    kernel = launch.kernel
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = launch.arguments[name]
+        if name in constants or (type(value) is int and value == 1 and name not in general):
+            signature[name], constexprs[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
+        aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        if aligned and signature[name] != "constexpr" and name not in general:
+            attributes[position,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def _read_cuda(kernel) -> tuple[int, int]:
+    """(registers, spilled bytes) by the cuobjdump that Triton ships."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([dump, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _read_hip(kernel) -> tuple[int, int]:
+    """(registers, spilled bytes) by the assembler's own notes."""
+    fields = re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", kernel.asm["amdgcn"])
+    found = {key: int(value) for key, value in fields}
+    return found["vgpr_count"], found["private_segment_fixed_size"]

@@ -1,0 +1,52 @@
+"""A kernel with all it needs to run: the launchers build it, `run` starts it, dsfast.triton_kernels.ahead compiles it for a
+chip that is not here. So what is checked without a GPU is what runs on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel` over `grid` programs with `arguments` by name and the compiler's `options`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int | bool]
+    itemsize: int  # bytes of an element of the matrices
+    rows: int  # of the products' left operand in one program
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def expect_dtype(operator: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless the Triton kernels compute in `dtype`."""
+    if dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{operator}: the Triton kernels take {known}, got {str(dtype).removeprefix('torch.')}")
+
+
+def rows(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor itself where its last dimension is contiguous, else a contiguous copy.
+
+    Strides before it may be any below 2^24: offsets inside a tile, of 128 rows at most, are 32-bit. Wider ones are copied too.
+    """
+    return [x if x.stride(-1) == 1 and max(x.stride()) < 2**24 else x.contiguous() for x in tensors]
+
+
+def large_tiles(device: torch.device) -> bool:
+    """Whether `device` is a data-centre chip with warp-group products and 227 KB of shared memory (sm_90, sm_100).
+
+    Without a device (Triton's interpreter) it is taken for one.
+    """
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)

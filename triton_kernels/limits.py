@@ -1,0 +1,30 @@
+"""The chips the kernels are compiled for without one at hand, and what a compiled kernel may take of each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A compilation target of Triton, and its limits for one program."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int  # bytes of shared memory
+    large: bool  # which tiles a launcher takes there (dsfast.triton_kernels.launch.large_tiles)
+    matrix: str  # instruction of the matrix units, in the assembly of `stage`
+    stage: str
+    matrix_rows: int  # rows of a tile from which a 16-bit product must use it
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 166_912, False, "mma.sync", "ptx", 16),
+    "sm_90": Chip("cuda", 90, 32, 232_448, True, "wgmma.mma_async", "ptx", 64),
+    "sm_100": Chip("cuda", 100, 32, 232_448, True, "tcgen05.mma", "ptx", 64),
+    "gfx942": Chip("hip", "gfx942", 64, 65_536, False, "v_mfma", "amdgcn", 16),
+}
+
+# Bytes of registers that a thread may keep in memory, by bytes of an element. float32 serves to check, and its products at
+# full precision hold both operands in registers: at DeepSeek-V3's widths not quite all fit (132 bytes on gfx942, 8 on sm_80).
+SPILLS = {2: 0, 4: 160}

@@ -1,0 +1,484 @@
+"""Triton kernels of dsfast.ops.mla_attention, whose module has the maths. FlashAttention-2's tiling (arXiv 2307.08691).
+
+N tokens, H heads, S documents; Dn, Dr, Dv widths of the part without position, the rope part, the value; DN, DR, DV the
+same rounded up to powers of two; BT queries and BS keys in a tile; i a query's token, j a key's.
+
+Tiles divide the flat tokens, whatever the documents: tile t holds tokens t BT .. (t + 1) BT - 1, so the grid follows from
+N alone and nothing waits for the host. Every token's document is found by bisection of cu_seqlens. Keys in front of a
+query tile concern only the rows of the document that the tile begins in: the loop over them runs without a mask, then the
+rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
+The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
+the backward pass gets the maximum m and log2 of the sum l apart: rounding m + log2 l would show in float32 at large scores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from torch import Tensor
+
+HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
+LOG2E = tl.constexpr(1.4426950408889634)
+UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+_UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
+
+
+@triton.jit
+def _place(tiles, H, G: tl.constexpr):
+    """(tile, head) of this program: all tiles of G heads, then of the next G."""
+    pid = tl.program_id(0)
+    first = pid // (G * tiles) * G
+    heads = tl.minimum(G, H - first)
+    rest = pid - first * tiles
+    return rest // heads, first + rest % heads
+
+
+@triton.jit
+def _documents(cu_seqlens, i, S, STEPS):
+    """First token of each document that tokens `i` lie in, and the token after its last. STEPS >= log2 S."""
+    low = i * 0
+    high = low + S
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        reached = (
+            tl.load(cu_seqlens + middle) <= i
+        )  # true for the empty documents before it too, so they are passed over
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
+
+
+@triton.jit
+def _load(x, stride, start, N, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on."""
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    if MASKED:
+        return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
+    if D < DP:
+        return tl.load(p_x, mask=d < D, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def _store(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
+
+
+@triton.jit
+def _scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr):
+    """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
+    b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)
+    return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_softmax(softmax, i, h, N, H):
+    """(m, log2 l) of queries i."""
+    p_m = softmax + h * N + i
+    return tl.load(p_m, mask=i < N, other=0.0), tl.load(p_m + tl.cast(H, tl.int64) * N, mask=i < N, other=0.0)
+
+
+@triton.jit
+def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
+    """exp2(s - m) / l, where m and log2 l are broadcast along the keys; 16 bits need no second subtraction."""
+    if EXACT:
+        return tl.exp2(b_s * factor - b_m - b_log_l)
+    return tl.exp2(b_s * factor - (b_m + b_log_l))
+
+
+@triton.jit
+def _attend(
+    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s, k_nope_n, k_rope_n, v_n, factor, N,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
+    b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
+    b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
+    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION)  # [BT, BS]
+    if MASKED:
+        j = s + tl.arange(0, BS)
+        m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_m_new[:, None])
+    decay = tl.exp2(b_m - b_m_new)
+    b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * decay[:, None], input_precision=PRECISION)
+    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def forward_kernel(
+    q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
+    q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o [N, H, Dv] and softmax [2, H, N] for one tile of queries and one head."""
+    tiles = tl.cdiv(N, BT)
+    tile, h = _place(tiles, H, G)
+    h = h.to(tl.int64)
+    t = (tiles - 1 - tile) * BT  # the last tile of a document is the longest: it goes first
+    i = t + tl.arange(0, BT)  # [BT]
+    begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
+    first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
+    k_nope += h * k_nope_h
+    v += h * v_h
+    b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
+    b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
+    b_o = tl.zeros([BT, DV], tl.float32)
+    b_m = tl.full([BT], UNSEEN, tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    factor = scale * LOG2E
+
+    for s in range(tl.cdiv(first, BS) * BS, t, BS):
+        b_o, b_m, b_l = _attend(
+            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, False,
+        )  # fmt: skip
+    own = begin == first
+    b_o = tl.where(own[:, None], b_o, 0.0)
+    b_m = tl.where(own, b_m, UNSEEN)
+    b_l = tl.where(own, b_l, 0.0)
+    # The block the first document begins in, where it begins inside one before the tile; then the tile's own keys.
+    head = first // BS * BS
+    skip = tl.where((head < first) & (head < t), 0, 1)
+    for n in range(skip, BT // BS + 1):
+        s = tl.where(n == 0, head, t + (n - 1) * BS)
+        b_o, b_m, b_l = _attend(
+            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, True,
+        )  # fmt: skip
+
+    _store(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
+    p_m = softmax + h * N + i
+    tl.store(p_m, b_m, mask=i < N)
+    tl.store(p_m + tl.cast(H, tl.int64) * N, tl.log2(b_l), mask=i < N)
+
+
+@triton.jit
+def _attend_dq(
+    b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
+    k_nope_n, k_rope_n, v_n, factor, N,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys, from token s on, to the gradient of a tile of queries: [BT, DN] and [BT, DR]."""
+    b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
+    b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
+    b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION)  # [BT, BS]
+    b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
+    if MASKED:
+        j = s + tl.arange(0, BS)
+        m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_nope.dtype)
+    b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
+    return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def backward_q_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, N] = sum of do o, for one tile of queries and one head."""
+    tiles = tl.cdiv(N, BT)
+    tile, h = _place(tiles, H, G)
+    h = h.to(tl.int64)
+    t = (tiles - 1 - tile) * BT
+    i = t + tl.arange(0, BT)  # [BT]
+    begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
+    first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
+    k_nope += h * k_nope_h
+    v += h * v_h
+    b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
+    b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
+    b_do = _load(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
+    b_o = _load(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    tl.store(delta + h * N + i, b_delta, mask=i < N)
+    b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
+    b_dq_nope = tl.zeros([BT, DN], tl.float32)
+    b_dq_rope = tl.zeros([BT, DR], tl.float32)
+    factor = scale * LOG2E
+
+    for s in range(tl.cdiv(first, BS) * BS, t, BS):
+        b_dq_nope, b_dq_rope = _attend_dq(
+            b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, False,
+        )  # fmt: skip
+    own = (begin == first)[:, None]
+    b_dq_nope = tl.where(own, b_dq_nope, 0.0)
+    b_dq_rope = tl.where(own, b_dq_rope, 0.0)
+    head = first // BS * BS
+    skip = tl.where((head < first) & (head < t), 0, 1)
+    for n in range(skip, BT // BS + 1):
+        s = tl.where(n == 0, head, t + (n - 1) * BS)
+        b_dq_nope, b_dq_rope = _attend_dq(
+            b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, True,
+        )  # fmt: skip
+
+    _store(dq_nope + h * Dn, H * Dn, t, N, b_dq_nope * scale, BT, Dn, DN)
+    _store(dq_rope + h * Dr, H * Dr, t, N, b_dq_rope * scale, BT, Dr, DR)
+
+
+@triton.jit
+def _attend_dkv(
+    b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end, s,
+    h, do_n, q_nope_n, q_rope_n, factor, N, H,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
+    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED)  # [BT, DN]
+    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED)  # [BT, DR]
+    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED)  # [BT, DV]
+    i = s + tl.arange(0, BT)
+    b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
+    b_delta = tl.load(delta + h * N + i, mask=i < N, other=0.0)
+    b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION)  # [BS, BT]
+    b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_do.dtype == tl.float32)
+    if MASKED:
+        b_p = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_nope.dtype)
+    b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision=PRECISION)
+    return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def backward_kv_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, dk_rope, dv, scale,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's share of dk_rope [H, N, Dr], for one tile of keys and one head."""
+    tile, h = _place(tl.cdiv(N, BS), H, G)
+    h = h.to(tl.int64)
+    t = tile * BS  # the first tile of a document is the longest
+    j = t + tl.arange(0, BS)  # [BS]
+    _, end = _documents(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
+    _, last = _documents(cu_seqlens, tl.minimum(t + BS, N) - 1, S, STEPS)
+    last = tl.minimum(last, N)
+    do += h * do_h
+    q_nope += h * q_nope_h
+    q_rope += h * q_rope_h
+    b_k_nope = _load(k_nope + h * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
+    b_k_rope = _load(k_rope, k_rope_n, t, N, BS, Dr, DR, True)  # [BS, DR]
+    b_v = _load(v + h * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
+    b_dk_nope = tl.zeros([BS, DN], tl.float32)
+    b_dk_rope = tl.zeros([BS, DR], tl.float32)
+    b_dv = tl.zeros([BS, DV], tl.float32)
+    factor = scale * LOG2E
+
+    tail = last // BT * BT  # the block the last document ends in, if it ends inside one
+    for s in range(t + BS, tail, BT):
+        b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
+            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, PRECISION, False,
+        )  # fmt: skip
+    own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
+    b_dk_nope = tl.where(own, b_dk_nope, 0.0)
+    b_dk_rope = tl.where(own, b_dk_rope, 0.0)
+    b_dv = tl.where(own, b_dv, 0.0)
+    blocks = BS // BT + tl.where((tail < last) & (tail >= t + BS), 1, 0)
+    for n in range(blocks):
+        s = tl.where(n < BS // BT, t + n * BT, tail)
+        b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
+            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, PRECISION, True,
+        )  # fmt: skip
+
+    _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
+    _store(dk_rope + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
+    _store(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
+
+
+class Tiles(NamedTuple):
+    """BT queries by BS keys. Queries' kernels want BS to divide BT, the keys' kernel the other way round."""
+
+    bt: int
+    bs: int
+    warps: int
+    stages: int
+
+
+# Kernel -> widest DN + DR + DV that a row serves -> tiles. Starting values: they keep the limits of
+# tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
+# hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones.
+_FLOAT32 = {
+    "forward": {96: Tiles(32, 32, 4, 1), 320: Tiles(16, 16, 8, 1)},
+    "backward_q": {96: Tiles(32, 16, 4, 1), 320: Tiles(16, 16, 8, 1)},
+    "backward_kv": {96: Tiles(16, 32, 4, 1), 320: Tiles(16, 16, 8, 1)},
+}
+_LARGE = {
+    "forward": {
+        96: Tiles(128, 64, 4, 3),
+        192: Tiles(128, 64, 8, 3),
+        320: Tiles(128, 64, 8, 3),
+        576: Tiles(64, 32, 8, 2),
+    },
+    "backward_q": {
+        96: Tiles(128, 64, 4, 2),
+        192: Tiles(128, 64, 8, 2),
+        320: Tiles(128, 64, 8, 2),
+        576: Tiles(64, 16, 8, 2),
+    },
+    "backward_kv": {
+        96: Tiles(64, 64, 4, 2),
+        192: Tiles(64, 64, 8, 2),
+        320: Tiles(32, 64, 8, 2),
+        576: Tiles(16, 32, 8, 2),
+    },
+}
+_SMALL = {
+    "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
+    "backward_q": {
+        96: Tiles(64, 32, 4, 2),
+        192: Tiles(64, 32, 4, 2),
+        320: Tiles(32, 32, 4, 2),
+        576: Tiles(16, 16, 4, 1),
+    },
+    "backward_kv": {
+        96: Tiles(32, 64, 4, 2),
+        192: Tiles(32, 64, 4, 2),
+        320: Tiles(32, 32, 4, 1),
+        576: Tiles(16, 16, 4, 1),
+    },
+}
+
+
+def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> Tiles:
+    """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at width DN + DR + DV. ValueError if none serves it."""
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    if width > max(by_width):
+        raise ValueError(
+            f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {max(by_width)} in "
+            f"{str(dtype).removeprefix('torch.')}, got {width}"
+        )
+    return by_width[min(w for w in by_width if w >= width)]
+
+
+def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
+    """Shapes as dsfast.ops.mla_attention -> o [N, H, Dv] contiguous, and softmax [2, H, N] float32: each
+    query's largest score in units of log 2, and log2 of the sum of its exponentials relative to that.
+
+    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for widths that no tiles serve, a scale
+    that is not positive, or cu_seqlens without a document. That cu_seqlens rises from 0 to N is not checked: it lies on the
+    device, and looking would make the host wait.
+    """
+    _check(q_nope, q_rope, v, cu_seqlens, scale)
+    (n, h, _), dv = q_nope.shape, v.size(2)
+    o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(2, h, n, dtype=torch.float32)
+    if o.numel():
+        with torch.cuda.device_of(q_nope):
+            forward_launch(
+                q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large_tiles(o.device)
+            ).run()
+    return o, softmax
+
+
+def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
+    """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o. Deterministic: no atomics. Errors as `forward`."""
+    _check(q_nope, q_rope, v, cu_seqlens, scale)
+    n, h, dr = q_rope.shape
+    dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, v))
+    delta = torch.empty_like(softmax[0])
+    dk_rope = q_rope.new_empty(h, n, dr, dtype=torch.float32)  # the rope key is shared: each head's share, summed below
+    if o.numel():
+        with torch.cuda.device_of(q_nope):
+            for launch in backward_launches(
+                do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, delta, dq_nope, dq_rope, dk_nope,
+                dk_rope, dv, large_tiles(o.device),
+            ):  # fmt: skip
+                launch.run()
+    return dq_nope, dq_rope, dk_nope, dk_rope.sum(0).to(k_rope.dtype), dv
+
+
+def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: bool) -> Launch:
+    """The launch that fills o and softmax; tensors may lie on the meta device."""
+    inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
+    return _launch("forward", forward_kernel, large, inputs, o=o, softmax=softmax)
+
+
+def backward_launches(
+    do,
+    q_nope,
+    q_rope,
+    k_nope,
+    k_rope,
+    v,
+    cu_seqlens,
+    scale,
+    o,
+    softmax,
+    delta,
+    dq_nope,
+    dq_rope,
+    dk_nope,
+    dk_rope,
+    dv,
+    large: bool,
+) -> list[Launch]:
+    """The kernel for the queries, which also fills delta, and then the one for the keys, which reads it."""
+    (do,) = rows(do)
+    inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
+    inputs |= {"do": do, "do_n": do.stride(0), "do_h": do.stride(1), "softmax": softmax, "delta": delta}
+    return [
+        _launch("backward_q", backward_q_kernel, large, inputs, o=o, dq_nope=dq_nope, dq_rope=dq_rope),
+        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, dk_rope=dk_rope, dv=dv),
+    ]
+
+
+def _check(q_nope, q_rope, v, cu_seqlens, scale) -> None:
+    expect_dtype("mla_attention", q_nope.dtype)
+    if 0 in (q_nope.size(2), q_rope.size(2), v.size(2)):
+        raise ValueError("mla_attention: the Triton kernels take Dn, Dr and Dv from 1 on, got 0")
+    if not scale > 0:
+        raise ValueError(f"mla_attention: the Triton kernels take a positive scale, got {scale}")
+    if q_nope.size(0) and cu_seqlens.size(0) < 2:
+        raise ValueError(
+            f"mla_attention: cu_seqlens must hold 0 and the end of each document, got {cu_seqlens.size(0)} numbers"
+        )
+
+
+def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
+    """The arguments that all three kernels share."""
+    q_nope, q_rope, k_nope, k_rope, v, cu_seqlens = rows(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens)
+    n, h, dn = q_nope.shape
+    documents = cu_seqlens.size(0) - 1
+    return {
+        "q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v, "cu_seqlens": cu_seqlens,
+        "scale": scale, "q_nope_n": q_nope.stride(0), "q_nope_h": q_nope.stride(1), "q_rope_n": q_rope.stride(0),
+        "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
+        "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1), "N": n, "H": h, "S": documents,
+        "STEPS": (documents - 1).bit_length(), "Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2),
+    }  # fmt: skip
+
+
+def _launch(name: str, kernel, large: bool, inputs: dict, **outputs: Tensor) -> Launch:
+    padded = {letters.upper(): max(16, triton.next_power_of_2(inputs[letters])) for letters in ("Dn", "Dr", "Dv")}
+    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(padded.values()), large)
+    arguments = inputs | outputs | padded | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee"}
+    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
+    tile = bs if name == "backward_kv" else bt
+    grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
+    # Fused multiply-add is the default up to triton 3.9 and is to be switched off after it.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return Launch(kernel, grid, arguments, options, inputs["v"].dtype.itemsize, tile)
