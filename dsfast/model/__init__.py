@@ -2,5 +2,6 @@
 
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
+from dsfast.model.precision import loss_in
 
-__all__ = ["DeepseekV3", "generate", "generate_ids", "parameter_counts"]
+__all__ = ["DeepseekV3", "generate", "generate_ids", "loss_in", "parameter_counts"]

@@ -25,7 +25,9 @@ from dsfast.ops.library import (
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    total = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, ignore_index=ignore_index, reduction="sum")
+    logits = hidden @ weight.T
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over thousands of words
+    total = torch.nn.functional.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 

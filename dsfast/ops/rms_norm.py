@@ -18,7 +18,8 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, row
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     h = x if residual is None else x + residual
-    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))  # a mean of squares in bfloat16 would be a rough one
+    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype) * weight
     return y if residual is None else (y, h)
 
 

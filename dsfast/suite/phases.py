@@ -135,7 +135,7 @@ def propagation(session: Session) -> Details:
     """The four propagation checks, on the model just trained and the batch that would come next."""
     config, trainer = session.plan.config, session.trainer
     batch = trainer.dataset.rows.batch(config.train.steps, config.train.batch_size)
-    checks = check_propagation(trainer.model, batch, bfloat16=config.runtime.dtype == "bfloat16")
+    checks = check_propagation(trainer.model, batch, getattr(torch, config.runtime.dtype))
     return {"failed": sum(not c.passed for c in checks), "checks": [asdict(c) for c in checks]}
 
 

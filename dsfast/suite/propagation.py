@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsfast.data import Batch
-from dsfast.model import DeepseekV3
+from dsfast.model import DeepseekV3, loss_in
 from dsfast.suite.verdict import GRADIENT_SHARE_MIN, PARAMETERS_MAX, PARAMETERS_MIN
 
 PROBE_ROWS = 2  # rows of the batch whose logits are written out: [2, 256, 8000] are 16 MB
@@ -26,14 +26,13 @@ class PropagationCheck:
     debug: str
 
 
-def check_propagation(model: DeepseekV3, batch: Batch, bfloat16: bool = False) -> list[PropagationCheck]:
+def check_propagation(model: DeepseekV3, batch: Batch, dtype: torch.dtype = torch.float32) -> list[PropagationCheck]:
     """The checks on `batch`, in the specification's order. Leaves the model's gradients cleared."""
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        forward = check_forward(model, inputs[0][:PROBE_ROWS])
-        model.zero_grad(set_to_none=True)
-        loss = model.loss(*inputs)
+    forward = check_forward(model, inputs[0][:PROBE_ROWS])
+    model.zero_grad(set_to_none=True)
+    loss = loss_in(dtype, model, *inputs)
     loss.backward()
     checks = [forward, check_loss(loss.item()), check_parameters(model), check_gradients(model)]
     model.zero_grad(set_to_none=True)

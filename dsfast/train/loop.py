@@ -19,7 +19,7 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Batch, Dataset, build_dataset
 from dsfast.errors import UserError
-from dsfast.model import DeepseekV3
+from dsfast.model import DeepseekV3, loss_in
 from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.interrupt import Interrupted, StopSignals
@@ -201,8 +201,8 @@ class Trainer:
             self.model.train()
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         moved = (None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.runtime.dtype == "bfloat16"):
-            return self.model.loss(*moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
+        dtype = getattr(torch, self.config.runtime.dtype)
+        return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
 
     def _count_bad_step(self, loss: float) -> None:
         self.bad_steps += 1
