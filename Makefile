@@ -23,7 +23,7 @@ format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed-bench
 	$(RUN) -m dsfast.bench step $(ARGS)
 
 build: $(VENV)/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,9 +26,13 @@ class CMakeBuild(build_ext):
             "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
+        # cmake and ninja may be packages of this Python whose environment is not activated.
+        environment = os.environ | {
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        }
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build)], check=True)
+            subprocess.run(configure, check=True, env=environment)
+            subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("DSFAST_REQUIRE_NATIVE") == "1":
                 raise

@@ -18,7 +18,7 @@ void for_chunks(const int64_t* sizes, int64_t tensors, int threads, F f) {
     int64_t chunk = 0;
     for (int64_t t = 0; t < tensors; ++t)
       for (int64_t begin = 0; begin < sizes[t]; begin += CHUNK, ++chunk)
-        if (chunk >= first && chunk < last) f(chunk, t, begin, sizes[t] - begin < CHUNK ? sizes[t] - begin : CHUNK);
+        if (chunk >= first && chunk < last) f(chunk, t, begin, least(sizes[t] - begin, CHUNK));
   });
 }
 

@@ -21,7 +21,7 @@ void take(const int64_t* ids, const float* table, int64_t table_row, int64_t row
 void scatter(const float* taken_grad, int64_t row, const int64_t* ids, float* dtable, int64_t N, int64_t V, int64_t R,
              int threads) {
   parallel_ranges(V, threads, [&](int, int64_t begin, int64_t end) {
-    for_vectors((end - begin) * R, [&](int64_t i, int64_t n) { store_n(dtable + begin * R + i, vfloat{}, n); });
+    clear(dtable + begin * R, (end - begin) * R);
     for (int64_t t = 0; t < N; ++t) {
       if (ids[t] < begin || ids[t] >= end) continue;
       float* out = dtable + ids[t] * R;
@@ -46,7 +46,7 @@ int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_
     }
     float* taken = dsfast::scratch(BLOCK * R);
     for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      const int64_t rows = least(end - n, BLOCK);
       take(ids + n, table, table_row, rows, R, taken);
       gemm(rows, D, R, {taken, R, 1}, projection, D, y + n * D, D);
     }
@@ -65,9 +65,9 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
   parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
     float* dp = partials.of[thread] = dsfast::scratch(R * D + BLOCK * R);
     float* taken = dp + R * D;
-    for_vectors(R * D, [&](int64_t i, int64_t n) { store_n(dp + i, vfloat{}, n); });
+    clear(dp, R * D);
     for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      const int64_t rows = least(end - n, BLOCK);
       const float* g = dy + n * dy_row;
       take(ids + n, table, table_row, rows, R, taken);
       gemm(R, D, rows, {taken, 1, R}, g, dy_row, dp, D, true);

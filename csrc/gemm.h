@@ -102,7 +102,7 @@ constexpr int64_t KC = 512;
 inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
                  bool accumulate = false) {
   for (int64_t k = 0; k < K || k == 0; k += KC) {
-    const int64_t terms = K - k < KC ? K - k : KC;
+    const int64_t terms = least(K - k, KC);
     gemm_slice(M, N, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
   }
 }

@@ -16,7 +16,7 @@ constexpr int64_t CHUNK = 8 * MR;  // words at a time: chunk, weights and gradie
 struct Head {
   const float* weight;
   int64_t R, V;
-  int64_t end(int64_t v) const { return v + CHUNK < V ? v + CHUNK : V; }
+  int64_t end(int64_t v) const { return least(v + CHUNK, V); }
 };
 
 struct Strip {
@@ -98,7 +98,7 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
     float* dw = memory + (V + 3 * R) * NR;
     if (with_grads && begin < end) partials.of[thread] = dw;
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t n0 = block * NR, rows = N - n0 < NR ? N - n0 : NR;
+      const int64_t n0 = block * NR, rows = least(N - n0, NR);
       load_hidden(head, hidden + n0 * hidden_row, hidden_row, rows, s);
       logits(head, s);
       float of_label[NR] = {};

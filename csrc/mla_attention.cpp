@@ -84,7 +84,7 @@ void forward_head(View qn, View qr, View kn, View kr, View v, int64_t first, int
   pack_keyed(kn, kr, first, head, length, z, 1.0f, keys);
   pack(v, first, head, length, z.Dv, values);
   for (int64_t q0 = 0; q0 < length; q0 += NR) {
-    const int64_t rows = length - q0 < NR ? length - q0 : NR, seen = q0 + rows;
+    const int64_t rows = least(length - q0, NR), seen = q0 + rows;
     pack_keyed(qn, qr, first + q0, head, rows, z, scale, q);
     transpose(q, rows, z.Dk, q_t);
     gemm(seen, NR, z.Dk, {keys, z.Dk, 1}, q_t, NR, scores, NR);
@@ -179,10 +179,10 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
     Work w(length, z);
     pack_keyed(kn, kr, first, head, length, z, 1.0f, w.keys);
     pack(values, first, head, length, Dv, w.values);
-    for_vectors(length * z.Dk, [&](int64_t i, int64_t n) { store_n(w.dkeys + i, vfloat{}, n); });
-    for_vectors(length * Dv, [&](int64_t i, int64_t n) { store_n(w.dvalues + i, vfloat{}, n); });
+    clear(w.dkeys, length * z.Dk);
+    clear(w.dvalues, length * Dv);
     for (int64_t q0 = 0; q0 < length; q0 += NR) {
-      const int64_t rows = length - q0 < NR ? length - q0 : NR, seen = q0 + rows;
+      const int64_t rows = least(length - q0, NR), seen = q0 + rows;
       pack_keyed(qn, qr, first + q0, head, rows, z, scale, w.q);
       transpose(w.q, rows, z.Dk, w.q_t);
       pack(grad, first + q0, head, rows, Dv, w.d_o);

@@ -36,7 +36,7 @@ void for_blocks(const int32_t* offsets, int64_t E, int64_t begin, int64_t end, F
   int64_t block = 0;
   for (int64_t e = 0; e < E; ++e)
     for (int64_t first = offsets[e]; first < offsets[e + 1]; first += BLOCK, ++block)
-      if (block >= begin && block < end) f(e, first, offsets[e + 1] - first < BLOCK ? offsets[e + 1] - first : BLOCK);
+      if (block >= begin && block < end) f(e, first, least(offsets[e + 1] - first, BLOCK));
 }
 
 void gather(const float* x, int64_t x_row, const int32_t* order, int64_t rows, int64_t K, int64_t D, float* out) {
@@ -101,7 +101,7 @@ void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64
     float* memory = dsfast::scratch(grad_size + z.backward_memory() + BLOCK * (3 * D + 2));
     float *grad_in = memory + z.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
     float *w = out + BLOCK * D, *dw = w + BLOCK, *dgu = dw + BLOCK, *ddn = dgu + E * up_size;
-    for_vectors(grad_size, [&](int64_t i, int64_t n) { store_n(dgu + i, vfloat{}, n); });
+    clear(dgu, grad_size);
     of_gate_up.of[thread] = dgu;
     of_down.of[thread] = ddn;
     for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {

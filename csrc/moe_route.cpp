@@ -55,7 +55,7 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
     float *biased = dsfast::scratch((BLOCK + 1) * E + n_group), *group = biased + E, *block = group + n_group;
     for (int64_t n = begin; n < end; ++n) {
       const float* scores = block + (n - begin) % BLOCK * E;
-      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (end - n < BLOCK ? end - n : BLOCK) * E, block);
+      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (least(end - n, BLOCK)) * E, block);
       for (int64_t e = 0; e < E; ++e) biased[e] = scores[e] + bias[e];
       if (topk_group < n_group) limit_groups(biased, E, n_group, topk_group, group);
       float total = 0;
@@ -81,7 +81,7 @@ void moe_route_backward(const float* dweights, int64_t dweights_row, const float
     float* block = dsfast::scratch(BLOCK * E);
     for (int64_t n = begin; n < end; ++n) {
       const float* scores = block + (n - begin) % BLOCK * E;
-      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (end - n < BLOCK ? end - n : BLOCK) * E, block);
+      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (least(end - n, BLOCK)) * E, block);
       const float* dw = dweights + n * dweights_row;
       const int64_t* chosen = indices + n * K;
       float total = 0, product = 0;

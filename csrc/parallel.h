@@ -11,8 +11,8 @@ namespace DSFAST_ISA {
 
 constexpr int MAX_THREADS = 256;
 
-// f(thread, begin, end): a contiguous part of 0..count for each thread; the split depends on `count` and `threads`
-// alone.
+// f(thread, begin, end): a contiguous part of 0..count for each thread; the split depends on `count` and the number of
+// threads that run alone.
 template <class F>
 DSFAST_INLINE void parallel_ranges(int64_t count, int threads, F f) {
   if (threads <= 1 || count <= 1) {

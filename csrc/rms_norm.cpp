@@ -9,10 +9,6 @@ namespace {
 
 constexpr int64_t CHUNK = 64;  // tokens whose share of dweight is summed by itself first: fewer roundings
 
-void clear(float* x, int64_t size) {
-  for_vectors(size, [&](int64_t i, int64_t count) { store_n(x + i, vfloat{}, count); });
-}
-
 void add(const float* x, float* to, int64_t size) {
   for_vectors(size,
               [&](int64_t i, int64_t count) { store_n(to + i, load_n(to + i, count) + load_n(x + i, count), count); });

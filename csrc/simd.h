@@ -76,4 +76,10 @@ DSFAST_INLINE void for_vectors(int64_t count, F f) {
 DSFAST_INLINE vfloat load_n(const float* p, int64_t n) { return n == W ? load(p) : load_part(p, n); }
 DSFAST_INLINE void store_n(float* p, vfloat x, int64_t n) { n == W ? store(p, x) : store_part(p, x, n); }
 
+DSFAST_INLINE void clear(float* x, int64_t size) {
+  for_vectors(size, [&](int64_t i, int64_t n) { store_n(x + i, vfloat{}, n); });
+}
+
+DSFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 }  // namespace DSFAST_ISA

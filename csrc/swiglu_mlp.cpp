@@ -10,7 +10,7 @@ void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, c
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
     float* memory = dsfast::scratch(z.forward_memory());
     for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      const int64_t rows = least(end - n, BLOCK);
       expert_forward(z, rows, {x + n * x_row, x_row, 1}, gate_up_t, down_t, gu + n * 2 * I, y + n * D, memory);
     }
   });
@@ -24,11 +24,11 @@ void swiglu_mlp_backward(const float* dy, int64_t dy_row, const float* x, int64_
   parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
     float* memory = dsfast::scratch(z.gradient_size() + z.backward_memory());
     float* dw = memory + z.backward_memory();
-    for_vectors(z.gradient_size(), [&](int64_t i, int64_t n) { store_n(dw + i, vfloat{}, n); });
+    clear(dw, z.gradient_size());
     of_gate_up.of[thread] = dw;
     of_down.of[thread] = dw + 2 * I * D;
     for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = end - n < BLOCK ? end - n : BLOCK;
+      const int64_t rows = least(end - n, BLOCK);
       expert_backward(z, rows, {dy + n * dy_row, dy_row, 1}, {x + n * x_row, x_row, 1}, gate_up, down, gu + n * 2 * I,
                       nullptr, nullptr, dx + n * D, dw, dw + 2 * I * D, memory);
     }

@@ -1,4 +1,4 @@
-"""dsfast: DeepSeek-V3 models small enough to train while you watch, with kernels fast enough for the big ones.
+"""dsfast: DeepSeek-V3 models small enough to train while you watch, with kernels of their own.
 
 The names below are the public interface and stay as they are; everything else may change between versions.
 """

@@ -39,6 +39,14 @@ def test_every_gradient_is_among_the_quantities(rows):
     assert quantities == {"output", "grad q_nope", "grad q_rope", "grad k_nope", "grad k_rope", "grad v"}
 
 
+def test_bfloat16_is_checked_where_the_model_computes_in_it():
+    """As for a GPU run; on the CPU the float32 kernels do not take part, so the reference is what runs."""
+    rows = ops.check_all("cpu", torch.bfloat16)
+    assert [row for row in rows if not row["passed"]] == []
+    native_rows = {row["operator"] for row in rows if row["implementation"] == "native"}
+    assert native_rows == (set() if native.status()[0] is None else set(checks.IN_FLOAT32))
+
+
 def test_a_selection_does_not_keep_the_kernels_from_being_checked(rows):
     with ops.use("reference"):
         assert ops.check_all("cpu") == rows

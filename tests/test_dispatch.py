@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import warnings
 
@@ -154,41 +153,30 @@ class TestReport:
         assert set(taken(dtype=torch.bfloat16).values()) == {"reference"}
 
 
-class TestConfigure:
-    def run(self, function):
-        contextvars.copy_context().run(function)
-
+class TestConfigured:
     def test_default_and_exceptions(self):
-        def check():
-            ops.configure({"default": "reference", "rope": "auto"}, "cpu")
+        with ops.configured({"default": "reference", "rope": "auto"}, "cpu"):
             chosen = taken()
-            assert {name for name, implementation in chosen.items() if implementation != "reference"} <= {"rope"}
-            if native.status()[0] is not None:
-                assert chosen["rope"] == "native"
+        assert {name for name, implementation in chosen.items() if implementation != "reference"} <= {"rope"}
+        if native.status()[0] is not None:
+            assert chosen["rope"] == "native"
 
-        self.run(check)
+    def test_without_entries_what_is_selected_outside_holds(self):
+        with ops.use("reference"), ops.configured({}, "cpu"):
+            assert set(taken().values()) == {"reference"}
 
-    def test_without_entries_everything_is_automatic(self):
-        def check():
-            before = taken()
-            ops.configure({"default": "reference"}, "cpu")
-            ops.configure({}, "cpu")
-            assert taken() == before
+    def test_an_entry_leaves_the_other_operators_alone(self):
+        with ops.use("reference"), ops.configured({"rope": "auto"}, "cpu"):
+            assert {name for name, implementation in taken().items() if implementation != "reference"} <= {"rope"}
 
-        self.run(check)
-
-    def test_holds_in_this_thread_alone(self):
-        found = []
-
-        def check():
-            ops.configure({"default": "reference"}, "cpu")
+    def test_holds_in_this_thread_and_block_alone(self):
+        before, found = taken(), []
+        with ops.configured({"default": "reference"}, "cpu"):
             thread = threading.Thread(target=lambda: found.append(taken()))
             thread.start()
             thread.join()
             assert set(taken().values()) == {"reference"}
-
-        self.run(check)
-        assert found == [taken()]
+        assert [taken(), *found] == [before, before]
 
     @pytest.mark.parametrize(
         ("kernels", "match"),
@@ -200,10 +188,7 @@ class TestConfigure:
         ],
     )
     def test_bad_entries_raise_at_once_and_change_nothing(self, kernels, match):
-        def check():
-            before = taken()
-            with pytest.raises(UserError, match=match):
-                ops.configure(kernels, "cpu")
-            assert taken() == before
-
-        self.run(check)
+        before = taken()
+        with pytest.raises(UserError, match=match), ops.configured(kernels, "cpu"):
+            pass
+        assert taken() == before

@@ -53,7 +53,7 @@ def test_this_file_is_the_suites_entry(capsys):
 
 def run_suite(tmp_path, *flags: str) -> dict:
     assert run_command(main, [*flags, "--output-dir", str(tmp_path)]) == 0
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

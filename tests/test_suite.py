@@ -368,7 +368,7 @@ def failing_run(tmp_path_factory) -> tuple[int, str, dict]:
         code = suite.main(
             ["--config", str(config), "--full-training", "--output-dir", str(folder / "out"), "--seed", "3"]
         )
-    [path] = (folder / "out").iterdir()
+    [path] = (folder / "out").glob("*.json")
     assert re.fullmatch(r"test_results_fast_500k_\d{8}_\d{6}\.json", path.name)
     return code, output.getvalue(), json.loads(path.read_text(encoding="utf-8"))
 
@@ -442,7 +442,7 @@ def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeyp
     monkeypatch.setitem(phases.PHASES, "training", broken)
     changes = {"model.max_position_embeddings": 128, "train.steps": 2}
     code = suite.main(["--config", str(write_text_run(tmp_path, **changes)), "--output-dir", str(tmp_path / "out")])
-    [path] = (tmp_path / "out").iterdir()
+    [path] = (tmp_path / "out").glob("*.json")
     results = json.loads(path.read_text(encoding="utf-8"))
     assert code == 1
     assert results["tests"]["cpu"]["status"] == "error"

@@ -238,13 +238,13 @@ def test_too_little_data_leaves_no_folder(tmp_path):
 def test_runtime_is_applied():
     before = torch.get_num_threads()
     try:
-        tiny_trainer(**{"runtime.threads": 2, "runtime.kernels": {"rms_norm": "reference"}})
+        trainer = tiny_trainer(**{"runtime.threads": 2, "runtime.kernels": {"rms_norm": "reference"}})
         assert torch.get_num_threads() == 2
-        row = next(row for row in ops.report("cpu") if row["operator"] == "rms_norm")
+        with trainer.kernels():
+            row = next(row for row in ops.report("cpu") if row["operator"] == "rms_norm")
         assert (row["implementation"], row["reason"]) == ("reference", "asked for")
     finally:
         torch.set_num_threads(before)
-        ops.configure({})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -41,25 +41,34 @@ def use(implementation: str, *operators: str) -> Iterator[None]:
     implementation named cannot run on the tensor's device.
     """
     _check_names(implementation, operators)
-    token = _selection.set({**_selection.get(), **dict.fromkeys(operators or OPERATORS, implementation)})
+    with _select(dict.fromkeys(operators or OPERATORS, implementation)):
+        yield
+
+
+@contextmanager
+def configured(kernels: Mapping[str, str], device: str = "cpu") -> Iterator[None]:
+    """Run as a config's `runtime.kernels` says (operator or "default" -> implementation) inside the block.
+
+    Operators that neither an entry nor "default" covers keep what is selected outside. Raises UserError for unknown names,
+    and at once where an implementation named cannot run on `device`.
+    """
+    for operator, implementation in kernels.items():
+        _check_names(implementation, () if operator == "default" else (operator,))
+    selection = dict.fromkeys(OPERATORS, kernels["default"]) if "default" in kernels else {}
+    selection |= {operator: implementation for operator, implementation in kernels.items() if operator != "default"}
+    for operator, implementation in selection.items():
+        _resolve(operator, device, torch.float32, implementation)
+    with _select(selection):
+        yield
+
+
+@contextmanager
+def _select(selection: Mapping[str, str]) -> Iterator[None]:
+    token = _selection.set({**_selection.get(), **selection})
     try:
         yield
     finally:
         _selection.reset(token)
-
-
-def configure(kernels: Mapping[str, str], device: str = "cpu") -> None:
-    """Select from a config's `runtime.kernels` (operator or "default" -> implementation), from now on in this thread.
-
-    Raises UserError for unknown names, or at once where an implementation named cannot run on `device`.
-    """
-    for operator, implementation in kernels.items():
-        _check_names(implementation, () if operator == "default" else (operator,))
-    default = kernels.get("default", "auto")
-    selection = {operator: kernels.get(operator, default) for operator in OPERATORS}
-    for operator, implementation in selection.items():
-        _resolve(operator, device, torch.float32, implementation)
-    _selection.set(selection)
 
 
 def choose(operator: str, x: Tensor) -> str:

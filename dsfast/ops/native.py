@@ -28,6 +28,8 @@ def status() -> tuple[ModuleType | None, str]:
     try:
         from dsfast import _native
     except ImportError as error:
+        if "DSFAST_ISA" in str(error):  # a wrong wish, not a missing build
+            raise UserError(str(error)) from None
         return _unavailable(f"dsfast._native is not built ({error}); {REBUILD}")
     expected = source_hash()
     if expected is not None and _native.source_hash != expected:

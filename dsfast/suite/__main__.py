@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from dsfast.errors import UserError
 from dsfast.suite.phases import (
     DEVICE_NAMES,
     Plan,
+    Session,
     compare,
     default_config,
     fast_plan,
     full_plan,
     run_test,
+    set_up,
     skipped_test,
 )
 from dsfast.suite.report import Reporter
@@ -43,11 +46,15 @@ def main(argv: list[str]) -> int:
     configs, skipped = choose_configs(arguments)
     folder = check_output_dir(arguments.output_dir)
     plans = make_plans(configs, prompts, arguments.full_training)
+    for plan in plans:
+        set_up(Session(plan))  # a mistake in the second test's input must not come out after the first has trained
     if not arguments.full_training:
         skipped["full"] = "not asked for (--full-training)"
     reporter = Reporter()
-    results = run(plans, skipped, reporter, ["python", "-m", "dsfast.suite", *argv])
-    path = write_results(folder, results, datetime.now())
+    now = datetime.now()
+    runs = folder / "runs" / f"suite_{now:%Y%m%d_%H%M%S}"
+    results = run(plans, skipped, runs, reporter, ["python", "-m", "dsfast.suite", *argv])
+    path = write_results(folder, results, now)
     reporter.summary(results, path)
     return 0 if results["verdict"]["passed"] else 1
 
@@ -96,14 +103,16 @@ def make_plans(configs: dict[str, Config], prompts: PromptSets, full_training: b
     return plans
 
 
-def run(plans: list[Plan], skipped: dict[str, str], reporter: Reporter, command: list[str]) -> dict[str, Any]:
-    """Run the tests and return the content of the results file."""
+def run(
+    plans: list[Plan], skipped: dict[str, str], folder: Path, reporter: Reporter, command: list[str]
+) -> dict[str, Any]:
+    """Run the tests, each in `folder`/<its name>, and return the content of the results file."""
     started, created = time.perf_counter(), datetime.now().astimezone()
     environment = run_environment(reporter)
     tests = {name: skipped_test(TITLES[name], reason) for name, reason in skipped.items()}
     checks, errors = [], []
     for plan in plans:
-        tests[plan.name], found, wrong = run_test(plan, reporter)
+        tests[plan.name], found, wrong = run_test(plan, folder, reporter)
         checks += found
         errors += wrong
     comparison = compare(tests["cpu"], tests["gpu"])

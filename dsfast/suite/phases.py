@@ -80,6 +80,8 @@ class Session:
     """What the phases of one test hand on to each other."""
 
     plan: Plan
+    folder: Path | None = None
+    """Where the run keeps its metrics and checkpoint; None keeps nothing."""
     trainer: Trainer | None = None
     untrained: DeepseekV3 | None = None
     result: TrainResult | None = None
@@ -92,23 +94,21 @@ class Session:
 def set_up(session: Session) -> Details:
     """Data, tokenizer, the untrained model. Raises UserError for whatever the user can mend."""
     config = session.plan.config
-    session.trainer = Trainer(config)
+    session.trainer = Trainer(config, session.folder)
     data, model = session.trainer.dataset, session.trainer.model
     data.rows.batch(0, config.train.batch_size)
     for prompts in session.plan.prompts.values():
         check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
     session.untrained = copy.deepcopy(model)
-    dtype = getattr(torch, config.runtime.dtype)
-    return {
-        "data": data.manifest,
-        "parameters": parameter_counts(model),
-        "operators": ops.report(config.runtime.device, dtype),
-    }
+    with session.trainer.kernels():
+        operators = ops.report(config.runtime.device, getattr(torch, config.runtime.dtype))
+    return {"data": data.manifest, "parameters": parameter_counts(model), "operators": operators}
 
 
 def kernels(session: Session) -> Details:
     """Every operator, in every implementation that runs here, against its float64 reference."""
-    rows = ops.check_all(session.plan.config.runtime.device)
+    runtime = session.plan.config.runtime
+    rows = ops.check_all(runtime.device, getattr(torch, runtime.dtype))
     missing = sorted(set(ops.OPERATORS) - {row["operator"] for row in rows})
     failed = sum(not row["passed"] for row in rows) + len(missing)
     return {"failed": failed, "missing": missing, "comparisons": rows}
@@ -125,6 +125,7 @@ def training(session: Session) -> Details:
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "skipped_steps": result.skipped_steps,
+        "checkpoint": str(result.checkpoint),
         "final_loss": result.final_loss,
         "losses": result.losses,
         "fallbacks": [row for row in ops.fallbacks() if row["device"] == device],
@@ -206,9 +207,9 @@ PHASES: dict[str, Callable[[Session], Details]] = {
 }
 
 
-def run_test(plan: Plan, reporter: Reporter) -> tuple[dict[str, Any], list[Check], list[dict[str, Any]]]:
+def run_test(plan: Plan, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], list[Check], list[dict[str, Any]]]:
     """Run the phases of one test. Returns (its part of the results file, its checks, its error reports)."""
-    session = Session(plan)
+    session = Session(plan, folder / plan.name)
     phases, checks, errors = [], [], []
     reporter.test_begins(plan.title)
     for name, function in PHASES.items():

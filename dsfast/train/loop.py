@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +65,7 @@ class Trainer:
 
     output_dir: where train() writes config.json, metrics.jsonl and checkpoints; None writes nothing.
     dataset: in place of the config's; that one is built when it is first needed, so `step` alone needs no data.
-    Sets torch's thread count and the kernels of `dsfast.ops` for the process, as config.runtime says.
+    Sets torch's thread count for the process; its steps run with the kernels that config.runtime names.
     Raises UserError for a device or a kernel that is not there.
     """
 
@@ -124,19 +124,25 @@ class Trainer:
         loss = self._loss(batch)
         loss.backward()
         value = loss.item()
-        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        with self.kernels():
+            norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
         self.steps_done += 1
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.bad_steps = 0
-            self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
+            with self.kernels():
+                self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
             self.model.update_router_bias(train.bias_update_speed)
         else:
             self._count_bad_step(value)
         seconds = time.perf_counter() - started
         tokens = batch.input_ids.numel()
         return StepReport(self.steps_done, value, norm, train.learning_rate * scale, not finite, tokens, seconds)
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """The operators as config.runtime.kernels selects them."""
+        return ops.configured(self.config.runtime.kernels, self.config.runtime.device)
 
     def save(self) -> Path:
         """Write a checkpoint of the present step into output_dir; returns its folder."""
@@ -202,7 +208,8 @@ class Trainer:
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         moved = (None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
         dtype = getattr(torch, self.config.runtime.dtype)
-        return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
+        with self.kernels():
+            return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
 
     def _count_bad_step(self, loss: float) -> None:
         self.bad_steps += 1
@@ -248,7 +255,8 @@ def _prepare(config: Config) -> torch.device:
         raise UserError("runtime.device is 'cuda', but torch finds no GPU here; known here: cpu")
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    ops.configure(runtime.kernels, runtime.device)
+    with ops.configured(runtime.kernels, runtime.device):
+        pass  # a kernel that cannot run is noticed before anything is built
     compiled, _ = native.status()
     if compiled is not None:
         compiled.keep_freed_memory()
