@@ -30,7 +30,7 @@ bool rises(const int32_t* cu_seqlens, int64_t S, int64_t N) {
   return true;
 }
 
-void copy_scaled(const float* from, float* to, int64_t count, float scale) {
+DSFAST_INLINE void copy_scaled(const float* from, float* to, int64_t count, float scale) {
   for_vectors(count, [&](int64_t i, int64_t n) { store_n(to + i, load_n(from + i, n) * scale, n); });
 }
 
@@ -49,8 +49,9 @@ void pack(View x, int64_t first, int64_t head, int64_t count, int64_t width, flo
 
 // [count][width] -> [width][NR], lanes past count zero
 void transpose(const float* in, int64_t count, int64_t width, float* out) {
-  for (int64_t d = 0; d < width; ++d)
-    for (int64_t i = 0; i < NR; ++i) out[d * NR + i] = i < count ? in[i * width + d] : 0.0f;
+  if (count < NR) clear(out, width * NR);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < width; ++d) out[d * NR + i] = in[i * width + d];
 }
 
 // Keys after the query: only the last `NR` keys of a strip can be.
