@@ -122,14 +122,18 @@ def test_nothing_left_to_do(tmp_path):
 
 
 def command(*arguments: object, cache: Path) -> subprocess.Popen:
-    environment = {**os.environ, "DSFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    """A process that takes as many threads as its config's runtime.threads says; they wait without spinning."""
+    environment = {**os.environ, "DSFAST_CACHE": str(cache), "OMP_WAIT_POLICY": "passive"}
+    environment.pop("OMP_NUM_THREADS", None)
     line = [sys.executable, "-W", "ignore", "-m", "dsfast.train", *map(str, arguments)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_sigterm_and_resume_in_other_processes(tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sigterm_and_resume_in_other_processes(tmp_path, threads):
     """Run whole in one process; run, stop on SIGTERM and continue in two others; the same bits."""
-    config, cache = write_text_run(tmp_path, **{"train.steps": 200, "train.log_every": 1}), tmp_path / "cache"
+    changes = {"train.steps": 200, "train.log_every": 1, "runtime.threads": threads}
+    config, cache = write_text_run(tmp_path, **changes), tmp_path / "cache"
     run = command("--config", config, "--output-dir", tmp_path / "parts", cache=cache)
     for line in run.stdout:
         if line.startswith("step   3/"):
@@ -141,10 +145,12 @@ def test_sigterm_and_resume_in_other_processes(tmp_path):
     assert 3 <= step < 200
     assert f"stopped after step {step} of 200; saved as {checkpoint}" in message
     assert "Traceback" not in message
-    resumed = command("--output-dir", tmp_path / "parts", "--resume", cache=cache)
-    whole = command("--config", config, "--output-dir", tmp_path / "whole", cache=cache)
-    for process in (resumed, whole):
-        _, errors = process.communicate(timeout=60)
+    for arguments in (
+        ("--output-dir", tmp_path / "parts", "--resume"),
+        ("--config", config, "--output-dir", tmp_path / "whole"),
+    ):
+        process = command(*arguments, cache=cache)  # one after the other: two by two threads would want four processors
+        _, errors = process.communicate()
         assert process.returncode == 0, errors
     assert tensors(tmp_path / "parts" / "step-000200") == tensors(tmp_path / "whole" / "step-000200")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

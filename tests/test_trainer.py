@@ -6,11 +6,14 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from operator_cases import needs_native
 from tiny import VOCABULARY, tiny_config, tiny_dataset, write_text_run
 
 from dsfast import ops
@@ -79,6 +82,37 @@ def test_same_seed_same_bits_other_seed_other_weights(kind):
     assert losses[0] == losses[1]
     assert same(weights(runs[0]), weights(runs[1]))
     assert not same(weights(runs[0]), weights(runs[2]))
+
+
+WHOLE_STEPS = """
+import hashlib, sys
+import torch
+from dsfast import Trainer, load_config, ops
+trainer = Trainer(load_config(sys.argv[1]).replace(**{"runtime.threads": int(sys.argv[2])}))
+tokens = torch.randint(3, 8000, (8, 257), generator=torch.Generator().manual_seed(0))
+losses = [trainer.step(tokens[:, :-1], tokens[:, 1:]) for _ in range(3)]
+state = {**trainer.model.state_dict(), **trainer.optimizer.state_dict()}
+bits = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+print(torch.get_num_threads(), ops.fallbacks(), losses, bits)
+"""
+
+
+def whole_steps(threads: int) -> str:
+    """What a process of its own prints of three steps of the 500K model; runtime.threads alone says how many threads."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    config = Path(__file__).parents[1] / "configs" / "deepseek_v3_test_run_cpu.json"
+    line = [sys.executable, "-c", WHOLE_STEPS, str(config), str(threads)]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_same_bits_with_two_threads_in_two_processes():
+    needs_native()
+    first, again, one = whole_steps(2), whole_steps(2), whole_steps(1)
+    assert first.startswith("2 [] [")
+    assert first == again
+    assert first.split()[-1] != one.split()[-1], "two threads add up in another order than one: else nothing was shared"
 
 
 def test_result_metrics_and_folder(tmp_path, capsys):
