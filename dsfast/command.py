@@ -19,6 +19,16 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
+    def add_path(self, *names: str, **options) -> None:
+        """`add_argument` for the name of a file or folder. An empty one is refused: to pathlib it is the working folder."""
+        self.add_argument(*names, type=_path, **options)
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got an empty name")
+    return text
+
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` (default: the process's arguments) and return the exit code.

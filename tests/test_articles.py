@@ -10,8 +10,10 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from unreadable import unreadable
 
 from dsfast.data import heldout_prompts, load_facts, load_tokenizer, taught_facts, taught_prompts, write_articles
 from dsfast.data.articles import filler_sentence, vocabulary_texts
@@ -175,3 +177,27 @@ def test_a_source_that_is_not_there_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected"):
         read_articles(str(tmp_path / name), 10)
+
+
+@pytest.mark.parametrize(
+    ("source", "closed"),
+    [
+        ("mine", "mine"),
+        ("mine", "mine/a.txt"),
+        ("mine/a.txt", "mine"),
+        ("mine/a.txt", "mine/a.txt"),
+        ("x.jsonl", "x.jsonl"),
+    ],
+)
+def test_a_source_that_may_not_be_read_is_refused(tmp_path, monkeypatch, source, closed):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)  # pytest's is closed to all but its owner
+    Path("mine").mkdir()
+    for name in ("mine/a.txt", "x.jsonl"):
+        Path(name).write_text('{"text": "a"}')
+    assert read_articles(source, 10)
+    with (
+        unreadable(Path(closed)),
+        pytest.raises(UserError, match=r"^(mine|mine/a\.txt|x\.jsonl): cannot read \(Permission"),
+    ):
+        read_articles(source, 10)

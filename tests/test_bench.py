@@ -501,17 +501,3 @@ def test_bad_input_is_one_line_and_2_before_anything_is_timed(arguments, complai
 def test_what_the_peers_cannot_do_is_refused(changes: dict, complaint: str):
     with pytest.raises(UserError, match=complaint):
         comparable(tiny.tiny_config(**changes))
-
-
-def test_an_unwritable_file_leaves_what_is_there(tmp_path: Path, monkeypatch):
-    path = tmp_path / "out.json"
-    path.write_text("before", encoding="utf-8")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(results.os, "replace", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        results.write(path, {"a": 1})
-    assert path.read_text(encoding="utf-8") == "before"
-    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_dataset
 from torch import nn
+from unreadable import unreadable
 
 from dsfast.errors import UserError
+from dsfast.files import write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.optimizer import build_optimizer
@@ -32,7 +36,7 @@ def saved(folder: Path, step: int = 7, config=None, model=None) -> Path:
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step(1.0)
-    state = ckpt.TrainingState(step=step, seed=0, batch_size=3, bad_steps=2, random=ckpt.random_states())
+    state = ckpt.TrainingState(step=step, bad_steps=2, random=ckpt.random_states())
     data = tiny_dataset()
     folder.mkdir(exist_ok=True)
     return ckpt.save_checkpoint(folder, model, optimizer, data.tokenizer, config, state, data.manifest)
@@ -65,7 +69,7 @@ def test_training_state_round_trip(tmp_path):
     model = DeepseekV3(config.model)
     optimizer = build_optimizer(model, config.train)
     state = ckpt.load_training_state(path, model, optimizer)
-    assert (state.step, state.seed, state.batch_size, state.bad_steps) == (7, 0, 3, 2)
+    assert (state.step, state.bad_steps) == (7, 2)
     assert random.random() == draws[0]
     assert np.random.rand() == draws[1]
     assert torch.equal(torch.rand(3), draws[2])
@@ -140,7 +144,7 @@ def refresh_manifest(path: Path) -> None:
     """Make the manifest agree with the files, as in a checkpoint that was written that way."""
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] = {name: ckpt._fingerprint(path / name) for name in ckpt.FILES}
-    ckpt.write_json(path / "manifest.json", manifest)
+    write_json(path / "manifest.json", manifest)
 
 
 def test_another_shape_names_file_tensor_expected_and_found(tmp_path):
@@ -183,9 +187,38 @@ def test_unwritable_folder(tmp_path):
     config, data = tiny_config(), tiny_dataset()
     model = DeepseekV3(config.model)
     optimizer = build_optimizer(model, config.train)
-    state = ckpt.TrainingState(step=7, seed=0, batch_size=3)
+    state = ckpt.TrainingState(step=7)
     with pytest.raises(UserError, match="step-000007: cannot be written: No such file or directory"):
         ckpt.save_checkpoint(tmp_path / "absent", model, optimizer, data.tokenizer, config, state, data.manifest)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path):
+    with file_size_limit(1000), pytest.raises(UserError, match=r"step-000007: cannot be written: .*File too large"):
+        saved(tmp_path)
+    assert ckpt.checkpoints(tmp_path) == []
+    saved(tmp_path)
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """Inside, files stop growing at `size` bytes, as on a full disk."""
+    handler, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("closed", [".", "step-000007", "step-000007/manifest.json", "step-000007/model.safetensors"])
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, closed):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)  # pytest's is closed to all but its owner
+    saved(tmp_path)
+    for path in (".", "step-000007"):
+        with unreadable(Path(closed)), pytest.raises(UserError, match=r": cannot be read: Permission denied$"):
+            ckpt.load_checkpoint(path)
 
 
 SAVE_FOREVER = """

@@ -125,7 +125,7 @@ def test_info_is_readable_text_too():
         (["--gpu-only"], "no CUDA device is available"),
         (["--cpu-only", "--gpu-only"], "not allowed with argument"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--output-dir", ""], "--output-dir: expected a folder"),
+        (["--output-dir", ""], "--output-dir: expected a path"),
         (["--output-dir", "{file}/below"], "--output-dir"),
         (["--config", "{absent}"], "cannot be read"),
         (["--prompts", "{file}"], "prompts.json"),
@@ -195,6 +195,46 @@ def test_a_checkpoint_that_is_not_there(command, tmp_path, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "no such folder" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--config", str(CONFIG), "--output-dir", ""],
+        ["train", "--output-dir", "run", "--resume", ""],
+        ["train", "--output-dir", "run", "--config", " "],
+        ["generate", "--prompt", "x", "--checkpoint", ""],
+        ["evaluate", "--checkpoint", ""],
+        ["evaluate", "--checkpoint", "run", "--json", ""],
+        ["evaluate", "--checkpoint", "run", "--prompts", ""],
+        ["export", "--to", "huggingface", "--checkpoint", "", "out"],
+        ["export", "--to", "huggingface", "--checkpoint", "run", ""],
+        ["bench", "step", "--config", ""],
+        ["bench", "step", "--json", ""],
+        ["bench", "generate", "--checkpoint", ""],
+        ["suite", "--config", ""],
+        ["suite", "--prompts", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_working_folder(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "expected a path, got an empty name" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["evaluate", "--checkpoint", "absent", "--json", "."], ["train", "--config", str(CONFIG), "--output-dir", "file"]],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr("dsfast.train.loop.Trainer.train", lambda *_: pytest.fail("trained"))
+    assert cli.main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {argv[-2]} {argv[-1]}: ")
 
 
 GENERATE_IS_THE_FUNCTION = """

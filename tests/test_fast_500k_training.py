@@ -8,14 +8,19 @@ is `python -m dsfast.suite` with the same flags. Under pytest the slow tests tra
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+
+from dsfast.command import run_command
+from dsfast.suite.__main__ import main
+
+if __name__ == "__main__":  # before pytest is imported: dsfast is installed without it
+    sys.exit(run_command(main))
 
 import pytest
 import torch
 
-from dsfast.command import run_command
 from dsfast.data import load_prompts
-from dsfast.suite.__main__ import main
 
 # The specification's prompts and answers, by set and priority ("Test Prompts").
 FAST = {
@@ -43,10 +48,18 @@ def test_the_prompts_are_the_specifications():
     assert {(p.priority, p.text): p.answer for p in prompts.full} == FULL
 
 
-def test_this_file_is_the_suites_entry(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run_command(main, ["--help"])
-    shown = capsys.readouterr().out
+# Runs this file as a program where pytest cannot be imported.
+WITHOUT_PYTEST = """
+import runpy, sys
+sys.modules["pytest"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_this_file_is_the_suites_entry_without_pytest_too():
+    command = [sys.executable, "-c", WITHOUT_PYTEST, __file__, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     for flag in ("--cpu-only", "--gpu-only", "--full-training", "--output-dir", "--seed", "--config", "--prompts"):
         assert flag in shown
 
@@ -76,7 +89,3 @@ def test_full_training_on_the_cpu(tmp_path):
 def test_fast_gpu_training(tmp_path):
     results = run_suite(tmp_path, "--gpu-only")
     assert results["tests"]["gpu"]["status"] == "passed"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

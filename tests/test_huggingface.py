@@ -13,8 +13,8 @@ from dsfast.command import run_command
 from dsfast.errors import UserError
 from dsfast.export import main
 from dsfast.model import generate_ids
-from dsfast.model.generate import BOS, EOS
-from dsfast.model.huggingface import PAD, export_huggingface, import_huggingface
+from dsfast.model.huggingface import export_huggingface, import_huggingface
+from dsfast.tokens import BOS, EOS, PAD
 from dsfast.train.checkpoint import TrainingState, save_checkpoint
 from dsfast.train.optimizer import build_optimizer
 
@@ -219,7 +219,7 @@ def test_command_exports_a_checkpoint(tmp_path, tokenizer, capsys):
     changes = {"embedding_rank": 8, "rope_scaling": YARN}
     model, config = random_model(**changes), tiny_config(**changes)
     (tmp_path / "run").mkdir()
-    state = TrainingState(step=7, seed=0, batch_size=1)
+    state = TrainingState(step=7)
     save_checkpoint(tmp_path / "run", model, build_optimizer(model, config.train), tokenizer, config, state, {})
     assert main(["--checkpoint", str(tmp_path / "run"), "--to", "huggingface", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"

@@ -17,7 +17,7 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 KERNELS = sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.h")])
 
 # Each part may import the parts named and itself; cli stands for everything a command line calls.
-LEAVES = {"errors"}
+LEAVES = {"errors", "files", "tokens"}
 OPS = LEAVES | {"config", "triton_kernels", "_native"}
 MODEL = OPS | {"ops"}
 TRAIN = MODEL | {"model", "data"}
@@ -25,6 +25,8 @@ BENCH = TRAIN | {"train", "evaluate", "info"}
 SUITE = BENCH | {"bench", "command"}
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
+    "tokens": set(),
     "config": LEAVES,
     "triton_kernels": set(),
     "command": LEAVES,
@@ -160,16 +162,24 @@ class TestLengths:
         assert len(blocks((ROOT / "csrc/mla_attention.cpp").read_text())) > 10
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(ROOT / "docs").glob("*.md"),
+]
+# What stands for something still to be written.
+PLACEHOLDER = re.compile(
+    r"SUITE_EXCERPT|MEASURED_TABLE|LEAD:|\b(?:TODO|FIXME|TBD|XXX)\b|to be (?:measured|filled in|written)"
+)
 FOLDERS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 class TestDocuments:
     def test_paths_exist(self, document):
         text = document.read_text(encoding="utf-8")
-        named = set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w|[A-Z]+\.md)", text))
+        # A name with a part left open, as in step-<date>.json, is none.
+        named = set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w.-]*<)|[A-Z]+\.md)", text))
         named |= {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link}
         named = {name for name in named if not re.search(r"(^|_)X$", Path(name).stem)}  # X stands for any operator
         missing = [name for name in named if not (ROOT / name).exists() and not (document.parent / name).exists()]
@@ -187,8 +197,30 @@ class TestDocuments:
         named = set(re.findall(r"\bmake ([a-z][\w-]*)", code))
         assert named <= TARGETS
 
-    def test_files_named_by_the_readme_are_many(self, document):
+    def test_nothing_is_still_to_be_filled_in(self, document):
+        assert PLACEHOLDER.findall(document.read_text(encoding="utf-8")) == []
+
+    def test_it_names_files_or_commands(self, document):
         """The pattern above finds something: a document that names nothing would pass unread."""
         assert re.search(
             rf"(?:{'|'.join(FOLDERS)})/|python3? -m dsfast|make [a-z]", document.read_text(encoding="utf-8")
         )
+
+
+class TestContributing:
+    TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+    def test_table_of_imports_has_every_part(self):
+        table = self.TEXT.partition("\n## Where things are\n")[2].partition("\n## ")[0]
+        rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+        named = {Path(name).stem for row in rows for name in re.findall(r"`([^`]+)`", row)}
+        assert named - {"csrc", "configs"} == set(ALLOWED)
+
+    def test_how_to_add_an_operator_names_every_list_of_them(self):
+        howto = self.TEXT.partition("\n## How to add an operator\n")[2].partition("\n## ")[0]
+        files = [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *TESTS, ROOT / "README.md"]
+        words = {path: set(re.findall(r"[a-z]+(?:_[a-z]+)*", path.read_text(encoding="utf-8"))) for path in files}
+        # A function's name may go on after the operator's: adamw_case, adamw_forward.
+        lists = [p for p in files if all(any(w.startswith(op) for w in words[p]) for op in ops.OPERATORS)]
+        assert len(lists) > 5
+        assert [str(path.relative_to(ROOT)) for path in lists if str(path.relative_to(ROOT)) not in howto] == []

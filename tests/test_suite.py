@@ -21,7 +21,7 @@ from dsfast.suite import __main__ as suite
 from dsfast.suite import phases
 from dsfast.suite.error_reports import error_reports
 from dsfast.suite.report import FAILED, PASSED, Reporter, duration, performance_block, training_time
-from dsfast.suite.results import check_output_dir, write_results
+from dsfast.suite.results import write_results
 from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
 
 BELOW, ABOVE = -1e-9, 1e-9
@@ -320,13 +320,18 @@ def test_results_never_overwrite_and_are_whole_or_absent(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_the_output_folder_is_tried_and_left_alone(tmp_path):
-    assert check_output_dir(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
-    assert not (tmp_path / "a").exists()
-    (tmp_path / "file").write_text("")
-    for folder in ("", "  ", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
-        with pytest.raises(UserError, match="--output-dir"):
-            check_output_dir(folder)
+def test_the_summary_is_shown_where_the_results_cannot_be_written(failing_run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(suite, "make_plans", lambda *_: [])
+    monkeypatch.setattr(suite, "run", lambda *_: failing_run[2])
+    monkeypatch.setattr(suite, "write_results", full)
+    with pytest.raises(UserError, match="No space left"):
+        suite.main(["--cpu-only", "--output-dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "SOME TESTS FAILED" in shown
+    assert "results: not written" in shown
 
 
 def parsed(*argv: str):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from dsfast.config import Config
 from dsfast.data import Dataset, PackedRows
-from dsfast.data.tokenizer import BOS, EOS
+from dsfast.tokens import BOS_ID, EOS_ID
 
 VOCABULARY = 300
 _MODEL = {
@@ -40,7 +40,7 @@ def tiny_dataset(seed: int = 0, sequence_length: int = 16) -> Dataset:
     stream = random.integers(3, VOCABULARY, 40 * sequence_length + 1)
     ends = np.cumsum(random.integers(4, 32, len(stream) // 16))
     ends = ends[ends < len(stream) - 1]
-    stream[ends], stream[ends + 1], stream[0] = EOS, BOS, BOS
+    stream[ends], stream[ends + 1], stream[0] = EOS_ID, BOS_ID, BOS_ID
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     rows = PackedRows(stream.astype(np.int32), sequence_length, seed)
     return Dataset(tokenizer, rows, {"source": "random", "seed": seed, "rows": len(rows)}, [])

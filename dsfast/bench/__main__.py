@@ -19,6 +19,7 @@ from dsfast.bench.report import Reporter
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, load_config
+from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
 
@@ -28,12 +29,13 @@ Json = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Time, show, write; 0, or 1 where something that ran failed or gave wrong numbers. Raises UserError before any timing."""
     arguments = _parser().parse_args(argv)
-    path = results.check_writable(arguments.json) if arguments.json else None
+    path = check_output_file(arguments.json, "--json") if arguments.json else None
     reporter = Reporter()
     settings, found = arguments.run(arguments, reporter)
     written = results.document(argv, {"bench": arguments.bench, "repeats": arguments.repeats, **settings}, found)
     if path is not None:
-        results.write(path, written)
+        with os_errors_as(f"--json {path}: cannot be written"):
+            write_json(path, written)
     reporter.show(written)
     return 0 if sound(found) else 1
 
@@ -56,13 +58,11 @@ def _parser() -> CommandParser:
         sub.add_argument(
             "--repeats", metavar="N", type=_positive, default=repeats, help=f"timed pairs (default {repeats})"
         )
-        sub.add_argument(
-            "--json", metavar="FILE", help="write every figure, with machine, versions, commit and command"
-        )
+        sub.add_path("--json", metavar="FILE", help="write every figure, with machine, versions, commit and command")
         return sub
 
     step = command("step", _step, "one whole training step against peers, and split by operator", 20)
-    step.add_argument("--config", metavar="FILE", help="the model (default: the 500K model)")
+    step.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
     step.add_argument("--batch", metavar="B", type=_positive, help="rows (default: train.batch_size)")
     step.add_argument("--length", metavar="T", type=_positive, help="tokens of a row (default: data.sequence_length)")
     step.add_argument("--peers", metavar="A,B,...", type=_names, help="default: eager,compile,autocast,transformers")
@@ -71,7 +71,7 @@ def _parser() -> CommandParser:
     kernels.add_argument("operators", metavar="OP", nargs="*", help="default: all")
     kernels.add_argument("--size", choices=[*cases.SIZE_NAMES, "all"], default="500k", help="default: 500k")
     generate = command("generate", _generate, "tokens per second against transformers' generate", 5)
-    generate.add_argument("--checkpoint", metavar="DIR", help="default: the untrained 500K model")
+    generate.add_path("--checkpoint", metavar="DIR", help="default: the untrained 500K model")
     generate.add_argument("--batch", metavar="B,...", type=_positives, default=[1, 32], help="default: 1,32")
     generate.add_argument("--new-tokens", metavar="N", type=_positive, default=64, help="default: 64")
     return parser

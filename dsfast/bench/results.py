@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from dsfast import info, ops
-from dsfast.errors import UserError
 
 SCHEMA_VERSION = 1
-
-
-def check_writable(path: str) -> Path:
-    """`path` as a Path. Raises UserError, before anything is timed, where a file could not be written there."""
-    target = Path(path)
-    try:
-        if target.is_dir():
-            raise UserError(f"--json {path}: expected a file, this is a folder")
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-        if target.exists() and not os.access(target, os.W_OK):
-            raise UserError(f"--json {path}: cannot be written: permission denied")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-    return target
 
 
 def document(arguments: list[str], settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -46,15 +26,3 @@ def document(arguments: list[str], settings: dict[str, Any], results: dict[str, 
         "fallbacks": ops.fallbacks(),
         "results": results,
     }
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Write the whole file or none. Raises UserError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,10 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsfast.data.tokenizer import BOS, EOS
 from dsfast.errors import UserError
-
-IGNORED = -100
+from dsfast.tokens import BOS_ID, EOS_ID, IGNORED
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class PackedRows:
 def pack(texts: list[str], tokenizer: Tokenizer, sequence_length: int, seed: int) -> PackedRows:
     """Tokenise `texts`, one document each, and lay them end to end."""
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    documents = [np.array([BOS, *encoding.ids, EOS], dtype=np.int32) for encoding in encoded]
+    documents = [np.array([BOS_ID, *encoding.ids, EOS_ID], dtype=np.int32) for encoding in encoded]
     return PackedRows(np.concatenate(documents), sequence_length, seed)
 
 
@@ -80,8 +78,8 @@ def _row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
 def _as_batch(tokens: Tensor) -> Batch:
     """`tokens` [B, T + 1]: the rows, each with the one token that follows it."""
     input_ids = tokens[:, :-1].contiguous()
-    labels = tokens[:, 1:].masked_fill(input_ids == EOS, IGNORED)
-    is_start = input_ids == BOS
+    labels = tokens[:, 1:].masked_fill(input_ids == EOS_ID, IGNORED)
+    is_start = input_ids == BOS_ID
     is_start[:, 0] = True
     columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     last_start = torch.where(is_start, columns, 0).cummax(dim=1).values

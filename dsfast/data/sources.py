@@ -23,12 +23,15 @@ ENCYCLOPEDIA = "encyclopedia"
 def read_articles(source: str, max_articles: int) -> list[Article]:
     """The first `max_articles` distinct, non-empty documents of a user's `source`.
 
-    Raises UserError for a source of no known kind, text that is not UTF-8 (file and byte), a broken line of JSON
-    (file and line) and a source without any text.
+    Raises UserError for a source of no known kind, what cannot be read, text that is not UTF-8 (file and byte), a
+    broken line of JSON (file and line) and a source without any text.
     """
     path = Path(source)
     clean = (Article(sanitize(title), sanitize(text), "", ()) for title, text in _documents(path))
-    articles = list(islice(without_repeats(clean), max_articles))
+    try:
+        articles = list(islice(without_repeats(clean), max_articles))
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot read ({error.strerror})") from None
     if not articles:
         raise UserError(f"{path}: expected text, found none")
     return articles
@@ -53,7 +56,7 @@ def without_repeats(articles: Iterable[Article]) -> Iterator[Article]:
 def _documents(path: Path) -> Iterator[tuple[str, str]]:
     """(title, text) pairs as they stand in the source."""
     if path.is_dir():
-        yield from ((file.stem, _read_text(file)) for file in sorted(path.glob("*.txt")))
+        yield from ((file.stem, _read_text(file)) for file in sorted(path.iterdir()) if file.match("*.txt"))
     elif path.suffix == ".txt" and path.is_file():
         yield from (("", text) for text in re.split(r"\n\s*\n", _read_text(path)))
     elif path.suffix == ".jsonl" and path.is_file():
@@ -66,19 +69,12 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return _decode(path.read_bytes(), path, 0)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from None
+    return _decode(path.read_bytes(), path, 0)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
     offset = 0
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from None
-    with file:
+    with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line = _decode(raw, path, offset)
             offset += len(raw)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,9 +17,9 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsfast.errors import UserError
+from dsfast.files import write_text
+from dsfast.tokens import SPECIAL_TOKENS
 
-BOS, EOS, PAD = 0, 1, 2
-SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 _SMALLEST = len(SPECIAL_TOKENS) + 256
 
 
@@ -83,9 +82,9 @@ def _ready(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _key(texts: list[str], vocab_size: int) -> str:
-    """Everything the result depends on: the texts, the size, this module's recipe and the library's version."""
+    """Everything the result depends on: the texts, the size, the recipe and the library's version."""
     recipe = Path(__file__).read_text(encoding="utf-8")
-    return _sha256(json.dumps([texts, vocab_size, recipe, tokenizers.__version__]))[:32]
+    return _sha256(json.dumps([texts, vocab_size, SPECIAL_TOKENS, recipe, tokenizers.__version__]))[:32]
 
 
 def _sha256(text: str) -> str:
@@ -103,14 +102,8 @@ def _read_cache(path: Path) -> Tokenizer | None:
 
 def _write_cache(path: Path, tokenizer: Tokenizer) -> None:
     body = tokenizer.to_str()
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{_sha256(body)}\n{body}")
-        os.replace(temporary, path)
+        write_text(path, f"{_sha256(body)}\n{body}")
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         warnings.warn(f"the tokenizer is not cached: {path.parent}: {error.strerror}; set DSFAST_CACHE", stacklevel=3)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config
 from dsfast.data import heldout_prompts, load_facts, load_prompts, taught_facts, taught_prompts
 from dsfast.data.sources import ENCYCLOPEDIA
-from dsfast.errors import UserError
 from dsfast.evaluate.probes import ask, check_lengths
 from dsfast.evaluate.recall import Recall, measure_recall
+from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
 
 
@@ -23,8 +20,7 @@ def main(argv: list[str]) -> int:
     """Print the answers and the recall; with --json also write them. Raises UserError for bad input."""
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
-    if arguments.json and not Path(arguments.json).parent.is_dir():
-        raise UserError(f"--json {arguments.json}: the folder {Path(arguments.json).parent} does not exist")
+    path = check_output_file(arguments.json, "--json") if arguments.json else None
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]
     check_lengths(tokenizer, asked, config.model.max_position_embeddings)
@@ -41,16 +37,17 @@ def main(argv: list[str]) -> int:
         },
     }
     print(_text(result))
-    if arguments.json:
-        _write(Path(arguments.json), result)
+    if path is not None:
+        with os_errors_as(f"--json {path}: cannot be written"):
+            write_json(path, result)
     return 0
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
-    parser.add_argument("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
-    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.add_path("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
+    parser.add_path("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
+    parser.add_path("--json", metavar="FILE", help="write the results here too")
     return parser
 
 
@@ -79,17 +76,6 @@ def _text(result: dict[str, Any]) -> str:
                 f"recall, {name} phrasings: {numbers} (95%: {100 * recall['low']:.1f}-{100 * recall['high']:.1f}%)"
             )
     return "\n".join(lines)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from dsfast.data import Prompt
 from dsfast.errors import UserError
 from dsfast.evaluate.similarity import Similarity, exact_match, similarity
 from dsfast.model import DeepseekV3, generate, generate_ids
-from dsfast.model.generate import BOS, EOS, special_id
+from dsfast.model.generate import special_id
+from dsfast.tokens import BOS, EOS
 
 
 @dataclass(frozen=True)

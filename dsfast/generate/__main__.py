@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.generate", description="Continue a prompt with a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
+    parser.add_path("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the config's suite.max_new_tokens")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")

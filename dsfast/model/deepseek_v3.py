@@ -19,9 +19,7 @@ from dsfast.model.initialise import initialise
 from dsfast.model.layers import RMSNorm
 from dsfast.model.moe import Experts, Router
 from dsfast.model.rope import RotaryTables
-
-IGNORED = -100
-"""The label of a position that predicts nothing."""
+from dsfast.tokens import IGNORED
 
 
 class DeepseekV3(nn.Module):

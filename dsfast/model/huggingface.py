@@ -7,7 +7,6 @@ copies of embedding and head, as in the published weights; transformers skips th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -23,11 +22,12 @@ from torch import Tensor
 
 from dsfast.config import load_config
 from dsfast.errors import UserError
+from dsfast.files import os_errors_as, write_json
 from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.generate import BOS, EOS, special_id
+from dsfast.model.generate import special_id
+from dsfast.tokens import BOS, EOS, PAD
 
-PAD = "<|pad|>"
 _OWN_FIELDS = ("embedding_rank", "embedding_initializer_range", "zero_init_output")
 _MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
@@ -41,16 +41,15 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
     special = {name: special_id(tokenizer, token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: expected a new or an empty folder, but something is there")
-        partial.mkdir(parents=True)
-        save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
-        _write_json(partial / "config.json", _config(model, special))
-        _write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
-        _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+        with os_errors_as(f"{out}: cannot be written", SafetensorError):
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out}: expected a new or an empty folder, but something is there")
+            partial.mkdir(parents=True)
+            save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
+            write_json(partial / "config.json", _config(model, special))
+            write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
+            _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
+            os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -135,10 +134,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no .safetensors file in it")
     stored: dict[str, Tensor] = {}
     for file in files:
-        try:
+        with os_errors_as(f"{file}: not a readable safetensors file", SafetensorError):
             stored |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     return stored
 
 
@@ -183,8 +180,4 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos_id: int, context: i
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -19,6 +19,7 @@ from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, load_config
 from dsfast.data import PromptSets, load_prompts
 from dsfast.errors import UserError
+from dsfast.files import check_output_folder
 from dsfast.suite.phases import (
     DEVICE_NAMES,
     Plan,
@@ -32,7 +33,7 @@ from dsfast.suite.phases import (
     skipped_test,
 )
 from dsfast.suite.report import Reporter
-from dsfast.suite.results import SCHEMA_VERSION, check_output_dir, write_results
+from dsfast.suite.results import SCHEMA_VERSION, write_results
 from dsfast.suite.verdict import judge_comparison, verdict
 
 DEVICES = {name: device for device, name in DEVICE_NAMES.items()}  # "cpu", "gpu" -> torch's names
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     configs, skipped = choose_configs(arguments)
-    folder = check_output_dir(arguments.output_dir)
+    folder = check_output_folder(arguments.output_dir, "--output-dir")
     plans = make_plans(configs, prompts, arguments.full_training)
     for plan in plans:
         set_up(Session(plan))  # a mistake in the second test's input must not come out after the first has trained
@@ -54,8 +55,11 @@ def main(argv: list[str]) -> int:
     now = datetime.now()
     runs = folder / "runs" / f"suite_{now:%Y%m%d_%H%M%S}"
     results = run(plans, skipped, runs, reporter, ["python", "-m", "dsfast.suite", *argv])
-    path = write_results(folder, results, now)
-    reporter.summary(results, path)
+    path = None
+    try:
+        path = write_results(folder, results, now)
+    finally:
+        reporter.summary(results, path)
     return 0 if results["verdict"]["passed"] else 1
 
 
@@ -65,10 +69,10 @@ def _parser() -> CommandParser:
     device.add_argument("--cpu-only", action="store_true", help="run the CPU test alone")
     device.add_argument("--gpu-only", action="store_true", help="run the GPU test alone; there must be a GPU")
     parser.add_argument("--full-training", action="store_true", help="also train longer and ask all prompts (Test 3)")
-    parser.add_argument("--output-dir", metavar="DIR", default=".", help="where the results file goes (default: here)")
+    parser.add_path("--output-dir", metavar="DIR", default=".", help="where the results file goes (default: here)")
     parser.add_argument("--seed", metavar="N", type=int, help="in place of the configs'")
-    parser.add_argument("--config", metavar="FILE", help="a config of your own; its runtime.device is the one tested")
-    parser.add_argument("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
+    parser.add_path("--config", metavar="FILE", help="a config of your own; its runtime.device is the one tested")
+    parser.add_path("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
     return parser
 
 

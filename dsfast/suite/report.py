@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dsfast.data.prompts import PRIORITIES
 from dsfast.suite.verdict import THRESHOLDS, Check, show
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
@@ -51,7 +52,7 @@ class Reporter:
 
     def phase_ends(self, phase: Json, checks: Iterable[Check]) -> None:
         mark, style = _MARKS[phase["status"]]
-        line = phase["reason"] if phase["status"] == "error" else _headline(phase["name"], phase["details"])
+        line = phase["reason"] if phase["status"] == "error" else _HEADLINES[phase["name"]](phase["details"])
         self._line(f"  {mark} {phase['name']:<12} {phase['seconds']:7.1f} s   {line}", style)
         if phase["status"] == "error":
             self._line(phase["stack_trace"])
@@ -63,7 +64,7 @@ class Reporter:
             if check.status != "PASS":
                 self._line(f"    {'⚠' if check.severity == 'warning' else '✗'} {check.reason}", "yellow")
 
-    def summary(self, results: Json, path: Path) -> None:
+    def summary(self, results: Json, path: Path | None) -> None:
         """Errors, checks, success by priority, performance, what was skipped, the banner, where the file is."""
         verdict = results["verdict"]
         self._errors(results["errors"])
@@ -79,7 +80,7 @@ class Reporter:
         passed = verdict["passed"]
         self._line(f"\n{PASSED if passed else FAILED}", "bold green" if passed else "bold red")
         ran = [name for name, test in results["tests"].items() if test["status"] != "skipped"]
-        self._line(f"tests run: {', '.join(ran)}; results: {path}")
+        self._line(f"tests run: {', '.join(ran)}; results: {path or 'not written'}")
 
     def _errors(self, errors: list[Json]) -> None:
         if errors:
@@ -118,7 +119,7 @@ def checks_table(checks: Iterable[Json]) -> Table:
 def priority_table(generation: Json) -> Table:
     """Success of the full prompts by priority."""
     table = _table("Success by priority (full prompts)", "priority", "exact", "asked", "rate", "limit", "status")
-    for priority in ("high", "medium", "low"):
+    for priority in PRIORITIES:
         exact = [p["exact"] for p in generation["probes"] if p["set"] == "full" and p["priority"] == priority]
         if exact:
             limit, rate = getattr(THRESHOLDS, f"{priority}_success"), sum(exact) / len(exact)
@@ -166,10 +167,6 @@ def _speedup(speedups: Json, name: str) -> list[str]:
 
 def _label(test: str) -> str:
     return {"cpu": "CPU", "gpu": "GPU", "full": "Full"}[test]
-
-
-def _headline(phase: str, details: Json) -> str:
-    return _HEADLINES[phase](details)
 
 
 def _set_up(d: Json) -> str:

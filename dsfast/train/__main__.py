@@ -7,6 +7,7 @@ import sys
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
+from dsfast.files import check_output_folder
 from dsfast.train.checkpoint import find_checkpoint
 from dsfast.train.loop import Trainer, TrainResult
 
@@ -14,20 +15,21 @@ from dsfast.train.loop import Trainer, TrainResult
 def main(argv: list[str]) -> int:
     """Train; returns 0. Raises UserError, and Interrupted after Ctrl-C or SIGTERM (exit code 130 or 143)."""
     arguments = _parser().parse_args(argv)
-    resume = arguments.output_dir if arguments.resume == "" else arguments.resume
+    resume = arguments.output_dir if arguments.resume is True else arguments.resume
     config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})
+    check_output_folder(arguments.output_dir, "--output-dir")
     print(_summary(Trainer(config, arguments.output_dir).train(resume)))
     return 0
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.train", description="Train a model from a config.")
-    parser.add_argument("--config", metavar="FILE", help="what to train; with --resume the checkpoint's own if absent")
-    parser.add_argument("--output-dir", metavar="DIR", required=True, help="new or empty; with --resume the run's own")
+    parser.add_path("--config", metavar="FILE", help="what to train; with --resume the checkpoint's own if absent")
+    parser.add_path("--output-dir", metavar="DIR", required=True, help="new or empty; with --resume the run's own")
     parser.add_argument("--seed", metavar="N", type=int, help="in place of the config's")
     parser.add_argument("--steps", metavar="N", type=int, help="in place of the config's train.steps")
-    parser.add_argument(
-        "--resume", metavar="DIR", nargs="?", const="",
+    parser.add_path(
+        "--resume", metavar="DIR", nargs="?", const=True,
         help="continue from a checkpoint, or from the newest in a run folder (default: --output-dir)",
     )  # fmt: skip
     return parser

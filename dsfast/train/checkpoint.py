@@ -2,7 +2,7 @@
 
     model.safetensors      parameters and persistent buffers; tied weights once
     optimizer.safetensors  Optimizer.state_dict()
-    state.json             step, seed, batch size, steps skipped in a row, states of the random generators
+    state.json             step, steps skipped in a row, states of the random generators
     config.json            the run's config
     tokenizer.json         the tokenizer, in the format of the tokenizers library
     manifest.json          format version, the data manifest, SHA-256 and size of every other file
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import random
 import re
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from dsfast.config import Config, load_config, read_json
 from dsfast.errors import UserError
+from dsfast.files import os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train.optimizer import Optimizer
 
@@ -46,8 +46,6 @@ class TrainingState:
     """Where a run stands. `step` counts the steps done; `random` is what `random_states` returned."""
 
     step: int
-    seed: int
-    batch_size: int
     bad_steps: int = 0
     random: dict[str, Any] = field(default_factory=dict)
 
@@ -69,7 +67,7 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}{_PARTIAL}")
     if final.exists():
         raise UserError(f"{final}: exists already; a checkpoint is never overwritten")
-    try:
+    with os_errors_as(f"{final}: cannot be written", SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
@@ -85,19 +83,18 @@ def save_checkpoint(
             _sync(path)
         partial.rename(final)
         _sync(final.parent)
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from None
     return final
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself when it is a checkpoint, else the newest complete one in it. Raises UserError."""
     path = Path(path)
-    if (path / "manifest.json").is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
-    found = checkpoints(path)
+    with os_errors_as(f"{path}: cannot be read"):
+        if (path / "manifest.json").is_file():
+            return path
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
+        found = checkpoints(path)
     if not found:
         raise UserError(f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one")
     return found[-1]
@@ -193,18 +190,15 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([torch.from_numpy(_decode(state, np.uint8)) for state in states["cuda"]])
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _verify(path: Path) -> None:
     """Every file is there with the size and the hash that the manifest gives."""
     files = read_manifest(path)["files"]
     for name in FILES:
         file, expected = path / name, files[name]
-        if not file.is_file():
-            raise UserError(f"{file}: missing; the checkpoint is not complete")
-        found = _fingerprint(file)
+        with os_errors_as(f"{file}: cannot be read"):
+            if not file.is_file():
+                raise UserError(f"{file}: missing; the checkpoint is not complete")
+            found = _fingerprint(file)
         if found["bytes"] != expected["bytes"]:
             raise UserError(f"{file}: truncated or damaged: {found['bytes']} bytes, expected {expected['bytes']}")
         if found["sha256"] != expected["sha256"]:
@@ -235,10 +229,8 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with os_errors_as(f"{file}: not a readable safetensors file", SafetensorError):
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def _load_tokenizer(file: Path) -> Tokenizer:

@@ -146,13 +146,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step into output_dir; returns its folder."""
-        state = ckpt.TrainingState(
-            step=self.steps_done,
-            seed=self.config.seed,
-            batch_size=self.config.train.batch_size,
-            bad_steps=self.bad_steps,
-            random=ckpt.random_states(),
-        )
+        state = ckpt.TrainingState(step=self.steps_done, bad_steps=self.bad_steps, random=ckpt.random_states())
         data = self.dataset
         return ckpt.save_checkpoint(
             self.output_dir, self.model, self.optimizer, data.tokenizer, self.config, state, data.manifest

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dsfast.errors import UserError
+from dsfast.files import finite, os_errors_as, write_text
 
 
 class MetricsFile:
     """Opened for appending after the lines up to `keep_steps`; later ones, of a run that went further, are dropped."""
 
     def __init__(self, path: Path, keep_steps: int):
-        try:
+        with os_errors_as(f"{path}: cannot be written"):
             _truncate(path, keep_steps)
             self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def write(self, values: dict[str, Any]) -> None:
         """Numbers that are not finite become null: JSON has no word for them."""
-        self._file.write(json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -48,10 +45,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, keep_steps: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= keep_steps] if path.exists() else []
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

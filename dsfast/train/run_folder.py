@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
-from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest, write_json
+from dsfast.files import os_errors_as, write_json
+from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest
 
 METRICS = "metrics.jsonl"
 
@@ -21,7 +21,7 @@ def open_run_folder(folder: Path, config: Config, step: int, resumed: Path | Non
     written, when it is not empty and the checkpoint is not in it, or when it holds checkpoints of later steps, which
     this run would come to write again.
     """
-    try:
+    with os_errors_as(f"{folder}: cannot be used as output folder"):
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(path.name for path in folder.iterdir())
         own = resumed is not None and resumed.parent.resolve() == folder.resolve()
@@ -37,11 +37,7 @@ def open_run_folder(folder: Path, config: Config, step: int, resumed: Path | Non
                 f"{folder}: holds {later[-1]}, later than step {step} to resume from; "
                 f"expected another output folder, or later checkpoints removed"
             )
-        partial = folder / ".config.json.partial"
-        write_json(partial, config.to_dict())
-        os.replace(partial, folder / "config.json")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used as output folder: {error.strerror}") from None
+        write_json(folder / "config.json", config.to_dict())
 
 
 def check_same_run(checkpoint: Path, config: Config, data_manifest: dict[str, Any]) -> None:

@@ -1,0 +1,91 @@
+"""Files: whole or absent, and refused before the work begins where they could not be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from unreadable import unreadable
+
+from dsfast import files
+from dsfast.errors import UserError
+from dsfast.files import check_output_file, check_output_folder, finite, os_errors_as, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_os_error_becomes_one_line_with_its_reason():
+    with pytest.raises(UserError, match=r"^here: cannot be read: gone$"), os_errors_as("here: cannot be read"):
+        raise FileNotFoundError(2, "gone", "elsewhere")
+    with pytest.raises(UserError, match=r"^here: odd$"), os_errors_as("here"):
+        raise OSError("odd")
+    with pytest.raises(UserError, match=r"^here: 3$"), os_errors_as("here", KeyError):
+        raise KeyError(3)
+    with pytest.raises(ValueError, match="mine"), os_errors_as("here", KeyError):
+        raise ValueError("mine")
+
+
+def test_text_replaces_what_was_there_and_leaves_nothing_beside_it(tmp_path):
+    for text in ("one\n", "zwei ü\n"):
+        write_text(tmp_path / "out.txt", text)
+        assert (tmp_path / "out.txt").read_bytes() == text.encode("utf-8")
+        assert names(tmp_path) == ["out.txt"]
+
+
+@pytest.mark.parametrize("step", ["write", "replace"])
+def test_a_full_disk_leaves_what_is_there(tmp_path, monkeypatch, step):
+    path = tmp_path / "out.json"
+    path.write_text("before", encoding="utf-8")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((Path, "write_text") if step == "write" else (files.os, "replace")), full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 1})
+    assert path.read_bytes() == b"before"
+    assert names(tmp_path) == ["out.json"]
+
+
+def test_json_holds_what_json_can(tmp_path):
+    value = {"a": [1.5, float("nan"), {"b": (float("-inf"), 2)}], "name": "ü \udcff", "no": None, "yes": True}
+    write_json(tmp_path / "out.json", value)
+    text = (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": [1.5, None, {"b": [None, 2]}], "name": "ü \udcff", "no": None, "yes": True}
+    assert '"ü \\udcff"' in text
+    assert finite(value["a"]) == [1.5, None, {"b": [None, 2]}]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "other.json", {"a": object()})
+    assert names(tmp_path) == ["out.json"]
+
+
+def test_the_output_file_is_tried_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").write_text("before")
+    assert check_output_file("here", "--json") == Path("here")
+    assert check_output_file("new", "--json") == Path("new")
+    assert (names(tmp_path), Path("here").read_text()) == (["here"], "before")
+    with pytest.raises(UserError, match=r"^--json \.: expected a file, this is a folder$"):
+        check_output_file(".", "--json")
+    for absent, reason in (("no/new", "No such file or directory"), ("here/new", "Not a directory")):
+        with pytest.raises(UserError, match=rf"^--json {absent}: cannot be written: {reason}$"):
+            check_output_file(absent, "--json")
+    for closed in (".", "here"):
+        tmp_path.chmod(0o777)
+        with unreadable(Path(closed)), pytest.raises(UserError, match=r"^--json here: .*: Permission denied$"):
+            check_output_file("here", "--json")
+
+
+def test_the_output_folder_is_tried_and_left_alone(tmp_path, monkeypatch):
+    assert check_output_folder(str(tmp_path / "a" / "b"), "--output-dir") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("file", "file/below"):
+        with pytest.raises(UserError, match=rf"^--output-dir {folder}: cannot be written to: "):
+            check_output_folder(folder, "--output-dir")
+    with unreadable(Path(".")), pytest.raises(UserError, match="new: cannot be written to: Permission denied"):
+        check_output_folder("new", "--output-dir")
