@@ -11,13 +11,26 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from dsfast.errors import UserError, choices
+from dsfast.huggingface_config import model_section
+
+OPERATORS = (
+    "rms_norm", "rope", "embedding", "mla_attention", "moe_route", "moe_experts", "swiglu_mlp",
+    "linear_cross_entropy", "adamw",
+)  # fmt: skip
+"""The names that `runtime.kernels` may hold, beside "default"."""
+
+CONFIGS = Path(str(files("dsfast.configs")))
+"""The folder of the shipped configs."""
 
 Implementation = Literal["auto", "reference", "native", "triton"]
 
@@ -63,6 +76,23 @@ class ModelConfig:
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def matrix_elements(self) -> int:
+        """How many parameters the matrices have together: all but the norms'."""
+        d, h, kv, q = self.hidden_size, self.num_attention_heads, self.kv_lora_rank, self.q_lora_rank
+        v, r = self.vocab_size, self.embedding_rank
+        queries = h * self.qk_head_dim
+        attention = d * queries if q is None else q * (d + queries)
+        attention += d * (kv + self.qk_rope_head_dim) + h * kv * (self.qk_nope_head_dim + self.v_head_dim)
+        attention += h * self.v_head_dim * d
+        experts = self.n_routed_experts + self.n_shared_experts
+        moe = 3 * d * self.moe_intermediate_size * experts + d * self.n_routed_experts
+        dense, mtp = self.first_k_dense_replace, self.num_nextn_predict_layers
+        embedding = v * d if r is None else (v + d) * r
+        head = 0 if self.tie_word_embeddings else v * d
+        blocks = (self.num_hidden_layers + mtp) * attention + (self.num_hidden_layers - dense + mtp) * moe
+        return embedding + head + blocks + dense * 3 * d * self.intermediate_size + mtp * 2 * d * d
 
 
 @dataclass(frozen=True)
@@ -142,20 +172,30 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def replace(self, **changes: Any) -> Config:
-        """A checked copy with dotted names set: `config.replace(**{"train.steps": 20})`."""
+    def replace(self, *, where: str = "config", **changes: Any) -> Config:
+        """A checked copy with dotted names set: `config.replace(**{"train.steps": 20})`.
+
+        Raises UserError as from_dict does; `where` names what the changes come from, such as a flag.
+        """
         values = self.to_dict()
         for name, value in changes.items():
             *sections, key = name.split(".")
             target = values
             for section in sections:
+                if not isinstance(target.get(section), dict):
+                    raise UserError(f"{where}: unknown key {name!r}; {choices(target)}")
                 target = target[section]
             target[key] = value
-        return Config.from_dict(values)
+        return Config.from_dict(values, where)
 
     def hash(self) -> str:
         """SHA-256 of the canonical JSON; equal configs have equal hashes."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def default_config(device: str = "cpu") -> Config:
+    """The shipped config of the 500K model, for "cpu" or "gpu"."""
+    return load_config(CONFIGS / f"deepseek_v3_test_run_{device}.json")
 
 
 def load_config(path: str | Path) -> Config:
@@ -164,7 +204,7 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {_describe(values)}")
     if values.get("model_type") == "deepseek_v3":
-        model = _from_huggingface(values, str(path))
+        model = model_section(values, str(path))
         # The default row must fit the model's context; a context that is not a number is reported by from_dict.
         context = model.get("max_position_embeddings")
         rows = min(DataConfig.sequence_length, context) if isinstance(context, int) else DataConfig.sequence_length
@@ -173,13 +213,15 @@ def load_config(path: str | Path) -> Config:
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON file without what Python's parser lets through: duplicate keys, NaN, Infinity. Raises UserError."""
+    """A JSON file without what Python's parser lets through: duplicate keys, NaN, Infinity, halves of surrogate pairs.
+
+    Raises UserError, also for what the parser cannot hold: nesting too deep, numbers of thousands of digits.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{path}: key {twice!r} stands twice in one object; keep one of them")
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise UserError(f"{path}: key {name!r} stands twice in one object; keep one of them")
         return dict(pairs)
 
     def no_constants(text: str) -> Any:
@@ -187,52 +229,22 @@ def read_json(path: str | Path) -> Any:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        json.dumps(values, ensure_ascii=False).encode("utf-8")  # fails for a string that no UTF-8 text can hold
+        return values
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 20, 0) : error.end]
+        raise UserError(f"{path}: half of a surrogate pair, which no UTF-8 text can hold, ends {near!r}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError:  # Python converts no more than sys.get_int_max_str_digits() digits
+        raise UserError(f"{path}: a whole number with too many digits; expected at most 64 bits") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-# Keys of a published config.json that say nothing about the architecture, or that dsfast has decided otherwise.
-_HUGGINGFACE_IGNORED = {
-    "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "ep_size", "head_dim", "id2label", "is_encoder_decoder", "label2id", "model_type",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
-    "quantization_config", "qk_head_dim", "return_dict", "seq_aux", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-# Keys that dsfast supports at one value only.
-_HUGGINGFACE_FIXED = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-}
-
-
-def _from_huggingface(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The `model` section of a published config: ignorable keys dropped, fixed ones checked."""
-    model = {name: value for name, value in values.items() if name not in _HUGGINGFACE_IGNORED}
-    for name, supported in _HUGGINGFACE_FIXED.items():
-        if model.pop(name, supported) != supported:
-            raise UserError(f"{where}: {name} is {values[name]!r}; dsfast supports {supported!r} only")
-    heads = model.pop("num_key_value_heads", model.get("num_attention_heads"))
-    if heads != model.get("num_attention_heads"):
-        raise UserError(
-            f"{where}: num_key_value_heads is {heads}; with latent attention it must equal num_attention_heads"
-        )
-    rope = model.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
-    if rope is not None:
-        model["rope_theta"] = rope.get("rope_theta", 10000.0)
-        if rope.get("rope_type", "default") != "default":
-            model["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return model
 
 
 def _build(cls: type, values: Any, where: str, path: str) -> Any:
@@ -255,6 +267,8 @@ def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
     """`value` as the annotated type, or a UserError. An int is taken where a float is wanted, never a bool as an int."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, path)
+    if type(value) is int and value.bit_length() > 63:
+        raise UserError(f"{where}: {path} must be a number of at most 64 bits, got one of {value.bit_length() + 1}")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -292,85 +306,100 @@ def _join(path: str, name: str) -> str:
 
 def _check(config: Config, where: str) -> None:
     """Everything a type cannot say. Raises UserError for the first rule that does not hold."""
-    for rule, message in [*_model_rules(config.model), *_run_rules(config)]:
-        if not rule:
+    for words, bound, names in _BOUNDS:
+        for name in names:
+            value = operator.attrgetter(name)(config)
+            if value is not None and not _COMPARE[words](value, bound):
+                raise UserError(f"{where}: {name} must be {words} {bound}, got {value}")
+    for holds, message in [*_model_rules(config.model), *_run_rules(config)]:
+        if not holds:
             raise UserError(f"{where}: {message}")
 
 
-_MODEL_POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim",
-    "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
-    "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings", "rope_theta", "rms_norm_eps",
-    "routed_scaling_factor", "initializer_range",
+_COMPARE = {
+    "above": operator.gt,
+    "null or above": operator.gt,
+    "at least": operator.ge,
+    "at most": operator.le,
+    "below": operator.lt,
+}
+_SIZES = (
+    "model.vocab_size", "model.hidden_size", "model.num_attention_heads", "model.kv_lora_rank", "model.qk_nope_head_dim",
+    "model.qk_rope_head_dim", "model.v_head_dim", "model.intermediate_size", "model.moe_intermediate_size",
+    "model.max_position_embeddings",
 )  # fmt: skip
+_RANKS = ("model.q_lora_rank", "model.embedding_rank")
+_EXPERTS = ("model.n_routed_experts", "model.num_experts_per_tok", "model.n_group", "model.topk_group")
+_COUNTS = (
+    "data.max_articles", "data.facts", "data.sequence_length", "train.steps", "train.batch_size", "train.max_bad_steps",
+    "train.log_every", "suite.full_training_steps", "suite.max_new_tokens",
+)  # fmt: skip
+_COUNTS_FROM_0 = ("train.warmup_steps", "train.checkpoint_every")
+# (words, bound, dotted names); checked in this order. Upper bounds lie far above any use: they are there so that a
+# slip of the keyboard ends in a line and not in an allocator, an int32 or a loop that never ends.
+_BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
+    ("above", 0, (*_SIZES, "model.num_hidden_layers", *_EXPERTS)),
+    ("above", 0, ("model.rms_norm_eps", "model.routed_scaling_factor", "model.initializer_range")),
+    ("above", 1, ("model.rope_theta",)),
+    ("null or above", 0, (*_RANKS, "model.embedding_initializer_range")),
+    ("at least", 0, ("model.n_shared_experts", "model.first_k_dense_replace", "model.num_nextn_predict_layers")),
+    ("at most", 2**24, (*_SIZES, *_RANKS)),
+    ("at most", 2**16, (*_EXPERTS, "model.n_shared_experts")),
+    ("at most", 10_000, ("model.num_hidden_layers", "model.num_nextn_predict_layers")),
+    ("at least", 0, ("seed", *_COUNTS_FROM_0)),
+    ("above", 0, _COUNTS),
+    ("at most", 2**31 - 1, (*_COUNTS, *_COUNTS_FROM_0)),
+    ("above", 0, ("train.learning_rate", "train.muon_learning_rate", "train.eps", "train.grad_clip")),
+    ("null or above", 0, ("train.embedding_learning_rate",)),
+    ("at least", 0, ("train.weight_decay", "train.bias_update_speed", "train.mtp_loss_weight")),
+    ("at least", 0, ("train.beta1", "train.beta2", "train.final_lr_ratio")),
+    ("below", 1, ("train.beta1", "train.beta2")),
+    ("at most", 1, ("train.final_lr_ratio",)),
+    ("null or above", 0, ("runtime.threads",)),
+    ("at most", 4096, ("runtime.threads",)),
+    ("above", 0, ("suite.target_seconds",)),
+)
+_MOST_PARAMETERS = 10**12
+_MOST_TOKENS = 2**31 - 1  # the kernels count the tokens of a batch in 32 bits
+_MOST_BOOST = 1000
 
 
 def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
-    positive = [(getattr(m, n) > 0, f"model.{n} must be above 0, got {getattr(m, n)}") for n in _MODEL_POSITIVE]
-    if not all(rule for rule, _ in positive):
-        return positive
-    per_group = m.n_routed_experts // m.n_group
-    optional = [(getattr(m, n) or 1, n) for n in ("q_lora_rank", "embedding_rank", "embedding_initializer_range")]
-    scaling_type = (m.rope_scaling or {}).get("type", (m.rope_scaling or {}).get("rope_type", "yarn"))
+    candidates = m.n_routed_experts // m.n_group * m.topk_group
+    scaling = m.rope_scaling or {}
+    scaling_type = scaling.get("type", scaling.get("rope_type", "yarn"))
+    numbers = {name: value for name, value in scaling.items() if isinstance(value, float)}
     return [
-        *((value > 0, f"model.{name} must be above 0 or null, got {value}") for value, name in optional),
-        (
-            m.q_lora_rank != 0 and m.embedding_rank != 0,
-            "model.q_lora_rank and embedding_rank must be above 0 or null, got 0",
-        ),
-        (
-            m.qk_rope_head_dim % 2 == 0,
-            f"model.qk_rope_head_dim must be even (it holds pairs), got {m.qk_rope_head_dim}",
-        ),
-        (m.n_shared_experts >= 0, f"model.n_shared_experts must be at least 0, got {m.n_shared_experts}"),
-        (
-            m.n_routed_experts % m.n_group == 0,
-            f"model.n_group must divide n_routed_experts, got {m.n_group} groups of {m.n_routed_experts} experts",
-        ),
+        (m.qk_rope_head_dim % 2 == 0,
+         f"model.qk_rope_head_dim must be even (it holds pairs), got {m.qk_rope_head_dim}"),
+        (m.n_routed_experts % m.n_group == 0,
+         f"model.n_group must divide n_routed_experts, got {m.n_group} groups of {m.n_routed_experts} experts"),
         (m.topk_group <= m.n_group, f"model.topk_group must be at most n_group {m.n_group}, got {m.topk_group}"),
-        (
-            m.num_experts_per_tok <= per_group * m.topk_group,
-            f"model.num_experts_per_tok must be at most the {per_group * m.topk_group} experts of topk_group groups, "
-            f"got {m.num_experts_per_tok}",
-        ),
-        (
-            0 <= m.first_k_dense_replace <= m.num_hidden_layers,
-            f"model.first_k_dense_replace must be 0..{m.num_hidden_layers}, got {m.first_k_dense_replace}",
-        ),
-        (
-            m.num_nextn_predict_layers >= 0,
-            f"model.num_nextn_predict_layers must be at least 0, got {m.num_nextn_predict_layers}",
-        ),
+        (m.num_experts_per_tok <= candidates,
+         f"model.num_experts_per_tok must be at most the {candidates} experts of topk_group groups, "
+         f"got {m.num_experts_per_tok}"),
+        (m.first_k_dense_replace <= m.num_hidden_layers,
+         f"model.first_k_dense_replace must be 0..{m.num_hidden_layers}, got {m.first_k_dense_replace}"),
         (scaling_type == "yarn", f"model.rope_scaling.type is {scaling_type!r}; known: yarn"),
-        (m.rope_scaling is None or "factor" in m.rope_scaling, "model.rope_scaling needs the key 'factor'"),
-    ]
+        (m.rope_scaling is None or "factor" in scaling, "model.rope_scaling needs the key 'factor'"),
+        *((value <= 0 or 1e-9 <= value <= 1e9, f"model.rope_scaling.{name} must be 0 or 1e-9..1e9, got {value}")
+          for name, value in numbers.items()),
+        (m.matrix_elements <= _MOST_PARAMETERS,
+         f"model has {m.matrix_elements:,} parameters by its sizes; at most {_MOST_PARAMETERS:,} are supported"),
+    ]  # fmt: skip
 
 
 def _run_rules(c: Config) -> list[tuple[bool, str]]:
-    d, t, r, s = c.data, c.train, c.runtime, c.suite
-    positive = [
-        ("data.max_articles", d.max_articles), ("data.sequence_length", d.sequence_length), ("data.facts", d.facts),
-        ("train.steps", t.steps), ("train.batch_size", t.batch_size), ("train.learning_rate", t.learning_rate),
-        ("train.muon_learning_rate", t.muon_learning_rate), ("train.eps", t.eps), ("train.grad_clip", t.grad_clip),
-        ("train.log_every", t.log_every), ("train.max_bad_steps", t.max_bad_steps), ("suite.target_seconds", s.target_seconds),
-        ("suite.full_training_steps", s.full_training_steps), ("suite.max_new_tokens", s.max_new_tokens),
-        *((f"data.boost.{topic}", weight) for topic, weight in d.boost.items()),
-    ]  # fmt: skip
-    at_least_0 = [
-        ("seed", c.seed), ("train.weight_decay", t.weight_decay), ("train.warmup_steps", t.warmup_steps),
-        ("train.bias_update_speed", t.bias_update_speed), ("train.mtp_loss_weight", t.mtp_loss_weight),
-        ("train.checkpoint_every", t.checkpoint_every),
-    ]  # fmt: skip
-    unit = [("train.beta1", t.beta1), ("train.beta2", t.beta2)]
+    d, t, r = c.data, c.train, c.runtime
+    kernels = (*OPERATORS, "default")
     return [
-        *((value > 0, f"{name} must be above 0, got {value}") for name, value in positive),
-        *((value >= 0, f"{name} must be at least 0, got {value}") for name, value in at_least_0),
-        *((0 <= value < 1, f"{name} must be in [0, 1), got {value}") for name, value in unit),
-        (0 <= t.final_lr_ratio <= 1, f"train.final_lr_ratio must be in [0, 1], got {t.final_lr_ratio}"),
-        (t.embedding_learning_rate is None or t.embedding_learning_rate > 0,
-         f"train.embedding_learning_rate must be above 0 or null, got {t.embedding_learning_rate}"),
-        (r.threads is None or r.threads > 0, f"runtime.threads must be above 0 or null, got {r.threads}"),
         (d.sequence_length <= c.model.max_position_embeddings,
          f"data.sequence_length {d.sequence_length} exceeds model.max_position_embeddings {c.model.max_position_embeddings}"),
+        (t.batch_size * d.sequence_length <= _MOST_TOKENS,
+         f"train.batch_size times data.sequence_length must be at most {_MOST_TOKENS} tokens, "
+         f"got {t.batch_size} times {d.sequence_length}"),
+        *((1 <= weight <= _MOST_BOOST, f"data.boost.{topic} must be 1..{_MOST_BOOST}, got {weight}")
+          for topic, weight in d.boost.items()),
+        *((name in kernels, f"runtime.kernels: unknown operator {name!r}; {choices(kernels)}") for name in r.kernels),
         (r.device == "cuda" or r.dtype == "float32", f"runtime.dtype is {r.dtype!r}; known on the cpu: float32"),
     ]  # fmt: skip

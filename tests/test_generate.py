@@ -100,8 +100,9 @@ def test_sampling_repeats_with_its_seed_and_varies_with_it():
     assert first == again
     assert first != other
     assert first[0] != first[1]
-    cold = generate_ids(model, prompts, max_new_tokens=20, temperature=1e-4, seed=5)
-    assert cold == generate_ids(model, prompts, max_new_tokens=20)
+    for temperature in (1e-4, 1e-300, 5e-324):
+        cold = generate_ids(model, prompts, max_new_tokens=20, temperature=temperature, seed=5)
+        assert cold == generate_ids(model, prompts, max_new_tokens=20)
 
 
 def test_generate_returns_the_continuation_of_bos_and_prompt(tokenizer):
@@ -133,12 +134,23 @@ def test_generation_leaves_the_model_as_it_was():
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ({"temperature": -0.1}, "temperature: expected at least 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature: expected at least 0, got nan"),
+        ({"seed": -1}, "seed: expected 0 .. 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed: expected 0 .. 9223372036854775807, got 9223372036854775808"),
+        ({"prompt": "A\udcff"}, r"prompt: expected text that UTF-8 can hold, got '\\udcff' at character 1"),
     ],
 )
 def test_bad_arguments_are_refused(tokenizer, arguments, message):
     model = random_model(max_position_embeddings=20)
     with pytest.raises(UserError, match=message):
         generate(model, tokenizer, **{"prompt": "A", **arguments})
+
+
+def test_the_largest_seed_and_the_highest_temperature():
+    """An infinite temperature draws every token alike."""
+    model = random_model()
+    [ids] = generate_ids(model, [[1]], max_new_tokens=200, temperature=float("inf"), seed=2**63 - 1)
+    assert len(ids) == 200
+    assert len(set(ids)) > 45  # of 61; 59 are expected, and 45 is beyond seven standard deviations
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused():

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from tiny import write_text_run
 
-from dsfast.config import load_config
+from dsfast.config import CONFIGS, load_config
 from dsfast.data import Prompt, load_prompts
 from dsfast.errors import UserError
 from dsfast.evaluate.probes import judge
@@ -154,7 +154,7 @@ def test_success_rates_by_set_and_priority():
 
 
 def test_error_reports_say_what_is_needed():
-    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    config = load_config(CONFIGS / "deepseek_v3_test_run_cpu.json")
     wrong = probes("w")[0].to_dict() | {"generated": "x" * 300}
     [report] = error_reports(
         "cpu", config, {"name": "generation", "status": "failed", "details": {"probes": [wrong]}}, []
@@ -207,7 +207,7 @@ def test_kernel_errors_and_missing_operators_are_reported():
     details = {"failed": 2, "missing": ["adamw"], "comparisons": [row]}
     found = error_reports(
         "cpu",
-        load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json"),
+        load_config(CONFIGS / "deepseek_v3_test_run_cpu.json"),
         {"name": "kernels", "status": "failed", "details": details},
         [],
     )
@@ -218,7 +218,7 @@ def test_kernel_errors_and_missing_operators_are_reported():
 
 
 def test_the_full_tests_target_grows_with_its_steps():
-    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    config = load_config(CONFIGS / "deepseek_v3_test_run_cpu.json")
     plan = phases.full_plan(config, load_prompts())
     assert plan.config.train.steps == 500
     assert plan.config.suite.target_seconds == config.suite.target_seconds * 500 / config.train.steps
@@ -348,7 +348,7 @@ def test_without_a_gpu_its_test_is_skipped_and_gpu_only_cannot_run(monkeypatch):
 
 
 def test_the_configs_device_decides_and_a_contradiction_is_an_error(tmp_path):
-    config = str(phases.CONFIGS / "deepseek_v3_test_run_cpu.json")
+    config = str(CONFIGS / "deepseek_v3_test_run_cpu.json")
     configs, skipped = suite.choose_configs(parsed("--config", config, "--seed", "7"))
     assert configs["cpu"].seed == 7
     assert skipped == {"gpu": f"{config} has runtime.device 'cpu'"}
@@ -476,8 +476,8 @@ def test_a_prompt_longer_than_the_context_is_noticed_before_training(tmp_path):
 
 
 def test_every_knob_the_page_names_is_real():
-    page = (phases.CONFIGS.parent / "docs" / "TESTS.md").read_text(encoding="utf-8")
-    config = load_config(phases.CONFIGS / "deepseek_v3_test_run_cpu.json").to_dict()
+    page = (CONFIGS.parent / "docs" / "TESTS.md").read_text(encoding="utf-8")
+    config = load_config(CONFIGS / "deepseek_v3_test_run_cpu.json").to_dict()
     keys = re.findall(r"`(model|data|train|runtime|suite)\.(\w+)`", page)
     assert len(keys) >= 20
     assert [f"{section}.{key}" for section, key in keys if key not in config[section]] == []

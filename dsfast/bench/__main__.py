@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from dsfast.bench.memory import check_measurable
 from dsfast.bench.report import Reporter
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
-from dsfast.config import Config, load_config
+from dsfast.config import default_config, load_config
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
@@ -106,11 +104,6 @@ def _generate(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
         model = DeepseekV3(config.model)
     settings = {"batches": arguments.batch, "new_tokens": arguments.new_tokens, "model": config.to_dict()["model"]}
     return settings, run_generate(model, arguments.batch, arguments.new_tokens, arguments.repeats, reporter.progress)
-
-
-def default_config() -> Config:
-    """The 500K model's config for the CPU."""
-    return load_config(Path(str(files("dsfast.configs"))) / "deepseek_v3_test_run_cpu.json")
 
 
 def _positive(text: str) -> int:

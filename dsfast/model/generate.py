@@ -9,8 +9,7 @@ from torch import Tensor
 from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
 from dsfast.model.deepseek_v3 import DeepseekV3
-
-BOS, EOS = "<|bos|>", "<|eos|>"
+from dsfast.tokens import BOS, EOS
 
 
 def generate(
@@ -24,8 +23,10 @@ def generate(
     """The continuation of `prompt`, without the prompt; ends at <|eos|>, after `max_new_tokens` or with the context.
 
     Temperature 0 takes the likeliest token; above 0 it samples, repeatably by `seed`.
-    Raises UserError for a prompt longer than the context, max_new_tokens < 1 or a negative temperature.
+    Raises UserError for a prompt longer than the context or not encodable as UTF-8, max_new_tokens < 1, a negative
+    temperature or a seed outside 0 .. 2**63 - 1.
     """
+    _check_text(prompt)
     ids = [special_id(tokenizer, BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
     [new] = generate_ids(model, [ids], max_new_tokens, temperature, seed, special_id(tokenizer, EOS))
     return tokenizer.decode(new, skip_special_tokens=True)
@@ -44,7 +45,7 @@ def generate_ids(
 
     Greedy continuations do not depend on which prompts share the batch. Otherwise as `generate`.
     """
-    _check(model, prompts, max_new_tokens, temperature)
+    _check(model, prompts, max_new_tokens, temperature, seed)
     device = model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     limit = model.config.max_position_embeddings
@@ -79,12 +80,23 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return number
 
 
-def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> None:
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"prompt: expected text that UTF-8 can hold, got {prompt[error.start]!r} at character {error.start}"
+        ) from None
+
+
+def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
     limit = model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not temperature >= 0:
         raise UserError(f"temperature: expected at least 0, got {temperature}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: expected 0 .. {2**63 - 1}, got {seed}")
     if not prompts:
         raise UserError("prompts: expected at least one, got none")
     for prompt in prompts:
@@ -123,4 +135,5 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
     """[B, V] -> the next tokens [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    below_best = logits.double() - logits.amax(-1, keepdim=True)  # no temperature, however small, makes 0 overflow
+    return torch.multinomial((below_best / temperature).softmax(-1), 1, generator=generator).squeeze(1)

@@ -29,7 +29,7 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
             nn.init.orthogonal_(parameter)
         elif config.zero_init_output and name.endswith(_OUTPUTS):
             nn.init.zeros_(parameter)
-        elif name == "embed_tokens.weight" and config.embedding_initializer_range:
+        elif name == "embed_tokens.weight" and config.embedding_initializer_range is not None:
             nn.init.normal_(parameter, std=config.embedding_initializer_range)
         else:
             nn.init.normal_(parameter, std=config.initializer_range)

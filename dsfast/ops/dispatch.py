@@ -11,18 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from dsfast.config import OPERATORS, Implementation
 from dsfast.errors import UserError, choices
 from dsfast.ops import native, triton
 
-OPERATORS = (
-    "rms_norm", "rope", "embedding", "mla_attention", "moe_route", "moe_experts", "swiglu_mlp",
-    "linear_cross_entropy", "adamw",
-)  # fmt: skip
-IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 _OF_DEVICE = {"cpu": "native", "cuda": "triton"}
 
 _selection: ContextVar[Mapping[str, str]] = ContextVar("dsfast_ops_selection", default=MappingProxyType({}))

@@ -16,7 +16,7 @@ import torch
 
 from dsfast import info
 from dsfast.command import CommandParser, run_command
-from dsfast.config import Config, load_config
+from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
 from dsfast.errors import UserError
 from dsfast.files import check_output_folder
@@ -25,7 +25,6 @@ from dsfast.suite.phases import (
     Plan,
     Session,
     compare,
-    default_config,
     fast_plan,
     full_plan,
     run_test,
@@ -84,7 +83,7 @@ def choose_configs(arguments: Namespace) -> tuple[dict[str, Config], dict[str, s
         raise UserError("nothing to run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     configs = {name: given or default_config(name) for name in DEVICES if name not in skipped}
     if arguments.seed is not None:
-        configs = {name: config.replace(seed=arguments.seed) for name, config in configs.items()}
+        configs = {name: config.replace(where="--seed", seed=arguments.seed) for name, config in configs.items()}
     return configs, skipped
 
 

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,8 +20,9 @@ from typing import Any
 import torch
 
 from dsfast import ops
-from dsfast.config import Config, load_config
+from dsfast.config import Config
 from dsfast.data import Prompt, PromptSets, heldout_prompts, taught_prompts
+from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import UserError
 from dsfast.evaluate import ProbeResult, Recall, ask, check_lengths, measure_recall
 from dsfast.model import DeepseekV3, parameter_counts
@@ -32,16 +32,9 @@ from dsfast.suite.report import Reporter
 from dsfast.suite.verdict import Check, judge_phase
 from dsfast.train import Trainer, TrainResult
 
-CONFIGS = Path(str(files("dsfast.configs")))
-PRIORITIES = ("high", "medium", "low")
 DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
 
 Details = dict[str, Any]
-
-
-def default_config(device: str) -> Config:
-    """The 500K model's config for "cpu" or "gpu"."""
-    return load_config(CONFIGS / f"deepseek_v3_test_run_{device}.json")
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,11 @@ def _parser() -> CommandParser:
 def _config(path: str | None, resume: str | None, changes: dict[str, int | None]) -> Config:
     if path is None and resume is None:
         raise UserError("python -m dsfast.train: expected --config FILE, or --resume to take a checkpoint's own")
-    config = load_config(path if path is not None else find_checkpoint(resume) / "config.json")
-    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+    path = path if path is not None else find_checkpoint(resume) / "config.json"
+    given = {name: value for name, value in changes.items() if value is not None}
+    return load_config(path).replace(where=f"{path} with --seed and --steps", **given)
+        where=f"{path} with --seed and --steps", **{name: value for name, value in changes.items() if value is not None}
+    )
 
 
 def _summary(result: TrainResult) -> str:

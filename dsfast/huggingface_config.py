@@ -1,0 +1,48 @@
+"""The `model` section of a published DeepSeek-V3 config.json: flat, with keys that mean nothing here or mean one thing only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsfast.errors import UserError
+
+# Keys that say nothing about the architecture, or that dsfast has decided otherwise.
+_IGNORED = {
+    "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "ep_size", "head_dim", "id2label", "is_encoder_decoder", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
+    "quantization_config", "qk_head_dim", "return_dict", "seq_aux", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# Keys that dsfast supports at one value only.
+_FIXED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+
+def model_section(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys of ModelConfig, not yet checked. Raises UserError for what dsfast does not support; `where` is the file."""
+    model = {name: value for name, value in values.items() if name not in _IGNORED}
+    for name, supported in _FIXED.items():
+        if model.pop(name, supported) != supported:
+            raise UserError(f"{where}: {name} is {values[name]!r}; dsfast supports {supported!r} only")
+    heads = model.pop("num_key_value_heads", model.get("num_attention_heads"))
+    if heads != model.get("num_attention_heads"):
+        raise UserError(
+            f"{where}: num_key_value_heads is {heads}; with latent attention it must equal num_attention_heads"
+        )
+    rope = model.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
+    if rope is None:
+        return model
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters must be an object or null, got {rope!r:.80}")
+    model["rope_theta"] = rope.get("rope_theta", 10000.0)
+    if rope.get("rope_type", "default") != "default":
+        model["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return model
