@@ -41,8 +41,6 @@ def _config(path: str | None, resume: str | None, changes: dict[str, int | None]
     path = path if path is not None else find_checkpoint(resume) / "config.json"
     given = {name: value for name, value in changes.items() if value is not None}
     return load_config(path).replace(where=f"{path} with --seed and --steps", **given)
-        where=f"{path} with --seed and --steps", **{name: value for name, value in changes.items() if value is not None}
-    )
 
 
 def _summary(result: TrainResult) -> str:
