@@ -15,7 +15,7 @@ _IGNORED = {
     "transformers_version", "use_cache",
 }  # fmt: skip
 # Keys that dsfast supports at one value only.
-_FIXED = {
+FIXED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
@@ -29,7 +29,7 @@ _FIXED = {
 def model_section(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The keys of ModelConfig, not yet checked. Raises UserError for what dsfast does not support; `where` is the file."""
     model = {name: value for name, value in values.items() if name not in _IGNORED}
-    for name, supported in _FIXED.items():
+    for name, supported in FIXED.items():
         if model.pop(name, supported) != supported:
             raise UserError(f"{where}: {name} is {values[name]!r}; dsfast supports {supported!r} only")
     heads = model.pop("num_key_value_heads", model.get("num_attention_heads"))

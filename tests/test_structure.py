@@ -19,7 +19,7 @@ KERNELS = sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.h")])
 # Each part may import the parts named and itself; cli stands for everything a command line calls.
 LEAVES = {"errors", "files", "tokens"}
 OPS = LEAVES | {"config", "triton_kernels", "_native"}
-MODEL = OPS | {"ops"}
+MODEL = OPS | {"ops", "huggingface_config"}
 TRAIN = MODEL | {"model", "data"}
 BENCH = TRAIN | {"train", "evaluate", "info"}
 SUITE = BENCH | {"bench", "command"}

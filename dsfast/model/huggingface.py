@@ -23,6 +23,7 @@ from torch import Tensor
 from dsfast.config import load_config
 from dsfast.errors import UserError
 from dsfast.files import os_errors_as, write_json
+from dsfast.huggingface_config import FIXED
 from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.generate import special_id
@@ -150,13 +151,7 @@ def _config(model: DeepseekV3, special: dict[str, int]) -> dict[str, Any]:
         "model_type": "deepseek_v3",
         **fields,
         "num_key_value_heads": model.config.num_attention_heads,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "moe_layer_freq": 1,
-        "rope_interleave": True,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
+        **FIXED,
         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
         **{f"{name}_token_id": number for name, number in special.items()},
     }
