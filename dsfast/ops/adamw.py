@@ -57,9 +57,8 @@ def adamw(
         adamw_reference(*arguments)
     else:
         torch.ops.dsfast.adamw(*arguments)
-        torch.autograd.graph.increment_version(
-            [*params, *exp_avgs, *exp_avg_sqs]
-        )  # C++ wrote where autograd cannot see
+        # C++ wrote where autograd cannot see.
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 @torch.no_grad()

@@ -118,21 +118,23 @@ class Trainer:
 
     def train_batch(self, batch: Batch) -> StepReport:
         """Forward, backward, the check for non-finite numbers, update with clipped gradients, router bias."""
+        with self.kernels():
+            return self._train_batch(batch)
+
+    def _train_batch(self, batch: Batch) -> StepReport:
         started, train = time.perf_counter(), self.config.train
         for parameter in self.model.parameters():
             parameter.grad = None  # the backward pass then hands over its own tensors: nothing to clear, nothing to add
         loss = self._loss(batch)
         loss.backward()
         value = loss.item()
-        with self.kernels():
-            norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
         self.steps_done += 1
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
             self.bad_steps = 0
-            with self.kernels():
-                self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
+            self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
             self.model.update_router_bias(train.bias_update_speed)
         else:
             self._count_bad_step(value)
@@ -202,8 +204,7 @@ class Trainer:
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         moved = (None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
         dtype = getattr(torch, self.config.runtime.dtype)
-        with self.kernels():
-            return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
+        return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
 
     def _count_bad_step(self, loss: float) -> None:
         self.bad_steps += 1
