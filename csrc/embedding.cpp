@@ -2,6 +2,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "pieces.h"
 
 namespace DSFAST_ISA {
 namespace {
@@ -34,6 +35,20 @@ void scatter(const float* taken_grad, int64_t row, const int64_t* ids, float* dt
 
 }  // namespace
 
+void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
+                             const float* projection_t, float* taken_grad, float* dprojection, float* memory, int64_t N,
+                             int64_t R, int64_t D) {
+  for (int64_t n = 0; n < N; n += BLOCK) {
+    const int64_t rows = least(N - n, BLOCK);
+    const float* g = dy + n * dy_row;
+    take(ids + n, table, table_row, rows, R, memory);
+    gemm(R, D, rows, {memory, 1, R}, g, dy_row, dprojection, D, true);
+    gemm(rows, R, D, {g, dy_row, 1}, projection_t, R, taken_grad + n * R, R);
+  }
+}
+
+int64_t embedding_memory(int64_t R) { return BLOCK * R; }
+
 int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
                           int64_t N, int64_t V, int64_t R, int64_t D, int threads) {
   int64_t bad = 0;
@@ -62,17 +77,11 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
     return;
   }
   Partials partials;
-  parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
-    float* dp = partials.of[thread] = dsfast::scratch(R * D + BLOCK * R);
-    float* taken = dp + R * D;
+  parallel_ranges(N, threads, [&](int thread, int64_t n, int64_t end) {
+    float* dp = partials.of[thread] = dsfast::scratch(R * D + embedding_memory(R));
     clear(dp, R * D);
-    for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = least(end - n, BLOCK);
-      const float* g = dy + n * dy_row;
-      take(ids + n, table, table_row, rows, R, taken);
-      gemm(R, D, rows, {taken, 1, R}, g, dy_row, dp, D, true);
-      gemm(rows, R, D, {g, dy_row, 1}, projection_t, R, taken_grad + n * R, R);
-    }
+    embedding_rows_backward(dy + n * dy_row, dy_row, ids + n, table, table_row, projection_t, taken_grad + n * R, dp,
+                            dp + R * D, end - n, R, D);
   });
   partials.add_up(dprojection, R * D, threads);
   scatter(taken_grad, R, ids, dtable, N, V, R, threads);

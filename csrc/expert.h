@@ -16,23 +16,19 @@ struct Expert {
   int64_t gradient_size() const { return 3 * I * D; }
 };
 
-// gate_up_t [D, 2I], down_t [I, D]; gu [rows, 2I] keeps what the backward pass needs.
+// gate_up_t [D, 2I], down_t [I, D]; gu [rows, 2I] keeps what the backward pass needs. y is added to if `add`.
 inline void expert_forward(const Expert& z, int64_t rows, Matrix x, const float* gate_up_t, const float* down_t,
-                           float* gu, float* y, float* memory) {
+                           float* gu, float* y, float* memory, bool add = false) {
   gemm(rows, 2 * z.I, z.D, x, gate_up_t, 2 * z.I, gu, 2 * z.I);
-  for (int64_t n = 0; n < rows; ++n)
-    for_vectors(z.I, [&](int64_t i, int64_t count) {
-      const vfloat gate = load_n(gu + n * 2 * z.I + i, count), up = load_n(gu + n * 2 * z.I + z.I + i, count);
-      store_n(memory + n * z.I + i, gate * sigmoid(gate) * up, count);
-    });
-  gemm(rows, z.D, z.I, {memory, z.I, 1}, down_t, z.D, y, z.D);
+  for (int64_t n = 0; n < rows; ++n) swiglu(gu + n * 2 * z.I, gu + n * 2 * z.I + z.I, memory + n * z.I, z.I);
+  gemm(rows, z.D, z.I, {memory, z.I, 1}, down_t, z.D, y, z.D, add);
 }
 
-// dx is written; dgate_up [2I, D] and ddown [D, I] are added to. The output was scaled by weights[n] (null: by 1),
-// whose gradient goes to dweights.
+// dx is written, or added to if `add`; dgate_up [2I, D] and ddown [D, I] are added to. The output was scaled by
+// weights[n] (null: by 1), whose gradient goes to dweights.
 inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, const float* gate_up, const float* down,
                             const float* gu, const float* weights, float* dweights, float* dx, float* dgate_up,
-                            float* ddown, float* memory) {
+                            float* ddown, float* memory, bool add = false) {
   float *dh = memory, *h = dh + BLOCK * z.I, *dgu = h + BLOCK * z.I;
   gemm(rows, z.I, z.D, dy, down, z.I, dh, z.I);
   for (int64_t n = 0; n < rows; ++n) {
@@ -48,7 +44,7 @@ inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, 
     });
     if (dweights != nullptr) dweights[n] = sum(dweight);
   }
-  gemm(rows, z.D, 2 * z.I, {dgu, 2 * z.I, 1}, gate_up, z.D, dx, z.D);
+  gemm(rows, z.D, 2 * z.I, {dgu, 2 * z.I, 1}, gate_up, z.D, dx, z.D, add);
   gemm(2 * z.I, z.D, rows, {dgu, 1, 2 * z.I}, x.data, x.row, dgate_up, z.D, true);
   gemm(z.D, z.I, rows, {dy.data, 1, dy.row}, h, z.I, ddown, z.I, true);
 }

@@ -98,12 +98,16 @@ __attribute__((noinline)) inline void gemm_slice(int64_t M, int64_t N, int64_t K
 
 // Terms summed in registers before they are added to C: bounds the rounding, and B's panel in the cache.
 constexpr int64_t KC = 512;
+// Floats of A that meet all of B before the next rows do: with a panel of B they fit the first-level cache.
+constexpr int64_t A_BLOCK = 6144;
 
 inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
                  bool accumulate = false) {
   for (int64_t k = 0; k < K || k == 0; k += KC) {
-    const int64_t terms = least(K - k, KC);
-    gemm_slice(M, N, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+    const int64_t terms = least(K - k, KC), fit = A_BLOCK / (terms + 1) / MR * MR, rows = fit > MR ? fit : MR;
+    for (int64_t i = 0; i < M; i += rows)
+      gemm_slice(least(M - i, rows), N, terms, a.rows_from(i).columns_from(k), b + k * ldb, ldb, c + i * ldc, ldc,
+                 accumulate || k > 0);
   }
 }
 

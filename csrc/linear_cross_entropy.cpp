@@ -1,83 +1,144 @@
-// The head's loss and gradients from strips of logits, NR tokens at a time; see dsfast/ops/linear_cross_entropy.py.
+// The head's loss and gradients from blocks of logits; see dsfast/ops/linear_cross_entropy.py.
 //
-// A strip is kept transposed, [V][NR]: the tokens lie in the lanes, so that maximum, exp and sum need no work across
-// lanes and all three products (logits, dhidden, dweight) read every operand as it lies in memory.
+// A block of tokens meets the vocabulary chunk by chunk. Logits are kept transposed, [words][TOKENS]: the tokens lie in
+// the lanes, so that maximum, exp and sum need no work across lanes and all three products (logits, dhidden, dweight)
+// read every operand as it lies in memory. While a chunk is in the first-level cache its logits become exponentials and
+// give their part of dhidden; kept for the whole vocabulary, they give dweight once their sum is known.
 #include <cmath>
 
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "pieces.h"
 
 namespace DSFAST_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 8 * MR;  // words at a time: chunk, weights and gradients together fit the first-level cache
+constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
+constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
+// How far a logit may lie above the reference that is subtracted before exp: e^40 is far from overflow, also summed.
+constexpr float SLACK = 40.0f;
 
 struct Head {
   const float* weight;
   int64_t R, V;
-  int64_t end(int64_t v) const { return least(v + CHUNK, V); }
 };
 
-struct Strip {
-  float* logits;  // [V][NR], then exp(logits - maximum)
-  float* hidden;  // [R][NR], transposed
-  float* scaled;  // [NR][R], hidden times the row's gradient scale
-  float* grad;    // [NR][R]
-  float top[NR], total[NR];
+struct Block {
+  float* exps;    // [V][TOKENS], exp(logit - reference); without gradients one chunk's, [CHUNK][TOKENS]
+  float* hidden;  // [R][TOKENS], transposed
+  float* scaled;  // [TOKENS][R], hidden times the token's gradient scale
+  float* grad;    // [TOKENS][R], sum of exps times weight
+  float reference[TOKENS], total[TOKENS];
 };
 
-void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t rows, Strip& s) {
+void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t tokens, Block& b) {
   for (int64_t r = 0; r < head.R; ++r)
-    for (int64_t i = 0; i < NR; ++i) s.hidden[r * NR + i] = i < rows ? hidden[i * row + r] : 0.0f;
+    for (int64_t i = 0; i < TOKENS; ++i) b.hidden[r * TOKENS + i] = i < tokens ? hidden[i * row + r] : 0.0f;
 }
 
-// logits and their maximum over the words
-void logits(const Head& head, Strip& s) {
-  vfloat top0 = splat(-INFINITY), top1 = top0;
-  for (int64_t v = 0; v < head.V; v += CHUNK) {
-    float* chunk = s.logits + v * NR;
-    gemm(head.end(v) - v, NR, head.R, {head.weight + v * head.R, head.R, 1}, s.hidden, NR, chunk, NR);
-    for (int64_t i = 0; i < head.end(v) - v; ++i) {
-      top0 = maximum(top0, load(chunk + i * NR));
-      top1 = maximum(top1, load(chunk + i * NR + W));
+// Raises the reference where a logit of this chunk lies too far above it, and all that was made with the old one. The
+// first chunk sets it; after that it is rare.
+void raise_reference(const Head& head, const float* chunk, int64_t words, int64_t before, bool with_grads, Block& b) {
+  for (int64_t t = 0; t < TOKENS; t += W) {
+    vfloat top = splat(-INFINITY);
+    for (int64_t i = 0; i < words; ++i) top = maximum(top, load(chunk + i * TOKENS + t));
+    if (before == 0) {
+      store(b.reference + t, top);
+      store(b.total + t, vfloat{});
+      continue;
     }
+    const vfloat old = load(b.reference + t);
+    if (!any(top > old + SLACK)) continue;
+    const vfloat raised = top > old + SLACK ? top : old, factor = exp(old - raised);
+    store(b.reference + t, raised);
+    store(b.total + t, load(b.total + t) * factor);
+    if (!with_grads) continue;
+    for (int64_t v = 0; v < before; ++v) store(b.exps + v * TOKENS + t, load(b.exps + v * TOKENS + t) * factor);
+    for (int64_t i = 0; i < W; ++i)
+      for (int64_t r = 0; r < head.R; ++r) b.grad[(t + i) * head.R + r] *= factor[i];
   }
-  store(s.top, top0);
-  store(s.top + W, top1);
 }
 
-void exponentials(const Head& head, Strip& s) {
-  const vfloat top0 = load(s.top), top1 = load(s.top + W);
-  vfloat total0 = {}, total1 = {};
-  for (int64_t v = 0; v < head.V; v += CHUNK) {
-    vfloat part0 = {}, part1 = {};  // summed by chunk first: fewer roundings than one long sum
-    for (int64_t i = v; i < head.end(v); ++i) {
-      float* at = s.logits + i * NR;
-      const vfloat e0 = exp(load(at) - top0), e1 = exp(load(at + W) - top1);
-      store(at, e0);
-      store(at + W, e1);
-      part0 += e0;
-      part1 += e1;
+// Logits of a chunk -> their exponentials, in place, summed by chunk first: fewer roundings than one long sum.
+void exponentials(float* chunk, int64_t words, Block& b) {
+  for (int64_t t = 0; t < TOKENS; t += W) {
+    const vfloat reference = load(b.reference + t);
+    vfloat part = {};
+    for (int64_t i = 0; i < words; ++i) {
+      const vfloat e = exp(load(chunk + i * TOKENS + t) - reference);
+      store(chunk + i * TOKENS + t, e);
+      part += e;
     }
-    total0 += part0;
-    total1 += part1;
+    store(b.total + t, load(b.total + t) + part);
   }
-  store(s.total, total0);
-  store(s.total + W, total1);
 }
 
-// dweight += p^T hidden and grad = p weight, with p = exp / total / M; the labels' -1 is taken off by the caller.
-void gradients(const Head& head, float* dweight, bool first, Strip& s) {
+// All words: exps, their total and, if wanted, grad.
+void meet_vocabulary(const Head& head, bool with_grads, Block& b) {
   for (int64_t v = 0; v < head.V; v += CHUNK) {
-    const float* chunk = s.logits + v * NR;
-    const int64_t words = head.end(v) - v;
-    gemm(words, head.R, NR, {chunk, NR, 1}, s.scaled, head.R, dweight + v * head.R, head.R, !first);
-    gemm(NR, head.R, words, {chunk, 1, NR}, head.weight + v * head.R, head.R, s.grad, head.R, v > 0);
+    const int64_t words = least(head.V - v, CHUNK);
+    float* chunk = with_grads ? b.exps + v * TOKENS : b.exps;
+    const float* weight = head.weight + v * head.R;
+    gemm(words, TOKENS, head.R, {weight, head.R, 1}, b.hidden, TOKENS, chunk, TOKENS);
+    raise_reference(head, chunk, words, v, with_grads, b);
+    exponentials(chunk, words, b);
+    if (with_grads) gemm(TOKENS, head.R, words, {chunk, 1, TOKENS}, weight, head.R, b.grad, head.R, v > 0);
   }
+}
+
+// A token's logit of its label, summed in the same order as in `meet_vocabulary`: the same bits.
+float label_logit(const Head& head, const Block& b, int64_t token, int64_t label) {
+  float logit;
+  gemm(1, 1, head.R, {head.weight + label * head.R, head.R, 1}, b.hidden + token, TOKENS, &logit, 1);
+  return logit;
+}
+
+// With p = exp / total, share = 1 / (tokens that count): dhidden = share (p weight - weight[label]) and dweight
+// += share (p^T hidden - hidden[label]).
+void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, int64_t tokens, float share,
+               float* dhidden, float* dweight, bool first, Block& b) {
+  const int64_t R = head.R;
+  for (int64_t i = 0; i < TOKENS; ++i) {
+    const bool counts = i < tokens && labels[i] != ignore_index;
+    const float scale = counts ? share / b.total[i] : 0.0f;
+    for (int64_t r = 0; r < R; ++r) b.scaled[i * R + r] = b.hidden[r * TOKENS + i] * scale;
+    if (i >= tokens) continue;
+    const float* of_label = head.weight + (counts ? labels[i] * R : 0);
+    for (int64_t r = 0; r < R; ++r)
+      dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
+  }
+  for (int64_t v = 0; v < head.V; v += CHUNK)
+    gemm(least(head.V - v, CHUNK), R, TOKENS, {b.exps + v * TOKENS, TOKENS, 1}, b.scaled, R, dweight + v * R, R,
+         !first);
+  for (int64_t i = 0; i < tokens; ++i)
+    if (labels[i] != ignore_index)
+      for (int64_t r = 0; r < R; ++r) dweight[labels[i] * R + r] -= b.hidden[r * TOKENS + i] * share;
 }
 
 }  // namespace
+
+double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
+                                 int64_t ignore_index, float share, float* dhidden, float* dweight, bool first,
+                                 int64_t N, int64_t R, int64_t V) {
+  const Head head = {weight, R, V};
+  const bool with_grads = dhidden != nullptr;
+  const int64_t exps = (with_grads ? V : CHUNK) * TOKENS, block = R * TOKENS;
+  float *memory = dsfast::scratch(exps + 3 * block), *transposed = memory + exps;
+  Block b = {memory, transposed, transposed + block, transposed + 2 * block, {}, {}};
+  double loss = 0;
+  for (int64_t n = 0; n < N; n += TOKENS) {
+    const int64_t tokens = least(N - n, TOKENS);
+    load_hidden(head, hidden + n * hidden_row, hidden_row, tokens, b);
+    meet_vocabulary(head, with_grads, b);
+    for (int64_t i = 0; i < tokens; ++i)
+      if (labels[n + i] != ignore_index)
+        loss += double(b.reference[i] - label_logit(head, b, i, labels[n + i])) + std::log(double(b.total[i]));
+    if (with_grads)
+      gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * R, dweight, first && n == 0, b);
+  }
+  return loss;
+}
 
 int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
                              int64_t ignore_index, float* loss, float* dhidden, float* dweight, int64_t N, int64_t R,
@@ -89,40 +150,15 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
   }
   if (bad != 0) return bad;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
-  const Head head = {weight, R, V};
   double losses[MAX_THREADS] = {};
   Partials partials;
-  parallel_ranges((N + NR - 1) / NR, threads, [&](int thread, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(V * NR + 3 * R * NR + (with_grads ? V * R : 0));
-    Strip s = {memory, memory + V * NR, memory + (V + R) * NR, memory + (V + 2 * R) * NR, {}, {}};
-    float* dw = memory + (V + 3 * R) * NR;
-    if (with_grads && begin < end) partials.of[thread] = dw;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t n0 = block * NR, rows = least(N - n0, NR);
-      load_hidden(head, hidden + n0 * hidden_row, hidden_row, rows, s);
-      logits(head, s);
-      float of_label[NR] = {};
-      for (int64_t i = 0; i < rows; ++i)
-        if (labels[n0 + i] != ignore_index) of_label[i] = s.logits[labels[n0 + i] * NR + i];
-      exponentials(head, s);
-      for (int64_t i = 0; i < rows; ++i)
-        if (labels[n0 + i] != ignore_index)
-          losses[thread] += double(s.top[i] - of_label[i]) + std::log(double(s.total[i]));
-      if (!with_grads) continue;
-      float scale[NR] = {};
-      for (int64_t i = 0; i < rows; ++i) scale[i] = labels[n0 + i] != ignore_index ? share / s.total[i] : 0.0f;
-      for (int64_t i = 0; i < NR; ++i)
-        for (int64_t r = 0; r < R; ++r) s.scaled[i * R + r] = s.hidden[r * NR + i] * scale[i];
-      gradients(head, dw, block == begin, s);
-      for (int64_t i = 0; i < rows; ++i) {
-        const bool counts = labels[n0 + i] != ignore_index;
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t at = counts ? labels[n0 + i] * R + r : r;
-          dhidden[(n0 + i) * R + r] = counts ? s.grad[i * R + r] * scale[i] - weight[at] * share : 0.0f;
-          if (counts) dw[at] -= s.hidden[r * NR + i] * share;
-        }
-      }
-    }
+  // Whole blocks for each thread, so that the parts do not depend on how a range begins.
+  parallel_ranges((N + TOKENS - 1) / TOKENS, threads, [&](int thread, int64_t begin, int64_t end) {
+    const int64_t n = begin * TOKENS, tokens = least(N, end * TOKENS) - n;
+    if (tokens <= 0) return;
+    float* dw = with_grads ? partials.of[thread] = dsfast::scratch(V * R, 1) : nullptr;
+    losses[thread] = linear_cross_entropy_rows(hidden + n * hidden_row, hidden_row, weight, labels + n, ignore_index,
+                                               share, with_grads ? dhidden + n * R : nullptr, dw, true, tokens, R, V);
   });
   if (with_grads) partials.add_up(dweight, V * R, threads);
   double total = 0;

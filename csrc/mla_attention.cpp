@@ -1,26 +1,41 @@
-// Causal attention by documents, NR queries at a time; see dsfast/ops/mla_attention.py.
+// Causal attention by documents, QUERIES at a time; see dsfast/ops/mla_attention.py.
 //
-// One task is one head of one document. Its keys and values are packed once; scores of NR queries are kept transposed,
-// [keys][NR]: the queries lie in the lanes, so that the softmax needs no work across lanes and no product a
-// transposition.
+// One task is one head of one document. Its keys and values are packed once; scores of a block of queries are kept
+// transposed, [keys][lanes]: the queries lie in the lanes, so that the softmax needs no work across lanes and no
+// product a transposition.
 #include <cmath>
 
-#include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "pieces.h"
+#include "softmax.h"
 
 namespace DSFAST_ISA {
 namespace {
 
-// A [token, head, width] input by its strides.
-struct View {
-  const float* data;
-  int64_t token, head;
-  const float* at(int64_t n, int64_t h) const { return data + n * token + h * head; }
-};
+constexpr int64_t QUERIES = 48;  // whole vectors as columns and whole blocks of MR as rows in every instruction set
+constexpr int64_t STEP = 16;     // queries that are taken to see the same keys; what they do not is masked
+static_assert(QUERIES % W == 0 && QUERIES % MR == 0 && STEP % W == 0, "a block must fill the lanes and rows of a tile");
 
-struct Sizes {
-  int64_t Dn, Dr, Dv, Dk;  // Dk = Dn + Dr
+// A block of queries: their first position in the document, how many, and the lanes they take.
+struct Block {
+  int64_t first, rows, lanes;
+  Block(int64_t first, int64_t length)
+      : first(first), rows(least(length - first, QUERIES)), lanes((rows + W - 1) / W * W) {}
+  int64_t keys() const { return first + rows; }
+
+  // f(key, keys, query): what the queries from `query` on see; below the diagonal all at once, then a step at a time.
+  template <class F>
+  DSFAST_INLINE void for_seen(F f) const {
+    f(int64_t(0), first + least(rows, STEP), int64_t(0));
+    for (int64_t i = STEP; i < rows; i += STEP) f(first + i, least(rows - i, STEP), i);
+  }
+
+  // Writes `value` where the key comes after the query.
+  DSFAST_INLINE void mask(float* scores, float value) const {
+    for (int64_t j = 1; j < rows; ++j)
+      for (int64_t i = 0; i < j; ++i) scores[(first + j) * lanes + i] = value;
+  }
 };
 
 bool rises(const int32_t* cu_seqlens, int64_t S, int64_t N) {
@@ -35,67 +50,67 @@ DSFAST_INLINE void copy_scaled(const float* from, float* to, int64_t count, floa
 }
 
 // rows [count][Dn + Dr] of a head: nope and rope part behind each other
-void pack_keyed(View nope, View rope, int64_t first, int64_t head, int64_t count, const Sizes& z, float scale,
-                float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    copy_scaled(nope.at(first + i, head), out + i * z.Dk, z.Dn, scale);
-    copy_scaled(rope.at(first + i, head), out + i * z.Dk + z.Dn, z.Dr, scale);
+void pack_keyed(View nope, View rope, int64_t head, int64_t count, const AttentionSizes& z, float scale, float* out) {
+  for (int64_t i = 0; i < count; ++i, out += z.Dk()) {
+    copy_scaled(nope.at(i, head), out, z.Dn, scale);
+    copy_scaled(rope.at(i, head), out + z.Dn, z.Dr, scale);
   }
 }
 
-void pack(View x, int64_t first, int64_t head, int64_t count, int64_t width, float* out) {
-  for (int64_t i = 0; i < count; ++i) copy_scaled(x.at(first + i, head), out + i * width, width, 1.0f);
+void pack(View x, int64_t head, int64_t count, int64_t width, float* out) {
+  for (int64_t i = 0; i < count; ++i) copy_scaled(x.at(i, head), out + i * width, width, 1.0f);
 }
 
-// [count][width] -> [width][NR], lanes past count zero
-void transpose(const float* in, int64_t count, int64_t width, float* out) {
-  if (count < NR) clear(out, width * NR);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < width; ++d) out[d * NR + i] = in[i * width + d];
+// [rows][width] -> [width][lanes], lanes past the rows zero
+void transpose(const float* in, const Block& b, int64_t width, float* out) {
+  if (b.rows < b.lanes) clear(out, width * b.lanes);
+  for (int64_t i = 0; i < b.rows; ++i)
+    for (int64_t d = 0; d < width; ++d) out[d * b.lanes + i] = in[i * width + d];
 }
 
-// Keys after the query: only the last `NR` keys of a strip can be.
-template <class F>
-void for_future(int64_t q0, int64_t keys, F f) {
-  for (int64_t j = q0; j < keys; ++j)
-    for (int64_t i = 0; i < j - q0; ++i) f(j * NR + i);
+// x [keys, width] times y [width][lanes]
+void products(const Block& b, const float* x, int64_t width, const float* y, float* scores) {
+  b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
+    gemm(keys, b.lanes - query, width, {x + key * width, width, 1}, y + query, b.lanes, scores + key * b.lanes + query,
+         b.lanes);
+  });
 }
 
-// scores -> exp(score - maximum), in place; maximum and sum of each query
-void softmax(float* scores, int64_t q0, int64_t keys, float* top, float* total) {
-  for_future(q0, keys, [&](int64_t at) { scores[at] = -INFINITY; });
-  for (int part = 0; part < NR; part += W) {
-    vfloat high = splat(-INFINITY), added = {};
-    for (int64_t j = 0; j < keys; ++j) high = maximum(high, load(scores + j * NR + part));
-    for (int64_t j = 0; j < keys; ++j) {
-      const vfloat e = exp(load(scores + j * NR + part) - high);
-      store(scores + j * NR + part, e);
-      added += e;
+// out [rows][width] = scores^T x, x [keys, width]
+void weighted(const Block& b, const float* scores, const float* x, int64_t width, float* out, int64_t out_row) {
+  b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
+    gemm(b.rows - query, width, keys, {scores + key * b.lanes + query, 1, b.lanes}, x + key * width, width,
+         out + query * out_row, out_row, query > 0);
+  });
+}
+
+// sums [keys][width] += scores y, y [rows][width]
+void gather_gradient(const Block& b, const float* scores, const float* y, int64_t width, float* sums) {
+  b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
+    gemm(keys, width, b.rows - query, {scores + key * b.lanes + query, b.lanes, 1}, y + query * width, width,
+         sums + key * width, width, true);
+  });
+}
+
+// p = exp(score - top) / sum, ds = p (dp - sum p dp) where ds holds dp on entry. Sum and delta are made anew from the
+// same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
+// itself.
+void softmax_backward(const Block& b, const float* tops, float* p, float* ds) {
+  for (int64_t part = 0; part < b.lanes; part += W) {
+    const vfloat top = load(tops + part);
+    vfloat total = {}, delta = {};
+    for (int64_t j = 0; j < b.keys(); ++j) {
+      const vfloat e = exp(load(p + j * b.lanes + part) - top);
+      store(p + j * b.lanes + part, e);
+      total += e;
+      delta += e * load(ds + j * b.lanes + part);
     }
-    store(top + part, high);
-    store(total + part, added);
-  }
-}
-
-void forward_head(View qn, View qr, View kn, View kr, View v, int64_t first, int64_t length, int64_t head, int64_t H,
-                  float scale, const Sizes& z, float* o, float* tops) {
-  float* keys = dsfast::scratch(length * (z.Dk + z.Dv + NR) + 2 * z.Dk * NR);
-  float *values = keys + length * z.Dk, *scores = values + length * z.Dv;
-  float *q = scores + length * NR, *q_t = q + z.Dk * NR;
-  pack_keyed(kn, kr, first, head, length, z, 1.0f, keys);
-  pack(v, first, head, length, z.Dv, values);
-  for (int64_t q0 = 0; q0 < length; q0 += NR) {
-    const int64_t rows = least(length - q0, NR), seen = q0 + rows;
-    pack_keyed(qn, qr, first + q0, head, rows, z, scale, q);
-    transpose(q, rows, z.Dk, q_t);
-    gemm(seen, NR, z.Dk, {keys, z.Dk, 1}, q_t, NR, scores, NR);
-    float top[NR], total[NR];
-    softmax(scores, q0, seen, top, total);
-    float* out = o + ((first + q0) * H + head) * z.Dv;
-    gemm(rows, z.Dv, seen, {scores, 1, NR}, values, z.Dv, out, H * z.Dv);
-    for (int64_t i = 0; i < rows; ++i) {
-      copy_scaled(out + i * H * z.Dv, out + i * H * z.Dv, z.Dv, 1.0f / total[i]);
-      tops[first + q0 + i] = top[i];
+    const vfloat share = 1.0f / total;
+    delta *= share;
+    for (int64_t j = 0; j < b.keys(); ++j) {
+      const vfloat weight = load(p + j * b.lanes + part) * share;
+      store(p + j * b.lanes + part, weight);
+      store(ds + j * b.lanes + part, weight * (load(ds + j * b.lanes + part) - delta));
     }
   }
 }
@@ -103,50 +118,86 @@ void forward_head(View qn, View qr, View kn, View kr, View v, int64_t first, int
 // What the backward pass of a head keeps in this thread's working memory.
 struct Work {
   float *keys, *values, *dkeys, *dvalues;  // [length][...]
-  float *p, *ds;                           // [length][NR]
-  float *q, *q_t, *d_o, *do_t, *dq;        // [NR][...] and [...][NR]
-  float top[NR];                           // each query's highest score
+  float *p, *ds;                           // [length][lanes]
+  float *q, *q_t, *d_o, *do_t, *dq;        // [QUERIES][...] and [...][lanes]
 
-  Work(int64_t length, const Sizes& z) {
-    const int64_t width = z.Dk + z.Dv;
-    float* next = dsfast::scratch(length * 2 * (width + NR) + NR * (3 * z.Dk + 2 * z.Dv));
+  Work(int64_t length, const AttentionSizes& z) {
+    const int64_t width = z.Dk() + z.Dv;
+    float* next = dsfast::scratch(length * 2 * (width + QUERIES) + QUERIES * (3 * z.Dk() + 2 * z.Dv));
     auto carve = [&](int64_t count) { return (next += count) - count; };
-    keys = carve(length * z.Dk), dkeys = carve(length * z.Dk);
+    keys = carve(length * z.Dk()), dkeys = carve(length * z.Dk());
     values = carve(length * z.Dv), dvalues = carve(length * z.Dv);
-    p = carve(length * NR), ds = carve(length * NR);
-    q = carve(NR * z.Dk), q_t = carve(NR * z.Dk), dq = carve(NR * z.Dk);
-    d_o = carve(NR * z.Dv), do_t = carve(NR * z.Dv);
+    p = carve(length * QUERIES), ds = carve(length * QUERIES);
+    q = carve(QUERIES * z.Dk()), q_t = carve(QUERIES * z.Dk()), dq = carve(QUERIES * z.Dk());
+    d_o = carve(QUERIES * z.Dv), do_t = carve(QUERIES * z.Dv);
   }
 };
 
-// p = exp(score - top) / sum, ds = p (dp - sum p dp) where ds holds dp on entry. Sum and delta are made anew from the
-// same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
-// itself.
-void softmax_backward(Work& w, int64_t q0, int64_t keys) {
-  for_future(q0, keys, [&](int64_t at) {
-    w.p[at] = -INFINITY;
-    w.ds[at] = 0.0f;
-  });
-  for (int part = 0; part < NR; part += W) {
-    const vfloat top = load(w.top + part);
-    vfloat total = {}, delta = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      const vfloat e = exp(load(w.p + j * NR + part) - top);
-      store(w.p + j * NR + part, e);
-      total += e;
-      delta += e * load(w.ds + j * NR + part);
-    }
-    const vfloat share = 1.0f / total;
-    delta *= share;
-    for (int64_t j = 0; j < keys; ++j) {
-      const vfloat p = load(w.p + j * NR + part) * share;
-      store(w.p + j * NR + part, p);
-      store(w.ds + j * NR + part, p * (load(w.ds + j * NR + part) - delta));
+}  // namespace
+
+void attend(const AttentionParts<const float>& in, int64_t length, int64_t head, const AttentionSizes& z, Slots o,
+            float* tops) {
+  const int64_t Dk = z.Dk();
+  float* keys = dsfast::scratch(length * (Dk + z.Dv + QUERIES) + 2 * Dk * QUERIES);
+  float *values = keys + length * Dk, *scores = values + length * z.Dv;
+  float *q = scores + length * QUERIES, *q_t = q + Dk * QUERIES;
+  pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, keys);
+  pack(in.v, head, length, z.Dv, values);
+  for (int64_t first = 0; first < length; first += QUERIES) {
+    const Block b(first, length);
+    pack_keyed(in.q_nope.from(first), in.q_rope.from(first), head, b.rows, z, z.scale, q);
+    transpose(q, b, Dk, q_t);
+    products(b, keys, Dk, q_t, scores);
+    b.mask(scores, -INFINITY);
+    float top[QUERIES], total[QUERIES];
+    exponentials(scores, b.keys(), b.lanes, top, total);
+    weighted(b, scores, values, z.Dv, o.at(first, head), o.token);
+    for (int64_t i = 0; i < b.rows; ++i) {
+      copy_scaled(o.at(first + i, head), o.at(first + i, head), z.Dv, 1.0f / total[i]);
+      tops[first + i] = top[i];
     }
   }
 }
 
-}  // namespace
+void attend_backward(const AttentionParts<const float>& in, View d_o, const float* tops, int64_t length, int64_t head,
+                     const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope) {
+  const int64_t Dk = z.Dk();
+  Work w(length, z);
+  pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, w.keys);
+  pack(in.v, head, length, z.Dv, w.values);
+  clear(w.dkeys, length * Dk);
+  clear(w.dvalues, length * z.Dv);
+  for (int64_t first = 0; first < length; first += QUERIES) {
+    const Block b(first, length);
+    pack_keyed(in.q_nope.from(first), in.q_rope.from(first), head, b.rows, z, z.scale, w.q);
+    transpose(w.q, b, Dk, w.q_t);
+    pack(d_o.from(first), head, b.rows, z.Dv, w.d_o);
+    transpose(w.d_o, b, z.Dv, w.do_t);
+    float top[QUERIES];
+    for (int64_t i = 0; i < b.lanes; ++i) top[i] = i < b.rows ? tops[first + i] : 0.0f;
+    products(b, w.keys, Dk, w.q_t, w.p);
+    products(b, w.values, z.Dv, w.do_t, w.ds);
+    b.mask(w.p, -INFINITY);
+    b.mask(w.ds, 0.0f);
+    softmax_backward(b, top, w.p, w.ds);
+    gather_gradient(b, w.p, w.d_o, z.Dv, w.dvalues);
+    gather_gradient(b, w.ds, w.q, Dk, w.dkeys);
+    weighted(b, w.ds, w.keys, Dk, w.dq, Dk);
+    for (int64_t i = 0; i < b.rows; ++i) {
+      copy_scaled(w.dq + i * Dk, grads.q_nope.at(first + i, head), z.Dn, z.scale);
+      copy_scaled(w.dq + i * Dk + z.Dn, grads.q_rope.at(first + i, head), z.Dr, z.scale);
+    }
+  }
+  for (int64_t j = 0; j < length; ++j) {
+    const float* dkey = w.dkeys + j * Dk;
+    copy_scaled(dkey, grads.k_nope.at(j, head), z.Dn, 1.0f);
+    copy_scaled(w.dvalues + j * z.Dv, grads.v.at(j, head), z.Dv, 1.0f);
+    if (add_k_rope)
+      add(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr);
+    else
+      copy_scaled(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr, 1.0f);
+  }
+}
 
 bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_head, const float* q_rope,
                            int64_t qr_token, int64_t qr_head, const float* k_nope, int64_t kn_token, int64_t kn_head,
@@ -154,12 +205,15 @@ bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_hea
                            const int32_t* cu_seqlens, float scale, float* o, float* tops, int64_t N, int64_t H,
                            int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads) {
   if (!rises(cu_seqlens, S, N)) return false;
-  const Sizes z = {Dn, Dr, Dv, Dn + Dr};
-  const View qn = {q_nope, qn_token, qn_head}, qr = {q_rope, qr_token, qr_head}, kn = {k_nope, kn_token, kn_head};
-  const View kr = {k_rope, kr_token, 0}, values = {v, v_token, v_head};
+  const AttentionParts<const float> in = {{q_nope, qn_token, qn_head},
+                                          {q_rope, qr_token, qr_head},
+                                          {k_nope, kn_token, kn_head},
+                                          {k_rope, kr_token, 0},
+                                          {v, v_token, v_head}};
+  const AttentionSizes z = {Dn, Dr, Dv, scale};
   parallel_tasks(S * H, threads, [&](int64_t task) {
     const int64_t first = cu_seqlens[task / H], length = cu_seqlens[task / H + 1] - first, head = task % H;
-    if (length > 0) forward_head(qn, qr, kn, kr, values, first, length, head, H, scale, z, o, tops + head * N);
+    if (length > 0) attend(in.from(first), length, head, z, {o + first * H * Dv, H * Dv, Dv}, tops + head * N + first);
   });
   return true;
 }
@@ -171,42 +225,20 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
                             const int32_t* cu_seqlens, float scale, const float* tops, float* dq_nope, float* dq_rope,
                             float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
                             int64_t Dv, int64_t S, int threads) {
-  const Sizes z = {Dn, Dr, Dv, Dn + Dr};
-  const View grad = {d_o, do_token, do_head}, qn = {q_nope, qn_token, qn_head}, qr = {q_rope, qr_token, qr_head};
-  const View kn = {k_nope, kn_token, kn_head}, kr = {k_rope, kr_token, 0}, values = {v, v_token, v_head};
+  const AttentionParts<const float> in = {{q_nope, qn_token, qn_head},
+                                          {q_rope, qr_token, qr_head},
+                                          {k_nope, kn_token, kn_head},
+                                          {k_rope, kr_token, 0},
+                                          {v, v_token, v_head}};
+  const AttentionParts<float> grads = {
+      {dq_nope, H * Dn, Dn}, {dq_rope, H * Dr, Dr}, {dk_nope, H * Dn, Dn}, {dk_rope, Dr, N * Dr}, {dv, H * Dv, Dv}};
+  const View grad = {d_o, do_token, do_head};
+  const AttentionSizes z = {Dn, Dr, Dv, scale};
   parallel_tasks(S * H, threads, [&](int64_t task) {
     const int64_t first = cu_seqlens[task / H], length = cu_seqlens[task / H + 1] - first, head = task % H;
-    if (length == 0) return;
-    Work w(length, z);
-    pack_keyed(kn, kr, first, head, length, z, 1.0f, w.keys);
-    pack(values, first, head, length, Dv, w.values);
-    clear(w.dkeys, length * z.Dk);
-    clear(w.dvalues, length * Dv);
-    for (int64_t q0 = 0; q0 < length; q0 += NR) {
-      const int64_t rows = least(length - q0, NR), seen = q0 + rows;
-      pack_keyed(qn, qr, first + q0, head, rows, z, scale, w.q);
-      transpose(w.q, rows, z.Dk, w.q_t);
-      pack(grad, first + q0, head, rows, Dv, w.d_o);
-      for (int64_t i = 0; i < NR; ++i) w.top[i] = i < rows ? tops[head * N + first + q0 + i] : 0.0f;
-      transpose(w.d_o, rows, Dv, w.do_t);
-      gemm(seen, NR, z.Dk, {w.keys, z.Dk, 1}, w.q_t, NR, w.p, NR);
-      gemm(seen, NR, Dv, {w.values, Dv, 1}, w.do_t, NR, w.ds, NR);
-      softmax_backward(w, q0, seen);
-      gemm(seen, Dv, rows, {w.p, NR, 1}, w.d_o, Dv, w.dvalues, Dv, true);
-      gemm(seen, z.Dk, rows, {w.ds, NR, 1}, w.q, z.Dk, w.dkeys, z.Dk, true);
-      gemm(rows, z.Dk, seen, {w.ds, 1, NR}, w.keys, z.Dk, w.dq, z.Dk);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = (first + q0 + i) * H + head;
-        copy_scaled(w.dq + i * z.Dk, dq_nope + at * Dn, Dn, scale);
-        copy_scaled(w.dq + i * z.Dk + Dn, dq_rope + at * Dr, Dr, scale);
-      }
-    }
-    for (int64_t j = 0; j < length; ++j) {
-      const int64_t at = (first + j) * H + head;
-      copy_scaled(w.dkeys + j * z.Dk, dk_nope + at * Dn, Dn, 1.0f);
-      copy_scaled(w.dkeys + j * z.Dk + Dn, dk_rope + (head * N + first + j) * Dr, Dr, 1.0f);
-      copy_scaled(w.dvalues + j * Dv, dv + at * Dv, Dv, 1.0f);
-    }
+    if (length > 0)
+      attend_backward(in.from(first), grad.from(first), tops + head * N + first, length, head, z, grads.from(first),
+                      false);
   });
 }
 

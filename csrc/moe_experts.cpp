@@ -1,6 +1,7 @@
 // The routed experts over their tokens, sorted by expert; see dsfast/ops/moe_experts.py.
 #include "expert.h"
 #include "kernels.h"
+#include "pieces.h"
 
 namespace DSFAST_ISA {
 namespace {
@@ -22,12 +23,6 @@ int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* or
   for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
   offsets[0] = 0;
   return 0;
-}
-
-int64_t count_blocks(const int32_t* offsets, int64_t E) {
-  int64_t blocks = 0;
-  for (int64_t e = 0; e < E; ++e) blocks += (offsets[e + 1] - offsets[e] + BLOCK - 1) / BLOCK;
-  return blocks;
 }
 
 // f(expert, first, rows) for the blocks begin .. end of all experts' sorted slots.
@@ -53,8 +48,15 @@ void scatter(const float* block, const int32_t* order, int64_t rows, int64_t D, 
   }
 }
 
-// out[n] = sum over n's K slots, in the order of the choices
-void combine(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads) {
+}  // namespace
+
+int64_t count_blocks(const int32_t* offsets, int64_t E) {
+  int64_t blocks = 0;
+  for (int64_t e = 0; e < E; ++e) blocks += (offsets[e + 1] - offsets[e] + BLOCK - 1) / BLOCK;
+  return blocks;
+}
+
+void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads) {
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for_vectors(D, [&](int64_t d, int64_t count) {
@@ -64,8 +66,6 @@ void combine(const float* slots, float* out, int64_t N, int64_t K, int64_t D, in
       });
   });
 }
-
-}  // namespace
 
 int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
                             const float* gate_up_t, const float* down_t, float* y, float* gu, int32_t* order,
@@ -85,38 +85,48 @@ int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights,
       scatter(out, order + first, rows, D, weights, to);
     });
   });
-  if (K > 1) combine(slots, y, N, K, D, threads);
+  if (K > 1) combine_slots(slots, y, N, K, D, threads);
   return 0;
 }
+
+void experts_backward(const ExpertSizes& sizes, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
+                      const float* weights, const float* gate_up, const float* down, const float* gu,
+                      const int32_t* order, const int32_t* offsets, float* dx, float* dweights, float* dgate_up,
+                      float* ddown, float* memory, int64_t begin, int64_t end) {
+  const auto [D, K, E, I] = sizes;
+  const Expert z = {D, I};
+  float *grad_in = memory + z.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
+  float *w = out + BLOCK * D, *dw = w + BLOCK;
+  for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+    gather(dy, dy_row, order + first, rows, K, D, grad_in);
+    gather(x, x_row, order + first, rows, K, D, in);
+    for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
+    expert_backward(z, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * 2 * I * D, down + e * I * D, gu + first * 2 * I,
+                    w, dw, out, dgate_up + e * 2 * I * D, ddown + e * I * D, memory);
+    for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
+    scatter(out, order + first, rows, D, nullptr, dx);
+  });
+}
+
+int64_t experts_backward_memory(int64_t D, int64_t I) { return Expert{D, I}.backward_memory() + BLOCK * (3 * D + 2); }
 
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
                           const float* gate_up, const float* down, const float* gu, const int32_t* order,
                           const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,
                           float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
-  const Expert z = {D, I};
-  const int64_t up_size = 2 * I * D, down_size = I * D, grad_size = E * z.gradient_size();
-  float* to = K > 1 ? slots : dx;
+  const int64_t up_size = E * 2 * I * D, size = E * Expert{D, I}.gradient_size();
   Partials of_gate_up, of_down;
   parallel_ranges(count_blocks(offsets, E), threads, [&](int thread, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(grad_size + z.backward_memory() + BLOCK * (3 * D + 2));
-    float *grad_in = memory + z.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
-    float *w = out + BLOCK * D, *dw = w + BLOCK, *dgu = dw + BLOCK, *ddn = dgu + E * up_size;
-    clear(dgu, grad_size);
-    of_gate_up.of[thread] = dgu;
-    of_down.of[thread] = ddn;
-    for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
-      gather(dy, dy_row, order + first, rows, K, D, grad_in);
-      gather(x, x_row, order + first, rows, K, D, in);
-      for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
-      expert_backward(z, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * up_size, down + e * down_size,
-                      gu + first * 2 * I, w, dw, out, dgu + e * up_size, ddn + e * down_size, memory);
-      for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
-      scatter(out, order + first, rows, D, nullptr, to);
-    });
+    float* dw = dsfast::scratch(size + experts_backward_memory(D, I));
+    clear(dw, size);
+    of_gate_up.of[thread] = dw;
+    of_down.of[thread] = dw + up_size;
+    experts_backward({D, K, E, I}, dy, dy_row, x, x_row, weights, gate_up, down, gu, order, offsets, K > 1 ? slots : dx,
+                     dweights, dw, dw + up_size, dw + size, begin, end);
   });
-  of_gate_up.add_up(dgate_up, E * up_size, threads);
-  of_down.add_up(ddown, E * down_size, threads);
-  if (K > 1) combine(slots, dx, N, K, D, threads);
+  of_gate_up.add_up(dgate_up, up_size, threads);
+  of_down.add_up(ddown, E * I * D, threads);
+  if (K > 1) combine_slots(slots, dx, N, K, D, threads);
 }
 
 }  // namespace DSFAST_ISA

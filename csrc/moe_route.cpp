@@ -1,8 +1,7 @@
 // Sigmoid scores, group-limited top-k, weights, counts; see dsfast/ops/moe_route.py.
-#include <cmath>
-
 #include "kernels.h"
 #include "parallel.h"
+#include "route.h"
 
 namespace DSFAST_ISA {
 namespace {
@@ -13,60 +12,18 @@ void sigmoids(const float* logits, int64_t E, float* scores) {
   for_vectors(E, [&](int64_t e, int64_t n) { store_n(scores + e, sigmoid(load_n(logits + e, n)), n); });
 }
 
-// NaN counts as the largest, as in a sort: a broken router shows in the weights.
-bool larger(float a, float b) { return !(a <= b) && b == b; }
-
-// The index of the largest value, the lowest of equals.
-int64_t best(const float* values, int64_t count) {
-  int64_t at = 0;
-  for (int64_t i = 1; i < count; ++i)
-    if (larger(values[i], values[at])) at = i;
-  return at;
-}
-
-// Sets the values outside the topk_group best groups to -inf. `group` is working memory [n_group].
-void limit_groups(float* values, int64_t E, int64_t n_group, int64_t topk_group, float* group) {
-  const int64_t size = E / n_group;
-  for (int64_t g = 0; g < n_group; ++g) {
-    float first = -INFINITY, second = -INFINITY;
-    for (int64_t i = 0; i < size; ++i) {
-      const float value = values[g * size + i];
-      if (larger(value, first)) {
-        second = first;
-        first = value;
-      } else if (larger(value, second)) {
-        second = value;
-      }
-    }
-    group[g] = size > 1 ? first + second : first;
-  }
-  for (int64_t k = 0; k < topk_group; ++k) group[best(group, n_group)] = -INFINITY;
-  for (int64_t g = 0; g < n_group; ++g)
-    if (group[g] != -INFINITY)
-      for (int64_t i = 0; i < size; ++i) values[g * size + i] = -INFINITY;
-}
-
 }  // namespace
 
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
                        int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
                        float scaling, int threads) {
+  const Choice z = {E, K, n_group, topk_group, norm_topk_prob, scaling};
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float *biased = dsfast::scratch((BLOCK + 1) * E + n_group), *group = biased + E, *block = group + n_group;
+    float *biased = dsfast::scratch(z.memory() + BLOCK * E), *block = biased + z.memory();
     for (int64_t n = begin; n < end; ++n) {
       const float* scores = block + (n - begin) % BLOCK * E;
       if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (least(end - n, BLOCK)) * E, block);
-      for (int64_t e = 0; e < E; ++e) biased[e] = scores[e] + bias[e];
-      if (topk_group < n_group) limit_groups(biased, E, n_group, topk_group, group);
-      float total = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t e = indices[n * K + k] = best(biased, E);
-        biased[e] = -INFINITY;
-        weights[n * K + k] = scores[e];
-        total += scores[e];
-      }
-      const float factor = norm_topk_prob ? scaling / (total + 1e-20f) : scaling;
-      for (int64_t k = 0; k < K; ++k) weights[n * K + k] *= factor;
+      route_token(z, scores, bias, weights + n * K, indices + n * K, biased);
     }
   });
   for (int64_t e = 0; e < E; ++e) counts[e] = 0;

@@ -14,8 +14,9 @@ struct Buffer {
 
 }  // namespace
 
-float* scratch(int64_t count) {
-  thread_local Buffer buffer;
+float* scratch(int64_t count, int slot) {
+  thread_local Buffer buffers[SCRATCH_SLOTS];
+  Buffer& buffer = buffers[slot];
   if (count > buffer.capacity) {
     std::free(buffer.data);
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from operator_cases import EDGES, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
+from operator_cases import DRAWS, EDGES, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
 from dsfast.ops.cases import mla_attention_case
-from dsfast.ops.checks import check
+from dsfast.ops.checks import check_draws
 
 NAN = float("nan")
 
@@ -112,6 +112,6 @@ def test_heads_and_documents_do_not_mix():
 def test_small_and_large_scores(scale):
     """Scores of a hundred: exp must neither overflow nor lose the sum, and all weight may fall on one key."""
     needs_native()
-    arguments = drawn(mla_attention_case("scores", (37,), 2, 5, 4, 3))
-    arguments[-1] = scale
-    assert_passed(check("mla_attention", ops.mla_attention, arguments, (0, 1, 2, 3, 4), ["native"]))
+    case = mla_attention_case("scores", (37,), 2, 5, 4, 3)
+    draws = [[*drawn(case, seed)[:-1], scale] for seed in range(DRAWS)]
+    assert_passed(check_draws("mla_attention", ops.mla_attention, draws, (0, 1, 2, 3, 4), ["native"]))

@@ -1,0 +1,92 @@
+// What one thread does of each operator, on tokens it has for itself. The operators share their tokens out and call
+// these; train_step composes a whole model of them. Shapes as in kernels.h; where a gradient is said to be added to, it
+// is the sum of what several calls found. Working memory is this thread's scratch memory where none is handed in.
+#pragma once
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace DSFAST_ISA {
+
+// dweight [D] is added to; memory [D]. dx may be dh.
+void rms_norm_rows_backward(const float* dy, int64_t dy_row, const float* dh, int64_t dh_row, const float* h,
+                            int64_t h_row, const float* weight, const float* rstd, float* dx, int64_t dx_row,
+                            float* dweight, float* memory, int64_t N, int64_t D);
+
+// y may be x.
+void rope_rows(const float* x, int64_t x_token, int64_t x_head, const float* cos, const float* sin,
+               const int64_t* positions, float* y, int64_t y_token, int64_t y_head, int64_t N, int64_t H, int64_t Dr,
+               bool inverse);
+
+// dprojection is added to; taken_grad [N, R] is the gradient of each token's row of the table; memory:
+// embedding_memory.
+void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
+                             const float* projection_t, float* taken_grad, float* dprojection, float* memory, int64_t N,
+                             int64_t R, int64_t D);
+int64_t embedding_memory(int64_t R);
+
+// A [token, head, width] array by its strides.
+template <class Float>
+struct Strided {
+  Float* data;
+  int64_t token, head;
+  DSFAST_INLINE Float* at(int64_t n, int64_t h) const { return data + n * token + h * head; }
+  DSFAST_INLINE Strided from(int64_t n) const { return {data + n * token, token, head}; }
+};
+using View = Strided<const float>;
+using Slots = Strided<float>;
+
+// The inputs of one document, or their gradients: from its first token on.
+template <class Float>
+struct AttentionParts {
+  Strided<Float> q_nope, q_rope, k_nope, k_rope, v;
+  AttentionParts from(int64_t n) const {
+    return {q_nope.from(n), q_rope.from(n), k_nope.from(n), k_rope.from(n), v.from(n)};
+  }
+};
+
+struct AttentionSizes {
+  int64_t Dn, Dr, Dv;
+  float scale;
+  int64_t Dk() const { return Dn + Dr; }
+};
+
+// One head of one document of `length` tokens; tops [length].
+void attend(const AttentionParts<const float>& in, int64_t length, int64_t head, const AttentionSizes& z, Slots o,
+            float* tops);
+// Gradients are written; that of k_rope is added to if `add_k_rope`.
+void attend_backward(const AttentionParts<const float>& in, View d_o, const float* tops, int64_t length, int64_t head,
+                     const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope);
+
+// y is added to if `add`.
+void swiglu_rows(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y, float* gu,
+                 int64_t N, int64_t D, int64_t I, bool add);
+// dgate_up and ddown are added to, dx if `add`; memory: swiglu_backward_memory.
+void swiglu_rows_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* gate_up,
+                          const float* down, const float* gu, float* dx, float* dgate_up, float* ddown, float* memory,
+                          int64_t N, int64_t D, int64_t I, bool add);
+int64_t swiglu_backward_memory(int64_t I);
+
+struct ExpertSizes {
+  int64_t D, K, E, I;
+};
+
+// How many blocks the experts' slots are worked on in.
+int64_t count_blocks(const int32_t* offsets, int64_t E);
+// The blocks begin .. end. dgate_up [E, 2I, D] and ddown [E, D, I] are added to; dx [slots, D] is each slot's share;
+// memory: experts_backward_memory.
+void experts_backward(const ExpertSizes& sizes, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
+                      const float* weights, const float* gate_up, const float* down, const float* gu,
+                      const int32_t* order, const int32_t* offsets, float* dx, float* dweights, float* dgate_up,
+                      float* ddown, float* memory, int64_t begin, int64_t end);
+int64_t experts_backward_memory(int64_t D, int64_t I);
+// out[n] = sum of the K slots of token n, in the order of the choices
+void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads);
+
+// The sum of the losses. With gradients (dhidden not null) dhidden is written and dweight added to, or written if
+// `first`; share is what each loss counts in them. Labels must be in range.
+double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
+                                 int64_t ignore_index, float share, float* dhidden, float* dweight, bool first,
+                                 int64_t N, int64_t R, int64_t V);
+
+}  // namespace DSFAST_ISA
