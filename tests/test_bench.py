@@ -41,7 +41,7 @@ SMALL = {
     "linear_cross_entropy": {"N": 12, "R": 5, "V": 19},
     "adamw": {"P": 50, "tensors": 4},
 }
-CEILINGS = ceilings.Ceilings(1e11, 2e11, 1e10)
+CEILINGS = ceilings.Ceilings(1e11, 2e11, 1e10, 2048, 2048)
 ARCHITECTURES = {
     "factorised": {"embedding_rank": 8},
     "dense embedding, untied": {"tie_word_embeddings": False},
@@ -59,7 +59,7 @@ def quiet(text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
-    monkeypatch.setattr(ceilings, "MATRIX", 64)
+    monkeypatch.setattr(ceilings, "SIZES", (64,))
     monkeypatch.setattr(ceilings, "COPY_BYTES", 4096)
 
 
@@ -81,6 +81,58 @@ def test_variants_take_turns_pair_by_pair_after_the_warmup():
     assert "".join(calls) == "abc" + "abac" * 2
     assert list(found) == ["b", "c"]
     assert found["b"].first.count == found["b"].other.count == 2
+
+
+def lasting(**durations: float) -> dict:
+    """Calls that "take" as long as they return, under a timer that believes them."""
+    return {name: lambda duration=duration: duration for name, duration in durations.items()}
+
+
+@pytest.fixture
+def believed(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda call: call())
+
+
+def test_a_slow_variant_gets_fewer_turns_and_costs_the_others_none(believed):
+    others = lasting(quick=0.5, slow=6.0, slowest=100.0)
+    found = timing.compare(lambda: 1.0, others, repeats=20, warmup=0)
+    assert {name: pair.first.count for name, pair in found.items()} == {"quick": 20, "slow": 5, "slowest": 3}
+    assert found["slow"].ratio_of_medians == found["slow"].median_of_ratios == 6.0
+    assert 4 * 7.0 < timing.BUDGET <= 5 * 7.0  # the fifth pair of the slow one was the last to begin in time
+
+
+def test_no_budget_adds_to_the_repeats_asked_for(believed):
+    assert timing.repeat([lambda: 2.0, lambda: 3.0], repeats=2) == [(2.0, 3.0)] * 2
+    assert len(timing.repeat([lambda: 2.0], repeats=9, budget=8.0)) == 4
+    assert len(timing.repeat([lambda: 2.0], repeats=9, budget=0.0)) == timing.FEWEST
+
+
+def test_a_ceiling_is_that_of_the_first_product_that_is_long_enough(monkeypatch):
+    taken = []
+
+    def seconds(call):
+        size = call.args[0].shape[0]
+        taken.append(size)
+        return {8: 0.01, 16: ceilings.LONG_ENOUGH, 32: 60.0}[size]
+
+    monkeypatch.setattr(ceilings, "SIZES", (8, 16, 32))
+    monkeypatch.setattr(timing, "seconds", seconds)
+    assert ceilings._matrix(torch.bfloat16) == (2 * 16**3 / ceilings.LONG_ENOUGH, 16)
+    assert taken == [8] * 2 + [16] * (2 + ceilings.CALLS)
+
+
+def test_ceilings_of_a_quick_machine_are_those_of_the_largest_product(monkeypatch):
+    monkeypatch.setattr(ceilings, "SIZES", (8, 16))
+    monkeypatch.setattr(timing, "seconds", lambda call: 0.01)
+    found = ceilings.measure_ceilings()
+    assert (found.float32, found.float32_size) == (found.bfloat16, found.bfloat16_size) == (2 * 16**3 / 0.01, 16)
+    assert found.bandwidth == 2 * ceilings.COPY_BYTES / 0.01
+
+
+def test_a_slow_ceiling_takes_few_calls(believed):
+    calls = []
+    assert ceilings._best(lambda: calls.append(1) or ceilings.BUDGET) == ceilings.BUDGET
+    assert len(calls) == timing.FEWEST
 
 
 def test_a_comparison_says_how_many_times_as_fast_the_first_is():
@@ -447,7 +499,7 @@ def test_kernels_writes_and_shows_every_figure(tmp_path: Path, capsys, monkeypat
         ("rope", "500k"),
         ("swiglu_mlp", "500k"),
     ]
-    assert set(written["results"]["ceilings"]) == {"float32", "bfloat16", "bandwidth"}
+    assert set(written["results"]["ceilings"]) == {"float32", "bfloat16", "bandwidth", "float32_size", "bfloat16_size"}
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("rope 500k", "forward+backward", "reference", "eager", "█"))
 
@@ -455,12 +507,20 @@ def test_kernels_writes_and_shows_every_figure(tmp_path: Path, capsys, monkeypat
 def test_what_was_not_timed_is_shown_with_the_reason():
     reporter = Reporter(Console(file=(shown := io.StringIO()), width=100))
     case = {"operator": "rope", "size": "500k", "sizes": {}, "passes": {}, "checks": {"native": "output: error 1"}}
-    reporter._case(case)
-    reporter._generate(
-        {"settings": {"new_tokens": 3}, "results": {"status": "missing", "reason": huggingface.INSTALL, "batches": []}}
-    )
+    reporter._case(case, 20)
+    results = {"status": "missing", "reason": huggingface.INSTALL, "batches": []}
+    reporter._generate({"settings": {"new_tokens": 3, "repeats": 1}, "results": results})
     assert "not timed: native: output: error 1" in shown.getvalue()
     assert f"missing: transformers: {huggingface.INSTALL}" in shown.getvalue()
+
+
+def test_what_was_timed_less_often_than_asked_is_named():
+    reporter = Reporter(Console(file=(shown := io.StringIO()), width=120))
+    reporter._fewer(20, {"dsfast against eager": 20, "dsfast against autocast": 4})
+    reporter._fewer(3, {"dsfast alone": 3})
+    assert shown.getvalue() == (
+        "timed less often than the 20 times asked for, 30 s were over: dsfast against autocast: 4\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.memory import peak_memory
 from dsfast.bench.peers import PEERS, PeerTraining
 from dsfast.bench.split import split_by_operator
-from dsfast.bench.timing import compare, seconds, spread
+from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
 from dsfast.errors import UserError, choices
@@ -58,10 +58,8 @@ def run_step(
     for name, pair in compare(ours, others, repeats).items():
         outcome["peers"][name] |= {"status": "timed", "comparison": asdict(pair)}
     progress("ceilings")
-    outcome["dsfast"] = asdict(spread([seconds(ours) for _ in range(repeats)]))
-    outcome |= _work(
-        matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings(max(repeats, 3))
-    )
+    outcome["dsfast"] = asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
+    outcome |= _work(matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings())
     progress("dsfast by operator")
     outcome["operators"] = split_by_operator(ours, PROFILED_STEPS)
     if memory:
