@@ -38,7 +38,8 @@ class Reporter:
         )
         for fallback in found["fallbacks"]:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
-        {"step": self._step, "kernels": self._kernels, "generate": self._generate}[found["settings"]["bench"]](found)
+        shows = {"step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth}
+        shows[found["settings"]["bench"]](found)
 
     def _step(self, found: Json) -> None:
         settings, results = found["settings"], found["results"]
@@ -148,6 +149,35 @@ class Reporter:
         if results["reason"]:
             self._say(f"{results['status']}: transformers: {results['reason']}", "yellow")
 
+    def _growth(self, found: Json) -> None:
+        results = found["results"]
+        for name, rows in results["series"].items():
+            self._series(name, rows)
+        self._say(
+            "growth: the time over the first row's, made larger by the ratio of FLOPs, plus"
+            f" {results['bytes_per_parameter']} bytes for each parameter that row does not have at the"
+            f" {_giga(results['bandwidth'])} GB/s of a copy (measured in this run). ✗: above {results['tolerance']},"
+            " and the quartiles apart."
+        )
+        self._fewer(found["settings"]["repeats"], {n: r[0]["seconds"]["count"] for n, r in results["series"].items()})
+        for name, rows in results["series"].items():
+            for row in rows:
+                if row["grows_faster"]:
+                    self._say(f"grows faster than its work: {name} {row['name']}: {row['growth']:.2f}", "red")
+
+    def _series(self, name: str, rows: list[Json]) -> None:
+        table = _table(f"One training step by {name}: forward, backward, clip, AdamW", name, "tokens", "M params",
+                       "median ms", "quartiles", "GFLOP", "time", "FLOPs", "growth", "ns/token", "")  # fmt: skip
+        longest = max(row["seconds_per_token"] for row in rows)
+        for row in rows:
+            growth = f"{row['growth']:.2f} {'✗' if row['grows_faster'] else ' '}"
+            table.add_row(
+                row["name"], f"{row['tokens']:,}", f"{row['parameters'] / 1e6:.2f}", *_times(row["seconds"]),
+                _giga(row["flops"]), f"{row['time_ratio']:.2f}x", f"{row['flops_ratio']:.2f}x", growth,
+                f"{row['seconds_per_token'] * 1e9:,.0f}", _bar(row["seconds_per_token"], longest),
+            )  # fmt: skip
+        self.console.print(table)
+
     def _fewer(self, asked: int, counts: dict[str, int]) -> None:
         """Name what was timed less often than asked."""
         few = ", ".join(f"{name}: {count}" for name, count in counts.items() if count < asked)
@@ -171,9 +201,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
 
 
-def _giga(rate: float) -> str:
-    """In 10^9 a second, with a decimal below 100."""
-    return f"{rate / 1e9:,.1f}" if rate < 1e11 else f"{rate / 1e9:,.0f}"
+def _giga(number: float) -> str:
+    """In 10^9, with a decimal below 100."""
+    return f"{number / 1e9:,.1f}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 
 def _bar(value: float, longest: float) -> str:
