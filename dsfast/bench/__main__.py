@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from argparse import Namespace
 from typing import Any
@@ -127,8 +128,8 @@ def _named(config: Config) -> Json:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):  # so that a slip of the keyboard ends here, not in an allocator
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text[:80]!r}")
     return int(text)
 
 

@@ -31,12 +31,14 @@ def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
 
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
+    missing = {name: peer.missing() for name, peer in PEERS.items()}
     for name in names or ():
         if name not in PEERS:
             raise UserError(f"unknown peer {name!r}; {choices(PEERS)}")
-        if PEERS[name].missing():
-            raise UserError(f"peer {name!r}: {PEERS[name].missing()}")
-    return {name: PEERS[name].missing() for name in (PEERS if names is None else dict.fromkeys(names))}
+        if missing[name]:
+            here = ", ".join(name for name, why in missing.items() if not why)
+            raise UserError(f"peer {name!r}: {missing[name]}; available here: {here}")
+    return {name: missing[name] for name in (PEERS if names is None else dict.fromkeys(names))}
 
 
 def run_step(
