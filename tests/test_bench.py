@@ -366,13 +366,16 @@ def test_a_peer_with_another_loss_is_wrong_and_not_timed(monkeypatch):
 
 
 def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch):
-    def broken(ids, labels):
+    def broken(*arguments):
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setitem(PEERS, "compile", Peer("broken", lambda model: (EagerDeepseekV3(model), broken)))
-    found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"compile": "", "eager": ""}, False, quiet)
-    assert found["peers"]["compile"]["status"] == "failed"
-    assert found["peers"]["compile"]["reason"] == "RuntimeError: no kernel"
+    monkeypatch.setitem(PEERS, "autocast", Peer("not even built", broken))
+    chosen = {"compile": "", "autocast": "", "eager": ""}
+    found = step.run_step(tiny.tiny_config(), 2, 8, 1, chosen, False, quiet)
+    for name in ("compile", "autocast"):
+        assert found["peers"][name]["status"] == "failed"
+        assert found["peers"][name]["reason"] == "RuntimeError: no kernel"
     assert found["peers"]["eager"]["status"] == "timed"
     assert not bench.sound(found)
 
