@@ -10,7 +10,7 @@ import torch
 from dsfast.bench.timing import Call, repeat
 
 SIZES = (256, 512, 1024, 2048)  # rows and columns; the last is large enough for any blocking
-LONG_ENOUGH = 0.05  # seconds of a product that is large enough, whatever its size
+LONG_ENOUGH = 0.1  # seconds of a product that is large enough, whatever its size
 COPY_BYTES = 2**28  # many times any cache
 CALLS = 10
 BUDGET = 3.0  # seconds after which a ceiling is taken from fewer calls
