@@ -1,8 +1,9 @@
-"""`python -m dsfast.bench <step|kernels|generate>`: how fast dsfast is here, beside peers timed in the same run."""
+"""`python -m dsfast.bench <step|kernels|generate|growth>`: how fast dsfast is here, beside peers timed in the same run."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from argparse import Namespace
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 
 from dsfast.bench import cases, results
 from dsfast.bench.generation import run_generate
+from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
 from dsfast.bench.memory import check_measurable
 from dsfast.bench.report import Reporter
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
-from dsfast.config import default_config, load_config
+from dsfast.config import Config, default_config, load_config
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
@@ -25,7 +27,7 @@ Json = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
-    """Time, show, write; 0, or 1 where something that ran failed or gave wrong numbers. Raises UserError before any timing."""
+    """Time, show, write; 0, or 1 where the results are not sound. Raises UserError before any timing."""
     arguments = _parser().parse_args(argv)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
     reporter = Reporter()
@@ -39,22 +41,23 @@ def main(argv: list[str]) -> int:
 
 
 def sound(found: Json) -> bool:
-    """Whether everything that could run here ran, and gave the right numbers."""
+    """Whether everything that could run here ran, gave the right numbers, and grew no faster than its work."""
     states = [found.get("status"), *(peer["status"] for peer in found.get("peers", {}).values())]
     problems = [problem for case in found.get("cases", []) for problem in case["checks"].values()]
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
-    return not wrong and not {"failed", "wrong"} & set(states)
+    faster = any(row["grows_faster"] for rows in found.get("series", {}).values() for row in rows)
+    return not (wrong or faster or {"failed", "wrong"} & set(states))
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate", required=True)
+    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth", required=True)
 
-    def command(name: str, run, purpose: str, repeats: int) -> CommandParser:
+    def command(name: str, run, purpose: str, repeats: int, timed: str = "pairs") -> CommandParser:
         sub = commands.add_parser(name, help=purpose, description=purpose)
         sub.set_defaults(run=run)
         sub.add_argument(
-            "--repeats", metavar="N", type=_positive, default=repeats, help=f"timed pairs (default {repeats})"
+            "--repeats", metavar="N", type=_positive, default=repeats, help=f"timed {timed} (default {repeats})"
         )
         sub.add_path("--json", metavar="FILE", help="write every figure, with machine, versions, commit and command")
         return sub
@@ -72,18 +75,21 @@ def _parser() -> CommandParser:
     generate.add_path("--checkpoint", metavar="DIR", help="default: the untrained 500K model")
     generate.add_argument("--batch", metavar="B,...", type=_positives, default=[1, 32], help="default: 1,32")
     generate.add_argument("--new-tokens", metavar="N", type=_positive, default=64, help="default: 64")
+    growth = command("growth", _growth, "whether the step's time grows faster than its work", 7, "rounds")
+    growth.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
+    growth.add_argument("--series", metavar="A,B,...", type=_names, help="default: batch,length,experts")
     return parser
 
 
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
-    """(settings, results), as the other two."""
-    config = load_config(arguments.config) if arguments.config else default_config()
+    """(settings, results), as the other three."""
+    config = _config(arguments)
     batch = arguments.batch or config.train.batch_size
     length = arguments.length or config.data.sequence_length
     peers = choose_peers(arguments.peers)
     if arguments.memory:
         check_measurable()
-    settings = {"batch": batch, "length": length, "config": config.to_dict(), "config_hash": config.hash()}
+    settings = {"batch": batch, "length": length, **_named(config)}
     found = run_step(config, batch, length, arguments.repeats, peers, arguments.memory, reporter.progress)
     return settings, found
 
@@ -106,9 +112,24 @@ def _generate(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     return settings, run_generate(model, arguments.batch, arguments.new_tokens, arguments.repeats, reporter.progress)
 
 
+def _growth(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    config = _config(arguments)
+    series = plan(config, arguments.series)
+    return {"series": list(series), **_named(config)}, run_growth(series, arguments.repeats, reporter.progress)
+
+
+def _config(arguments: Namespace) -> Config:
+    return load_config(arguments.config) if arguments.config else default_config()
+
+
+def _named(config: Config) -> Json:
+    """The config as it stands among the settings."""
+    return {"config": config.to_dict(), "config_hash": config.hash()}
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):  # so that a slip of the keyboard ends here, not in an allocator
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text[:80]!r}")
     return int(text)
 
 

@@ -32,7 +32,7 @@ def run_kernels(names: Iterable[str], sizes: Iterable[str], repeats: int, progre
     if module is not None:
         module.keep_freed_memory()
     progress("ceilings")
-    ceilings = measure_ceilings(max(repeats, 3))
+    ceilings = measure_ceilings()
     rows = []
     for name in names:
         for size in sizes:

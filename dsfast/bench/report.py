@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dsfast.bench import timing
 from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
@@ -37,7 +38,8 @@ class Reporter:
         )
         for fallback in found["fallbacks"]:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
-        {"step": self._step, "kernels": self._kernels, "generate": self._generate}[found["settings"]["bench"]](found)
+        shows = {"step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth}
+        shows[found["settings"]["bench"]](found)
 
     def _step(self, found: Json) -> None:
         settings, results = found["settings"], found["results"]
@@ -56,13 +58,17 @@ class Reporter:
             if peer["status"] != "timed":
                 self._say(f"{peer['status']}: {name}: {peer['reason']}", "yellow")
         self._say("Freed memory stays with the process (mallopt, set by dsfast's trainer); the peers gain by it too.")
-        self._work(results["work"])
+        counts = {f"dsfast against {name}": c["first"]["count"] for name, c in timed.items()}
+        self._fewer(settings["repeats"], {**counts, "dsfast alone": results["dsfast"]["count"]})
+        self._work(results["work"], results["ceilings"])
         self._operators(results["operators"])
         if "memory" in results:
             self._memory(results["memory"])
 
-    def _work(self, work: Json) -> None:
-        shares = ", ".join(f"{work['share_of'][d]:.0%} of torch.mm in {d}" for d in ("float32", "bfloat16"))
+    def _work(self, work: Json, ceilings: Json) -> None:
+        shares = ", ".join(
+            f"{work['share_of'][d]:.0%} of torch.mm in {d} at {ceilings[f'{d}_size']}" for d in ("float32", "bfloat16")
+        )
         self._say(
             f"Matrix products of the step: {work['flops'] / 1e9:,.1f} GFLOP. dsfast's whole step does"
             f" {work['flops_per_second'] / 1e9:,.0f} GFLOP/s: {shares} (measured in this run)."
@@ -88,14 +94,15 @@ class Reporter:
     def _kernels(self, found: Json) -> None:
         ceilings = found["results"]["ceilings"]
         self._say(
-            f"Ceilings: torch.mm {ceilings['float32'] / 1e9:,.0f} GFLOP/s in float32, {ceilings['bfloat16'] / 1e9:,.0f} in "
-            f"bfloat16; copy {ceilings['bandwidth'] / 1e9:,.1f} GB/s. Share: time at the ceilings over time taken; above"
-            " 100% where the data stays in the caches or a kernel beats torch.mm."
+            f"Ceilings: torch.mm {_giga(ceilings['float32'])} GFLOP/s in float32 at {ceilings['float32_size']},"
+            f" {_giga(ceilings['bfloat16'])} in bfloat16 at {ceilings['bfloat16_size']} rows and columns; copy"
+            f" {_giga(ceilings['bandwidth'])} GB/s. Share: time at the ceilings over time taken; above 100% where the data"
+            " stays in the caches or a kernel beats torch.mm."
         )
         for case in found["results"]["cases"]:
-            self._case(case)
+            self._case(case, found["settings"]["repeats"])
 
-    def _case(self, case: Json) -> None:
+    def _case(self, case: Json, repeats: int) -> None:
         sizes = " ".join(f"{letter}={n}" for letter, n in case["sizes"].items())
         title = f"{case['operator']} {case['size']}  {sizes}"
         table = _table(
@@ -105,14 +112,16 @@ class Reporter:
             figures = timed["implementations"]
             fastest = max(1 / f["seconds"]["median"] for f in figures.values())
             for implementation, f in figures.items():
-                rate = f"{f['flops_per_second'] / 1e9:,.0f}" if timed["flops"] else "-"
+                rate = _giga(f["flops_per_second"]) if timed["flops"] else "-"
                 speed = f"{f['speedup_median_of_pairs']:.2f} x" if "speedup_median_of_pairs" in f else ""
                 table.add_row(
-                    name, implementation, *_times(f["seconds"]), rate, f"{f['bytes_per_second'] / 1e9:,.1f}",
+                    name, implementation, *_times(f["seconds"]), rate, _giga(f["bytes_per_second"]),
                     f"{f['ceiling_share']:.0%}", speed, _bar(1 / f["seconds"]["median"], fastest),
                 )  # fmt: skip
             table.add_section()
         self.console.print(table)
+        passes = {name: timed["implementations"] for name, timed in case["passes"].items()}
+        self._fewer(repeats, {f"{i} {p}": f["seconds"]["count"] for p, fs in passes.items() for i, f in fs.items()})
         for implementation, problem in case["checks"].items():
             if problem:
                 self._say(f"not timed: {implementation}: {problem}", "red")
@@ -135,8 +144,46 @@ class Reporter:
                 table.add_row(str(row["batch"]), "transformers", rate, *_times(pair["other"]), *ratios, bar)
             table.add_section()
         self.console.print(table)
+        counts = {f"batch {row['batch']}": row["seconds"]["count"] for row in results["batches"]}
+        self._fewer(found["settings"]["repeats"], counts)
         if results["reason"]:
             self._say(f"{results['status']}: transformers: {results['reason']}", "yellow")
+
+    def _growth(self, found: Json) -> None:
+        results = found["results"]
+        for name, rows in results["series"].items():
+            self._series(name, rows)
+        self._say(
+            "growth: the time over the first row's, made larger by the ratio of FLOPs, plus"
+            f" {results['bytes_per_parameter']} bytes for each parameter that row does not have at the"
+            f" {_giga(results['bandwidth'])} GB/s of a copy (measured in this run). ✗: above {results['tolerance']},"
+            " and the quartiles apart."
+        )
+        self._fewer(found["settings"]["repeats"], {n: r[0]["seconds"]["count"] for n, r in results["series"].items()})
+        for name, rows in results["series"].items():
+            for row in rows:
+                if row["grows_faster"]:
+                    self._say(f"grows faster than its work: {name} {row['name']}: {row['growth']:.2f}", "red")
+
+    def _series(self, name: str, rows: list[Json]) -> None:
+        table = _table(f"One training step by {name}: forward, backward, clip, AdamW", name, "tokens", "M params",
+                       "median ms", "quartiles", "GFLOP", "time", "FLOPs", "growth", "ns/token", "")  # fmt: skip
+        longest = max(row["seconds_per_token"] for row in rows)
+        for row in rows:
+            growth = f"{row['growth']:.2f} {'✗' if row['grows_faster'] else ' '}"
+            table.add_row(
+                row["name"], f"{row['tokens']:,}", f"{row['parameters'] / 1e6:.2f}", *_times(row["seconds"]),
+                _giga(row["flops"]), f"{row['time_ratio']:.2f}x", f"{row['flops_ratio']:.2f}x", growth,
+                f"{row['seconds_per_token'] * 1e9:,.0f}", _bar(row["seconds_per_token"], longest),
+            )  # fmt: skip
+        self.console.print(table)
+
+    def _fewer(self, asked: int, counts: dict[str, int]) -> None:
+        """Name what was timed less often than asked."""
+        few = ", ".join(f"{name}: {count}" for name, count in counts.items() if count < asked)
+        if few:
+            over = f"{timing.BUDGET:.0f} s were over"
+            self._say(f"timed less often than the {asked} times asked for, {over}: {few}", "yellow")
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)  # "dsfast[bench]" is no markup
@@ -152,6 +199,11 @@ def _milliseconds(seconds: float) -> str:
     """Three or more digits, none of them without meaning."""
     ms = seconds * 1e3
     return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def _giga(number: float) -> str:
+    """In 10^9, with a decimal below 100."""
+    return f"{number / 1e9:,.1f}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 
 def _bar(value: float, longest: float) -> str:

@@ -14,7 +14,7 @@ from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.memory import peak_memory
 from dsfast.bench.peers import PEERS, PeerTraining
 from dsfast.bench.split import split_by_operator
-from dsfast.bench.timing import compare, seconds, spread
+from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
 from dsfast.errors import UserError, choices
@@ -31,12 +31,14 @@ def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
 
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
+    missing = {name: peer.missing() for name, peer in PEERS.items()}
     for name in names or ():
         if name not in PEERS:
             raise UserError(f"unknown peer {name!r}; {choices(PEERS)}")
-        if PEERS[name].missing():
-            raise UserError(f"peer {name!r}: {PEERS[name].missing()}")
-    return {name: PEERS[name].missing() for name in (PEERS if names is None else dict.fromkeys(names))}
+        if missing[name]:
+            here = ", ".join(name for name, why in missing.items() if not why)
+            raise UserError(f"peer {name!r}: {missing[name]}; available here: {here}")
+    return {name: missing[name] for name in (PEERS if names is None else dict.fromkeys(names))}
 
 
 def run_step(
@@ -58,10 +60,8 @@ def run_step(
     for name, pair in compare(ours, others, repeats).items():
         outcome["peers"][name] |= {"status": "timed", "comparison": asdict(pair)}
     progress("ceilings")
-    outcome["dsfast"] = asdict(spread([seconds(ours) for _ in range(repeats)]))
-    outcome |= _work(
-        matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings(max(repeats, 3))
-    )
+    outcome["dsfast"] = asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
+    outcome |= _work(matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings())
     progress("dsfast by operator")
     outcome["operators"] = split_by_operator(ours, PROFILED_STEPS)
     if memory:
@@ -81,33 +81,40 @@ def _first_steps(
 ) -> tuple[dict[str, PeerTraining], Json]:
     """The peers whose first step gives dsfast's loss, and the outcome so far."""
     # All copies are made before dsfast's first step, which changes the weights.
-    trainings = {
-        name: PeerTraining(PEERS[name], trainer.model, trainer.config.train) for name, why in peers.items() if not why
+    built = {
+        name: _attempt(partial(PeerTraining, PEERS[name], trainer.model, trainer.config.train))
+        for name, missing in peers.items()
+        if not missing
     }
     expected = trainer.step(*rows)
-    found = {}
+    trainings, found = {}, {}
     for name, missing in peers.items():
         progress(f"first step of {name}")
-        state = (
-            {"status": "missing", "reason": missing} if missing else _first_step(name, trainings[name], rows, expected)
-        )
+        state = {"status": "missing", "reason": missing} if missing else _first_step(name, *built[name], rows, expected)
         found[name] = {"what": PEERS[name].what, **state}
-    return {name: t for name, t in trainings.items() if not found[name]["reason"]}, {
-        "first_loss": expected,
-        "peers": found,
-    }
+        if not state["reason"]:
+            trainings[name] = built[name][0]
+    return trainings, {"first_loss": expected, "peers": found}
 
 
-def _first_step(name: str, training: PeerTraining, rows: Batch, expected: float) -> Json:
-    """Status and reason, both empty where the peer works and its loss is the expected one."""
-    try:
-        with warnings.catch_warnings():  # what a peer has to say of itself is said in its first step, to nobody's use
-            warnings.simplefilter("ignore")
-            loss = training.step(*rows)
-    except Exception as error:  # whatever stops a peer is the peer's own; the others are still worth timing
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+def _first_step(name: str, training: PeerTraining | None, problem: str, rows: Batch, expected: float) -> Json:
+    """Status and reason, both empty where the peer was built without a problem and its loss is the expected one."""
+    if training is not None:
+        loss, problem = _attempt(partial(training.step, *rows))
+    if problem:
+        return {"status": "failed", "reason": problem}
     allowed = PEERS[name].tolerance * abs(expected)
     if not abs(loss - expected) <= allowed:
         reason = f"its first loss is {loss:.6f}, dsfast's {expected:.6f}; they may differ by {allowed:.1e}"
         return {"status": "wrong", "reason": reason, "first_loss": loss}
     return {"status": "", "reason": "", "first_loss": loss}
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    """(what a peer's code returns, ""), or (None, why it failed): the others are still worth timing."""
+    try:
+        with warnings.catch_warnings():  # what a peer has to say of itself at first is of use to nobody
+            warnings.simplefilter("ignore")
+            return call(), ""
+    except Exception as error:  # whatever stops a peer is the peer's own
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]

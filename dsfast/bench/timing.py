@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 Call = Callable[[], object]
 
+BUDGET = 30.0
+"""Seconds after which no more samples are taken, so that one slow variant does not take minutes."""
+FEWEST = 3
+"""Samples that are taken whatever they cost, unless fewer are asked for."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -45,18 +50,38 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(median, lower, upper, len(samples))
 
 
+def take_turns(
+    groups: Mapping[str, Sequence[Call]], repeats: int, budget: float = BUDGET
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds of the calls of each group, for each time it had its turn: a a' b b' ..., and that `repeats` times over.
+
+    A group that has taken `budget` seconds has no further turn, but for the first FEWEST.
+    """
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in groups}
+    spent = dict.fromkeys(groups, 0.0)
+    for turn in range(repeats):
+        for name, calls in groups.items():
+            if turn < FEWEST or spent[name] < budget:
+                taken[name].append(tuple(seconds(call) for call in calls))
+                spent[name] += sum(taken[name][-1])
+    return taken
+
+
+def repeat(calls: Sequence[Call], repeats: int, budget: float = BUDGET) -> list[tuple[float, ...]]:
+    """Seconds of each of `calls`, all of them in turn, as `take_turns` does for one group."""
+    return take_turns({"": calls}, repeats, budget)[""]
+
+
 def compare(first: Call, others: Mapping[str, Call], repeats: int, warmup: int = 2) -> dict[str, Comparison]:
     """Time `first` against each of `others`, pair by pair: first a, first b, ..., and that `repeats` times over.
 
+    A pair that has taken BUDGET seconds has no further turn (see take_turns): its `count` is then below `repeats`.
     Before, each is called `warmup` times untimed.
     """
     for call in (first, *others.values()):
         for _ in range(warmup):
             call()
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
-    for _ in range(repeats):
-        for name, other in others.items():
-            pairs[name].append((seconds(first), seconds(other)))
+    pairs = take_turns({name: (first, other) for name, other in others.items()}, repeats)
     return {name: summarise(samples) for name, samples in pairs.items()}
 
 

@@ -1,4 +1,4 @@
-"""The training step that all variants of `bench step` take."""
+"""The training step that all variants of `bench step` and all rows of `bench growth` take."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from dsfast.errors import UserError
 def comparable(config: Config) -> Config:
     """`config` for a fair comparison: AdamW at a constant rate on both sides, and no layer that starts at zero.
 
-    Raises UserError for a GPU config or one with MTP modules, which the peers do not have.
+    Raises UserError for a GPU config or one with MTP modules, which the peers do not have and matrix_flops does not count.
     """
     if config.runtime.device != "cpu":
         raise UserError(f"bench runs on the CPU; expected runtime.device 'cpu', got {config.runtime.device!r}")
     if config.model.num_nextn_predict_layers:
         depths = config.model.num_nextn_predict_layers
-        raise UserError(f"bench: the peers have no MTP; expected model.num_nextn_predict_layers 0, got {depths}")
+        raise UserError(
+            f"bench: the peers and the count of FLOPs have no MTP; expected model.num_nextn_predict_layers 0, got {depths}"
+        )
     changes = {"train.optimizer": "adamw", "train.decay": "constant", "train.warmup_steps": 0}
     # Were the output projections zero, the first loss would agree whatever the layers compute.
     return config.replace(**changes, **{"model.zero_init_output": False})
