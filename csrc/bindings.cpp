@@ -76,6 +76,80 @@ void bind_lists(py::module_& m, AdamW adamw, GradNorm grad_norm) {
   });
 }
 
+// An attribute to be set from Python; a pointer is an integer there.
+template <class C, class B, class T>
+void field(py::class_<C>& type, const char* name, T B::* member) {
+  type.def_property(name, nullptr, [member](C& x, typename Wire<T>::type value) { x.*member = from_wire<T>(value); });
+}
+
+// A model for `decode_step`: the struct, and the layers it points to.
+struct LayeredModel : dsfast::DecodeModel {
+  std::vector<dsfast::DecodeLayer> kept;
+  LayeredModel() : dsfast::DecodeModel{} {}
+  void add_layer(const dsfast::DecodeLayer& layer) {
+    kept.push_back(layer);
+    layers = kept.data();
+    layer_count = int64_t(kept.size());
+  }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(static_cast<const dsfast::DecodeModel*>(this)); }
+};
+
+void bind_decode_layer(py::module_& m) {
+  using dsfast::DecodeLayer;
+  py::class_<DecodeLayer> layer(m, "DecodeLayer");
+  layer.def(py::init([] { return DecodeLayer{}; }));
+  field(layer, "input_norm", &DecodeLayer::input_norm);
+  field(layer, "mlp_norm", &DecodeLayer::mlp_norm);
+  field(layer, "q_a", &DecodeLayer::q_a);
+  field(layer, "q_a_norm", &DecodeLayer::q_a_norm);
+  field(layer, "q", &DecodeLayer::q);
+  field(layer, "kv_a", &DecodeLayer::kv_a);
+  field(layer, "kv_a_norm", &DecodeLayer::kv_a_norm);
+  field(layer, "kv_b", &DecodeLayer::kv_b);
+  field(layer, "o", &DecodeLayer::o);
+  field(layer, "router", &DecodeLayer::router);
+  field(layer, "router_bias", &DecodeLayer::router_bias);
+  field(layer, "experts_gate_up", &DecodeLayer::experts_gate_up);
+  field(layer, "experts_down", &DecodeLayer::experts_down);
+  field(layer, "gate_up", &DecodeLayer::gate_up);
+  field(layer, "down", &DecodeLayer::down);
+  field(layer, "width", &DecodeLayer::width);
+}
+
+void bind_decode_model(py::module_& m) {
+  py::class_<LayeredModel> model(m, "DecodeModel");
+  model.def(py::init<>());
+  model.def("add_layer", &LayeredModel::add_layer);
+  model.def_property_readonly("address", &LayeredModel::address);
+  field(model, "vocabulary", &LayeredModel::vocabulary);
+  field(model, "width", &LayeredModel::width);
+  field(model, "heads", &LayeredModel::heads);
+  field(model, "latent_rank", &LayeredModel::latent_rank);
+  field(model, "query_rank", &LayeredModel::query_rank);
+  field(model, "nope", &LayeredModel::nope);
+  field(model, "rope", &LayeredModel::rope);
+  field(model, "value", &LayeredModel::value);
+  field(model, "experts", &LayeredModel::experts);
+  field(model, "chosen", &LayeredModel::chosen);
+  field(model, "groups", &LayeredModel::groups);
+  field(model, "chosen_groups", &LayeredModel::chosen_groups);
+  field(model, "expert_width", &LayeredModel::expert_width);
+  field(model, "norm_topk_prob", &LayeredModel::norm_topk_prob);
+  field(model, "routed_scaling", &LayeredModel::routed_scaling);
+  field(model, "softmax_scale", &LayeredModel::softmax_scale);
+  field(model, "eps", &LayeredModel::eps);
+  field(model, "latent_eps", &LayeredModel::latent_eps);
+  field(model, "cos", &LayeredModel::cos);
+  field(model, "sin", &LayeredModel::sin);
+  field(model, "table", &LayeredModel::table);
+  field(model, "projection", &LayeredModel::projection);
+  field(model, "embedding_rank", &LayeredModel::embedding_rank);
+  field(model, "norm", &LayeredModel::norm);
+  field(model, "head_projection", &LayeredModel::head_projection);
+  field(model, "head", &LayeredModel::head);
+  field(model, "head_width", &LayeredModel::head_width);
+}
+
 #define DSFAST_BIND_ALL(ISA)                                        \
   do {                                                              \
     bind(m, "rms_norm_forward", ISA::rms_norm_forward);             \
@@ -85,6 +159,7 @@ void bind_lists(py::module_& m, AdamW adamw, GradNorm grad_norm) {
     bind(m, "embedding_backward", ISA::embedding_backward);         \
     bind(m, "mla_attention_forward", ISA::mla_attention_forward);   \
     bind(m, "mla_attention_backward", ISA::mla_attention_backward); \
+    bind(m, "mla_decode", ISA::mla_decode);                         \
     bind(m, "moe_route_forward", ISA::moe_route_forward);           \
     bind(m, "moe_route_backward", ISA::moe_route_backward);         \
     bind(m, "swiglu_mlp_forward", ISA::swiglu_mlp_forward);         \
@@ -92,6 +167,7 @@ void bind_lists(py::module_& m, AdamW adamw, GradNorm grad_norm) {
     bind(m, "moe_experts_forward", ISA::moe_experts_forward);       \
     bind(m, "moe_experts_backward", ISA::moe_experts_backward);     \
     bind(m, "linear_cross_entropy", ISA::linear_cross_entropy);     \
+    bind(m, "decode_step", ISA::decode_step);                       \
     bind_lists(m, ISA::adamw, ISA::grad_norm);                      \
   } while (false)
 
@@ -139,6 +215,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("isa") = isa;
   m.attr("supported") = names;
   m.def("keep_freed_memory", &keep_freed_memory);
+  bind_decode_layer(m);
+  bind_decode_model(m);
 #if defined(DSFAST_X86)
   m.attr("compiled") = std::vector<std::string>{"baseline", "avx2", "avx512"};
   if (isa == "avx512")

@@ -3,6 +3,8 @@
 // dsfast/ops/. Functions that return int64_t return how many indices were out of range; then the output is not valid.
 #include <cstdint>
 
+#include "decode.h"
+
 namespace DSFAST_ISA {
 
 // h [N, D] is written only with a residual (may be null); rstd [N].
@@ -40,6 +42,13 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
                             float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
                             int64_t Dv, int64_t S, int threads);
 
+// Inputs by strides (sequence, head or token); up [H, Dn + Dv, R], o [B, H, Dv] contiguous. Returns how many lengths
+// are outside 0..C.
+int64_t mla_decode(const float* q_nope, int64_t qn_row, int64_t qn_head, const float* q_rope, int64_t qr_row,
+                   int64_t qr_head, const float* latent, int64_t latent_row, int64_t latent_token, const float* k_rope,
+                   int64_t rope_row, int64_t rope_token, const int64_t* lengths, const float* up, float scale, float* o,
+                   int64_t B, int64_t C, int64_t H, int64_t R, int64_t Dn, int64_t Dr, int64_t Dv, int threads);
+
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
                        int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
                        float scaling, int threads);
@@ -75,5 +84,14 @@ void adamw(float* const* params, const float* const* grads, float* const* exp_av
            const int64_t* sizes, const double* lrs, const double* weight_decays, int64_t tensors, double beta1,
            double beta2, double eps, double correction1, double correction2, double clip_scale, int threads);
 double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensors, int threads);
+
+// N tokens, those of one row together and in order: token n, `ids[n]`, takes place `positions[n]` of row
+// `token_rows[n]` in the cache, latent [layers, rows, capacity, R] and k_rope [layers, rows, capacity, Dr]. Every row
+// must have a token. hidden [rows, head_width] is working memory. chosen [rows] is each row's next word: the likeliest,
+// or, with `uniforms` [rows] in 0..1 (else null), the one sampled; then logits [rows, V] are written, and the number of
+// rows is returned whose logits are not finite, else 0. Indices are checked by the caller.
+int64_t decode_step(const dsfast::DecodeModel* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
+                    const int64_t* ids, const int64_t* token_rows, const int64_t* positions, int64_t N, float* hidden,
+                    float* logits, const double* uniforms, double temperature, int64_t* chosen, int threads);
 
 }  // namespace DSFAST_ISA

@@ -24,7 +24,7 @@ from dsfast.errors import UserError, choices
 from dsfast.huggingface_config import model_section
 
 OPERATORS = (
-    "rms_norm", "rope", "embedding", "mla_attention", "moe_route", "moe_experts", "swiglu_mlp",
+    "rms_norm", "rope", "embedding", "mla_attention", "mla_decode", "moe_route", "moe_experts", "swiglu_mlp",
     "linear_cross_entropy", "adamw",
 )  # fmt: skip
 """The names that `runtime.kernels` may hold, beside "default"."""

@@ -6,7 +6,7 @@ computes again, is its own affair and not counted.
 
 Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "v3" has the widths of DeepSeek-V3 with as
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
-Letters: N tokens, T tokens per document, D model width, R rank or width of table and head, V vocabulary, H heads,
+Letters: N tokens, B sequences, C cached tokens, T tokens per document, D model width, R rank or width of table and head, V vocabulary, H heads,
 Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups, I intermediate width, P parameters.
 """
 
@@ -40,6 +40,11 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "500k": {"N": 8192, "T": 256, "H": 4, "Dn": 32, "Dr": 16, "Dv": 32},
         "5m": {"N": 8192, "T": 256, "H": 8, "Dn": 32, "Dr": 16, "Dv": 32},
         "v3": {"N": 1024, "T": 1024, "H": 8, "Dn": 128, "Dr": 64, "Dv": 128},
+    },
+    "mla_decode": {  # every cache full
+        "500k": {"B": 32, "C": 256, "H": 4, "R": 32, "Dn": 32, "Dr": 16, "Dv": 32},
+        "5m": {"B": 32, "C": 256, "H": 8, "R": 64, "Dn": 32, "Dr": 16, "Dv": 32},
+        "v3": {"B": 4, "C": 1024, "H": 32, "R": 512, "Dn": 128, "Dr": 64, "Dv": 128},
     },
     "moe_route": {
         "500k": {"N": 8192, "E": 2, "K": 1, "G": 1, "kept": 1},
@@ -144,6 +149,13 @@ def _mla_attention(name: str, N: int, T: int, H: int, Dn: int, Dr: int, Dv: int)
     return cases.mla_attention_case(name, [T] * (N // T), H, Dn, Dr, Dv), forward, backward
 
 
+def _mla_decode(name: str, B: int, C: int, H: int, R: int, Dn: int, Dr: int, Dv: int):
+    products = H * (Dn * R + C * (R + Dr) + C * R + R * Dv)
+    values = H * (Dn + Dr + Dv) + C * (R + Dr)
+    forward = Work(2 * B * products, _FLOAT * (B * values + H * (Dn + Dv) * R) + _INDEX * B)
+    return cases.mla_decode_case(name, [C] * B, C, H, R, Dn, Dr, Dv), forward, None
+
+
 def _moe_route(name: str, N: int, E: int, K: int, G: int, kept: int):
     forward = Work(0, _FLOAT * (N * E + E + N * K) + _INDEX * (N * K + E))
     backward = Work(0, _FLOAT * (N * K + 2 * N * E) + _INDEX * N * K)
@@ -201,6 +213,7 @@ _BUILDERS = {
     "rope": _rope,
     "embedding": _embedding,
     "mla_attention": _mla_attention,
+    "mla_decode": _mla_decode,
     "moe_route": _moe_route,
     "moe_experts": _moe_experts,
     "swiglu_mlp": _swiglu_mlp,

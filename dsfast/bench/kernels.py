@@ -59,7 +59,7 @@ def run_case(bench: BenchCase, ceilings: Ceilings, repeats: int) -> Json:
     if "eager" not in variants:
         return row
     if bench.backward is None:
-        passes = {"update": (bench.forward, _forward)}
+        passes = {"update" if bench.case.operator == "adamw" else "forward": (bench.forward, _forward)}
     else:
         both = (bench.forward + bench.backward, _forward_backward)
         passes = {"forward": (bench.forward, _forward), "forward+backward": both}

@@ -17,7 +17,7 @@ from dsfast.model.layers import RMSNorm
 from dsfast.model.rope import Tables, softmax_scale
 
 # Fixed in the published model and in transformers, whatever rms_norm_eps says.
-_LATENT_NORM_EPS = 1e-6
+LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -33,10 +33,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(c.hidden_size, self.heads * c.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(c.q_lora_rank, self.heads * c.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, sum(self.latent_widths), bias=False)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * sum(self.key_value_widths), bias=False)
         self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
 
@@ -52,7 +52,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             cache.write(self.layer, latent, k_rope)
         if cu_seqlens is None:
-            values = self._attend_to_cache(q_nope, q_rope, cache)
+            up = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+            values = ops.mla_decode(q_nope, q_rope, *cache.read(self.layer), up, self.scale)
         else:
             key_values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
             k_nope, v = key_values.split(self.key_value_widths, dim=-1)  # [N, H, Dn], [N, H, Dv]
@@ -64,17 +65,3 @@ class MultiHeadLatentAttention(nn.Module):
         compressed = not hasattr(self, "q_proj")
         queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
         return queries.unflatten(-1, (self.heads, -1))
-
-    def _attend_to_cache(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache) -> Tensor:
-        """One query per sequence, [B, H, .], against its cached latents -> [B, H, Dv].
-
-        kv_b is absorbed: q . (U_k c) = (U_k^T q) . c, so keys and values are never rebuilt (arXiv 2405.04434, 2.1.2).
-        """
-        latent, k_rope, present = cache.read(self.layer)  # [B, C, R], [B, C, Dr], [B, C]
-        up = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
-        up_key, up_value = up.split(self.key_value_widths, dim=1)  # [H, Dn, R], [H, Dv, R]
-        q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_key)
-        scores = torch.einsum("bhr,bcr->bhc", q_latent, latent) + torch.einsum("bhr,bcr->bhc", q_rope, k_rope)
-        scores = (scores.float() * self.scale).masked_fill(~present[:, None], float("-inf"))
-        mixed = torch.einsum("bhc,bcr->bhr", scores.softmax(-1).to(latent.dtype), latent)
-        return torch.einsum("bhr,hvr->bhv", mixed, up_value)

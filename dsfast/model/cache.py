@@ -16,12 +16,10 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, batch, capacity)
-        # Zeros, not empty: what is masked out is still multiplied by a weight of 0, and 0 * NaN is NaN.
-        self.latent = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
-        self.k_rope = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.latent = torch.empty(*shape, config.kv_lora_rank, device=device, dtype=dtype)
+        self.k_rope = torch.empty(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
-        self._slots = torch.arange(capacity, device=device)
 
     def place(self, rows: Tensor, positions: Tensor) -> None:
         """Announce N tokens: token n is number `positions[n]`, counted from 0, of sequence `rows[n]`."""
@@ -34,5 +32,5 @@ class LatentCache:
         self.k_rope[layer, self._rows, self._positions] = k_rope
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """latent [B, C, R], k_rope [B, C, Dr] and where they hold a token [B, C] bool."""
-        return self.latent[layer], self.k_rope[layer], self._slots < self.lengths[:, None]
+        """latent [B, C, R], k_rope [B, C, Dr] and how many tokens of each sequence they hold, lengths [B]."""
+        return self.latent[layer], self.k_rope[layer], self.lengths

@@ -105,9 +105,16 @@ class DeepseekV3(nn.Module):
         for router in self.routers():
             router.update_bias(speed)
 
+    def head_weights(self) -> tuple[Tensor | None, Tensor]:
+        """(p, w) with logits = (hidden p^T) w^T, p None where there is no projection."""
+        if self.lm_head is not None:
+            return None, self.lm_head.weight
+        return self.embed_tokens.projection, self.embed_tokens.weight
+
     def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(h, w) with logits = h w^T."""
-        return self.embed_tokens.as_head(hidden) if self.lm_head is None else (hidden, self.lm_head.weight)
+        projection, weight = self.head_weights()
+        return hidden if projection is None else nn.functional.linear(hidden, projection), weight
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return ops.linear_cross_entropy(*self._head(hidden), labels, ignore_index=IGNORED)

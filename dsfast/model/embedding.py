@@ -20,12 +20,6 @@ class Embedding(nn.Module):
         """[N] int64 -> [N, D]."""
         return ops.embedding(input_ids, self.weight, self.projection)
 
-    def as_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The tied head: hidden [N, D] -> (h, w) with logits = h w^T. Factorised, h is [N, R] and w is E."""
-        if self.projection is None:
-            return hidden, self.weight
-        return nn.functional.linear(hidden, self.projection), self.weight
-
     def merged(self) -> Tensor:
         """The embedding as one matrix [V, D]."""
         return self.weight if self.projection is None else self.weight @ self.projection

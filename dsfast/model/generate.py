@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from dsfast.errors import UserError
-from dsfast.model.cache import LatentCache
+from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.native_decode import NativeDecoder, runs_natively
 from dsfast.tokens import BOS, EOS
 
 
@@ -47,29 +47,38 @@ def generate_ids(
     """
     _check(model, prompts, max_new_tokens, temperature, seed)
     device = model.embed_tokens.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    packed = Prompts.pack(prompts, device)
+    model.check_ids(packed.ids)
     limit = model.config.max_position_embeddings
     room = [min(max_new_tokens, limit - len(prompt) + 1) for prompt in prompts]  # the last token is never read back
-    new: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
+    capacity = max(len(prompt) + n - 1 for prompt, n in zip(prompts, room, strict=True))
+    decoder_type = NativeDecoder if runs_natively(model) else OperatorDecoder
+    generator = torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
     try:
-        capacity = max(len(prompt) + n - 1 for prompt, n in zip(prompts, room, strict=True))
-        cache = LatentCache(model.config, len(prompts), capacity, device, model.embed_tokens.weight.dtype)
-        logits = _prefill(model, prompts, cache)
-        while True:
-            chosen = _choose(logits, temperature, generator)
-            for row, token in enumerate(chosen.tolist()):
-                if row in running and token != eos_id:
-                    new[row].append(token)
-                if token == eos_id or len(new[row]) == room[row]:
-                    running.discard(row)
-            if not running:
-                return new
-            logits = _decode(model, chosen, cache)
+        decoder = decoder_type(model, len(prompts), capacity, temperature, generator)
+        return _collect(decoder, packed, room, eos_id)
     finally:
         model.train(was_training)
+
+
+def _collect(
+    decoder: OperatorDecoder | NativeDecoder, prompts: Prompts, room: list[int], eos_id: int | None
+) -> list[list[int]]:
+    """Each row's new tokens, until it ends with `eos_id` or has `room[row]` of them."""
+    new: list[list[int]] = [[] for _ in room]
+    running = set(range(len(room)))
+    chosen = decoder.start(prompts)
+    while True:
+        for row, token in enumerate(chosen):
+            if row in running and token != eos_id:
+                new[row].append(token)
+            if token == eos_id or len(new[row]) == room[row]:
+                running.discard(row)
+        if not running:
+            return new
+        chosen = decoder.step()
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -104,36 +113,3 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
             raise UserError(
                 f"prompt: expected 1 .. {limit} tokens, <|bos|> included (max_position_embeddings), got {len(prompt)}"
             )
-
-
-def _prefill(model: DeepseekV3, prompts: list[list[int]], cache: LatentCache) -> Tensor:
-    """Fill the cache with the prompts, packed end to end; the logits after each [B, V]."""
-    device = cache.lengths.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ends = lengths.cumsum(0)
-    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), lengths)
-    positions = torch.arange(len(ids), device=device) - (ends - lengths)[rows]
-    model.check_ids(ids)
-    cache.place(rows, positions)
-    hidden = model.hidden(model.embed_tokens(ids), positions, cu_seqlens, cache)
-    return model.logits(hidden[ends - 1])
-
-
-def _decode(model: DeepseekV3, tokens: Tensor, cache: LatentCache) -> Tensor:
-    """Append one token [B] to each sequence; the logits after it [B, V].
-
-    A sequence that has ended goes on overwriting its last place: what it says is no longer read.
-    """
-    positions = cache.lengths.clamp(max=cache.capacity - 1)
-    cache.place(torch.arange(len(tokens), device=tokens.device), positions)
-    return model.logits(model.hidden(model.embed_tokens(tokens), positions, None, cache))
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """[B, V] -> the next tokens [B]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    below_best = logits.double() - logits.amax(-1, keepdim=True)  # no temperature, however small, makes 0 overflow
-    return torch.multinomial((below_best / temperature).softmax(-1), 1, generator=generator).squeeze(1)

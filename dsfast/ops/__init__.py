@@ -6,6 +6,7 @@ from dsfast.ops.dispatch import IMPLEMENTATIONS, OPERATORS, FallbackWarning, con
 from dsfast.ops.embedding import embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
+from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
 from dsfast.ops.rms_norm import rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "grad_norm",
     "linear_cross_entropy",
     "mla_attention",
+    "mla_decode",
     "moe_experts",
     "moe_route",
     "report",

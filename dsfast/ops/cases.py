@@ -18,6 +18,7 @@ from dsfast.ops.adamw import adamw, grad_norm
 from dsfast.ops.embedding import embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
+from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
 from dsfast.ops.rms_norm import rms_norm
@@ -74,6 +75,18 @@ def mla_attention_case(name: str, lengths: Sequence[int], h: int, dn: int, dr: i
         return *queries_and_keys, _normal(g, n, h, dv), cu_seqlens, (dn + dr) ** -0.5
 
     return Case("mla_attention", name, mla_attention, make_inputs, (0, 1, 2, 3, 4))
+
+
+def mla_decode_case(name: str, lengths: Sequence[int], c: int, h: int, r: int, dn: int, dr: int, dv: int) -> Case:
+    """Sequences of `lengths` tokens in a cache of c places."""
+
+    def make_inputs(g: Generator) -> tuple:
+        b = len(lengths)
+        queries_and_cache = (_normal(g, *shape) for shape in ((b, h, dn), (b, h, dr), (b, c, r), (b, c, dr)))
+        held = torch.tensor(lengths, dtype=torch.int64)
+        return *queries_and_cache, held, _normal(g, h, dn + dv, r, scale=r**-0.5), (dn + dr) ** -0.5
+
+    return Case("mla_decode", name, mla_decode, make_inputs)
 
 
 def moe_route_case(

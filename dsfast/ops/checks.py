@@ -44,6 +44,8 @@ CASES = (
     cases.embedding_case("odd", 101, 53, 7, 19),
     cases.mla_attention_case("500K", (256, 256), 4, 32, 16, 32),
     cases.mla_attention_case("odd", (1, 0, 37, 65), 3, 5, 6, 17),
+    cases.mla_decode_case("500K", range(1, 256, 8), 256, 4, 32, 32, 16, 32),
+    cases.mla_decode_case("odd", (37, 0, 1, 40, 5), 40, 3, 17, 5, 6, 7),
     cases.moe_route_case("500K", 512, 2, 1),
     cases.moe_route_case("odd", 61, 21, 4, n_group=3, topk_group=2, norm_topk_prob=True),
     cases.moe_experts_case("500K", 512, 128, 1, 2, 64),

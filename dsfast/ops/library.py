@@ -24,16 +24,22 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused."""
     torch.library.register_autograd(f"dsfast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     if hasattr(torch.ops.dsfast, f"{name}_backward"):
-        torch.library.register_autograd(f"dsfast::{name}_backward", _no_second_derivative(name), lib=_LIBRARY)
+        why = f"dsfast::{name} has first derivatives only; ops.use('reference') has second ones"
+        _refuse(f"{name}_backward", why)
 
 
-def _no_second_derivative(name: str) -> Callable:
-    """A formula that raises: without one a second derivative would silently be wrong."""
+def refuse_derivative(name: str) -> None:
+    """Make a backward pass through `dsfast::name`, an operator for inference, an error."""
+    _refuse(name, f"dsfast::{name} has no derivative; ops.use('reference') has")
+
+
+def _refuse(name: str, why: str) -> None:
+    """A formula that raises: without one the derivative would silently be wrong."""
 
     def refuse(ctx, *_):
-        raise NotImplementedError(f"dsfast::{name} has first derivatives only; ops.use('reference') has second ones")
+        raise NotImplementedError(why)
 
-    return refuse
+    torch.library.register_autograd(f"dsfast::{name}", refuse, lib=_LIBRARY)
 
 
 def expect_shape(operator: str, argument: str, x: Tensor, *shape: int | str) -> None:

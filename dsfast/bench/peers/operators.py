@@ -1,7 +1,8 @@
 """Each operator as a good PyTorch user writes it: what "eager" means in every table of the bench.
 
 Names, arguments and results are those of dsfast.ops, which says the shapes (adamw also does the clipping). dsfast's
-references are written to be read beside the paper, these to be fast in PyTorch. Documents must be equally long here.
+references are written to be read beside the paper, these to be fast in PyTorch. Documents must be equally long here, and
+caches full.
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ def mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1)), -1)
     q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
     return causal_attention(q, k, v, scale).transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale):
+    """Keys and values absorbed, the heads as queries of one shared key [latent; k_rope]."""
+    up_key, up_value = up.split((q_nope.size(2), up.size(1) - q_nope.size(2)), dim=1)
+    q = torch.cat((torch.einsum("bhn,hnr->bhr", q_nope, up_key), q_rope), -1)
+    s = torch.baddbmm(q.new_empty(()), q, torch.cat((latent, k_rope), -1).mT, beta=0, alpha=scale)
+    return torch.einsum("bhr,hvr->bhv", s.softmax(-1) @ latent, up_value)
 
 
 def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
