@@ -82,42 +82,42 @@ void field(py::class_<C>& type, const char* name, T B::* member) {
   type.def_property(name, nullptr, [member](C& x, typename Wire<T>::type value) { x.*member = from_wire<T>(value); });
 }
 
-// A model for `decode_step`: the struct, and the layers it points to.
-struct LayeredModel : dsfast::DecodeModel {
-  std::vector<dsfast::DecodeLayer> kept;
-  LayeredModel() : dsfast::DecodeModel{} {}
-  void add_layer(const dsfast::DecodeLayer& layer) {
+// A model for `decode_step` and `train_step`: the struct, and the layers it points to.
+struct LayeredModel : dsfast::Model {
+  std::vector<dsfast::Layer> kept;
+  LayeredModel() : dsfast::Model{} {}
+  void add_layer(const dsfast::Layer& layer) {
     kept.push_back(layer);
     layers = kept.data();
     layer_count = int64_t(kept.size());
   }
-  uintptr_t address() const { return reinterpret_cast<uintptr_t>(static_cast<const dsfast::DecodeModel*>(this)); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(static_cast<const dsfast::Model*>(this)); }
 };
 
-void bind_decode_layer(py::module_& m) {
-  using dsfast::DecodeLayer;
-  py::class_<DecodeLayer> layer(m, "DecodeLayer");
-  layer.def(py::init([] { return DecodeLayer{}; }));
-  field(layer, "input_norm", &DecodeLayer::input_norm);
-  field(layer, "mlp_norm", &DecodeLayer::mlp_norm);
-  field(layer, "q_a", &DecodeLayer::q_a);
-  field(layer, "q_a_norm", &DecodeLayer::q_a_norm);
-  field(layer, "q", &DecodeLayer::q);
-  field(layer, "kv_a", &DecodeLayer::kv_a);
-  field(layer, "kv_a_norm", &DecodeLayer::kv_a_norm);
-  field(layer, "kv_b", &DecodeLayer::kv_b);
-  field(layer, "o", &DecodeLayer::o);
-  field(layer, "router", &DecodeLayer::router);
-  field(layer, "router_bias", &DecodeLayer::router_bias);
-  field(layer, "experts_gate_up", &DecodeLayer::experts_gate_up);
-  field(layer, "experts_down", &DecodeLayer::experts_down);
-  field(layer, "gate_up", &DecodeLayer::gate_up);
-  field(layer, "down", &DecodeLayer::down);
-  field(layer, "width", &DecodeLayer::width);
+void bind_layer(py::module_& m) {
+  using dsfast::Layer;
+  py::class_<Layer> layer(m, "Layer");
+  layer.def(py::init([] { return Layer{}; }));
+  field(layer, "input_norm", &Layer::input_norm);
+  field(layer, "mlp_norm", &Layer::mlp_norm);
+  field(layer, "q_a", &Layer::q_a);
+  field(layer, "q_a_norm", &Layer::q_a_norm);
+  field(layer, "q", &Layer::q);
+  field(layer, "kv_a", &Layer::kv_a);
+  field(layer, "kv_a_norm", &Layer::kv_a_norm);
+  field(layer, "kv_b", &Layer::kv_b);
+  field(layer, "o", &Layer::o);
+  field(layer, "router", &Layer::router);
+  field(layer, "router_bias", &Layer::router_bias);
+  field(layer, "experts_gate_up", &Layer::experts_gate_up);
+  field(layer, "experts_down", &Layer::experts_down);
+  field(layer, "gate_up", &Layer::gate_up);
+  field(layer, "down", &Layer::down);
+  field(layer, "width", &Layer::width);
 }
 
-void bind_decode_model(py::module_& m) {
-  py::class_<LayeredModel> model(m, "DecodeModel");
+void bind_model(py::module_& m) {
+  py::class_<LayeredModel> model(m, "Model");
   model.def(py::init<>());
   model.def("add_layer", &LayeredModel::add_layer);
   model.def_property_readonly("address", &LayeredModel::address);
@@ -168,6 +168,7 @@ void bind_decode_model(py::module_& m) {
     bind(m, "moe_experts_backward", ISA::moe_experts_backward);     \
     bind(m, "linear_cross_entropy", ISA::linear_cross_entropy);     \
     bind(m, "decode_step", ISA::decode_step);                       \
+    bind(m, "train_step", ISA::train_step);                         \
     bind_lists(m, ISA::adamw, ISA::grad_norm);                      \
   } while (false)
 
@@ -215,8 +216,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("isa") = isa;
   m.attr("supported") = names;
   m.def("keep_freed_memory", &keep_freed_memory);
-  bind_decode_layer(m);
-  bind_decode_model(m);
+  bind_layer(m);
+  bind_model(m);
 #if defined(DSFAST_X86)
   m.attr("compiled") = std::vector<std::string>{"baseline", "avx2", "avx512"};
   if (isa == "avx512")

@@ -1,7 +1,7 @@
 // A whole model's step for N tokens in one call: each writes its latent to the cache, attends to what its sequence
 // holds up to itself, and the state after the last token of each sequence chooses the next. See
 // dsfast/model/native_decode.py.
-#include "decode.h"
+#include "model.h"
 #include "kernels.h"
 #include "latent_attention.h"
 #include "parallel.h"
@@ -10,8 +10,8 @@
 namespace DSFAST_ISA {
 namespace {
 
-using dsfast::DecodeLayer;
-using dsfast::DecodeModel;
+using dsfast::Layer;
+using dsfast::Model;
 
 constexpr int64_t WORDS = 96;  // of the vocabulary whose logits are made at a time: they stay in the first-level cache
 
@@ -32,15 +32,15 @@ struct Tokens {
 
 int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-LatentAttention attention_of(const DecodeModel& m) {
+LatentAttention attention_of(const Model& m) {
   return {m.heads, m.latent_rank, m.nope, m.rope, m.value, m.latent_rank, m.rope, m.softmax_scale};
 }
 
-Choice choice_of(const DecodeModel& m) {
+Choice choice_of(const Model& m) {
   return {m.experts, m.chosen, m.groups, m.chosen_groups, m.norm_topk_prob, m.routed_scaling};
 }
 
-int64_t widest_mlp(const DecodeModel& m) {
+int64_t widest_mlp(const Model& m) {
   int64_t width = m.expert_width;
   for (int64_t i = 0; i < m.layer_count; ++i) width = largest(width, m.layers[i].width);
   return width;
@@ -56,7 +56,7 @@ struct Work {
   float* memory;                        // for attention and routing
   int64_t size = 0;
 
-  Work(const DecodeModel& m, int64_t capacity, float* base) {
+  Work(const Model& m, int64_t capacity, float* base) {
     const auto carve = [&](int64_t count) {
       float* part = base == nullptr ? nullptr : base + size;
       size += (count + 15) / 16 * 16;
@@ -77,7 +77,7 @@ struct Work {
 
 // Up to NR tokens, one in each lane, on their way through the layers.
 struct Block {
-  const DecodeModel& m;
+  const Model& m;
   const Cache& cache;
   const Tokens& tokens;
   Work& w;
@@ -118,7 +118,7 @@ struct Block {
   }
 
   // w.x -> w.delta
-  void attention(const DecodeLayer& layer, int64_t number) const {
+  void attention(const Layer& layer, int64_t number) const {
     const LatentAttention z = attention_of(m);
     const float* compressed = w.x;
     if (m.query_rank > 0) {
@@ -150,7 +150,7 @@ struct Block {
     product(m.width, width, down, w.h, y, in_lanes);
   }
 
-  void route(const DecodeLayer& layer) const {
+  void route(const Layer& layer) const {
     const Choice z = choice_of(m);
     float* scores = w.memory + z.memory();
     product(m.experts, m.width, layer.router, w.x, w.scores, lanes);
@@ -163,7 +163,7 @@ struct Block {
   }
 
   // Adds expert e's share to w.delta, for the lanes that chose it.
-  void expert(const DecodeLayer& layer, int64_t e) const {
+  void expert(const Layer& layer, int64_t e) const {
     int64_t of[NR], in_group = 0;
     float weight[NR];
     for (int64_t i = 0; i < count; ++i)
@@ -185,7 +185,7 @@ struct Block {
   }
 
   // w.x -> w.delta
-  void feed_forward(const DecodeLayer& layer) const {
+  void feed_forward(const Layer& layer) const {
     if (layer.width > 0)
       mlp(layer.width, layer.gate_up, layer.down, w.x, w.delta, lanes);
     else
@@ -200,7 +200,7 @@ struct Block {
     embed();
     look_up_turns();
     for (int64_t number = 0; number < m.layer_count; ++number) {
-      const DecodeLayer& layer = m.layers[number];
+      const Layer& layer = m.layers[number];
       rms_norm_lanes(m.width, layer.input_norm, m.eps, w.stream, w.x, lanes);
       attention(layer, number);
       add_to_stream();
@@ -218,7 +218,7 @@ struct Block {
 };
 
 // Every thread takes whole sequences: no two work on the cache of one.
-void run_layers(const DecodeModel& m, const Cache& cache, const Tokens& tokens, float* hidden, int threads) {
+void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, float* hidden, int threads) {
   const auto next_row = [&](int64_t n) {
     while (n > 0 && n < tokens.count && !tokens.ends_row(n - 1)) ++n;
     return n;
@@ -244,7 +244,7 @@ int64_t padded_rows(int64_t rows) { return (rows + NR - 1) / NR * NR; }
 
 // f(words, first word, count, block, first row, lanes): the logits [count][lanes] of WORDS words at a time for NR rows.
 template <class F>
-void for_logits(const DecodeModel& m, const float* hidden, int64_t rows, int64_t begin, int64_t end, float* memory,
+void for_logits(const Model& m, const float* hidden, int64_t rows, int64_t begin, int64_t end, float* memory,
                 F f) {
   float *logits = memory, *blocks = logits + WORDS * NR;
   if (rows > 1) clear(blocks, padded_rows(rows) * m.head_width);
@@ -261,7 +261,7 @@ void for_logits(const DecodeModel& m, const float* hidden, int64_t rows, int64_t
   }
 }
 
-int64_t logits_memory(const DecodeModel& m, int64_t rows) { return WORDS * NR + padded_rows(rows) * m.head_width; }
+int64_t logits_memory(const Model& m, int64_t rows) { return WORDS * NR + padded_rows(rows) * m.head_width; }
 
 // The largest logit of each row so far and its word.
 struct Best {
@@ -294,7 +294,7 @@ void keep_best(const float* logits, int64_t word, int64_t count, int64_t lanes, 
 }
 
 // chosen [rows]: the word of the largest logit, the lowest of equals; NaN counts as the largest.
-void choose_greedily(const DecodeModel& m, const float* hidden, int64_t rows, int64_t* chosen, int threads) {
+void choose_greedily(const Model& m, const float* hidden, int64_t rows, int64_t* chosen, int threads) {
   Best found[MAX_THREADS] = {};
   const int64_t padded = padded_rows(rows);
   parallel_ranges((m.vocabulary + WORDS - 1) / WORDS, threads, [&](int thread, int64_t begin, int64_t end) {
@@ -321,7 +321,7 @@ void choose_greedily(const DecodeModel& m, const float* hidden, int64_t rows, in
 }
 
 // logits [rows][V]
-void write_logits(const DecodeModel& m, const float* hidden, int64_t rows, float* out, int threads) {
+void write_logits(const Model& m, const float* hidden, int64_t rows, float* out, int threads) {
   parallel_ranges((m.vocabulary + WORDS - 1) / WORDS, threads, [&](int, int64_t begin, int64_t end) {
     for_logits(m, hidden, rows, begin, end, dsfast::scratch(logits_memory(m, rows)),
                [&](const float* logits, int64_t word, int64_t count, int64_t first, int64_t lanes) {
@@ -350,10 +350,10 @@ int64_t sample(const float* logits, int64_t V, double temperature, double unifor
 
 }  // namespace
 
-int64_t decode_step(const DecodeModel* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
+int64_t decode_step(const Model* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
                     const int64_t* ids, const int64_t* token_rows, const int64_t* positions, int64_t N, float* hidden,
                     float* logits, const double* uniforms, double temperature, int64_t* chosen, int threads) {
-  const DecodeModel& m = *model;
+  const Model& m = *model;
   run_layers(m, {latent, k_rope, rows, capacity}, {ids, token_rows, positions, N}, hidden, threads);
   if (uniforms == nullptr) {
     choose_greedily(m, hidden, rows, chosen, threads);

@@ -7,7 +7,7 @@
 namespace DSFAST_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 8 * MR;  // tokens worked on at a time
+constexpr int64_t TOKENS = 8 * MR;  // tokens worked on at a time
 
 void copy(const float* from, float* to, int64_t count) {
   for_vectors(count, [&](int64_t i, int64_t n) { store_n(to + i, load_n(from + i, n), n); });
@@ -36,18 +36,18 @@ void scatter(const float* taken_grad, int64_t row, const int64_t* ids, float* dt
 }  // namespace
 
 void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                             const float* projection_t, float* taken_grad, float* dprojection, float* memory, int64_t N,
-                             int64_t R, int64_t D) {
-  for (int64_t n = 0; n < N; n += BLOCK) {
-    const int64_t rows = least(N - n, BLOCK);
+                             const float* projection_t, int64_t projection_row, float* taken_grad, float* dprojection,
+                             float* memory, int64_t N, int64_t R, int64_t D) {
+  for (int64_t n = 0; n < N; n += TOKENS) {
+    const int64_t rows = least(N - n, TOKENS);
     const float* g = dy + n * dy_row;
     take(ids + n, table, table_row, rows, R, memory);
     gemm(R, D, rows, {memory, 1, R}, g, dy_row, dprojection, D, true);
-    gemm(rows, R, D, {g, dy_row, 1}, projection_t, R, taken_grad + n * R, R);
+    gemm(rows, R, D, {g, dy_row, 1}, projection_t, projection_row, taken_grad + n * R, R);
   }
 }
 
-int64_t embedding_memory(int64_t R) { return BLOCK * R; }
+int64_t embedding_memory(int64_t R) { return TOKENS * R; }
 
 int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
                           int64_t N, int64_t V, int64_t R, int64_t D, int threads) {
@@ -59,9 +59,9 @@ int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_
       take(ids + begin, table, table_row, end - begin, R, y + begin * D);
       return;
     }
-    float* taken = dsfast::scratch(BLOCK * R);
-    for (int64_t n = begin; n < end; n += BLOCK) {
-      const int64_t rows = least(end - n, BLOCK);
+    float* taken = dsfast::scratch(TOKENS * R);
+    for (int64_t n = begin; n < end; n += TOKENS) {
+      const int64_t rows = least(end - n, TOKENS);
       take(ids + n, table, table_row, rows, R, taken);
       gemm(rows, D, R, {taken, R, 1}, projection, D, y + n * D, D);
     }
@@ -80,7 +80,7 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
   parallel_ranges(N, threads, [&](int thread, int64_t n, int64_t end) {
     float* dp = partials.of[thread] = dsfast::scratch(R * D + embedding_memory(R));
     clear(dp, R * D);
-    embedding_rows_backward(dy + n * dy_row, dy_row, ids + n, table, table_row, projection_t, taken_grad + n * R, dp,
+    embedding_rows_backward(dy + n * dy_row, dy_row, ids + n, table, table_row, projection_t, R, taken_grad + n * R, dp,
                             dp + R * D, end - n, R, D);
   });
   partials.add_up(dprojection, R * D, threads);

@@ -3,7 +3,7 @@
 // dsfast/ops/. Functions that return int64_t return how many indices were out of range; then the output is not valid.
 #include <cstdint>
 
-#include "decode.h"
+#include "model.h"
 
 namespace DSFAST_ISA {
 
@@ -90,8 +90,16 @@ double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensor
 // must have a token. hidden [rows, head_width] is working memory. chosen [rows] is each row's next word: the likeliest,
 // or, with `uniforms` [rows] in 0..1 (else null), the one sampled; then logits [rows, V] are written, and the number of
 // rows is returned whose logits are not finite, else 0. Indices are checked by the caller.
-int64_t decode_step(const dsfast::DecodeModel* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
+int64_t decode_step(const dsfast::Model* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
                     const int64_t* ids, const int64_t* token_rows, const int64_t* positions, int64_t N, float* hidden,
                     float* logits, const double* uniforms, double temperature, int64_t* chosen, int threads);
+
+// The mean loss of N tokens in S documents (cu_seqlens [S + 1] rises from 0 to N), and the gradients of all weights:
+// `gradients` has an address in `shared` [size], which is written whole, for each weight of `model`. loads [layers, E] counts
+// the tokens of each expert; seconds [2, parts] says where all threads together spent their time, forward and backward.
+// Indices, labels (or ignore_index) and positions are checked by the caller.
+double train_step(const dsfast::Model* model, const dsfast::Model* gradients, float* shared, int64_t size,
+                  const int64_t* ids, const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens,
+                  int64_t N, int64_t S, int64_t ignore_index, int64_t* loads, double* seconds, int threads);
 
 }  // namespace DSFAST_ISA

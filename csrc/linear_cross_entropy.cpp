@@ -16,8 +16,9 @@ namespace {
 
 constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
 constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
-// How far a logit may lie above the reference that is subtracted before exp: e^40 is far from overflow, also summed.
-constexpr float SLACK = 40.0f;
+// A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp: far
+// from overflow, also summed over the words.
+constexpr float FAR = 2e17f;
 
 struct Head {
   const float* weight;
@@ -37,21 +38,24 @@ void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t tok
     for (int64_t i = 0; i < TOKENS; ++i) b.hidden[r * TOKENS + i] = i < tokens ? hidden[i * row + r] : 0.0f;
 }
 
-// Raises the reference where a logit of this chunk lies too far above it, and all that was made with the old one. The
-// first chunk sets it; after that it is rare.
-void raise_reference(const Head& head, const float* chunk, int64_t words, int64_t before, bool with_grads, Block& b) {
+// The first chunk's largest logits become the reference, and what is to be summed starts at nothing.
+void set_reference(const float* chunk, int64_t words, Block& b) {
   for (int64_t t = 0; t < TOKENS; t += W) {
     vfloat top = splat(-INFINITY);
     for (int64_t i = 0; i < words; ++i) top = maximum(top, load(chunk + i * TOKENS + t));
-    if (before == 0) {
-      store(b.reference + t, top);
-      store(b.total + t, vfloat{});
-      continue;
-    }
-    const vfloat old = load(b.reference + t);
-    if (!any(top > old + SLACK)) continue;
-    const vfloat raised = top > old + SLACK ? top : old, factor = exp(old - raised);
-    store(b.reference + t, raised);
+    store(b.reference + t, top);
+    store(b.total + t, vfloat{});
+  }
+}
+
+// Raises the reference to this chunk's largest logits where they lie above it, and with it all that was made so far.
+void raise_reference(const Head& head, const float* chunk, int64_t words, int64_t before, bool with_grads, Block& b) {
+  for (int64_t t = 0; t < TOKENS; t += W) {
+    vfloat top = load(b.reference + t);
+    const vfloat old = top;
+    for (int64_t i = 0; i < words; ++i) top = maximum(top, load(chunk + i * TOKENS + t));
+    const vfloat factor = exp(old - top);
+    store(b.reference + t, top);
     store(b.total + t, load(b.total + t) * factor);
     if (!with_grads) continue;
     for (int64_t v = 0; v < before; ++v) store(b.exps + v * TOKENS + t, load(b.exps + v * TOKENS + t) * factor);
@@ -60,8 +64,11 @@ void raise_reference(const Head& head, const float* chunk, int64_t words, int64_
   }
 }
 
-// Logits of a chunk -> their exponentials, in place, summed by chunk first: fewer roundings than one long sum.
-void exponentials(float* chunk, int64_t words, Block& b) {
+// Logits of a chunk -> their exponentials, in place, summed by chunk first: fewer roundings than one long sum. False,
+// and nothing added to the totals, where the sum says that a logit lies far above the reference.
+bool exponentials(float* chunk, int64_t words, Block& b) {
+  vfloat parts[TOKENS / W];
+  vint far = {};
   for (int64_t t = 0; t < TOKENS; t += W) {
     const vfloat reference = load(b.reference + t);
     vfloat part = {};
@@ -70,8 +77,12 @@ void exponentials(float* chunk, int64_t words, Block& b) {
       store(chunk + i * TOKENS + t, e);
       part += e;
     }
-    store(b.total + t, load(b.total + t) + part);
+    parts[t / W] = part;
+    far |= part > FAR;
   }
+  if (any(far)) return false;
+  for (int64_t t = 0; t < TOKENS; t += W) store(b.total + t, load(b.total + t) + parts[t / W]);
+  return true;
 }
 
 // All words: exps, their total and, if wanted, grad.
@@ -80,9 +91,14 @@ void meet_vocabulary(const Head& head, bool with_grads, Block& b) {
     const int64_t words = least(head.V - v, CHUNK);
     float* chunk = with_grads ? b.exps + v * TOKENS : b.exps;
     const float* weight = head.weight + v * head.R;
-    gemm(words, TOKENS, head.R, {weight, head.R, 1}, b.hidden, TOKENS, chunk, TOKENS);
-    raise_reference(head, chunk, words, v, with_grads, b);
-    exponentials(chunk, words, b);
+    const auto logits = [&] { gemm(words, TOKENS, head.R, {weight, head.R, 1}, b.hidden, TOKENS, chunk, TOKENS); };
+    logits();
+    if (v == 0) set_reference(chunk, words, b);
+    if (!exponentials(chunk, words, b)) {  // rare: the reference of the first chunk is seldom far from the maximum
+      logits();
+      raise_reference(head, chunk, words, v, with_grads, b);
+      exponentials(chunk, words, b);
+    }
     if (with_grads) gemm(TOKENS, head.R, words, {chunk, 1, TOKENS}, weight, head.R, b.grad, head.R, v > 0);
   }
 }

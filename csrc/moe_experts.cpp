@@ -6,25 +6,6 @@
 namespace DSFAST_ISA {
 namespace {
 
-// A counting sort, stable: slots of one expert stay in the order of the tokens. Returns how many indices are out of
-// range.
-int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets) {
-  int64_t bad = 0;
-  for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
-  for (int64_t s = 0; s < slots; ++s) {
-    if (indices[s] < 0 || indices[s] >= E)
-      ++bad;
-    else
-      ++offsets[indices[s] + 1];
-  }
-  if (bad != 0) return bad;
-  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t s = 0; s < slots; ++s) order[offsets[indices[s]]++] = int32_t(s);
-  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
-  offsets[0] = 0;
-  return 0;
-}
-
 // f(expert, first, rows) for the blocks begin .. end of all experts' sorted slots.
 template <class F>
 void for_blocks(const int32_t* offsets, int64_t E, int64_t begin, int64_t end, F f) {
@@ -50,6 +31,25 @@ void scatter(const float* block, const int32_t* order, int64_t rows, int64_t D, 
 
 }  // namespace
 
+// A counting sort, stable: slots of one expert stay in the order of the tokens. Returns how many indices are out of
+// range.
+int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets) {
+  int64_t bad = 0;
+  for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (indices[s] < 0 || indices[s] >= E)
+      ++bad;
+    else
+      ++offsets[indices[s] + 1];
+  }
+  if (bad != 0) return bad;
+  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
+  for (int64_t s = 0; s < slots; ++s) order[offsets[indices[s]]++] = int32_t(s);
+  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
+  offsets[0] = 0;
+  return 0;
+}
+
 int64_t count_blocks(const int32_t* offsets, int64_t E) {
   int64_t blocks = 0;
   for (int64_t e = 0; e < E; ++e) blocks += (offsets[e + 1] - offsets[e] + BLOCK - 1) / BLOCK;
@@ -67,62 +67,67 @@ void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t
   });
 }
 
+void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const float* gate_up_t,
+                     const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
+                     float* memory, int64_t begin, int64_t end) {
+  const int64_t D = z.each.D, I = z.each.I;
+  float *in = memory + z.each.forward_memory(), *out = in + BLOCK * D;
+  for_blocks(offsets, z.E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+    gather(x, x_row, order + first, rows, z.K, D, in);
+    expert_forward(z.each, rows, {in, D, 1}, gate_up_t + e * D * z.each.up_row, down_t + e * I * z.each.down_row,
+                   gu + first * 2 * I, out, memory);
+    scatter(out, order + first, rows, D, weights, slots);
+  });
+}
+
+void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
+                      const float* weights, const float* gate_up, const float* down, const float* gu,
+                      const int32_t* order, const int32_t* offsets, float* slots, float* dweights, float* dgate_up,
+                      float* ddown, float* memory, int64_t begin, int64_t end) {
+  const int64_t D = z.each.D, I = z.each.I;
+  float *grad_in = memory + z.each.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
+  float *w = out + BLOCK * D, *dw = w + BLOCK;
+  for_blocks(offsets, z.E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+    gather(dy, dy_row, order + first, rows, z.K, D, grad_in);
+    gather(x, x_row, order + first, rows, z.K, D, in);
+    for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
+    expert_backward(z.each, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * 2 * I * z.each.up_row,
+                    down + e * D * z.each.down_row, gu + first * 2 * I, w, dw, out, dgate_up + e * 2 * I * D,
+                    ddown + e * D * I, memory);
+    for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
+    scatter(out, order + first, rows, D, nullptr, slots);
+  });
+}
+
 int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
                             const float* gate_up_t, const float* down_t, float* y, float* gu, int32_t* order,
                             int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
                             int threads) {
   const int64_t bad = sort_slots(indices, N * K, E, order, offsets);
   if (bad != 0) return bad;
-  const Expert z = {D, I};
-  float* to = K > 1 ? slots : y;
+  const Experts z = {{D, I, 2 * I, D}, K, E};
   parallel_ranges(count_blocks(offsets, E), threads, [&](int, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(z.forward_memory() + 2 * BLOCK * D);
-    float *in = memory + z.forward_memory(), *out = in + BLOCK * D;
-    for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
-      gather(x, x_row, order + first, rows, K, D, in);
-      expert_forward(z, rows, {in, D, 1}, gate_up_t + e * 2 * I * D, down_t + e * I * D, gu + first * 2 * I, out,
-                     memory);
-      scatter(out, order + first, rows, D, weights, to);
-    });
+    experts_forward(z, x, x_row, weights, gate_up_t, down_t, order, offsets, K > 1 ? slots : y, gu,
+                    dsfast::scratch(z.forward_memory()), begin, end);
   });
   if (K > 1) combine_slots(slots, y, N, K, D, threads);
   return 0;
 }
 
-void experts_backward(const ExpertSizes& sizes, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
-                      const float* weights, const float* gate_up, const float* down, const float* gu,
-                      const int32_t* order, const int32_t* offsets, float* dx, float* dweights, float* dgate_up,
-                      float* ddown, float* memory, int64_t begin, int64_t end) {
-  const auto [D, K, E, I] = sizes;
-  const Expert z = {D, I};
-  float *grad_in = memory + z.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
-  float *w = out + BLOCK * D, *dw = w + BLOCK;
-  for_blocks(offsets, E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
-    gather(dy, dy_row, order + first, rows, K, D, grad_in);
-    gather(x, x_row, order + first, rows, K, D, in);
-    for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
-    expert_backward(z, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * 2 * I * D, down + e * I * D, gu + first * 2 * I,
-                    w, dw, out, dgate_up + e * 2 * I * D, ddown + e * I * D, memory);
-    for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
-    scatter(out, order + first, rows, D, nullptr, dx);
-  });
-}
-
-int64_t experts_backward_memory(int64_t D, int64_t I) { return Expert{D, I}.backward_memory() + BLOCK * (3 * D + 2); }
-
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
                           const float* gate_up, const float* down, const float* gu, const int32_t* order,
                           const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,
                           float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
-  const int64_t up_size = E * 2 * I * D, size = E * Expert{D, I}.gradient_size();
+  const Experts z = {{D, I, D, I}, K, E};
+  const int64_t up_size = E * 2 * I * D, size = E * z.each.gradient_size();
   Partials of_gate_up, of_down;
   parallel_ranges(count_blocks(offsets, E), threads, [&](int thread, int64_t begin, int64_t end) {
-    float* dw = dsfast::scratch(size + experts_backward_memory(D, I));
+    float* dw = dsfast::scratch(size + z.backward_memory());
     clear(dw, size);
     of_gate_up.of[thread] = dw;
     of_down.of[thread] = dw + up_size;
-    experts_backward({D, K, E, I}, dy, dy_row, x, x_row, weights, gate_up, down, gu, order, offsets, K > 1 ? slots : dx,
-                     dweights, dw, dw + up_size, dw + size, begin, end);
+    experts_backward(z, dy, dy_row, x, x_row, weights, gate_up, down, gu, order, offsets, K > 1 ? slots : dx, dweights,
+                     dw, dw + up_size, dw + size, begin, end);
   });
   of_gate_up.add_up(dgate_up, up_size, threads);
   of_down.add_up(ddown, E * I * D, threads);

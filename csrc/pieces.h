@@ -4,10 +4,13 @@
 #pragma once
 #include <cstdint>
 
+#include "expert.h"
 #include "gemm.h"
 
 namespace DSFAST_ISA {
 
+void rms_norm_rows(const float* x, int64_t x_row, const float* residual, int64_t residual_row, const float* weight,
+                   float eps, float* y, int64_t y_row, float* h, float* rstd, int64_t N, int64_t D);
 // dweight [D] is added to; memory [D]. dx may be dh.
 void rms_norm_rows_backward(const float* dy, int64_t dy_row, const float* dh, int64_t dh_row, const float* h,
                             int64_t h_row, const float* weight, const float* rstd, float* dx, int64_t dx_row,
@@ -21,8 +24,8 @@ void rope_rows(const float* x, int64_t x_token, int64_t x_head, const float* cos
 // dprojection is added to; taken_grad [N, R] is the gradient of each token's row of the table; memory:
 // embedding_memory.
 void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                             const float* projection_t, float* taken_grad, float* dprojection, float* memory, int64_t N,
-                             int64_t R, int64_t D);
+                             const float* projection_t, int64_t projection_row, float* taken_grad, float* dprojection,
+                             float* memory, int64_t N, int64_t R, int64_t D);
 int64_t embedding_memory(int64_t R);
 
 // A [token, head, width] array by its strides.
@@ -58,28 +61,35 @@ void attend(const AttentionParts<const float>& in, int64_t length, int64_t head,
 void attend_backward(const AttentionParts<const float>& in, View d_o, const float* tops, int64_t length, int64_t head,
                      const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope);
 
-// y is added to if `add`.
-void swiglu_rows(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y, float* gu,
-                 int64_t N, int64_t D, int64_t I, bool add);
-// dgate_up and ddown are added to, dx if `add`; memory: swiglu_backward_memory.
-void swiglu_rows_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* gate_up,
-                          const float* down, const float* gu, float* dx, float* dgate_up, float* ddown, float* memory,
-                          int64_t N, int64_t D, int64_t I, bool add);
-int64_t swiglu_backward_memory(int64_t I);
+// y is added to if `add`; memory: z.forward_memory().
+void swiglu_rows(const Expert& z, const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y,
+                 float* gu, float* memory, int64_t N, bool add);
+// dgate_up and ddown are added to, dx if `add`; memory: z.backward_memory().
+void swiglu_rows_backward(const Expert& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
+                          const float* gate_up, const float* down, const float* gu, float* dx, float* dgate_up,
+                          float* ddown, float* memory, int64_t N, bool add);
 
-struct ExpertSizes {
-  int64_t D, K, E, I;
+struct Experts {
+  Expert each;
+  int64_t K, E;
+  // Floats of working memory for `experts_forward` and `experts_backward`.
+  int64_t forward_memory() const { return each.forward_memory() + 2 * BLOCK * each.D; }
+  int64_t backward_memory() const { return each.backward_memory() + BLOCK * (3 * each.D + 2); }
 };
 
-// How many blocks the experts' slots are worked on in.
+// Sorts the slots by expert, stably; returns how many indices are out of range.
+int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets);
+// How many blocks the experts' slots are worked on in; the next two work on the blocks begin .. end.
 int64_t count_blocks(const int32_t* offsets, int64_t E);
-// The blocks begin .. end. dgate_up [E, 2I, D] and ddown [E, D, I] are added to; dx [slots, D] is each slot's share;
-// memory: experts_backward_memory.
-void experts_backward(const ExpertSizes& sizes, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
+// slots [N K, D]: each slot's result times its weight, in the order of the tokens.
+void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const float* gate_up_t,
+                     const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
+                     float* memory, int64_t begin, int64_t end);
+// dgate_up [E, 2I, D] and ddown [E, D, I] are added to; slots [N K, D] is each slot's share of dx.
+void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
                       const float* weights, const float* gate_up, const float* down, const float* gu,
-                      const int32_t* order, const int32_t* offsets, float* dx, float* dweights, float* dgate_up,
+                      const int32_t* order, const int32_t* offsets, float* slots, float* dweights, float* dgate_up,
                       float* ddown, float* memory, int64_t begin, int64_t end);
-int64_t experts_backward_memory(int64_t D, int64_t I);
 // out[n] = sum of the K slots of token n, in the order of the choices
 void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads);
 

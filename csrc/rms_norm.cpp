@@ -36,27 +36,34 @@ void rms_norm_rows_backward(const float* dy, int64_t dy_row, const float* dh, in
   }
 }
 
+void rms_norm_rows(const float* x, int64_t x_row, const float* residual, int64_t residual_row, const float* weight,
+                   float eps, float* y, int64_t y_row, float* h, float* rstd, int64_t N, int64_t D) {
+  for (int64_t n = 0; n < N; ++n) {
+    const float* row = x + n * x_row;
+    vfloat squares = {};
+    for_vectors(D, [&](int64_t d, int64_t count) {
+      vfloat value = load_n(row + d, count);
+      if (residual != nullptr) {
+        value += load_n(residual + n * residual_row + d, count);
+        store_n(h + n * D + d, value, count);
+      }
+      squares += value * value;
+    });
+    if (residual != nullptr) row = h + n * D;
+    const float r = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
+    rstd[n] = r;
+    for_vectors(D, [&](int64_t d, int64_t count) {
+      store_n(y + n * y_row + d, load_n(row + d, count) * r * load_n(weight + d, count), count);
+    });
+  }
+}
+
 void rms_norm_forward(const float* x, int64_t x_row, const float* residual, int64_t residual_row, const float* weight,
                       float eps, float* y, float* h, float* rstd, int64_t N, int64_t D, int threads) {
-  parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const float* row = x + n * x_row;
-      vfloat squares = {};
-      for_vectors(D, [&](int64_t d, int64_t count) {
-        vfloat value = load_n(row + d, count);
-        if (residual != nullptr) {
-          value += load_n(residual + n * residual_row + d, count);
-          store_n(h + n * D + d, value, count);
-        }
-        squares += value * value;
-      });
-      if (residual != nullptr) row = h + n * D;
-      const float r = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
-      rstd[n] = r;
-      for_vectors(D, [&](int64_t d, int64_t count) {
-        store_n(y + n * D + d, load_n(row + d, count) * r * load_n(weight + d, count), count);
-      });
-    }
+  parallel_ranges(N, threads, [&](int, int64_t n, int64_t end) {
+    const float* other = residual == nullptr ? nullptr : residual + n * residual_row;
+    rms_norm_rows(x + n * x_row, x_row, other, residual_row, weight, eps, y + n * D, D, h == nullptr ? h : h + n * D,
+                  rstd + n, end - n, D);
   });
 }
 

@@ -133,12 +133,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs. `kernels` maps an operator (or "default") to an implementation."""
+    """Where and how it runs. `kernels` maps an operator (or "default") to an implementation.
+
+    whole_step: on the CPU, take a training step in one native call where every operator runs natively anyway.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     kernels: dict[str, Implementation] = field(default_factory=dict)
     threads: int | None = None
+    whole_step: bool = True
 
 
 @dataclass(frozen=True)

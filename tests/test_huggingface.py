@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import YARN, random_ids, random_model, tiny_config
+from tiny_models import VARIANTS, random_ids, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsfast.command import run_command
@@ -19,30 +19,6 @@ from dsfast.train.checkpoint import TrainingState, save_checkpoint
 from dsfast.train.optimizer import build_optimizer
 
 transformers = pytest.importorskip("transformers")
-
-GROUPS = {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}
-VARIANTS = {
-    "tied": {},
-    "q_lora": {"q_lora_rank": 9},
-    "3 groups": GROUPS,
-    "top-1 not normalised": {"num_experts_per_tok": 1, "norm_topk_prob": False, "n_routed_experts": 2},
-    "untied": {"tie_word_embeddings": False},
-    "dense first layer": {"first_k_dense_replace": 1, "num_hidden_layers": 3},
-    "all layers dense": {"first_k_dense_replace": 2},
-    "factorised": {"embedding_rank": 8},
-    "factorised, untied": {"embedding_rank": 8, "tie_word_embeddings": False},
-    "2 shared experts": {"n_shared_experts": 2},
-    "yarn": {"rope_scaling": YARN},
-    "yarn, mscale left out": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}},
-    "yarn, blended over several pairs": {
-        "qk_rope_head_dim": 14, "rope_theta": 50.0, "rope_scaling": YARN | {"original_max_position_embeddings": 160},
-    },
-    "another theta": {"rope_theta": 500.0, "rms_norm_eps": 1e-2},
-    "all at once": {
-        **GROUPS, "q_lora_rank": 9, "rope_scaling": YARN, "embedding_rank": 8, "first_k_dense_replace": 1,
-        "n_shared_experts": 2, "num_nextn_predict_layers": 2,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,29 @@ MIN_SHARE = 0.005
 """Torch operators below this share of the step are put together."""
 
 
-def split_by_operator(step: Callable[[], object], repeats: int) -> list[dict[str, Any]]:
+def split_by_operator(
+    step: Callable[[], object], repeats: int, in_one_call: Callable[[], dict[str, tuple[float, float]]]
+) -> list[dict[str, Any]]:
     """`operator`, `forward_seconds`, `backward_seconds` and `share` of the mean step, largest first.
 
     dsfast's operators include the torch calls they make; others count their own time alone. The profiler itself
-    takes a few microseconds a call, which are in the shares.
+    takes a few microseconds a call, which are in the shares. It does not see into a step taken in one native call:
+    `in_one_call` says after each step where the time went there (see Gradients.seconds).
     """
     step()
     os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # the profiler's own lines on stderr: none
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        begin = time.perf_counter()
+        wall, inside = 0.0, []
         for _ in range(repeats):
+            begin = time.perf_counter()
             step()
-        wall = time.perf_counter() - begin
+            wall += time.perf_counter() - begin
+            inside.append(in_one_call())
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for seconds in inside:
+        for part, passes in seconds.items():
+            for backward, taken in enumerate(passes):
+                totals[_OURS + part][backward] += taken / repeats
     for event in profiler.events():
         above = _ancestors(event)
         if any(name.startswith(_OURS) for name in above) or not event.name.startswith((_OURS, _TORCH)):

@@ -63,7 +63,7 @@ def run_step(
     outcome["dsfast"] = asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
     outcome |= _work(matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings())
     progress("dsfast by operator")
-    outcome["operators"] = split_by_operator(ours, PROFILED_STEPS)
+    outcome["operators"] = split_by_operator(ours, PROFILED_STEPS, trainer.gradients.seconds)
     if memory:
         outcome["memory"] = peak_memory(config, batch, length, trainings, progress)
     return outcome

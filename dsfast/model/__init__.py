@@ -2,6 +2,7 @@
 
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
+from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import loss_in
 
-__all__ = ["DeepseekV3", "generate", "generate_ids", "loss_in", "parameter_counts"]
+__all__ = ["DeepseekV3", "NativeStep", "generate", "generate_ids", "loss_in", "parameter_counts"]

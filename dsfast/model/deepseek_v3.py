@@ -62,17 +62,24 @@ class DeepseekV3(nn.Module):
 
         labels [B, T] int64: the token after each input, -100 where there is none to predict; otherwise as `forward`.
         """
+        ids, labels, positions, cu_seqlens = self.flatten(input_ids, labels, positions, cu_seqlens)
+        embedded = self.embed_tokens(ids)
+        hidden = self.hidden(embedded, positions, cu_seqlens)
+        loss = self.cross_entropy(hidden, labels)
+        if not self.mtp:
+            return loss
+        return loss + mtp_loss_weight * self._mtp_loss(hidden, embedded, labels, positions, cu_seqlens)
+
+    def flatten(
+        self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of `loss` in one line: ids [N], labels [N], positions [N], cu_seqlens [S + 1]; checked, as it does."""
         if labels.shape != input_ids.shape:
             raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, got {_shape(labels)}")
         ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
         labels = labels.reshape(-1)
         _check_range("labels", labels[labels != IGNORED] if labels.is_cpu else labels, self.config.vocab_size)
-        embedded = self.embed_tokens(ids)
-        hidden = self.hidden(embedded, positions, cu_seqlens)
-        loss = self._cross_entropy(hidden, labels)
-        if not self.mtp:
-            return loss
-        return loss + mtp_loss_weight * self._mtp_loss(hidden, embedded, labels, positions, cu_seqlens)
+        return ids, labels, positions, cu_seqlens
 
     def hidden(
         self, embedded: Tensor, positions: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None = None
@@ -116,7 +123,8 @@ class DeepseekV3(nn.Module):
         projection, weight = self.head_weights()
         return hidden if projection is None else nn.functional.linear(hidden, projection), weight
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """hidden [N, D], labels [N] -> mean loss, a scalar."""
         return ops.linear_cross_entropy(*self._head(hidden), labels, ignore_index=IGNORED)
 
     def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens) -> Tensor:
@@ -130,7 +138,7 @@ class DeepseekV3(nn.Module):
             embedded = embedded.roll(-1, 0)
             labels = labels.roll(-1, 0).index_fill(0, ends, IGNORED)
             hidden = module(hidden, embedded, rope, positions, cu_seqlens)
-            losses.append(self._cross_entropy(hidden, labels))
+            losses.append(self.cross_entropy(hidden, labels))
         return torch.stack(losses).mean()
 
     def _flatten(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from dsfast.errors import UserError
 from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.native_decode import NativeDecoder, runs_natively
+from dsfast.model.native_decode import NativeDecoder
+from dsfast.model.native_model import runs_natively
 from dsfast.tokens import BOS, EOS
 
 

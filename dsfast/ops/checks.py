@@ -114,7 +114,7 @@ def check_draws(
             with use(implementation, operator):
                 found = _evaluated(function, draws, differentiable)
         for quantity, values in expected.items():
-            numbers = _judge(values, eager[quantity], found[quantity], dtype, implementation)
+            numbers = judge(values, eager[quantity], found[quantity], dtype, implementation)
             row = {"operator": operator, "implementation": implementation, "case": case, "quantity": quantity}
             rows.append({**row, **numbers})
     return rows
@@ -152,7 +152,8 @@ def evaluate(
     return found
 
 
-def _judge(expected: Tensor, eager: Tensor, found: Tensor, dtype: torch.dtype, implementation: str) -> Row:
+def judge(expected: Tensor, eager: Tensor, found: Tensor, dtype: torch.dtype, implementation: str) -> Row:
+    """max_abs_error, eager_error, tolerance and passed of one quantity; `expected` is in float64."""
     if not expected.is_floating_point():
         numbers = {"max_abs_error": _error(found, expected), "eager_error": 0.0, "tolerance": 0.0}
     else:

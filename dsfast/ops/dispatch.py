@@ -76,15 +76,21 @@ def choose(operator: str, x: Tensor) -> str:
 
 def _choose(operator: str, device: str, dtype: torch.dtype) -> str:
     implementation, reason = _resolve(operator, device, dtype)
-    if implementation == "reference" and reason and (operator, reason) not in _fallbacks:
-        _fallbacks[operator, reason] = device
-        warnings.warn(f"{operator} runs in plain PyTorch: {reason}", FallbackWarning, stacklevel=4)
+    if implementation == "reference" and reason:
+        note_fallback(operator, device, "runs in plain PyTorch", reason, stacklevel=5)
     return implementation
 
 
 # torch.compile makes the choice, and gives its warning, when it traces. This is what torch.compiler.assume_constant_result
 # does, but that imports torch._dynamo: 2.6 s and 160 MB for everyone who imports dsfast.
 _choose._dynamo_marked_constant = True
+
+
+def note_fallback(operator: str, device: str, what: str, reason: str, stacklevel: int = 2) -> None:
+    """Warn, the first time, of `what` runs in place of the device's own kernel and why; `fallbacks()` lists it."""
+    if (operator, reason) not in _fallbacks:
+        _fallbacks[operator, reason] = device
+        warnings.warn(f"{operator} {what}: {reason}", FallbackWarning, stacklevel=stacklevel)
 
 
 def fallbacks() -> list[dict[str, str]]:

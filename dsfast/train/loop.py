@@ -19,9 +19,10 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Batch, Dataset, build_dataset
 from dsfast.errors import UserError
-from dsfast.model import DeepseekV3, loss_in
+from dsfast.model import DeepseekV3
 from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
+from dsfast.train.gradients import Gradients
 from dsfast.train.interrupt import Interrupted, StopSignals
 from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
@@ -78,6 +79,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = DeepseekV3(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.train)
+        dtype = getattr(torch, config.runtime.dtype)
+        self.gradients = Gradients(self.model, dtype, config.train, config.runtime.whole_step)
         self.steps_done = 0
         self.bad_steps = 0
         """Steps without an update since the last one with."""
@@ -123,11 +126,7 @@ class Trainer:
 
     def _train_batch(self, batch: Batch) -> StepReport:
         started, train = time.perf_counter(), self.config.train
-        for parameter in self.model.parameters():
-            parameter.grad = None  # the backward pass then hands over its own tensors: nothing to clear, nothing to add
-        loss = self._loss(batch)
-        loss.backward()
-        value = loss.item()
+        value = self.gradients(*self._inputs(batch))
         norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
         self.steps_done += 1
@@ -198,13 +197,11 @@ class Trainer:
             losses=[report.loss for report in reports],
         )
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         if not self.model.training:
             self.model.train()
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
-        moved = (None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
-        dtype = getattr(torch, self.config.runtime.dtype)
-        return loss_in(dtype, self.model, *moved, mtp_loss_weight=self.config.train.mtp_loss_weight)
+        return tuple(None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
 
     def _count_bad_step(self, loss: float) -> None:
         self.bad_steps += 1

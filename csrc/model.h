@@ -1,5 +1,6 @@
-// What one decoding step needs to know of a model: sizes and the addresses of its weights, float32 and row-major as
-// PyTorch keeps them. Filled in from Python (dsfast/model/native_decode.py), which also keeps the weights alive.
+// What a whole-model call (decode_step, train_step) needs to know of a model: sizes and the addresses of its weights, or of
+// their gradients, float32 and row-major as PyTorch keeps them. Filled in from Python (dsfast/model/native_model.py), which
+// also keeps them alive.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +8,7 @@ namespace dsfast {
 
 // Shape letters as in dsfast/model/: D model width, H heads, R latent rank, Dn / Dr / Dv widths of plain key, rotary
 // key and value, E experts, I widths of the MLPs, V vocabulary.
-struct DecodeLayer {
+struct Layer {
   const float *input_norm, *mlp_norm;           // [D]
   const float *q_a, *q_a_norm;                  // [q_rank, D], [q_rank]; unused where q_rank is 0
   const float* q;                               // [H (Dn + Dr), q_rank or D]
@@ -19,7 +20,7 @@ struct DecodeLayer {
   int64_t width;                                // 0: no shared experts
 };
 
-struct DecodeModel {
+struct Model {
   int64_t vocabulary, width, heads, latent_rank, query_rank, nope, rope, value;
   int64_t experts, chosen, groups, chosen_groups, expert_width;
   bool norm_topk_prob;
@@ -30,7 +31,7 @@ struct DecodeModel {
   const float* norm;                    // [D]
   const float *head_projection, *head;  // null or [head_width, D], then [V, head_width]
   int64_t head_width;
-  const DecodeLayer* layers;
+  const Layer* layers;
   int64_t layer_count;
 };
 

@@ -1,0 +1,95 @@
+"""Loss and gradients of a whole model in one C++ call (csrc/train_step.cpp), on the CPU in float32.
+
+Each thread takes a share of the documents through all layers, forward and back, with the same kernels as the operators:
+what the backward pass needs stays in the cache, and nothing but the gradients of the weights is added up between threads.
+Shapes: N tokens, S documents, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.native_model import FORWARD, NativeModel, runs_natively
+from dsfast.ops import native
+from dsfast.tokens import IGNORED
+
+OPERATORS = FORWARD - {"mla_decode"} | {"linear_cross_entropy"}
+"""Those the call stands for."""
+PARTS = (
+    "embedding", "rms_norm", "linear", "rope", "mla_attention", "moe_route", "moe_experts", "swiglu_mlp",
+    "linear_cross_entropy",
+)  # fmt: skip
+"""What `thread_seconds` tells apart: the operators, and the linear layers."""
+MOST_UNEVEN = 1.5
+"""A thread's share of the tokens, times the threads, above which the operators' own division of the work is better."""
+_ALIGNMENT = 16  # floats of a cache line
+
+
+class NativeStep:
+    """What stands in for `model.loss(...).backward()` where `takes` says so. Keeps the gradients' memory between calls."""
+
+    def __init__(self, model: DeepseekV3):
+        self.model = model
+        self._seconds = torch.zeros(2, len(PARTS), dtype=torch.float64)  # [forward or backward, part], of all threads
+        self._parameters = list(model.parameters())
+        sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in self._parameters]
+        self._shared = torch.empty(sum(sizes))
+        parts = self._shared.split(sizes)
+        self._gradients = [part[: p.numel()].view(p.shape) for p, part in zip(self._parameters, parts, strict=True)]
+        of = {id(p): gradient for p, gradient in zip(self._parameters, self._gradients, strict=True)}
+        self._gradient_struct = NativeModel(model, lambda tensor: of.get(id(tensor), tensor))
+        self._loads = torch.zeros(len(model.layers), model.config.n_routed_experts, dtype=torch.int64)
+        self._addresses: list[int] = []
+
+    @staticmethod
+    def built() -> bool:
+        return native.status()[0] is not None
+
+    def takes(self, cu_seqlens: Tensor) -> bool:
+        """Whether a batch of documents with these boundaries [S + 1] can be left to the call.
+
+        It can where the operators would run natively, the model is float32 with all its parameters trained and no MTP
+        modules, and the documents divide evenly enough among the threads.
+        """
+        if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
+            return False
+        return runs_natively(self.model, OPERATORS) and uneven(cu_seqlens.tolist(), torch.get_num_threads()) <= MOST_UNEVEN
+
+    def __call__(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> float:
+        """Flat tokens as `DeepseekV3.flatten` returns them -> the mean loss; sets every `.grad` and every router's load.
+
+        The gradients are views of memory that the next call overwrites.
+        """
+        addresses = [p.data_ptr() for p in self._parameters]
+        if addresses != self._addresses:  # first call, or the parameters' memory was replaced
+            self._weights, self._addresses = NativeModel(self.model), addresses
+        ids, labels, positions, cu_seqlens = (x.contiguous() for x in (ids, labels, positions, cu_seqlens))
+        loss = native.module().train_step(
+            self._weights.address, self._gradient_struct.address, self._shared.data_ptr(), len(self._shared),
+            ids.data_ptr(), labels.data_ptr(), positions.data_ptr(), cu_seqlens.data_ptr(), len(ids),
+            len(cu_seqlens) - 1, IGNORED, self._loads.data_ptr(), self._seconds.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        for layer, load in zip(self.model.layers, self._loads, strict=True):
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.load.copy_(load)
+        return loss
+
+    def thread_seconds(self) -> dict[str, tuple[float, float]]:
+        """Of the last call: part -> seconds (forward, backward), the mean over the threads."""
+        shares = (self._seconds / torch.get_num_threads()).T.tolist()
+        return {part: (forward, backward) for part, (forward, backward) in zip(PARTS, shares, strict=True)}
+
+
+def uneven(boundaries: list[int], threads: int) -> float:
+    """The largest share of tokens that a thread gets, in units of an even share; documents are not divided."""
+    total = boundaries[-1]
+    firsts = [boundaries[bisect_left(boundaries, total * t // threads)] for t in range(threads)]
+    shares = [end - begin for begin, end in pairwise([*firsts, total])]
+    return max(shares) * threads / max(total, 1)

@@ -1,0 +1,88 @@
+"""Loss and gradients of a batch: the whole model in one native call where that is possible, else operator by operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.config import TrainConfig
+from dsfast.model import DeepseekV3, NativeStep, loss_in
+
+CHECKED_TOKENS = 1024
+"""So many tokens of the first batch, in whole documents, go both ways before the native call is relied on."""
+AGREEMENT = 1e-3
+"""How far apart the two may be: of the loss, and of the norm of each gradient. Rounding makes 1e-5."""
+
+Flat = tuple[Tensor, Tensor, Tensor, Tensor]
+"""ids [N], labels [N], positions [N], cu_seqlens [S + 1]."""
+
+
+class Gradients:
+    """Sets `.grad` of every parameter of a model; `whole_step` False always goes operator by operator.
+
+    The native call repeats in C++ what dsfast/model says in Python. So that a change there is never passed over, it is first
+    held against autograd; where they differ the operators run one by one, with a warning.
+    """
+
+    def __init__(self, model: DeepseekV3, dtype: torch.dtype, train: TrainConfig, whole_step: bool):
+        self.model, self.dtype, self.train = model, dtype, train
+        native = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
+        self._native = NativeStep(model) if native and NativeStep.built() else None
+        self._checked = False
+        self.in_one_call = False
+        """Whether the last batch went through the native call."""
+
+    def __call__(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> float:
+        """Arguments as in `DeepseekV3.loss`; returns the loss."""
+        flat = self.model.flatten(input_ids, labels, positions, cu_seqlens)
+        self.in_one_call = self._native is not None and self._native.takes(flat[3]) and self._agrees(flat)
+        if self.in_one_call:
+            return self._native(*flat)
+        for parameter in self.model.parameters():
+            parameter.grad = None  # the backward pass then hands over its own tensors: nothing to clear, nothing to add
+        weight = self.train.mtp_loss_weight
+        loss = loss_in(self.dtype, self.model, input_ids, labels, positions, cu_seqlens, mtp_loss_weight=weight)
+        loss.backward()
+        return loss.item()
+
+    def seconds(self) -> dict[str, tuple[float, float]]:
+        """Where the last native call spent its time: part -> (forward, backward), a thread's share; empty if it was none."""
+        return self._native.thread_seconds() if self.in_one_call else {}
+
+    def _agrees(self, flat: Flat) -> bool:
+        """Whether the native call may be relied on; looked at until it has been held against autograd once."""
+        if self._checked:
+            return True
+        first = first_documents(flat, CHECKED_TOKENS)
+        loss, gradients = self._by_autograd(first)
+        loads = [router.load.clone() for router in self.model.routers()]
+        found = {"the loss": torch.tensor(self._native(*first))}
+        found |= {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
+        if not all(torch.equal(a, router.load) for a, router in zip(loads, self.model.routers(), strict=True)):
+            return False  # rounding sent a token to another expert: nothing to compare; the next batch will do
+        for name, expected in {"the loss": loss, **gradients}.items():
+            difference = float((found[name] - expected).norm() / expected.norm().clamp(min=1e-30))
+            if difference > AGREEMENT:
+                self._native = None
+                reason = f"{name} differs by {difference:.1e} between dsfast/model and csrc/train_step.cpp"
+                ops.note_fallback("train_step", "cpu", "runs operator by operator", reason)
+                return False
+        self._checked = True
+        return True
+
+    def _by_autograd(self, flat: Flat) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, labels, positions, cu_seqlens = flat
+        named = dict(self.model.named_parameters())
+        hidden = self.model.hidden(self.model.embed_tokens(ids), positions, cu_seqlens)
+        loss = self.model.cross_entropy(hidden, labels)
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        return loss.detach(), {f"the gradient of {name}": g for name, g in zip(named, gradients, strict=True)}
+
+
+def first_documents(flat: Flat, tokens: int) -> Flat:
+    """The documents that fit in the first `tokens` tokens, or the first one alone."""
+    ids, labels, positions, cu_seqlens = flat
+    fit = max(int((cu_seqlens <= tokens).sum()), 2)
+    end = int(cu_seqlens[fit - 1])
+    return ids[:end], labels[:end], positions[:end], cu_seqlens[:fit]

@@ -1,0 +1,223 @@
+"""A whole model's loss and gradients in one native call, held against the Python model in float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from operator_cases import DRAWS, assert_bitwise_equal, assert_passed, needs_native
+from tiny import tiny_config, tiny_dataset
+from tiny_models import VARIANTS, random_ids, random_model
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.model import DeepseekV3, NativeStep
+from dsfast.model.native_step import MOST_UNEVEN, uneven
+from dsfast.ops.checks import judge
+from dsfast.train import Trainer
+from dsfast.train.gradients import Gradients, first_documents
+
+WITHOUT_MTP = {name: changes | {"num_nextn_predict_layers": 0} for name, changes in VARIANTS.items()}
+# Lengths of documents: one token, below and above a segment of 256 and a block of 48 queries, an empty one.
+DOCUMENTS = {
+    "rows of equal length": (37, 37, 37),
+    "one token, none, a block and one more": (1, 0, 48, 49, 15),
+    "longer than a segment, and after it short ones": (261, 3, 1, 130, 90, 40, 47),
+    "one document": (19,),
+}
+
+
+@pytest.fixture(autouse=True)
+def native():
+    needs_native()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def flat(model: DeepseekV3, lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, ...]:
+    """Documents of these lengths end to end; a seventh of the labels, and each document's last, are not predicted."""
+    ids = random_ids(model, sum(lengths), seed=seed)
+    labels = ids.roll(-1).clone()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    labels[3::7] = -100
+    labels[(cu_seqlens[1:] - 1).clamp(min=0).long()] = -100
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return ids, labels, positions, cu_seqlens
+
+
+def by_autograd(model: DeepseekV3, ids, labels, positions, cu_seqlens, implementation="reference") -> dict[str, Tensor]:
+    with ops.use(implementation):
+        hidden = model.hidden(model.embed_tokens(ids), positions, cu_seqlens)
+        loss = model.cross_entropy(hidden, labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return {"loss": loss.detach(), **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
+
+
+def in_one_call(model: DeepseekV3, arguments: tuple[Tensor, ...], step: NativeStep | None = None) -> dict[str, Tensor]:
+    loss = (step or NativeStep(model))(*arguments)
+    return {"loss": torch.tensor(loss), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def assert_right(changes: dict, lengths: tuple[int, ...], threads: int = 1) -> None:
+    """As for an operator: at most twice the error of eager PyTorch in float32, and a floor.
+
+    Loss and gradients are judged together, each in units of its largest value: what rounding does to one small gradient
+    is luck.
+    """
+    draws = []
+    for seed in range(DRAWS):
+        model, exact = random_model(seed, **changes).train(), random_model(seed, **changes).train().double()
+        arguments = flat(model, lengths, seed)
+        torch.set_num_threads(1)
+        expected, eager = by_autograd(exact, *arguments), by_autograd(model, *arguments)
+        torch.set_num_threads(threads)
+        found = in_one_call(model, arguments)
+        sizes = {name: x.abs().max() for name, x in expected.items()}
+        draws.append([{n: x.double() / sizes[n] for n, x in values.items()} for values in (expected, eager, found)])
+    expected, eager, found = (
+        torch.stack([torch.cat([x.flatten() for x in draw[i].values()]) for draw in draws]) for i in range(3)
+    )
+    assert_passed([judge(expected, eager, found, torch.float32, "native")])
+
+
+@pytest.mark.parametrize("changes", WITHOUT_MTP.values(), ids=WITHOUT_MTP)
+def test_every_architecture_against_float64(changes):
+    assert_right(changes, (17, 29, 1, 33))
+
+
+@pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_documents_of_any_length_on_any_number_of_threads(lengths, threads):
+    assert_right({"embedding_rank": 8}, lengths, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_twice_and_after_a_model_full_of_nan(threads):
+    torch.set_num_threads(threads)
+    model, broken = random_model().train(), random_model(num_experts_per_tok=1).train()
+    arguments = flat(model, (40, 30, 50))
+    step = NativeStep(model)
+    first = in_one_call(model, arguments, step)
+    with torch.no_grad():
+        broken.embed_tokens.weight.fill_(float("nan"))
+    assert in_one_call(broken, arguments)["loss"].isnan()
+    assert_bitwise_equal(first, in_one_call(model, arguments, step))
+
+
+def test_expert_loads_are_those_of_the_routers():
+    model = random_model(first_k_dense_replace=1, num_hidden_layers=3).train()
+    arguments = flat(model, (40, 30, 50))
+    by_autograd(model, *arguments)
+    expected = [router.load.clone() for router in model.routers()]
+    torch.set_num_threads(2)
+    in_one_call(model, arguments)
+    assert [router.load.tolist() for router in model.routers()] == [load.tolist() for load in expected]
+    assert sum(expected[0]) == 120 * model.config.num_experts_per_tok
+
+
+def test_without_a_label_there_is_nothing_to_learn():
+    model = random_model().train()
+    ids, labels, *rest = flat(model, (9, 8))
+    found = in_one_call(model, (ids, torch.full_like(labels, -100), *rest))
+    assert not any(values.any() for values in found.values())
+
+
+def test_replaced_weights_are_seen():
+    """Parameters whose memory was exchanged, as `module.to` does."""
+    model = random_model().train()
+    step, arguments = NativeStep(model), flat(model, (9, 8))
+    in_one_call(model, arguments, step)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+    assert_bitwise_equal(in_one_call(model, arguments, step), in_one_call(model, arguments))
+
+
+def test_time_is_told_by_part():
+    model = random_model().train()
+    step = NativeStep(model)
+    step(*flat(model, (40, 30)))
+    seconds = step.thread_seconds()
+    assert all(forward > 0 for forward, _ in seconds.values())
+    assert all(backward > 0 for part, (_, backward) in seconds.items() if part != "linear_cross_entropy")
+
+
+class TestWhatItTakes:
+    CU_SEQLENS = torch.tensor([0, 8, 16], dtype=torch.int32)
+
+    def test_a_plain_model(self):
+        assert NativeStep(random_model()).takes(self.CU_SEQLENS)
+
+    def test_not_what_an_operator_is_asked_to_do_otherwise(self):
+        with ops.use("reference", "rope"):
+            assert not NativeStep(random_model()).takes(self.CU_SEQLENS)
+
+    def test_not_multi_token_prediction(self):
+        assert not NativeStep(random_model(num_nextn_predict_layers=1)).takes(self.CU_SEQLENS)
+
+    def test_not_a_frozen_parameter(self):
+        model = random_model()
+        model.norm.weight.requires_grad_(False)
+        assert not NativeStep(model).takes(self.CU_SEQLENS)
+
+    def test_not_one_document_on_two_threads(self):
+        torch.set_num_threads(2)
+        step = NativeStep(random_model())
+        assert step.takes(self.CU_SEQLENS)
+        assert not step.takes(torch.tensor([0, 16], dtype=torch.int32))
+
+    @pytest.mark.parametrize(
+        ("boundaries", "threads", "expected"),
+        [([0, 8, 16], 2, 1.0), ([0, 16], 2, 2.0), ([0, 16], 1, 1.0), ([0, 12, 16], 2, 1.5), ([0, 0], 2, 0.0)],
+    )
+    def test_uneven(self, boundaries, threads, expected):
+        assert uneven(boundaries, threads) == expected
+        assert MOST_UNEVEN == 1.5
+
+
+class TestGradients:
+    """The choice between the native call and autograd."""
+
+    def test_a_model_changed_in_python_is_noticed(self, monkeypatch):
+        trainer = Trainer(tiny_config(), dataset=tiny_dataset())
+        mlp = trainer.model.layers[1].mlp
+        forward = mlp.forward
+        monkeypatch.setattr(mlp, "forward", lambda x: 1.01 * forward(x))
+        batch = tiny_dataset().rows.batch(0, 3)
+        arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
+        with pytest.warns(ops.FallbackWarning, match=r"train_step runs operator by operator: .* differs by .*csrc/train_step"):
+            trainer.gradients(*arguments)
+        assert not trainer.gradients.in_one_call
+        expected = torch.autograd.grad(trainer.model.loss(*arguments), list(trainer.model.parameters()))
+        for parameter, gradient in zip(trainer.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        assert any(fallback["operator"] == "train_step" for fallback in ops.fallbacks())
+
+    @pytest.mark.parametrize("whole_step", [True, False])
+    def test_the_config_decides(self, whole_step):
+        config = tiny_config(**{"runtime.whole_step": whole_step})
+        trainer = Trainer(config, dataset=tiny_dataset())
+        trainer.train_batch(tiny_dataset().rows.batch(0, 3))
+        assert trainer.gradients.in_one_call == whole_step
+        assert bool(trainer.gradients.seconds()) == whole_step
+
+    def test_training_goes_the_same_way(self):
+        losses = []
+        for whole_step in (True, False):
+            trainer = Trainer(tiny_config(**{"runtime.whole_step": whole_step}), dataset=tiny_dataset())
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                losses.append([trainer.train_batch(tiny_dataset().rows.batch(i, 3)).loss for i in range(8)])
+        torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4, atol=0)
+
+    def test_first_documents(self):
+        model = random_model()
+        arguments = flat(model, (7, 9, 5))
+        assert [len(x) for x in first_documents(arguments, 20)] == [16, 16, 16, 3]
+        assert [len(x) for x in first_documents(arguments, 3)] == [7, 7, 7, 2]
+        assert [len(x) for x in first_documents(arguments, 100)] == [21, 21, 21, 4]
+
+    def test_elsewhere_than_in_float32_on_the_cpu_autograd_does_it(self):
+        model = random_model()
+        assert not Gradients(model, torch.bfloat16, tiny_config().train, True)._native
