@@ -10,17 +10,22 @@ constexpr int64_t LINE = 16;  // floats of a cache line
 // the first-level cache, and a product that goes down a column throws out what it has just read.
 DSFAST_INLINE int64_t padded(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
 
-// A weight [O, D] and its transpose, copied to padded rows.
+// `copies` weights [O, D], one after the other, and their transposes, copied to padded rows.
 struct Weight {
   float *w, *w_t;
   int64_t O, D;
+  const float* from;
+  int64_t copies;
   int64_t row() const { return padded(D); }
   int64_t row_t() const { return padded(O); }
   int64_t size() const { return O * row(); }
-  int64_t size_t() const { return D * row_t(); }
-  void fill(const float* from) const {
-    for (int64_t o = 0; o < O; ++o)
-      for (int64_t d = 0; d < D; ++d) w_t[d * row_t() + o] = w[o * row() + d] = from[o * D + d];
+  int64_t transposed_size() const { return D * row_t(); }
+  void fill() const {
+    for (int64_t c = 0; c < copies; ++c) {
+      float *rows = w + c * size(), *columns = w_t + c * transposed_size();
+      for (int64_t o = 0; o < O; ++o)
+        for (int64_t d = 0; d < D; ++d) columns[d * row_t() + o] = rows[o * row() + d] = from[(c * O + o) * D + d];
+    }
   }
 };
 

@@ -18,7 +18,9 @@ namespace {
 using dsfast::Layer;
 using dsfast::Model;
 
-constexpr int64_t SEGMENT = 256;  // tokens; a longer document is a segment of its own
+constexpr int64_t SEGMENT = 256;      // tokens; a longer document is a segment of its own
+constexpr int64_t MOST = 4096;        // tokens of a segment where many experts
+constexpr int64_t EACH_EXPERT = 64;   // are to get so many each, on average
 enum Slot { OF_PIECES, ACTIVATIONS, GRADIENTS, WEIGHTS };
 
 // Where the time goes: each call of `charge` counts what has passed since the last one. The order is that of PARTS in
@@ -67,13 +69,10 @@ struct LayerWeights {
   Weight q_a, q, kv_a, kv_b, o, router, expert_gate_up, expert_down, gate_up, down;
 };
 
-// `copies` weights [O, D], one after the other; null stays null.
+// Room for `copies` weights [O, D]; none where there are none.
 Weight copied(Carver& c, const float* from, int64_t copies, int64_t O, int64_t D) {
-  if (from == nullptr) return {};
-  Weight w = {nullptr, nullptr, O, D};
-  w.w = c.floats(copies * w.size()), w.w_t = c.floats(copies * w.size_t());
-  for (int64_t i = 0; i < copies && w.w != nullptr; ++i)
-    Weight{w.w + i * w.size(), w.w_t + i * w.size_t(), O, D}.fill(from + i * O * D);
+  Weight w = {nullptr, nullptr, O, D, from, from == nullptr ? 0 : copies};
+  w.w = c.floats(w.copies * w.size()), w.w_t = c.floats(w.copies * w.transposed_size());
   return w;
 }
 
@@ -92,20 +91,26 @@ LayerWeights copied_layer(Carver& c, const Model& m, const Layer& w) {
   return out;
 }
 
+constexpr int64_t PER_LAYER = sizeof(LayerWeights) / sizeof(Weight);
+
 // All layers' weights and the two projections', copied to this thread's memory.
 struct Weights {
   LayerWeights* layers;
   Weight projection, head_projection;
 
-  explicit Weights(const Model& m) {
+  Weights(const Model& m, int threads) {
     Carver count = {nullptr};
-    fill(m, count);
+    carve(m, count);
     Carver carver = {dsfast::scratch(count.size, WEIGHTS)};
-    fill(m, carver);
+    carve(m, carver);
+    const Weight* all = reinterpret_cast<const Weight*>(layers);
+    parallel_tasks(m.layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });
+    projection.fill();
+    head_projection.fill();
   }
 
  private:
-  void fill(const Model& m, Carver& c) {
+  void carve(const Model& m, Carver& c) {
     layers = c.of<LayerWeights>(m.layer_count);
     for (int64_t i = 0; i < m.layer_count; ++i) {
       const LayerWeights layer = copied_layer(c, m, m.layers[i]);
@@ -461,12 +466,16 @@ int64_t document_from(const int32_t* cu_seqlens, int64_t S, int64_t token) {
   return d;
 }
 
-// f(document, documents) for the segments of the documents begin .. end.
+int64_t segment_tokens(const Model& m) {
+  return largest(SEGMENT, least(MOST, EACH_EXPERT * m.experts / m.chosen));
+}
+
+// f(document, documents) for the segments of the documents begin .. end, of `most` tokens if they can be.
 template <class F>
-void for_segments(const int32_t* cu_seqlens, int64_t begin, int64_t end, F f) {
+void for_segments(const int32_t* cu_seqlens, int64_t begin, int64_t end, int64_t most, F f) {
   for (int64_t d = begin; d < end;) {
     int64_t next = d + 1;
-    while (next < end && cu_seqlens[next + 1] - cu_seqlens[d] <= SEGMENT) ++next;
+    while (next < end && cu_seqlens[next + 1] - cu_seqlens[d] <= most) ++next;
     f(d, next - d);
     d = next;
   }
@@ -481,7 +490,7 @@ double train_step(const Model* model, const Model* gradients, float* shared, int
   int64_t counted = 0;
   for (int64_t n = 0; n < N; ++n) counted += labels[n] != ignore_index;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
-  const Weights weights(m);
+  const Weights weights(m, threads);
   const int64_t load_size = m.layer_count * m.experts;
   double losses[MAX_THREADS] = {};
   Clock clocks[MAX_THREADS];
@@ -491,9 +500,9 @@ double train_step(const Model* model, const Model* gradients, float* shared, int
     Clock& clock = clocks[thread] = Clock{};
     const int64_t begin = document_from(cu_seqlens, S, first_token), end = document_from(cu_seqlens, S, last_token);
     int64_t most = 0;
-    for_segments(cu_seqlens, begin, end, [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
       const int64_t n = cu_seqlens[d + documents] - cu_seqlens[d];
-      if (n > most) most = n;
+      most = largest(most, n);
     });
     Carver count = {nullptr};
     carve(count, m, most);
@@ -504,7 +513,7 @@ double train_step(const Model* model, const Model* gradients, float* shared, int
     for (int64_t i = 0; i < load_size; ++i) own_loads[i] = 0;
     float* own = partials.of[thread] = dsfast::scratch(size, GRADIENTS);
     clear(own, size);
-    for_segments(cu_seqlens, begin, end, [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
       const int32_t base = cu_seqlens[d];
       const int64_t n = cu_seqlens[d + documents] - base;
       if (n == 0) return;
