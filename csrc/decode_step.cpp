@@ -1,9 +1,9 @@
 // A whole model's step for N tokens in one call: each writes its latent to the cache, attends to what its sequence
 // holds up to itself, and the state after the last token of each sequence chooses the next. See
 // dsfast/model/native_decode.py.
-#include "model.h"
 #include "kernels.h"
 #include "latent_attention.h"
+#include "model.h"
 #include "parallel.h"
 #include "route.h"
 
@@ -83,139 +83,150 @@ struct Block {
   Work& w;
   int64_t first, count, lanes;
 
-  void embed() const {
-    float* rows = m.projection == nullptr ? w.stream : w.low;
-    if (count < lanes) clear(rows, m.embedding_rank * lanes);
-    for (int64_t i = 0; i < count; ++i)
-      put_lane(m.table + tokens.ids[first + i] * m.embedding_rank, m.embedding_rank, rows, lanes, i);
-    if (m.projection != nullptr) product_transposed(m.width, m.embedding_rank, m.projection, rows, w.stream, lanes);
-  }
-
-  void look_up_turns() const {
-    const int64_t pairs = m.rope / 2;
-    if (count < lanes) clear(w.cos, pairs * lanes), clear(w.sin, pairs * lanes);
-    for (int64_t i = 0; i < count; ++i) {
-      put_lane(m.cos + tokens.positions[first + i] * pairs, pairs, w.cos, lanes, i);
-      put_lane(m.sin + tokens.positions[first + i] * pairs, pairs, w.sin, lanes, i);
-    }
-  }
-
+  void embed() const;
+  void look_up_turns() const;
   // x [Dr][lanes], in place
-  void turn(float* x) const {
-    for (int64_t pair = 0; pair < m.rope / 2; ++pair, x += 2 * lanes)
-      for_vectors(lanes, [&](int64_t lane, int64_t n) {
-        const vfloat even = load_n(x + lane, n), odd = load_n(x + lanes + lane, n);
-        const vfloat c = load_n(w.cos + pair * lanes + lane, n), s = load_n(w.sin + pair * lanes + lane, n);
-        store_n(x + lane, even * c - odd * s, n);
-        store_n(x + lanes + lane, even * s + odd * c, n);
-      });
-  }
-
-  void add_to_stream() const {
-    for_vectors(m.width * lanes, [&](int64_t i, int64_t n) {
-      store_n(w.stream + i, load_n(w.stream + i, n) + load_n(w.delta + i, n), n);
-    });
-  }
-
+  void turn(float* x) const;
+  void add_to_stream() const;
   // w.x -> w.delta
-  void attention(const Layer& layer, int64_t number) const {
-    const LatentAttention z = attention_of(m);
-    const float* compressed = w.x;
-    if (m.query_rank > 0) {
-      product(m.query_rank, m.width, layer.q_a, w.x, w.low, lanes);
-      rms_norm_lanes(m.query_rank, layer.q_a_norm, m.latent_eps, w.low, w.low, lanes);
-      compressed = w.low;
-    }
-    const int64_t head_width = m.nope + m.rope;
-    product(m.heads * head_width, m.query_rank > 0 ? m.query_rank : m.width, layer.q, compressed, w.q, lanes);
-    for (int64_t h = 0; h < m.heads; ++h) turn(w.q + (h * head_width + m.nope) * lanes);
-    product(m.latent_rank + m.rope, m.width, layer.kv_a, w.x, w.kv, lanes);
-    rms_norm_lanes(m.latent_rank, layer.kv_a_norm, m.latent_eps, w.kv, w.kv, lanes);
-    turn(w.kv + m.latent_rank * lanes);
-    Cached cached[NR];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = tokens.rows[first + i], position = tokens.positions[first + i];
-      const int64_t begin = cache.place(number, row, 0), here = begin + position;
-      take_lane(w.kv, lanes, i, m.latent_rank, cache.latent + here * m.latent_rank);
-      take_lane(w.kv + m.latent_rank * lanes, lanes, i, m.rope, cache.k_rope + here * m.rope);
-      cached[i] = {cache.latent + begin * m.latent_rank, cache.k_rope + begin * m.rope, position + 1};
-    }
-    attend_block(z, w.q, layer.kv_b, cached, count, lanes, w.values, w.memory);
-    product(m.width, m.heads * m.value, layer.o, w.values, w.delta, lanes);
-  }
-
-  void mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y, int64_t in_lanes) const {
-    product(2 * width, m.width, gate_up, x, w.gate_up, in_lanes);
-    swiglu(w.gate_up, w.gate_up + width * in_lanes, w.h, width * in_lanes);
-    product(m.width, width, down, w.h, y, in_lanes);
-  }
-
-  void route(const Layer& layer) const {
-    const Choice z = choice_of(m);
-    float* scores = w.memory + z.memory();
-    product(m.experts, m.width, layer.router, w.x, w.scores, lanes);
-    for_vectors(m.experts * lanes,
-                [&](int64_t i, int64_t n) { store_n(w.scores + i, sigmoid(load_n(w.scores + i, n)), n); });
-    for (int64_t i = 0; i < count; ++i) {
-      take_lane(w.scores, lanes, i, m.experts, scores);
-      route_token(z, scores, layer.router_bias, w.weights + i * m.chosen, w.chosen + i * m.chosen, w.memory);
-    }
-  }
-
+  void attention(const Layer& layer, int64_t number) const;
+  void mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y, int64_t in_lanes) const;
+  void route(const Layer& layer) const;
   // Adds expert e's share to w.delta, for the lanes that chose it.
-  void expert(const Layer& layer, int64_t e) const {
-    int64_t of[NR], in_group = 0;
-    float weight[NR];
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < m.chosen; ++k)
-        if (w.chosen[i * m.chosen + k] == e) {
-          of[in_group] = i;
-          weight[in_group++] = w.weights[i * m.chosen + k];
-        }
-    if (in_group == 0) return;
-    const int64_t group_lanes = lanes_for(in_group), size = m.expert_width * m.width;
-    if (in_group < group_lanes) clear(w.taken, m.width * group_lanes);
-    for (int64_t d = 0; d < m.width; ++d)
-      for (int64_t g = 0; g < in_group; ++g) w.taken[d * group_lanes + g] = w.x[d * lanes + of[g]];
-    mlp(m.expert_width, layer.experts_gate_up + 2 * e * size, layer.experts_down + e * size, w.taken, w.expert_out,
-        group_lanes);
-    for (int64_t d = 0; d < m.width; ++d)
-      for (int64_t g = 0; g < in_group; ++g)
-        w.delta[d * lanes + of[g]] += w.expert_out[d * group_lanes + g] * weight[g];
-  }
-
+  void expert(const Layer& layer, int64_t e) const;
   // w.x -> w.delta
-  void feed_forward(const Layer& layer) const {
-    if (layer.width > 0)
-      mlp(layer.width, layer.gate_up, layer.down, w.x, w.delta, lanes);
-    else
-      clear(w.delta, m.width * lanes);
-    if (layer.router == nullptr) return;
-    route(layer);
-    for (int64_t e = 0; e < m.experts; ++e) expert(layer, e);
-  }
-
+  void feed_forward(const Layer& layer) const;
   // The state after the last token of each sequence goes to hidden [rows][head_width].
-  void run(float* hidden) const {
-    embed();
-    look_up_turns();
-    for (int64_t number = 0; number < m.layer_count; ++number) {
-      const Layer& layer = m.layers[number];
-      rms_norm_lanes(m.width, layer.input_norm, m.eps, w.stream, w.x, lanes);
-      attention(layer, number);
-      add_to_stream();
-      rms_norm_lanes(m.width, layer.mlp_norm, m.eps, w.stream, w.x, lanes);
-      feed_forward(layer);
-      add_to_stream();
-    }
-    rms_norm_lanes(m.width, m.norm, m.eps, w.stream, w.x, lanes);
-    if (m.head_projection != nullptr) product(m.head_width, m.width, m.head_projection, w.x, w.low, lanes);
-    const float* state = m.head_projection == nullptr ? w.x : w.low;
-    for (int64_t i = 0; i < count; ++i)
-      if (tokens.ends_row(first + i))
-        take_lane(state, lanes, i, m.head_width, hidden + tokens.rows[first + i] * m.head_width);
-  }
+  void run(float* hidden) const;
 };
+
+void Block::embed() const {
+  float* rows = m.projection == nullptr ? w.stream : w.low;
+  if (count < lanes) clear(rows, m.embedding_rank * lanes);
+  for (int64_t i = 0; i < count; ++i)
+    put_lane(m.table + tokens.ids[first + i] * m.embedding_rank, m.embedding_rank, rows, lanes, i);
+  if (m.projection != nullptr) product_transposed(m.width, m.embedding_rank, m.projection, rows, w.stream, lanes);
+}
+
+void Block::look_up_turns() const {
+  const int64_t pairs = m.rope / 2;
+  if (count < lanes) clear(w.cos, pairs * lanes), clear(w.sin, pairs * lanes);
+  for (int64_t i = 0; i < count; ++i) {
+    put_lane(m.cos + tokens.positions[first + i] * pairs, pairs, w.cos, lanes, i);
+    put_lane(m.sin + tokens.positions[first + i] * pairs, pairs, w.sin, lanes, i);
+  }
+}
+
+void Block::turn(float* x) const {
+  for (int64_t pair = 0; pair < m.rope / 2; ++pair, x += 2 * lanes)
+    for_vectors(lanes, [&](int64_t lane, int64_t n) {
+      const vfloat even = load_n(x + lane, n), odd = load_n(x + lanes + lane, n);
+      const vfloat c = load_n(w.cos + pair * lanes + lane, n), s = load_n(w.sin + pair * lanes + lane, n);
+      store_n(x + lane, even * c - odd * s, n);
+      store_n(x + lanes + lane, even * s + odd * c, n);
+    });
+}
+
+void Block::add_to_stream() const {
+  for_vectors(m.width * lanes, [&](int64_t i, int64_t n) {
+    store_n(w.stream + i, load_n(w.stream + i, n) + load_n(w.delta + i, n), n);
+  });
+}
+
+void Block::attention(const Layer& layer, int64_t number) const {
+  const LatentAttention z = attention_of(m);
+  const float* compressed = w.x;
+  if (m.query_rank > 0) {
+    product(m.query_rank, m.width, layer.q_a, w.x, w.low, lanes);
+    rms_norm_lanes(m.query_rank, layer.q_a_norm, m.latent_eps, w.low, w.low, lanes);
+    compressed = w.low;
+  }
+  const int64_t head_width = m.nope + m.rope;
+  product(m.heads * head_width, m.query_rank > 0 ? m.query_rank : m.width, layer.q, compressed, w.q, lanes);
+  for (int64_t h = 0; h < m.heads; ++h) turn(w.q + (h * head_width + m.nope) * lanes);
+  product(m.latent_rank + m.rope, m.width, layer.kv_a, w.x, w.kv, lanes);
+  rms_norm_lanes(m.latent_rank, layer.kv_a_norm, m.latent_eps, w.kv, w.kv, lanes);
+  turn(w.kv + m.latent_rank * lanes);
+  Cached cached[NR];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = tokens.rows[first + i], position = tokens.positions[first + i];
+    const int64_t begin = cache.place(number, row, 0), here = begin + position;
+    take_lane(w.kv, lanes, i, m.latent_rank, cache.latent + here * m.latent_rank);
+    take_lane(w.kv + m.latent_rank * lanes, lanes, i, m.rope, cache.k_rope + here * m.rope);
+    cached[i] = {cache.latent + begin * m.latent_rank, cache.k_rope + begin * m.rope, position + 1};
+  }
+  attend_block(z, w.q, layer.kv_b, cached, count, lanes, w.values, w.memory);
+  product(m.width, m.heads * m.value, layer.o, w.values, w.delta, lanes);
+}
+
+void Block::mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y,
+                int64_t in_lanes) const {
+  product(2 * width, m.width, gate_up, x, w.gate_up, in_lanes);
+  swiglu(w.gate_up, w.gate_up + width * in_lanes, w.h, width * in_lanes);
+  product(m.width, width, down, w.h, y, in_lanes);
+}
+
+void Block::route(const Layer& layer) const {
+  const Choice z = choice_of(m);
+  float* scores = w.memory + z.memory();
+  product(m.experts, m.width, layer.router, w.x, w.scores, lanes);
+  for_vectors(m.experts * lanes,
+              [&](int64_t i, int64_t n) { store_n(w.scores + i, sigmoid(load_n(w.scores + i, n)), n); });
+  for (int64_t i = 0; i < count; ++i) {
+    take_lane(w.scores, lanes, i, m.experts, scores);
+    route_token(z, scores, layer.router_bias, w.weights + i * m.chosen, w.chosen + i * m.chosen, w.memory);
+  }
+}
+
+void Block::expert(const Layer& layer, int64_t e) const {
+  int64_t of[NR], in_group = 0;
+  float weight[NR];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < m.chosen; ++k)
+      if (w.chosen[i * m.chosen + k] == e) {
+        of[in_group] = i;
+        weight[in_group++] = w.weights[i * m.chosen + k];
+      }
+  if (in_group == 0) return;
+  const int64_t group_lanes = lanes_for(in_group), size = m.expert_width * m.width;
+  if (in_group < group_lanes) clear(w.taken, m.width * group_lanes);
+  for (int64_t d = 0; d < m.width; ++d)
+    for (int64_t g = 0; g < in_group; ++g) w.taken[d * group_lanes + g] = w.x[d * lanes + of[g]];
+  mlp(m.expert_width, layer.experts_gate_up + 2 * e * size, layer.experts_down + e * size, w.taken, w.expert_out,
+      group_lanes);
+  for (int64_t d = 0; d < m.width; ++d)
+    for (int64_t g = 0; g < in_group; ++g) w.delta[d * lanes + of[g]] += w.expert_out[d * group_lanes + g] * weight[g];
+}
+
+void Block::feed_forward(const Layer& layer) const {
+  if (layer.width > 0)
+    mlp(layer.width, layer.gate_up, layer.down, w.x, w.delta, lanes);
+  else
+    clear(w.delta, m.width * lanes);
+  if (layer.router == nullptr) return;
+  route(layer);
+  for (int64_t e = 0; e < m.experts; ++e) expert(layer, e);
+}
+
+void Block::run(float* hidden) const {
+  embed();
+  look_up_turns();
+  for (int64_t number = 0; number < m.layer_count; ++number) {
+    const Layer& layer = m.layers[number];
+    rms_norm_lanes(m.width, layer.input_norm, m.eps, w.stream, w.x, lanes);
+    attention(layer, number);
+    add_to_stream();
+    rms_norm_lanes(m.width, layer.mlp_norm, m.eps, w.stream, w.x, lanes);
+    feed_forward(layer);
+    add_to_stream();
+  }
+  rms_norm_lanes(m.width, m.norm, m.eps, w.stream, w.x, lanes);
+  if (m.head_projection != nullptr) product(m.head_width, m.width, m.head_projection, w.x, w.low, lanes);
+  const float* state = m.head_projection == nullptr ? w.x : w.low;
+  for (int64_t i = 0; i < count; ++i)
+    if (tokens.ends_row(first + i))
+      take_lane(state, lanes, i, m.head_width, hidden + tokens.rows[first + i] * m.head_width);
+}
 
 // Every thread takes whole sequences: no two work on the cache of one.
 void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, float* hidden, int threads) {
@@ -244,8 +255,7 @@ int64_t padded_rows(int64_t rows) { return (rows + NR - 1) / NR * NR; }
 
 // f(words, first word, count, block, first row, lanes): the logits [count][lanes] of WORDS words at a time for NR rows.
 template <class F>
-void for_logits(const Model& m, const float* hidden, int64_t rows, int64_t begin, int64_t end, float* memory,
-                F f) {
+void for_logits(const Model& m, const float* hidden, int64_t rows, int64_t begin, int64_t end, float* memory, F f) {
   float *logits = memory, *blocks = logits + WORDS * NR;
   if (rows > 1) clear(blocks, padded_rows(rows) * m.head_width);
   for_row_lanes(blocks, rows, m.head_width, [&](float* block, int64_t first, int64_t lanes) {
@@ -271,7 +281,13 @@ struct Best {
 
 void keep_best(const float* logits, int64_t word, int64_t count, int64_t lanes, Best best) {
   if (lanes == 1) {
-    for (int64_t i = 0; i < count; ++i)
+    vint any = {};  // most chunks hold no better word: W words at a time tell
+    for_vectors(count, [&](int64_t i, int64_t n) {
+      any |= ~(load_n(logits + i, n) <= best.value[0]) & (splat(best.value[0]) == splat(best.value[0]));
+    });
+    bool found = false;
+    for (int i = 0; i < W; ++i) found |= any[i] != 0;
+    for (int64_t i = 0; found && i < count; ++i)
       if (larger(logits[i], best.value[0])) {
         best.value[0] = logits[i];
         best.word[0] = int32_t(word + i);

@@ -95,9 +95,9 @@ int64_t decode_step(const dsfast::Model* model, float* latent, float* k_rope, in
                     float* logits, const double* uniforms, double temperature, int64_t* chosen, int threads);
 
 // The mean loss of N tokens in S documents (cu_seqlens [S + 1] rises from 0 to N), and the gradients of all weights:
-// `gradients` has an address in `shared` [size], which is written whole, for each weight of `model`. loads [layers, E] counts
-// the tokens of each expert; seconds [2, parts] says where all threads together spent their time, forward and backward.
-// Indices, labels (or ignore_index) and positions are checked by the caller.
+// `gradients` has an address in `shared` [size], which is written whole, for each weight of `model`. loads [layers, E]
+// counts the tokens of each expert; seconds [2, parts] says where all threads together spent their time, forward and
+// backward. Indices, labels (or ignore_index) and positions are checked by the caller.
 double train_step(const dsfast::Model* model, const dsfast::Model* gradients, float* shared, int64_t size,
                   const int64_t* ids, const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens,
                   int64_t N, int64_t S, int64_t ignore_index, int64_t* loads, double* seconds, int threads);

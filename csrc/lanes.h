@@ -30,8 +30,8 @@ struct Count<0, L...> {
   using type = Numbers<L...>;
 };
 
-// Of a matrix made of S x S blocks, a and b rows S apart: the block right of a's diagonal changes places with b's left.
-// Written as lists of elements, which compilers turn into shuffles.
+// Two rows of a matrix made of S x S blocks, S apart: the block right of the diagonal changes places with the one left
+// of it. Written as a list of elements, which compilers turn into a shuffle.
 template <int S, int... L>
 DSFAST_INLINE void exchange(vfloat& a, vfloat& b, Numbers<L...>) {
   const vfloat x = a, y = b;
@@ -39,20 +39,36 @@ DSFAST_INLINE void exchange(vfloat& a, vfloat& b, Numbers<L...>) {
   b = vfloat{((L & S) ? y[L] : x[L | S])...};
 }
 
-template <int S = W / 2>
-DSFAST_INLINE void transpose(vfloat (&rows)[W]) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], typename Count<W>::type{});
-    transpose<S / 2>(rows);
-  }
+// In each four lanes: (x0 y0 x1 y1) and (x2 y2 x3 y3).
+template <int... L>
+DSFAST_INLINE void interleave(vfloat& a, vfloat& b, Numbers<L...>) {
+  const vfloat x = a, y = b;
+  a = vfloat{((L & 1) ? y[(L & ~3) + (L & 3) / 2] : x[(L & ~3) + (L & 3) / 2])...};
+  b = vfloat{((L & 1) ? y[(L & ~3) + (L & 3) / 2 + 2] : x[(L & ~3) + (L & 3) / 2 + 2])...};
 }
+
+template <int S>
+DSFAST_INLINE void exchange_all(vfloat (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], typename Count<W>::type{});
+}
+
+// Column i of the matrix comes to stand in rows[column(i)].
+DSFAST_INLINE void transpose(vfloat (&rows)[W]) {
+  if constexpr (W > 8) exchange_all<8>(rows);
+  if constexpr (W > 4) exchange_all<4>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2) interleave(rows[i], rows[i + 1], typename Count<W>::type{});
+  exchange_all<2>(rows);
+}
+constexpr int column(int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }
 
 // y[GROUPS W] = w x, the rows of w in the lanes, `row` elements apart.
 template <int GROUPS>
 DSFAST_INLINE void rows_in_lanes(int64_t K, const float* w, int64_t row, const float* x, float* y, bool accumulate) {
-  vfloat sums[GROUPS] = {};
+  vfloat sums[GROUPS];
+  for (int g = 0; g < GROUPS; ++g) sums[g] = vfloat{};
   int64_t k = 0;
   for (; k + W <= K; k += W)
     for (int g = 0; g < GROUPS; ++g) {
@@ -61,7 +77,7 @@ DSFAST_INLINE void rows_in_lanes(int64_t K, const float* w, int64_t row, const f
       for (int i = 0; i < W; ++i) columns[i] = load(w + (g * W + i) * row + k);
       transpose(columns);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) sums[g] += splat(x[k + i]) * columns[i];
+      for (int i = 0; i < W; ++i) sums[g] += splat(x[k + i]) * columns[column(i)];
     }
   for (; k < K; ++k)
     for (int g = 0; g < GROUPS; ++g) {

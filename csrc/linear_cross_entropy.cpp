@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
 constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
-// A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp: far
-// from overflow, also summed over the words.
+// A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp:
+// far from overflow, also summed over the words.
 constexpr float FAR = 2e17f;
 
 struct Head {

@@ -1,6 +1,6 @@
-// What a whole-model call (decode_step, train_step) needs to know of a model: sizes and the addresses of its weights, or of
-// their gradients, float32 and row-major as PyTorch keeps them. Filled in from Python (dsfast/model/native_model.py), which
-// also keeps them alive.
+// What a whole-model call (decode_step, train_step) needs to know of a model: sizes and the addresses of its weights,
+// or of their gradients, float32 and row-major as PyTorch keeps them. Filled in from Python
+// (dsfast/model/native_model.py), which also keeps them alive.
 #pragma once
 #include <cstdint>
 

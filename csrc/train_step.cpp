@@ -3,195 +3,15 @@
 // Documents do not meet before the gradients of the weights are added up, so each thread takes a share of them through
 // all layers, forward and back, a segment of some documents at a time: what is kept for the backward pass stays in the
 // cache, and the threads wait for each other once.
-#include <time.h>
-
-#include "model.h"
 #include "kernels.h"
-#include "linear.h"
-#include "model.h"
-#include "parallel.h"
-#include "pieces.h"
+#include "train_state.h"
 
 namespace DSFAST_ISA {
 namespace {
 
-using dsfast::Layer;
-using dsfast::Model;
-
-constexpr int64_t SEGMENT = 256;      // tokens; a longer document is a segment of its own
-constexpr int64_t MOST = 4096;        // tokens of a segment where many experts
-constexpr int64_t EACH_EXPERT = 64;   // are to get so many each, on average
-enum Slot { OF_PIECES, ACTIVATIONS, GRADIENTS, WEIGHTS };
-
-// Where the time goes: each call of `charge` counts what has passed since the last one. The order is that of PARTS in
-// dsfast/model/native_step.py.
-enum Part { EMBEDDING, RMS_NORM, LINEAR, ROPE, ATTENTION, ROUTE, EXPERTS, SWIGLU, HEAD, PARTS };
-
-struct Clock {
-  double seconds[2][PARTS] = {};
-  double last = now();
-  int backward = 0;
-  static double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-  }
-  void charge(Part part) {
-    const double time = now();
-    seconds[backward][part] += time - last;
-    last = time;
-  }
-};
-
-// Hands out parts of one block of memory; with no block yet it only counts.
-struct Carver {
-  float* base;
-  int64_t size = 0;
-  float* floats(int64_t count) {
-    float* part = base == nullptr ? nullptr : base + size;
-    size += (count + LINE - 1) / LINE * LINE;
-    return part;
-  }
-  template <class T>
-  T* of(int64_t count) {
-    return reinterpret_cast<T*>(floats(count * int64_t(sizeof(T)) / 4 + 1));
-  }
-};
-
-int64_t query_width(const Model& m) { return m.query_rank > 0 ? m.query_rank : m.width; }
-int64_t head_inputs(const Model& m) { return m.heads * m.value; }
-int64_t queries_width(const Model& m) { return m.heads * (m.nope + m.rope); }
-int64_t keys_values_width(const Model& m) { return m.heads * (m.nope + m.value); }
-int64_t latent_width(const Model& m) { return m.latent_rank + m.rope; }
-
-// A layer's weights as its products read them; those of all experts one after the other.
-struct LayerWeights {
-  Weight q_a, q, kv_a, kv_b, o, router, expert_gate_up, expert_down, gate_up, down;
-};
-
-// Room for `copies` weights [O, D]; none where there are none.
-Weight copied(Carver& c, const float* from, int64_t copies, int64_t O, int64_t D) {
-  Weight w = {nullptr, nullptr, O, D, from, from == nullptr ? 0 : copies};
-  w.w = c.floats(w.copies * w.size()), w.w_t = c.floats(w.copies * w.transposed_size());
-  return w;
-}
-
-LayerWeights copied_layer(Carver& c, const Model& m, const Layer& w) {
-  LayerWeights out;
-  out.q_a = copied(c, w.q_a, 1, m.query_rank, m.width);
-  out.q = copied(c, w.q, 1, queries_width(m), query_width(m));
-  out.kv_a = copied(c, w.kv_a, 1, latent_width(m), m.width);
-  out.kv_b = copied(c, w.kv_b, 1, keys_values_width(m), m.latent_rank);
-  out.o = copied(c, w.o, 1, m.width, head_inputs(m));
-  out.router = copied(c, w.router, 1, m.experts, m.width);
-  out.expert_gate_up = copied(c, w.experts_gate_up, m.experts, 2 * m.expert_width, m.width);
-  out.expert_down = copied(c, w.experts_down, m.experts, m.width, m.expert_width);
-  out.gate_up = copied(c, w.gate_up, 1, 2 * w.width, m.width);
-  out.down = copied(c, w.down, 1, m.width, w.width);
-  return out;
-}
-
-constexpr int64_t PER_LAYER = sizeof(LayerWeights) / sizeof(Weight);
-
-// All layers' weights and the two projections', copied to this thread's memory.
-struct Weights {
-  LayerWeights* layers;
-  Weight projection, head_projection;
-
-  Weights(const Model& m, int threads) {
-    Carver count = {nullptr};
-    carve(m, count);
-    Carver carver = {dsfast::scratch(count.size, WEIGHTS)};
-    carve(m, carver);
-    const Weight* all = reinterpret_cast<const Weight*>(layers);
-    parallel_tasks(m.layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });
-    projection.fill();
-    head_projection.fill();
-  }
-
- private:
-  void carve(const Model& m, Carver& c) {
-    layers = c.of<LayerWeights>(m.layer_count);
-    for (int64_t i = 0; i < m.layer_count; ++i) {
-      const LayerWeights layer = copied_layer(c, m, m.layers[i]);
-      if (layers != nullptr) layers[i] = layer;
-    }
-    projection = copied(c, m.projection, 1, m.embedding_rank, m.width);
-    head_projection = copied(c, m.head_projection, 1, m.head_width, m.width);
-  }
-};
-
-// What a layer keeps of a segment of n tokens for its backward pass. What products read or write down a column has
-// padded rows: x, x_mlp, low's normed q_input, latent and o here, their gradients in State.
-struct LayerState {
-  float *h, *rstd, *x;              // the stream [n, D], its norm's scale [n] and result
-  float *low, *low_rstd, *q_input;  // only with q_a
-  float *q, *kv, *kv_rstd, *latent, *keys_values, *o, *tops;
-  float *h_mlp, *mlp_rstd, *x_mlp;
-  float *logits, *weights, *expert_gate_up, *gate_up;
-  int64_t* chosen;
-  int32_t *order, *offsets;
-};
-
-// All of a segment's memory.
-struct State {
-  LayerState* layers;
-  float *delta, *h, *rstd, *x, *hidden;                   // after the last layer
-  float *dh, *dx, *dq, *dkeys_values, *d_o, *dkv, *dlow;  // gradients of what the names say
-  float *dlatent, *dlogits, *dweights, *dhidden, *slots;  // slots [n K, D]: a token's choices
-  float* memory;                                          // for one piece at a time
-  int64_t* counts;
-};
-
-LayerState carve_layer(Carver& c, const Model& m, const Layer& w, int64_t n) {
-  LayerState s = {};
-  s.h = c.floats(n * m.width), s.rstd = c.floats(n), s.x = c.floats(n * padded(m.width));
-  s.low = c.floats(n * m.query_rank), s.low_rstd = c.floats(n), s.q_input = c.floats(n * padded(m.query_rank));
-  s.q = c.floats(n * queries_width(m));
-  s.kv = c.floats(n * latent_width(m)), s.kv_rstd = c.floats(n), s.latent = c.floats(n * padded(m.latent_rank));
-  s.keys_values = c.floats(n * keys_values_width(m));
-  s.o = c.floats(n * padded(head_inputs(m))), s.tops = c.floats(n * m.heads);
-  s.h_mlp = c.floats(n * m.width), s.mlp_rstd = c.floats(n), s.x_mlp = c.floats(n * padded(m.width));
-  s.gate_up = c.floats(n * 2 * w.width);
-  if (w.router == nullptr) return s;
-  const int64_t slots = n * m.chosen;
-  s.logits = c.floats(n * m.experts), s.weights = c.floats(slots), s.chosen = c.of<int64_t>(slots);
-  s.expert_gate_up = c.floats(slots * 2 * m.expert_width);
-  s.order = c.of<int32_t>(slots), s.offsets = c.of<int32_t>(m.experts + 1);
-  return s;
-}
-
-int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
-Expert mlp_of(const Model& m, const Weight& up, const Weight& down, bool backward) {
-  return {m.width, down.D, backward ? up.row() : up.row_t(), backward ? down.row() : down.row_t()};
-}
-
-State carve(Carver& c, const Model& m, int64_t n) {
-  State s;
-  s.layers = c.of<LayerState>(m.layer_count);
-  int64_t mlp_width = 0;
-  for (int64_t i = 0; i < m.layer_count; ++i) {
-    const LayerState layer = carve_layer(c, m, m.layers[i], n);
-    if (s.layers != nullptr) s.layers[i] = layer;
-    mlp_width = largest(mlp_width, m.layers[i].width);
-  }
-  const int64_t D = m.width;
-  s.delta = c.floats(n * D), s.h = c.floats(n * D), s.rstd = c.floats(n), s.x = c.floats(n * padded(D));
-  s.hidden = c.floats(n * m.head_width), s.dhidden = c.floats(n * padded(m.head_width));
-  s.dh = c.floats(n * padded(D)), s.dx = c.floats(n * D), s.dq = c.floats(n * padded(queries_width(m)));
-  s.dkeys_values = c.floats(n * padded(keys_values_width(m))), s.d_o = c.floats(n * head_inputs(m));
-  s.dkv = c.floats(n * padded(latent_width(m))), s.dlow = c.floats(n * padded(largest(m.query_rank, m.embedding_rank)));
-  s.dlatent = c.floats(n * m.latent_rank), s.dlogits = c.floats(n * m.experts), s.dweights = c.floats(n * m.chosen);
-  s.slots = c.floats(m.chosen > 1 ? n * m.chosen * D : 0);
-  const Experts experts = {{D, m.expert_width, 0, 0}, m.chosen, m.experts};
-  int64_t memory = largest(experts.forward_memory(), experts.backward_memory());
-  memory = largest(memory, Expert{D, mlp_width, 0, 0}.backward_memory());
-  memory = largest(memory, largest(embedding_memory(m.embedding_rank), largest(D, m.query_rank)));
-  s.memory = c.floats(largest(memory, m.latent_rank));
-  s.counts = c.of<int64_t>(m.experts);
-  return s;
-}
+constexpr int64_t SEGMENT = 256;     // tokens; a longer document is a segment of its own
+constexpr int64_t MOST = 4096;       // tokens of a segment where many experts
+constexpr int64_t EACH_EXPERT = 64;  // are to get so many each, on average
 
 // One segment on its way through the model and back.
 struct Pass {
@@ -246,218 +66,229 @@ struct Pass {
   }
 
   // x -> delta
-  void attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const {
-    const float* q_input = l.x;
-    if (m.query_rank > 0) {
-      linear(n, w.q_a, l.x, row(), l.low, m.query_rank);
-      clock.charge(LINEAR);
-      rms_norm_rows(l.low, m.query_rank, nullptr, 0, layer.q_a_norm, m.latent_eps, l.q_input, padded(m.query_rank),
-                    nullptr, l.low_rstd, n, m.query_rank);
-      clock.charge(RMS_NORM);
-      q_input = l.q_input;
-    }
-    linear(n, w.q, q_input, padded(query_width(m)), l.q, queries_width(m));
-    linear(n, w.kv_a, l.x, row(), l.kv, latent_width(m));
-    clock.charge(LINEAR);
-    const int64_t latent = padded(m.latent_rank), o_row = padded(head_inputs(m));
-    rms_norm_rows(l.kv, latent_width(m), nullptr, 0, layer.kv_a_norm, m.latent_eps, l.latent, latent, nullptr,
-                  l.kv_rstd, n, m.latent_rank);
-    clock.charge(RMS_NORM);
-    turn(l.q, queries_width(m), l.kv, latent_width(m), false);
-    linear(n, w.kv_b, l.latent, latent, l.keys_values, keys_values_width(m));
-    clock.charge(LINEAR);
-    const auto in = parts(l);
-    const Slots o = {l.o, o_row, m.value};
-    for_documents([&](int64_t first, int64_t length) {
-      for (int64_t head = 0; head < m.heads; ++head)
-        attend(in.from(first), length, head, attention_sizes(), o.from(first), l.tops + head * n + first);
-    });
-    clock.charge(ATTENTION);
-    linear(n, w.o, l.o, o_row, s.delta, m.width);
-    clock.charge(LINEAR);
-  }
-
+  void attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const;
   // dh -> dx
-  void attention_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
-    const int64_t o_row = padded(head_inputs(m)), q_row = padded(queries_width(m)), kv_row = padded(latent_width(m));
-    const int64_t keys_values_row = padded(keys_values_width(m)), latent = padded(m.latent_rank);
-    linear_backward(n, w.o, s.dh, row(), l.o, o_row, s.d_o, head_inputs(m), gradient(g.o));
-    clock.charge(LINEAR);
-    const auto in = parts(l);
-    const auto grads = parts<float>(s.dq, q_row, s.dkeys_values, keys_values_row, s.dkv, kv_row);
-    const View d_o = {s.d_o, head_inputs(m), m.value};
-    for_documents([&](int64_t first, int64_t length) {
-      for (int64_t head = 0; head < m.heads; ++head)
-        attend_backward(in.from(first), d_o.from(first), l.tops + head * n + first, length, head, attention_sizes(),
-                        grads.from(first), head > 0);
-    });
-    clock.charge(ATTENTION);
-    turn(s.dq, q_row, s.dkv, kv_row, true);
-    linear_backward(n, w.kv_b, s.dkeys_values, keys_values_row, l.latent, latent, s.dlatent, m.latent_rank,
-                    gradient(g.kv_b));
-    clock.charge(LINEAR);
-    rms_norm_rows_backward(s.dlatent, m.latent_rank, nullptr, 0, l.kv, latent_width(m), layer.kv_a_norm, l.kv_rstd,
-                           s.dkv, kv_row, gradient(g.kv_a_norm), s.memory, n, m.latent_rank);
-    clock.charge(RMS_NORM);
-    linear_backward(n, w.kv_a, s.dkv, kv_row, l.x, row(), s.dx, m.width, gradient(g.kv_a));
-    if (m.query_rank == 0)
-      linear_backward(n, w.q, s.dq, q_row, l.x, row(), s.dx, m.width, gradient(g.q), true);
-    else
-      compressed_queries_backward(layer, w, g, l);
-    clock.charge(LINEAR);
-  }
-
+  void attention_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const;
   // dq -> dx, added
-  void compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
-    const int64_t low = padded(m.query_rank);
-    linear_backward(n, w.q, s.dq, padded(queries_width(m)), l.q_input, low, s.dlow, low, gradient(g.q));
-    clock.charge(LINEAR);
-    rms_norm_rows_backward(s.dlow, low, nullptr, 0, l.low, m.query_rank, layer.q_a_norm, l.low_rstd, s.dlow, low,
-                           gradient(g.q_a_norm), s.memory, n, m.query_rank);
-    clock.charge(RMS_NORM);
-    linear_backward(n, w.q_a, s.dlow, low, l.x, row(), s.dx, m.width, gradient(g.q_a), true);
-  }
-
+  void compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g,
+                                   const LayerState& l) const;
   // logits [n, E]; a few experts do not fill the lanes, so each score is a sum along the width instead
-  void scores(const float* router, const Weight& w, const float* x, float* logits) const {
-    if (m.experts >= W) {
-      linear(n, w, x, row(), logits, m.experts);
-      return;
-    }
-    for (int64_t i = 0; i < n * m.experts; ++i) {
-      const float *token = x + i / m.experts * row(), *weight = router + i % m.experts * m.width;
-      vfloat products = {};
-      for_vectors(m.width, [&](int64_t d, int64_t count) {
-        products += load_n(token + d, count) * load_n(weight + d, count);
-      });
-      logits[i] = sum(products);
-    }
-  }
-
+  void scores(const float* router, const Weight& w, const float* x, float* logits) const;
   // x_mlp -> delta
-  void mlp(int64_t number, const LayerWeights& w, const LayerState& l) const {
-    const Layer& layer = m.layers[number];
-    const bool routed = layer.router != nullptr;
-    if (routed) {
-      scores(layer.router, w.router, l.x_mlp, l.logits);
-      clock.charge(LINEAR);
-      moe_route_forward(l.logits, layer.router_bias, l.weights, l.chosen, s.counts, n, m.experts, m.chosen, m.groups,
-                        m.chosen_groups, m.norm_topk_prob, m.routed_scaling, 1);
-      for (int64_t e = 0; e < m.experts; ++e) loads[number * m.experts + e] += s.counts[e];
-      clock.charge(ROUTE);
-      const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, false), m.chosen, m.experts};
-      sort_slots(l.chosen, n * m.chosen, m.experts, l.order, l.offsets);
-      experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up.w_t, w.expert_down.w_t, l.order, l.offsets,
-                      m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0,
-                      count_blocks(l.offsets, m.experts));
-      if (m.chosen > 1) combine_slots(s.slots, s.delta, n, m.chosen, m.width, 1);
-      clock.charge(EXPERTS);
-    }
-    if (layer.width > 0)
-      swiglu_rows(mlp_of(m, w.gate_up, w.down, false), l.x_mlp, row(), w.gate_up.w_t, w.down.w_t, s.delta, l.gate_up,
-                  s.memory, n, routed);
-    clock.charge(SWIGLU);
-  }
-
+  void mlp(int64_t number, const LayerWeights& w, const LayerState& l) const;
   // dh -> dx
-  void mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
-    const bool routed = layer.router != nullptr;
-    if (routed) {
-      const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, true), m.chosen, m.experts};
-      experts_backward(z, s.dh, row(), l.x_mlp, row(), l.weights, w.expert_gate_up.w, w.expert_down.w,
-                       l.expert_gate_up, l.order, l.offsets, m.chosen > 1 ? s.slots : s.dx, s.dweights,
-                       gradient(g.experts_gate_up), gradient(g.experts_down), s.memory, 0,
-                       count_blocks(l.offsets, m.experts));
-      if (m.chosen > 1) combine_slots(s.slots, s.dx, n, m.chosen, m.width, 1);
-      clock.charge(EXPERTS);
-      moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,
-                         m.routed_scaling, 1);
-      clock.charge(ROUTE);
-      linear_backward(n, w.router, s.dlogits, m.experts, l.x_mlp, row(), s.dx, m.width, gradient(g.router), true);
-      clock.charge(LINEAR);
-    }
-    if (layer.width > 0)
-      swiglu_rows_backward(mlp_of(m, w.gate_up, w.down, true), s.dh, row(), l.x_mlp, row(), w.gate_up.w, w.down.w,
-                           l.gate_up, s.dx, gradient(g.gate_up), gradient(g.down), s.memory, n, routed);
-    clock.charge(SWIGLU);
-  }
-
+  void mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const;
   // The sum of the segment's losses; the head's gradients are made with it.
-  double forward(int64_t ignore_index, float share) const {
-    const int64_t D = m.width;
-    const float* stream = nullptr;  // what delta is to be added to
-    embedding_forward(ids, m.table, m.embedding_rank, m.projection, s.layers[0].h, n, m.vocabulary, m.embedding_rank, D,
-                      1);
-    clock.charge(EMBEDDING);
-    for (int64_t i = 0; i < m.layer_count; ++i) {
-      const LayerState& l = s.layers[i];
-      const Layer& layer = m.layers[i];
-      rms_norm_rows(i == 0 ? l.h : s.delta, D, stream, D, layer.input_norm, m.eps, l.x, row(), l.h, l.rstd, n, D);
-      clock.charge(RMS_NORM);
-      attention(layer, weights.layers[i], l);
-      rms_norm_rows(s.delta, D, l.h, D, layer.mlp_norm, m.eps, l.x_mlp, row(), l.h_mlp, l.mlp_rstd, n, D);
-      clock.charge(RMS_NORM);
-      mlp(i, weights.layers[i], l);
-      stream = l.h_mlp;
-    }
-    rms_norm_rows(s.delta, D, stream, D, m.norm, m.eps, s.x, row(), s.h, s.rstd, n, D);
-    clock.charge(RMS_NORM);
-    return head(ignore_index, share);
-  }
-
+  double forward(int64_t ignore_index, float share) const;
   // x -> dx and the loss
-  double head(int64_t ignore_index, float share) const {
-    const bool projected = m.head_projection != nullptr;
-    if (projected) linear(n, weights.head_projection, s.x, row(), s.hidden, m.head_width);
-    clock.charge(LINEAR);
-    const float* hidden = projected ? s.hidden : s.x;
-    const double loss = linear_cross_entropy_rows(hidden, projected ? m.head_width : row(), m.head, labels,
-                                                  ignore_index, share, projected ? s.dhidden : s.dx,
-                                                  gradient(gradients.head), false, n, m.head_width, m.vocabulary);
-    clock.charge(HEAD);
-    clock.backward = 1;
-    if (projected)
-      linear_backward(n, weights.head_projection, s.dhidden, m.head_width, s.x, row(), s.dx, m.width,
-                      gradient(gradients.head_projection));
-    clock.charge(LINEAR);
-    return loss;
-  }
-
+  double head(int64_t ignore_index, float share) const;
   // dx -> the gradients of all weights
-  void backward() const {
-    const int64_t D = m.width;
-    rms_norm_rows_backward(s.dx, D, nullptr, 0, s.h, D, m.norm, s.rstd, s.dh, row(), gradient(gradients.norm), s.memory,
-                           n, D);
-    clock.charge(RMS_NORM);
-    for (int64_t i = m.layer_count - 1; i >= 0; --i) {
-      const LayerState& l = s.layers[i];
-      const Layer &layer = m.layers[i], &g = gradients.layers[i];
-      mlp_backward(layer, weights.layers[i], g, l);
-      rms_norm_rows_backward(s.dx, D, s.dh, row(), l.h_mlp, D, layer.mlp_norm, l.mlp_rstd, s.dh, row(),
-                             gradient(g.mlp_norm), s.memory, n, D);
-      clock.charge(RMS_NORM);
-      attention_backward(layer, weights.layers[i], g, l);
-      rms_norm_rows_backward(s.dx, D, s.dh, row(), l.h, D, layer.input_norm, l.rstd, s.dh, row(),
-                             gradient(g.input_norm), s.memory, n, D);
-      clock.charge(RMS_NORM);
-    }
-    embedding_backward();
-  }
-
-  void embedding_backward() const {
-    const int64_t R = m.embedding_rank;
-    const float* taken = s.dh;
-    if (m.projection != nullptr) {
-      embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection.w_t, weights.projection.row_t(), s.dlow,
-                              gradient(gradients.projection), s.memory, n, R, m.width);
-      taken = s.dlow;
-    }
-    const int64_t taken_row = m.projection != nullptr ? R : row();
-    float* dtable = gradient(gradients.table);
-    for (int64_t i = 0; i < n; ++i) add(taken + i * taken_row, dtable + ids[i] * R, R);
-    clock.charge(EMBEDDING);
-  }
+  void backward() const;
+  void embedding_backward() const;
 };
+
+void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const {
+  const float* q_input = l.x;
+  if (m.query_rank > 0) {
+    linear(n, w.q_a, l.x, row(), l.low, m.query_rank);
+    clock.charge(LINEAR);
+    rms_norm_rows(l.low, m.query_rank, nullptr, 0, layer.q_a_norm, m.latent_eps, l.q_input, padded(m.query_rank),
+                  nullptr, l.low_rstd, n, m.query_rank);
+    clock.charge(RMS_NORM);
+    q_input = l.q_input;
+  }
+  linear(n, w.q, q_input, padded(query_width(m)), l.q, queries_width(m));
+  linear(n, w.kv_a, l.x, row(), l.kv, latent_width(m));
+  clock.charge(LINEAR);
+  const int64_t latent = padded(m.latent_rank), o_row = padded(head_inputs(m));
+  rms_norm_rows(l.kv, latent_width(m), nullptr, 0, layer.kv_a_norm, m.latent_eps, l.latent, latent, nullptr, l.kv_rstd,
+                n, m.latent_rank);
+  clock.charge(RMS_NORM);
+  turn(l.q, queries_width(m), l.kv, latent_width(m), false);
+  linear(n, w.kv_b, l.latent, latent, l.keys_values, keys_values_width(m));
+  clock.charge(LINEAR);
+  const auto in = parts(l);
+  const Slots o = {l.o, o_row, m.value};
+  for_documents([&](int64_t first, int64_t length) {
+    for (int64_t head = 0; head < m.heads; ++head)
+      attend(in.from(first), length, head, attention_sizes(), o.from(first), l.tops + head * n + first);
+  });
+  clock.charge(ATTENTION);
+  linear(n, w.o, l.o, o_row, s.delta, m.width);
+  clock.charge(LINEAR);
+}
+
+void Pass::attention_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
+  const int64_t o_row = padded(head_inputs(m)), q_row = padded(queries_width(m)), kv_row = padded(latent_width(m));
+  const int64_t keys_values_row = padded(keys_values_width(m)), latent = padded(m.latent_rank);
+  linear_backward(n, w.o, s.dh, row(), l.o, o_row, s.d_o, head_inputs(m), gradient(g.o));
+  clock.charge(LINEAR);
+  const auto in = parts(l);
+  const auto grads = parts<float>(s.dq, q_row, s.dkeys_values, keys_values_row, s.dkv, kv_row);
+  const View d_o = {s.d_o, head_inputs(m), m.value};
+  for_documents([&](int64_t first, int64_t length) {
+    for (int64_t head = 0; head < m.heads; ++head)
+      attend_backward(in.from(first), d_o.from(first), l.tops + head * n + first, length, head, attention_sizes(),
+                      grads.from(first), head > 0);
+  });
+  clock.charge(ATTENTION);
+  turn(s.dq, q_row, s.dkv, kv_row, true);
+  linear_backward(n, w.kv_b, s.dkeys_values, keys_values_row, l.latent, latent, s.dlatent, m.latent_rank,
+                  gradient(g.kv_b));
+  clock.charge(LINEAR);
+  rms_norm_rows_backward(s.dlatent, m.latent_rank, nullptr, 0, l.kv, latent_width(m), layer.kv_a_norm, l.kv_rstd, s.dkv,
+                         kv_row, gradient(g.kv_a_norm), s.memory, n, m.latent_rank);
+  clock.charge(RMS_NORM);
+  linear_backward(n, w.kv_a, s.dkv, kv_row, l.x, row(), s.dx, m.width, gradient(g.kv_a));
+  if (m.query_rank == 0)
+    linear_backward(n, w.q, s.dq, q_row, l.x, row(), s.dx, m.width, gradient(g.q), true);
+  else
+    compressed_queries_backward(layer, w, g, l);
+  clock.charge(LINEAR);
+}
+
+void Pass::compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g,
+                                       const LayerState& l) const {
+  const int64_t low = padded(m.query_rank);
+  linear_backward(n, w.q, s.dq, padded(queries_width(m)), l.q_input, low, s.dlow, low, gradient(g.q));
+  clock.charge(LINEAR);
+  rms_norm_rows_backward(s.dlow, low, nullptr, 0, l.low, m.query_rank, layer.q_a_norm, l.low_rstd, s.dlow, low,
+                         gradient(g.q_a_norm), s.memory, n, m.query_rank);
+  clock.charge(RMS_NORM);
+  linear_backward(n, w.q_a, s.dlow, low, l.x, row(), s.dx, m.width, gradient(g.q_a), true);
+}
+
+void Pass::scores(const float* router, const Weight& w, const float* x, float* logits) const {
+  if (m.experts >= W) {
+    linear(n, w, x, row(), logits, m.experts);
+    return;
+  }
+  for (int64_t i = 0; i < n * m.experts; ++i) {
+    const float *token = x + i / m.experts * row(), *weight = router + i % m.experts * m.width;
+    vfloat products = {};
+    for_vectors(m.width,
+                [&](int64_t d, int64_t count) { products += load_n(token + d, count) * load_n(weight + d, count); });
+    logits[i] = sum(products);
+  }
+}
+
+void Pass::mlp(int64_t number, const LayerWeights& w, const LayerState& l) const {
+  const Layer& layer = m.layers[number];
+  const bool routed = layer.router != nullptr;
+  if (routed) {
+    scores(layer.router, w.router, l.x_mlp, l.logits);
+    clock.charge(LINEAR);
+    moe_route_forward(l.logits, layer.router_bias, l.weights, l.chosen, s.counts, n, m.experts, m.chosen, m.groups,
+                      m.chosen_groups, m.norm_topk_prob, m.routed_scaling, 1);
+    for (int64_t e = 0; e < m.experts; ++e) loads[number * m.experts + e] += s.counts[e];
+    clock.charge(ROUTE);
+    const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, false), m.chosen, m.experts};
+    sort_slots(l.chosen, n * m.chosen, m.experts, l.order, l.offsets);
+    experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up.w_t, w.expert_down.w_t, l.order, l.offsets,
+                    m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0,
+                    count_blocks(l.offsets, m.experts));
+    if (m.chosen > 1) combine_slots(s.slots, s.delta, n, m.chosen, m.width, 1);
+    clock.charge(EXPERTS);
+  }
+  if (layer.width > 0)
+    swiglu_rows(mlp_of(m, w.gate_up, w.down, false), l.x_mlp, row(), w.gate_up.w_t, w.down.w_t, s.delta, l.gate_up,
+                s.memory, n, routed);
+  clock.charge(SWIGLU);
+}
+
+void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
+  const bool routed = layer.router != nullptr;
+  if (routed) {
+    const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, true), m.chosen, m.experts};
+    experts_backward(z, s.dh, row(), l.x_mlp, row(), l.weights, w.expert_gate_up.w, w.expert_down.w, l.expert_gate_up,
+                     l.order, l.offsets, m.chosen > 1 ? s.slots : s.dx, s.dweights, gradient(g.experts_gate_up),
+                     gradient(g.experts_down), s.memory, 0, count_blocks(l.offsets, m.experts));
+    if (m.chosen > 1) combine_slots(s.slots, s.dx, n, m.chosen, m.width, 1);
+    clock.charge(EXPERTS);
+    moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,
+                       m.routed_scaling, 1);
+    clock.charge(ROUTE);
+    linear_backward(n, w.router, s.dlogits, m.experts, l.x_mlp, row(), s.dx, m.width, gradient(g.router), true);
+    clock.charge(LINEAR);
+  }
+  if (layer.width > 0)
+    swiglu_rows_backward(mlp_of(m, w.gate_up, w.down, true), s.dh, row(), l.x_mlp, row(), w.gate_up.w, w.down.w,
+                         l.gate_up, s.dx, gradient(g.gate_up), gradient(g.down), s.memory, n, routed);
+  clock.charge(SWIGLU);
+}
+
+double Pass::forward(int64_t ignore_index, float share) const {
+  const int64_t D = m.width;
+  const float* stream = nullptr;  // what delta is to be added to
+  embedding_forward(ids, m.table, m.embedding_rank, m.projection, s.layers[0].h, n, m.vocabulary, m.embedding_rank, D,
+                    1);
+  clock.charge(EMBEDDING);
+  for (int64_t i = 0; i < m.layer_count; ++i) {
+    const LayerState& l = s.layers[i];
+    const Layer& layer = m.layers[i];
+    rms_norm_rows(i == 0 ? l.h : s.delta, D, stream, D, layer.input_norm, m.eps, l.x, row(), l.h, l.rstd, n, D);
+    clock.charge(RMS_NORM);
+    attention(layer, weights.layers[i], l);
+    rms_norm_rows(s.delta, D, l.h, D, layer.mlp_norm, m.eps, l.x_mlp, row(), l.h_mlp, l.mlp_rstd, n, D);
+    clock.charge(RMS_NORM);
+    mlp(i, weights.layers[i], l);
+    stream = l.h_mlp;
+  }
+  rms_norm_rows(s.delta, D, stream, D, m.norm, m.eps, s.x, row(), s.h, s.rstd, n, D);
+  clock.charge(RMS_NORM);
+  return head(ignore_index, share);
+}
+
+double Pass::head(int64_t ignore_index, float share) const {
+  const bool projected = m.head_projection != nullptr;
+  if (projected) linear(n, weights.head_projection, s.x, row(), s.hidden, m.head_width);
+  clock.charge(LINEAR);
+  const float* hidden = projected ? s.hidden : s.x;
+  const double loss = linear_cross_entropy_rows(hidden, projected ? m.head_width : row(), m.head, labels, ignore_index,
+                                                share, projected ? s.dhidden : s.dx, gradient(gradients.head), false, n,
+                                                m.head_width, m.vocabulary);
+  clock.charge(HEAD);
+  clock.backward = 1;
+  if (projected)
+    linear_backward(n, weights.head_projection, s.dhidden, m.head_width, s.x, row(), s.dx, m.width,
+                    gradient(gradients.head_projection));
+  clock.charge(LINEAR);
+  return loss;
+}
+
+void Pass::backward() const {
+  const int64_t D = m.width;
+  rms_norm_rows_backward(s.dx, D, nullptr, 0, s.h, D, m.norm, s.rstd, s.dh, row(), gradient(gradients.norm), s.memory,
+                         n, D);
+  clock.charge(RMS_NORM);
+  for (int64_t i = m.layer_count - 1; i >= 0; --i) {
+    const LayerState& l = s.layers[i];
+    const Layer &layer = m.layers[i], &g = gradients.layers[i];
+    mlp_backward(layer, weights.layers[i], g, l);
+    rms_norm_rows_backward(s.dx, D, s.dh, row(), l.h_mlp, D, layer.mlp_norm, l.mlp_rstd, s.dh, row(),
+                           gradient(g.mlp_norm), s.memory, n, D);
+    clock.charge(RMS_NORM);
+    attention_backward(layer, weights.layers[i], g, l);
+    rms_norm_rows_backward(s.dx, D, s.dh, row(), l.h, D, layer.input_norm, l.rstd, s.dh, row(), gradient(g.input_norm),
+                           s.memory, n, D);
+    clock.charge(RMS_NORM);
+  }
+  embedding_backward();
+}
+
+void Pass::embedding_backward() const {
+  const int64_t R = m.embedding_rank;
+  const float* taken = s.dh;
+  if (m.projection != nullptr) {
+    embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection.w_t, weights.projection.row_t(), s.dlow,
+                            gradient(gradients.projection), s.memory, n, R, m.width);
+    taken = s.dlow;
+  }
+  const int64_t taken_row = m.projection != nullptr ? R : row();
+  float* dtable = gradient(gradients.table);
+  for (int64_t i = 0; i < n; ++i) add(taken + i * taken_row, dtable + ids[i] * R, R);
+  clock.charge(EMBEDDING);
+}
 
 // The first document that begins at or after `token`.
 int64_t document_from(const int32_t* cu_seqlens, int64_t S, int64_t token) {
@@ -466,9 +297,7 @@ int64_t document_from(const int32_t* cu_seqlens, int64_t S, int64_t token) {
   return d;
 }
 
-int64_t segment_tokens(const Model& m) {
-  return largest(SEGMENT, least(MOST, EACH_EXPERT * m.experts / m.chosen));
-}
+int64_t segment_tokens(const Model& m) { return largest(SEGMENT, least(MOST, EACH_EXPERT * m.experts / m.chosen)); }
 
 // f(document, documents) for the segments of the documents begin .. end, of `most` tokens if they can be.
 template <class F>
@@ -483,9 +312,9 @@ void for_segments(const int32_t* cu_seqlens, int64_t begin, int64_t end, int64_t
 
 }  // namespace
 
-double train_step(const Model* model, const Model* gradients, float* shared, int64_t size,
-                  const int64_t* ids, const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens,
-                  int64_t N, int64_t S, int64_t ignore_index, int64_t* loads, double* seconds, int threads) {
+double train_step(const Model* model, const Model* gradients, float* shared, int64_t size, const int64_t* ids,
+                  const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens, int64_t N, int64_t S,
+                  int64_t ignore_index, int64_t* loads, double* seconds, int threads) {
   const Model& m = *model;
   int64_t counted = 0;
   for (int64_t n = 0; n < N; ++n) counted += labels[n] != ignore_index;
@@ -517,8 +346,9 @@ double train_step(const Model* model, const Model* gradients, float* shared, int
       const int32_t base = cu_seqlens[d];
       const int64_t n = cu_seqlens[d + documents] - base;
       if (n == 0) return;
-      const Pass pass = {m, weights, *gradients, shared, own, state, clock, own_loads, n,
-                         ids + base, labels + base, positions + base, cu_seqlens + d, documents, base};
+      const Pass pass = {
+          m,          weights,       *gradients,       shared,         own,       state, clock, own_loads, n,
+          ids + base, labels + base, positions + base, cu_seqlens + d, documents, base};
       clock.backward = 0;
       losses[thread] += pass.forward(ignore_index, share);
       pass.backward();

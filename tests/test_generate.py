@@ -1,30 +1,35 @@
-"""Generation: the latent cache changes nothing, batches do not mix, limits hold."""
+"""Generation: the latent cache changes nothing, batches do not mix, limits hold; by operators and in one native call."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import YARN, random_ids, random_model
+from operator_cases import needs_native
+from tiny_models import MORE_VARIANTS, random_ids, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.model import generate, generate_ids
 from dsfast.model.cache import LatentCache
-from dsfast.model.generate import _decode, _prefill
-
-VARIANTS = {
-    "plain": {},
-    "q_lora, yarn, groups": {
-        "q_lora_rank": 9, "rope_scaling": YARN, "n_routed_experts": 9, "n_group": 3, "topk_group": 2,
-        "embedding_rank": 8, "first_k_dense_replace": 1,
-    },
-    "untied, with an MTP module": {"tie_word_embeddings": False, "num_nextn_predict_layers": 1},
-}  # fmt: skip
+from dsfast.model.decode import OperatorDecoder, Prompts
+from dsfast.model.native_decode import LONG_PROMPT, NativeDecoder
+from dsfast.model.native_model import runs_natively
+from dsfast.ops import native
 
 
-@pytest.fixture(params=VARIANTS, ids=str)
+@pytest.fixture(params=["native", "reference"])
+def implementation(request):
+    """The whole step in C++, or one operator after the other."""
+    if request.param == "native" and native.status()[0] is None:
+        pytest.skip(native.status()[1])
+    with ops.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=MORE_VARIANTS, ids=str)
 def model(request):
-    return random_model(**VARIANTS[request.param])
+    return random_model(**MORE_VARIANTS[request.param])
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def without_cache(model, prompt: list[int], steps: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_cached_generation_equals_full_forward_passes(model):
+def test_cached_generation_equals_full_forward_passes(model, implementation):
     prompts = [random_ids(model, n, seed=n).tolist() for n in (5, 1, 17, 8)]
     with torch.no_grad():
         expected = [without_cache(model, prompt, 12) for prompt in prompts]
@@ -54,18 +59,151 @@ def test_cached_generation_equals_full_forward_passes(model):
     assert [generate_ids(model, [prompt], max_new_tokens=12)[0] for prompt in prompts] == expected
 
 
-def test_cached_logits_equal_full_forward_passes(model):
-    ids = random_ids(model, 3, 20)
-    lengths = [4, 9, 1]
-    cache = LatentCache(model.config, batch=3, capacity=16, device=ids.device, dtype=torch.float32)
+def decoder_for(model, batch: int, capacity: int, temperature: float = 0.0, seed: int = 0):
+    """The decoder that generate_ids would take now."""
+    generator = torch.Generator().manual_seed(seed)
+    return (NativeDecoder if runs_natively(model) else OperatorDecoder)(model, batch, capacity, temperature, generator)
+
+
+def packed(rows: torch.Tensor, lengths: list[int]) -> Prompts:
+    return Prompts.pack([row[:n].tolist() for row, n in zip(rows, lengths, strict=True)], torch.device("cpu"))
+
+
+@torch.no_grad()
+def forced_logits(model, rows: torch.Tensor, lengths: list[int], steps: int) -> torch.Tensor:
+    """rows [B, T]: the logits [steps + 1, B, V] after the first `lengths` tokens of each and after each token that follows."""
+    decoder = decoder_for(model, len(rows), rows.size(1), temperature=1.0)
+    decoder.start(packed(rows, lengths))
+    logits = [decoder.logits.clone()]
+    for step in range(steps):
+        decoder.chosen.copy_(rows[torch.arange(len(rows)), torch.tensor(lengths) + step])
+        decoder.step()
+        logits.append(decoder.logits.clone())
+    return torch.stack(logits)
+
+
+def test_cached_logits_equal_full_forward_passes(model, implementation):
+    lengths, steps = [4, 9, 1, 16, 17], 7  # one below and above a block of lanes
+    ids = random_ids(model, 5, 24)
+    assert runs_natively(model) == (implementation == "native")
+    found = forced_logits(model, ids, lengths, steps)
     with torch.no_grad():
         full = model(ids)
-        logits = _prefill(model, [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)], cache)
-        for step in range(7):
-            at = torch.tensor(lengths) + step
-            expected = full[torch.arange(3), at - 1]
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-            logits = _decode(model, ids[torch.arange(3), at], cache)
+    for step in range(steps + 1):
+        expected = full[torch.arange(5), torch.tensor(lengths) - 1 + step]
+        torch.testing.assert_close(found[step], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[LONG_PROMPT + 1], [3, 100, LONG_PROMPT, 2, LONG_PROMPT + 1], [90, 80]], ids=str)
+def test_long_prompts_beside_short_ones(model, lengths):
+    """Those above LONG_PROMPT are read by operators, but for their last token."""
+    needs_native()
+    ids = random_ids(model, len(lengths), 103)
+    found = forced_logits(model, ids, lengths, 3)
+    with torch.no_grad():
+        full = model(ids)
+    for step in range(4):
+        expected = full[torch.arange(len(lengths)), torch.tensor(lengths) - 1 + step]
+        torch.testing.assert_close(found[step], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_native_tokens_are_those_of_the_operators(model):
+    needs_native()
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (5, LONG_PROMPT, 1, 17, 8, LONG_PROMPT + 1, 100)]
+    for temperature in (0.0, 0.3, 1.0, 3.0):
+        with ops.use("reference"):
+            expected = generate_ids(model, prompts, 15, temperature, seed=3)
+        assert generate_ids(model, prompts, 15, temperature, seed=3) == expected
+
+
+def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_with_any_threads(model):
+    """Sums are added in an order of their own whatever shares the block, and prefill is the same code as decoding."""
+    needs_native()
+    lengths, steps = [3 + i % 5 for i in range(37)], 3
+    ids = random_ids(model, 37, 16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = forced_logits(model, ids, lengths, steps)
+        torch.set_num_threads(2)
+        assert torch.equal(forced_logits(model, ids, lengths, steps), expected)
+        torch.set_num_threads(7)
+        assert torch.equal(forced_logits(model, ids, lengths, steps), expected)
+        for some in ([0], [1, 5], list(range(9)), list(range(20, 37))):
+            alone = forced_logits(model, ids[some], [lengths[i] for i in some], steps)
+            assert torch.equal(alone, expected[:, some])
+        prefilled = forced_logits(model, ids, [n + steps for n in lengths], 0)
+        assert torch.equal(prefilled[0], expected[-1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_but_what_was_written_is_read_from_the_cache(model, implementation, monkeypatch):
+    expected = generate_ids(model, [[3, 4, 5], [7]], max_new_tokens=9)
+    right = torch.empty
+
+    def poisoned(*size, **options):
+        made = right(*size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert generate_ids(model, [[3, 4, 5], [7]], max_new_tokens=9) == expected
+
+
+def test_greedy_choice_of_equals_and_of_nan():
+    """As torch.argmax: the first of equals, and NaN before all."""
+    needs_native()
+    model = random_model(vocab_size=389, tie_word_embeddings=False)
+    head = model.lm_head.weight.data
+    for words, value in (([7], 50), ([100, 7, 388], 50), ([388], 50), ([300, 299], torch.nan), (range(389), 0)):
+        head.normal_()
+        head[list(words)] = value * torch.ones(24)
+        for batch in (1, 2, 9, 18):
+            prompts = [[1 + i, 5] for i in range(batch)]
+            with ops.use("reference"):
+                expected = generate_ids(model, prompts, max_new_tokens=1)
+            assert generate_ids(model, prompts, max_new_tokens=1) == expected
+
+
+def test_logits_that_are_not_finite_cannot_be_sampled(implementation):
+    model = random_model()
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(UserError, match="the model's logits are not finite: there is nothing to sample from"):
+        generate_ids(model, [[1, 2], [3]], max_new_tokens=4, temperature=1.0)
+    assert len(generate_ids(model, [[1, 2], [3]], max_new_tokens=4)[0]) == 4
+
+
+def test_sampling_follows_the_probabilities(implementation):
+    """20,000 draws of the token after one prompt, against its softmax: within five standard deviations, each word."""
+    model, draws = random_model(), 20_000
+    with torch.no_grad():
+        expected = (model(torch.tensor([[9]]))[0, -1].double() / 1.5).softmax(-1)
+    first = generate_ids(model, [[9]] * draws, max_new_tokens=1, temperature=1.5)
+    counts = torch.bincount(torch.tensor(first)[:, 0], minlength=61)
+    deviation = (expected * (1 - expected) * draws).sqrt()
+    assert ((counts - expected * draws).abs() <= 5 * deviation + 1).all()
+
+
+def test_weights_that_are_not_contiguous():
+    needs_native()
+    model = random_model()
+    expected = generate_ids(model, [[3, 4]], max_new_tokens=5)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+    assert generate_ids(model, [[3, 4]], max_new_tokens=5) == expected
+
+
+def test_one_operator_by_reference_is_enough_to_go_by_operators():
+    needs_native()
+    model = random_model()
+    assert runs_natively(model)
+    for operator in ("mla_decode", "rope", "moe_experts"):
+        with ops.use("reference", operator):
+            assert not runs_natively(model)
+    with ops.use("reference", "adamw"):
+        assert runs_natively(model)
+    assert not runs_natively(random_model().double())
 
 
 def test_the_cache_holds_the_latent_and_the_rotary_key_alone():
@@ -75,7 +213,7 @@ def test_the_cache_holds_the_latent_and_the_rotary_key_alone():
     assert sum(t.numel() for t in floats) == 2 * 2 * 7 * (10 + 6)  # layers, sequences, tokens, R + Dr
 
 
-def test_eos_ends_one_row_and_not_the_others():
+def test_eos_ends_one_row_and_not_the_others(implementation):
     model = random_model()
     prompts = [random_ids(model, 6, seed=s).tolist() for s in range(4)]
     free = generate_ids(model, prompts, max_new_tokens=10)
@@ -85,13 +223,13 @@ def test_eos_ends_one_row_and_not_the_others():
     assert len({len(row) for row in stopped}) > 1
 
 
-def test_generation_ends_with_the_context():
+def test_generation_ends_with_the_context(implementation):
     model = random_model(max_position_embeddings=20)
     prompts = [random_ids(model, n, seed=n).tolist() for n in (17, 20, 3)]
     assert [len(row) for row in generate_ids(model, prompts, max_new_tokens=9)] == [4, 1, 9]
 
 
-def test_sampling_repeats_with_its_seed_and_varies_with_it():
+def test_sampling_repeats_with_its_seed_and_varies_with_it(implementation):
     model = random_model()
     prompts = [random_ids(model, 4).tolist()] * 2
     first, again, other = (
@@ -116,7 +254,7 @@ def test_generate_returns_the_continuation_of_bos_and_prompt(tokenizer):
     assert not text.startswith("HELLO")
 
 
-def test_generation_leaves_the_model_as_it_was():
+def test_generation_leaves_the_model_as_it_was(implementation):
     model = random_model().train()
     model(random_ids(model, 2, 8))
     loads = [router.load.clone() for router in model.routers()]
@@ -145,7 +283,7 @@ def test_bad_arguments_are_refused(tokenizer, arguments, message):
         generate(model, tokenizer, **{"prompt": "A", **arguments})
 
 
-def test_the_largest_seed_and_the_highest_temperature():
+def test_the_largest_seed_and_the_highest_temperature(implementation):
     """An infinite temperature draws every token alike."""
     model = random_model()
     [ids] = generate_ids(model, [[1]], max_new_tokens=200, temperature=float("inf"), seed=2**63 - 1)
@@ -158,6 +296,6 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
         generate(random_model(), Tokenizer(models.BPE()), "A")
 
 
-def test_an_id_outside_the_vocabulary_is_refused():
+def test_an_id_outside_the_vocabulary_is_refused(implementation):
     with pytest.raises(UserError, match=r"input_ids: expected 0 .. 60, got 61"):
         generate_ids(random_model(), [[1, 61]], max_new_tokens=1)

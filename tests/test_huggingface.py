@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import VARIANTS, random_ids, random_model, tiny_config
+from tiny_models import GROUPS, VARIANTS, YARN, random_ids, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsfast.command import run_command

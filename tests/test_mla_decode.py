@@ -39,7 +39,9 @@ class TestMlaDecode(OperatorContract):
         bad(r"mla_decode: lengths must have shape \[3\], got \[2\]", lengths=lambda n: n[:2]),
         bad(r"mla_decode: up must have shape \[2, 3 \+ Dv, 3\], got \[2, 5, 2\]", up=lambda u: u[..., :2]),
         bad(r"mla_decode: up must have shape \[2, 3 \+ Dv, 3\], got \[2, 2, 3\]", up=lambda u: u[:, :2]),
-        bad("mla_decode: latent must be torch.float32 on cpu, got torch.float64", TypeError, latent=torch.Tensor.double),
+        bad(
+            "mla_decode: latent must be torch.float32 on cpu, got torch.float64", TypeError, latent=torch.Tensor.double
+        ),
         bad("mla_decode: lengths must be torch.int64 on cpu, got torch.int32", TypeError, lengths=torch.Tensor.int),
         bad("mla_decode: lengths must lie in 0..3, 1 of 3 do not", lengths=torch.tensor([0, 4, 3])),
         bad("mla_decode: lengths must lie in 0..3, 2 of 3 do not", lengths=torch.tensor([-1, 2**62, 3])),
@@ -67,7 +69,9 @@ class TestMlaDecode(OperatorContract):
 @pytest.mark.parametrize("argument", ["q_nope", "q_rope", "latent", "k_rope", "up"])
 def test_a_backward_pass_is_refused_not_silently_zero(argument):
     needs_native()
-    arguments = dict(zip(("q_nope", "q_rope", "latent", "k_rope", "lengths", "up", "scale"), drawn(case("")), strict=True))
+    arguments = dict(
+        zip(("q_nope", "q_rope", "latent", "k_rope", "lengths", "up", "scale"), drawn(case("")), strict=True)
+    )
     arguments[argument].requires_grad_()
     with ops.use("native"):
         o = ops.mla_decode(**arguments)

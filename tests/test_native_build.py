@@ -169,14 +169,17 @@ class TestInstructionSets:
 
     @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
     def test_every_operator(self, isa):
-        """All cases of all operators and the accuracy of exp, in a process that runs the instruction set named."""
+        """All cases of all operators, generation and the accuracy of exp, in a process that runs the instruction set named."""
         needs_native()
         if isa not in native.module().supported:
             pytest.skip(f"this processor does not run {isa}")
         if isa == native.module().isa:
             pytest.skip("it is the one this process runs, and tests everywhere else")
-        chosen = "test_native_against_float64 or test_views or accuracy_of_exp or saturated or best_supported"
-        command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, __file__)
+        chosen = (
+            "test_native_against_float64 or test_views or accuracy_of_exp or saturated or best_supported"
+            " or test_native_tokens or test_a_sequence or test_cached_logits or test_greedy_choice"
+        )
+        command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, str(TESTS / "test_generate.py"), __file__)
         done = run_python(*command, DSFAST_ISA=isa, DSFAST_REQUIRE_NATIVE="1")
         assert done.returncode == 0, done.stdout[-3000:]
         assert re.search(r"^\d{3,} passed", done.stdout.splitlines()[-1]), done.stdout[-300:]

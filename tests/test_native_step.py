@@ -8,7 +8,7 @@ import pytest
 import torch
 from operator_cases import DRAWS, assert_bitwise_equal, assert_passed, needs_native
 from tiny import tiny_config, tiny_dataset
-from tiny_models import VARIANTS, random_ids, random_model
+from tiny_models import MORE_VARIANTS, random_ids, random_model
 from torch import Tensor
 
 from dsfast import ops
@@ -18,7 +18,7 @@ from dsfast.ops.checks import judge
 from dsfast.train import Trainer
 from dsfast.train.gradients import Gradients, first_documents
 
-WITHOUT_MTP = {name: changes | {"num_nextn_predict_layers": 0} for name, changes in VARIANTS.items()}
+WITHOUT_MTP = {name: changes | {"num_nextn_predict_layers": 0} for name, changes in MORE_VARIANTS.items()}
 # Lengths of documents: one token, below and above a segment of 256 and a block of 48 queries, an empty one.
 DOCUMENTS = {
     "rows of equal length": (37, 37, 37),
@@ -186,7 +186,9 @@ class TestGradients:
         monkeypatch.setattr(mlp, "forward", lambda x: 1.01 * forward(x))
         batch = tiny_dataset().rows.batch(0, 3)
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
-        with pytest.warns(ops.FallbackWarning, match=r"train_step runs operator by operator: .* differs by .*csrc/train_step"):
+        with pytest.warns(
+            ops.FallbackWarning, match=r"train_step runs operator by operator: .* differs by .*csrc/train_step"
+        ):
             trainer.gradients(*arguments)
         assert not trainer.gradients.in_one_call
         expected = torch.autograd.grad(trainer.model.loss(*arguments), list(trainer.model.parameters()))

@@ -44,6 +44,18 @@ VARIANTS = {
         "n_shared_experts": 2, "num_nextn_predict_layers": 2,
     },
 }  # fmt: skip
+MORE_VARIANTS = {
+    **VARIANTS,
+    "no shared expert, top-1 not normalised": {
+        "n_shared_experts": 0, "num_experts_per_tok": 1, "norm_topk_prob": False, "n_routed_experts": 2,
+    },
+    "every expert chosen": {"num_experts_per_tok": 6, "rms_norm_eps": 1e-2},
+    "widths above every block, more words than a chunk": {
+        "hidden_size": 132, "kv_lora_rank": 131, "qk_nope_head_dim": 37, "qk_rope_head_dim": 34, "v_head_dim": 41,
+        "intermediate_size": 141, "moe_intermediate_size": 35, "num_attention_heads": 5, "vocab_size": 389,
+        "q_lora_rank": 129, "num_hidden_layers": 3,
+    },
+}  # fmt: skip
 
 
 def tiny_config(**changes) -> Config:

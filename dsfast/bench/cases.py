@@ -6,8 +6,9 @@ computes again, is its own affair and not counted.
 
 Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "v3" has the widths of DeepSeek-V3 with as
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
-Letters: N tokens, B sequences, C cached tokens, T tokens per document, D model width, R rank or width of table and head, V vocabulary, H heads,
-Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups, I intermediate width, P parameters.
+Letters: N tokens, T tokens per document, B sequences, C cached tokens, D model width, R rank or width of latent, table and
+head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups,
+I intermediate width, P parameters.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ Shapes: N tokens, H heads, D model width, R latent rank, Dn / Dr / Dv widths of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dsfast import ops

@@ -56,12 +56,14 @@ def generate_ids(
     decoder_type = NativeDecoder if runs_natively(model) else OperatorDecoder
     generator = torch.Generator(device).manual_seed(seed)
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         decoder = decoder_type(model, len(prompts), capacity, temperature, generator)
         return _collect(decoder, packed, room, eos_id)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _collect(

@@ -12,20 +12,22 @@ from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.native_model import NativeModel
 from dsfast.ops import native
 
+LONG_PROMPT = 64
+"""Tokens from which on a prompt is read faster by operators, which take many tokens at a time, than by the step."""
+
 
 class NativeDecoder:
-    """OperatorDecoder with the whole step in C++: the same tokens but for rounding, a sequence the same bits in any batch.
+    """OperatorDecoder with the whole step in C++: the same tokens but for rounding.
 
-    `logits` are there only where it samples. The model's weights must stay as they are while it is used.
+    A sequence gives the same bits alone and in any batch if its prompt has at most LONG_PROMPT tokens. `logits` are there
+    only where it samples. The model's weights must stay as they are while it is used.
     """
 
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator):
-        self._model = NativeModel(model)
-        cache = LatentCache(model.config, batch, capacity, torch.device("cpu"), torch.float32)
-        hidden = torch.empty(batch, self._model.head_width)
-        self._kept = (cache, hidden)  # the C++ side has their addresses
-        self._cache = (cache.latent.data_ptr(), cache.k_rope.data_ptr(), batch, capacity)
-        self._hidden, self._last_place = hidden.data_ptr(), capacity - 1
+        self._model, self._description = model, NativeModel(model)
+        self._cache = LatentCache(model.config, batch, capacity, torch.device("cpu"), torch.float32)
+        self._places = (self._cache.latent.data_ptr(), self._cache.k_rope.data_ptr(), batch, capacity)
+        self._hidden, self._last_place = torch.empty(batch, self._description.head_width), capacity - 1
         self._temperature, self._generator = temperature, generator
         self.logits = torch.empty(batch if temperature > 0 else 0, model.config.vocab_size)
         self.chosen = torch.empty(batch, dtype=torch.int64)
@@ -34,7 +36,21 @@ class NativeDecoder:
 
     def start(self, prompts: Prompts) -> list[int]:
         self._lengths.copy_(prompts.lengths)
+        if bool((prompts.lengths > LONG_PROMPT).any()):
+            prompts = self._fill_long(prompts)
         return self._run(prompts.ids, prompts.rows, prompts.positions)
+
+    def _fill_long(self, prompts: Prompts) -> Prompts:
+        """Long prompts but for their last token, by operators; what remains."""
+        long = prompts.lengths > LONG_PROMPT
+        filled = long[prompts.rows] & (prompts.positions < prompts.lengths[prompts.rows] - 1)
+        ids, rows, positions = (x[filled] for x in (prompts.ids, prompts.rows, prompts.positions))
+        ends = (prompts.lengths[long] - 1).cumsum(0)
+        self._cache.place(rows, positions)
+        embedded = self._model.embed_tokens(ids)
+        self._model.hidden(embedded, positions, torch.cat([ends.new_zeros(1), ends]).int(), self._cache)
+        remaining = (x[~filled] for x in (prompts.ids, prompts.rows, prompts.positions))
+        return Prompts(*remaining, prompts.lengths)
 
     def step(self) -> list[int]:
         positions = self._lengths.clamp_(max=self._last_place)
@@ -48,8 +64,8 @@ class NativeDecoder:
             drawn = torch.rand(len(self.chosen), dtype=torch.float64, generator=self._generator)
             logits, uniforms = self.logits.data_ptr(), drawn.data_ptr()
         not_finite = self._decode_step(
-            self._model.address, *self._cache, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids),
-            self._hidden, logits, uniforms, self._temperature, self.chosen.data_ptr(), torch.get_num_threads(),
+            self._description.address, *self._places, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids),
+            self._hidden.data_ptr(), logits, uniforms, self._temperature, self.chosen.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not_finite:
             raise UserError(NOT_FINITE)

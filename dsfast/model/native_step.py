@@ -58,7 +58,9 @@ class NativeStep:
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
             return False
-        return runs_natively(self.model, OPERATORS) and uneven(cu_seqlens.tolist(), torch.get_num_threads()) <= MOST_UNEVEN
+        return (
+            runs_natively(self.model, OPERATORS) and uneven(cu_seqlens.tolist(), torch.get_num_threads()) <= MOST_UNEVEN
+        )
 
     def __call__(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> float:
         """Flat tokens as `DeepseekV3.flatten` returns them -> the mean loss; sets every `.grad` and every router's load.

@@ -2,7 +2,16 @@
 
 from dsfast.ops.adamw import adamw, clip_scale, grad_norm
 from dsfast.ops.checks import check_all
-from dsfast.ops.dispatch import IMPLEMENTATIONS, OPERATORS, FallbackWarning, configured, fallbacks, note_fallback, report, use
+from dsfast.ops.dispatch import (
+    IMPLEMENTATIONS,
+    OPERATORS,
+    FallbackWarning,
+    configured,
+    fallbacks,
+    note_fallback,
+    report,
+    use,
+)
 from dsfast.ops.embedding import embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention

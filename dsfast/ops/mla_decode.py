@@ -16,7 +16,15 @@ from torch import Tensor
 
 from dsfast.ops import native
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import define, expect_dtype, expect_range, expect_shape, raise_out_of_range, refuse_derivative, rows
+from dsfast.ops.library import (
+    define,
+    expect_dtype,
+    expect_range,
+    expect_shape,
+    raise_out_of_range,
+    refuse_derivative,
+    rows,
+)
 
 
 def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale):
