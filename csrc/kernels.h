@@ -98,8 +98,8 @@ int64_t decode_step(const dsfast::Model* model, float* latent, float* k_rope, in
 // `gradients` has an address in `shared` [size], which is written whole, for each weight of `model`. loads [layers, E]
 // counts the tokens of each expert; seconds [2, parts] says where all threads together spent their time, forward and
 // backward. Indices, labels (or ignore_index) and positions are checked by the caller.
-double train_step(const dsfast::Model* model, const dsfast::Model* gradients, float* shared, int64_t size,
-                  const int64_t* ids, const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens,
-                  int64_t N, int64_t S, int64_t ignore_index, int64_t* loads, double* seconds, int threads);
+float train_step(const dsfast::Model* model, const dsfast::Model* gradients, float* shared, int64_t size,
+                 const int64_t* ids, const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens,
+                 int64_t N, int64_t S, int64_t ignore_index, int64_t* loads, double* seconds, int threads);
 
 }  // namespace DSFAST_ISA

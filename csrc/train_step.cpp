@@ -312,9 +312,9 @@ void for_segments(const int32_t* cu_seqlens, int64_t begin, int64_t end, int64_t
 
 }  // namespace
 
-double train_step(const Model* model, const Model* gradients, float* shared, int64_t size, const int64_t* ids,
-                  const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens, int64_t N, int64_t S,
-                  int64_t ignore_index, int64_t* loads, double* seconds, int threads) {
+float train_step(const Model* model, const Model* gradients, float* shared, int64_t size, const int64_t* ids,
+                 const int64_t* labels, const int64_t* positions, const int32_t* cu_seqlens, int64_t N, int64_t S,
+                 int64_t ignore_index, int64_t* loads, double* seconds, int threads) {
   const Model& m = *model;
   int64_t counted = 0;
   for (int64_t n = 0; n < N; ++n) counted += labels[n] != ignore_index;
@@ -366,7 +366,7 @@ double train_step(const Model* model, const Model* gradients, float* shared, int
     seconds[i] = 0;
     for (const Clock& clock : clocks) seconds[i] += clock.seconds[i / PARTS][i % PARTS];
   }
-  return counted > 0 ? total / double(counted) : 0.0;
+  return counted > 0 ? float(total / double(counted)) : 0.0f;
 }
 
 }  // namespace DSFAST_ISA

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
+from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
 from dsfast.ops.cases import linear_cross_entropy_case
-from dsfast.ops.checks import check
+from dsfast.ops.checks import check, check_draws
 
 
 class TestLinearCrossEntropy(OperatorContract):
@@ -87,6 +87,19 @@ def test_small_and_large_logits(size):
     assert_passed(
         check("linear_cross_entropy", ops.linear_cross_entropy, (hidden * size, weight, labels), (0, 1), ["native"])
     )
+
+
+@pytest.mark.parametrize("rise", [3.0, 60.0, 3000.0])
+def test_later_words_far_likelier_than_the_first(rise):
+    """What is subtracted before exp comes from the first words; later logits lie up to thousands above it, twice over."""
+    needs_native()
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, labels = drawn(linear_cross_entropy_case("rise", 70, 8, 401), seed)
+        weight[200] *= rise
+        weight[390] *= 4 * rise
+        draws.append([hidden, weight, labels])
+    assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["native"]))
 
 
 def test_forward_alone_gives_the_same_loss():

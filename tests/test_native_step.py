@@ -161,6 +161,15 @@ class TestWhatItTakes:
         model.norm.weight.requires_grad_(False)
         assert not NativeStep(model).takes(self.CU_SEQLENS)
 
+    def test_not_where_a_hook_waits(self):
+        model = random_model()
+        handle = model.norm.weight.register_hook(lambda grad: grad)
+        assert not NativeStep(model).takes(self.CU_SEQLENS)
+        handle.remove()
+        assert NativeStep(model).takes(self.CU_SEQLENS)
+        model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        assert not NativeStep(model).takes(self.CU_SEQLENS)
+
     def test_not_one_document_on_two_threads(self):
         torch.set_num_threads(2)
         step = NativeStep(random_model())

@@ -69,7 +69,7 @@ def test_step_on_rows_of_ones_own_learns_them():
     input_ids, labels = tokens[:, :-1], tokens[:, 1:]
     expected = trainer.model.loss(input_ids, labels).item()
     losses = [trainer.step(input_ids, labels) for _ in range(60)]
-    assert losses[0] == expected
+    assert losses[0] == pytest.approx(expected, rel=1e-6)  # operators there, one native call here
     assert losses[-1] < 0.5 * losses[0]
     assert trainer.steps_done == 60
 

@@ -53,10 +53,12 @@ class NativeStep:
     def takes(self, cu_seqlens: Tensor) -> bool:
         """Whether a batch of documents with these boundaries [S + 1] can be left to the call.
 
-        It can where the operators would run natively, the model is float32 with all its parameters trained and no MTP
-        modules, and the documents divide evenly enough among the threads.
+        It can where the operators would run natively, the model is float32 with all its parameters trained, no MTP modules
+        and no hooks, and the documents divide evenly enough among the threads.
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
+            return False
+        if any(map(_hooked, self._parameters)) or any(map(_hooked, self.model.modules())):
             return False
         return (
             runs_natively(self.model, OPERATORS) and uneven(cu_seqlens.tolist(), torch.get_num_threads()) <= MOST_UNEVEN
@@ -87,6 +89,14 @@ class NativeStep:
         """Of the last call: part -> seconds (forward, backward), the mean over the threads."""
         shares = (self._seconds / torch.get_num_threads()).T.tolist()
         return {part: (forward, backward) for part, (forward, backward) in zip(PARTS, shares, strict=True)}
+
+
+def _hooked(part: Tensor | torch.nn.Module) -> bool:
+    """Whether a hook waits to see what goes through this parameter or module: a native call would pass it by."""
+    hooks = (
+        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks",
+    )  # fmt: skip
+    return any(getattr(part, name, None) for name in hooks)
 
 
 def uneven(boundaries: list[int], threads: int) -> float:
