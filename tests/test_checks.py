@@ -114,9 +114,9 @@ def test_right_values_pass_and_a_wrong_gradient_fails():
 def test_a_nan_that_eager_shows_and_the_implementation_hides_fails():
     found = {"output": torch.zeros(3)}
     expected = torch.tensor([0.0, math.nan, 0.0])
-    assert not checks._judge(expected, expected, found["output"], torch.float32, "native")["passed"]
-    assert checks._judge(expected, expected, expected.clone(), torch.float32, "native")["passed"]
-    assert not checks._judge(expected, expected, -expected.nan_to_num(math.inf), torch.float32, "native")["passed"]
+    assert not checks.judge(expected, expected, found["output"], torch.float32, "native")["passed"]
+    assert checks.judge(expected, expected, expected.clone(), torch.float32, "native")["passed"]
+    assert not checks.judge(expected, expected, -expected.nan_to_num(math.inf), torch.float32, "native")["passed"]
 
 
 def test_a_reference_of_lower_precision_fails():

@@ -13,6 +13,8 @@ CHECKED_TOKENS = 1024
 """So many tokens of the first batch, in whole documents, go both ways before the native call is relied on."""
 AGREEMENT = 1e-3
 """How far apart the two may be: of the loss, and of the norm of each gradient. Rounding makes 1e-5."""
+NEGLIGIBLE = 1e-4
+"""Of the norm of all gradients together: one below that may be made of nothing but rounding."""
 
 Flat = tuple[Tensor, Tensor, Tensor, Tensor]
 """ids [N], labels [N], positions [N], cu_seqlens [S + 1]."""
@@ -61,8 +63,9 @@ class Gradients:
         found |= {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
         if not all(torch.equal(a, router.load) for a, router in zip(loads, self.model.routers(), strict=True)):
             return False  # rounding sent a token to another expert: nothing to compare; the next batch will do
+        least = NEGLIGIBLE * torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
         for name, expected in {"the loss": loss, **gradients}.items():
-            difference = float((found[name] - expected).norm() / expected.norm().clamp(min=1e-30))
+            difference = float((found[name] - expected).norm() / torch.maximum(expected.norm(), least))
             if difference > AGREEMENT:
                 self._native = None
                 reason = f"{name} differs by {difference:.1e} between dsfast/model and csrc/train_step.cpp"
