@@ -172,7 +172,7 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
   parallel_ranges((N + TOKENS - 1) / TOKENS, threads, [&](int thread, int64_t begin, int64_t end) {
     const int64_t n = begin * TOKENS, tokens = least(N, end * TOKENS) - n;
     if (tokens <= 0) return;
-    float* dw = with_grads ? partials.of[thread] = dsfast::scratch(V * R, 1) : nullptr;
+    float* dw = with_grads ? partials.of[thread] = dsfast::scratch(V * R, dsfast::GRADIENTS) : nullptr;
     losses[thread] = linear_cross_entropy_rows(hidden + n * hidden_row, hidden_row, weight, labels + n, ignore_index,
                                                share, with_grads ? dhidden + n * R : nullptr, dw, true, tokens, R, V);
   });

@@ -39,12 +39,15 @@ struct Partials {
   float* of[MAX_THREADS] = {};
 
   void add_up(float* out, int64_t count, int threads) const {
+    const float* parts[MAX_THREADS];
+    int used = 0;
+    for (const float* part : of)
+      if (part != nullptr) parts[used++] = part;
     parallel_ranges((count + 1023) / 1024, threads, [&](int, int64_t begin, int64_t end) {
       const int64_t last = end * 1024 < count ? end * 1024 : count;
       for_vectors(last - begin * 1024, [&](int64_t i, int64_t n) {
         vfloat total = {};
-        for (int t = 0; t < MAX_THREADS; ++t)
-          if (of[t] != nullptr) total += load_n(of[t] + begin * 1024 + i, n);
+        for (int t = 0; t < used; ++t) total += load_n(parts[t] + begin * 1024 + i, n);
         store_n(out + begin * 1024 + i, total, n);
       });
     });

@@ -14,7 +14,7 @@ struct Buffer {
 
 }  // namespace
 
-float* scratch(int64_t count, int slot) {
+float* scratch(int64_t count, ScratchSlot slot) {
   thread_local Buffer buffers[SCRATCH_SLOTS];
   Buffer& buffer = buffers[slot];
   if (count > buffer.capacity) {

@@ -5,9 +5,11 @@
 
 namespace dsfast {
 
+// What must stay while others call `scratch` takes a slot of its own.
+enum ScratchSlot { OF_PIECES, GRADIENTS, ACTIVATIONS, WEIGHTS, SCRATCH_SLOTS };
+
 // At least `count` floats, 64-byte aligned, this thread's own; the content is whatever was left there. A second call
-// by the same thread hands out the same memory again; what stays while others call takes a `slot` of its own.
-constexpr int SCRATCH_SLOTS = 4;
-float* scratch(int64_t count, int slot = 0);
+// by the same thread for the same slot hands out the same memory again.
+float* scratch(int64_t count, ScratchSlot slot = OF_PIECES);
 
 }  // namespace dsfast

@@ -12,8 +12,6 @@ namespace DSFAST_ISA {
 using dsfast::Layer;
 using dsfast::Model;
 
-enum ScratchSlot { OF_PIECES, ACTIVATIONS, GRADIENTS, WEIGHTS };
-
 // Where the time goes: each call of `charge` counts what has passed since the last one. The order is that of PARTS in
 // dsfast/model/native_step.py.
 enum Part { EMBEDDING, RMS_NORM, LINEAR, ROPE, ATTENTION, ROUTE, EXPERTS, SWIGLU, HEAD, PARTS };
@@ -92,7 +90,7 @@ struct Weights {
   Weights(const Model& m, int threads) {
     Carver count = {nullptr};
     carve(m, count);
-    Carver carver = {dsfast::scratch(count.size, WEIGHTS)};
+    Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
     carve(m, carver);
     const Weight* all = reinterpret_cast<const Weight*>(layers);
     parallel_tasks(m.layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });

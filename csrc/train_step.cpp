@@ -336,11 +336,11 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
     Carver count = {nullptr};
     carve(count, m, most);
     count.of<int64_t>(load_size);
-    Carver carver = {dsfast::scratch(count.size, ACTIVATIONS)};
+    Carver carver = {dsfast::scratch(count.size, dsfast::ACTIVATIONS)};
     const State state = carve(carver, m, most);
     int64_t* own_loads = of_thread[thread] = carver.of<int64_t>(load_size);
     for (int64_t i = 0; i < load_size; ++i) own_loads[i] = 0;
-    float* own = partials.of[thread] = dsfast::scratch(size, GRADIENTS);
+    float* own = partials.of[thread] = dsfast::scratch(size, dsfast::GRADIENTS);
     clear(own, size);
     for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
       const int32_t base = cu_seqlens[d];
