@@ -125,10 +125,13 @@ def test_without_a_label_there_is_nothing_to_learn():
 
 
 def test_replaced_weights_are_seen():
-    """Parameters whose memory was exchanged, as `module.to` does."""
+    """Parameters and buffers whose memory was exchanged, as `module.to` does."""
     model = random_model().train()
     step, arguments = NativeStep(model), flat(model, (9, 8))
     in_one_call(model, arguments, step)
+    for router in model.routers():
+        router.e_score_correction_bias = -router.e_score_correction_bias
+    assert_bitwise_equal(in_one_call(model, arguments, step), in_one_call(model, arguments))
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.5
     assert_bitwise_equal(in_one_call(model, arguments, step), in_one_call(model, arguments))
@@ -144,37 +147,55 @@ def test_time_is_told_by_part():
 
 
 class TestWhatItTakes:
-    CU_SEQLENS = torch.tensor([0, 8, 16], dtype=torch.int32)
+    @staticmethod
+    def taken(model: DeepseekV3, lengths: tuple[int, ...] = (8, 8), **changes) -> bool:
+        names = ("ids", "labels", "positions", "cu_seqlens")
+        arguments = dict(zip(names, flat(model, lengths), strict=True)) | changes
+        return NativeStep(model).takes(**arguments)
 
     def test_a_plain_model(self):
-        assert NativeStep(random_model()).takes(self.CU_SEQLENS)
+        assert self.taken(random_model())
 
     def test_not_what_an_operator_is_asked_to_do_otherwise(self):
         with ops.use("reference", "rope"):
-            assert not NativeStep(random_model()).takes(self.CU_SEQLENS)
+            assert not self.taken(random_model())
 
     def test_not_multi_token_prediction(self):
-        assert not NativeStep(random_model(num_nextn_predict_layers=1)).takes(self.CU_SEQLENS)
+        assert not self.taken(random_model(num_nextn_predict_layers=1))
 
     def test_not_a_frozen_parameter(self):
         model = random_model()
         model.norm.weight.requires_grad_(False)
-        assert not NativeStep(model).takes(self.CU_SEQLENS)
+        assert not self.taken(model)
 
     def test_not_where_a_hook_waits(self):
         model = random_model()
         handle = model.norm.weight.register_hook(lambda grad: grad)
-        assert not NativeStep(model).takes(self.CU_SEQLENS)
+        assert not self.taken(model)
         handle.remove()
-        assert NativeStep(model).takes(self.CU_SEQLENS)
+        assert self.taken(model)
         model.layers[0].mlp.register_forward_hook(lambda *_: None)
-        assert not NativeStep(model).takes(self.CU_SEQLENS)
+        assert not self.taken(model)
 
     def test_not_one_document_on_two_threads(self):
         torch.set_num_threads(2)
-        step = NativeStep(random_model())
-        assert step.takes(self.CU_SEQLENS)
-        assert not step.takes(torch.tensor([0, 16], dtype=torch.int32))
+        assert self.taken(random_model())
+        assert not self.taken(random_model(), (16,))
+
+    @pytest.mark.parametrize("boundaries", [[1, 16], [0, 15], [0, 9, 8, 16], [0, 17], []])
+    def test_not_boundaries_that_do_not_rise_from_0_to_the_last_token(self, boundaries):
+        """Read as they are they would lead out of the arrays; the operators say what is wrong with them."""
+        model, boundaries = random_model(), torch.tensor(boundaries, dtype=torch.int32)
+        torch.set_num_threads(1)
+        assert not self.taken(model, cu_seqlens=boundaries)
+        gradients, ids = Gradients(model.train(), torch.float32, tiny_config().train, True), random_ids(model, 1, 16)
+        with pytest.raises((ValueError, IndexError)):
+            gradients(ids, ids, torch.arange(16)[None], boundaries)
+
+    def test_not_another_dtype(self):
+        model = random_model()
+        assert not self.taken(model, positions=torch.arange(16, dtype=torch.int32))
+        assert not self.taken(model, cu_seqlens=torch.tensor([0, 16]))
 
     @pytest.mark.parametrize(
         ("boundaries", "threads", "expected"),
@@ -221,6 +242,15 @@ class TestGradients:
                 warnings.simplefilter("error")
                 losses.append([trainer.train_batch(tiny_dataset().rows.batch(i, 3)).loss for i in range(8)])
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4, atol=0)
+
+    def test_nothing_is_taken_for_agreement_where_nothing_was_compared(self):
+        model = random_model().train()
+        ids, config = random_ids(model, 4, 16), tiny_config().train
+        gradients = Gradients(model, torch.float32, config, True)
+        gradients(ids, torch.full_like(ids, -100), None, None)
+        assert not gradients.in_one_call
+        gradients(ids, ids, None, None)
+        assert gradients.in_one_call
 
     def test_first_documents(self):
         model = random_model()

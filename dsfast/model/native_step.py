@@ -50,27 +50,31 @@ class NativeStep:
     def built() -> bool:
         return native.status()[0] is not None
 
-    def takes(self, cu_seqlens: Tensor) -> bool:
-        """Whether a batch of documents with these boundaries [S + 1] can be left to the call.
+    def takes(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> bool:
+        """Whether a batch, flat as `DeepseekV3.flatten` returns it, can be left to the call.
 
         It can where the operators would run natively, the model is float32 with all its parameters trained, no MTP modules
-        and no hooks, and the documents divide evenly enough among the threads.
+        and no hooks, and the documents divide evenly enough among the threads. Input of another dtype or with boundaries
+        that do not rise from 0 to N is left to the operators, which say what is wrong.
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
             return False
         if any(map(_hooked, self._parameters)) or any(map(_hooked, self.model.modules())):
             return False
-        return (
-            runs_natively(self.model, OPERATORS) and uneven(cu_seqlens.tolist(), torch.get_num_threads()) <= MOST_UNEVEN
-        )
+        if any(x.dtype != torch.int64 for x in (ids, labels, positions)) or cu_seqlens.dtype != torch.int32:
+            return False
+        boundaries = cu_seqlens.tolist()
+        if boundaries[:1] != [0] or boundaries[-1] != len(ids) or boundaries != sorted(boundaries):
+            return False
+        return uneven(boundaries, torch.get_num_threads()) <= MOST_UNEVEN and runs_natively(self.model, OPERATORS)
 
     def __call__(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> float:
         """Flat tokens as `DeepseekV3.flatten` returns them -> the mean loss; sets every `.grad` and every router's load.
 
         The gradients are views of memory that the next call overwrites.
         """
-        addresses = [p.data_ptr() for p in self._parameters]
-        if addresses != self._addresses:  # first call, or the parameters' memory was replaced
+        addresses = [x.data_ptr() for x in (*self._parameters, *self.model.buffers())]
+        if addresses != self._addresses:  # first call, or the memory of a weight or buffer was replaced
             self._weights, self._addresses = NativeModel(self.model), addresses
         ids, labels, positions, cu_seqlens = (x.contiguous() for x in (ids, labels, positions, cu_seqlens))
         loss = native.module().train_step(

@@ -108,7 +108,10 @@ def kernels(session: Session) -> Details:
 
 
 def training(session: Session) -> Details:
-    """The run itself. Tokens per second are those of the whole run; the losses are one per step."""
+    """The run itself. Tokens per second are those of the whole run; the losses are one per step.
+
+    whole_step: the last step was one native call.
+    """
     device = session.plan.config.runtime.device
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the kernels' comparisons are not the run's memory
@@ -121,6 +124,7 @@ def training(session: Session) -> Details:
         "checkpoint": str(result.checkpoint),
         "final_loss": result.final_loss,
         "losses": result.losses,
+        "whole_step": session.trainer.gradients.in_one_call,
         "fallbacks": [row for row in ops.fallbacks() if row["device"] == device],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class Gradients:
     def __call__(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> float:
         """Arguments as in `DeepseekV3.loss`; returns the loss."""
         flat = self.model.flatten(input_ids, labels, positions, cu_seqlens)
-        self.in_one_call = self._native is not None and self._native.takes(flat[3]) and self._agrees(flat)
+        self.in_one_call = self._native is not None and self._native.takes(*flat) and self._agrees(flat)
         if self.in_one_call:
             return self._native(*flat)
         for parameter in self.model.parameters():
@@ -63,10 +65,12 @@ class Gradients:
         found |= {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
         if not all(torch.equal(a, router.load) for a, router in zip(loads, self.model.routers(), strict=True)):
             return False  # rounding sent a token to another expert: nothing to compare; the next batch will do
-        least = NEGLIGIBLE * torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        size = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        if not 0 < size < math.inf:
+            return False  # without a label, or not finite: nothing to compare either
         for name, expected in {"the loss": loss, **gradients}.items():
-            difference = float((found[name] - expected).norm() / torch.maximum(expected.norm(), least))
-            if difference > AGREEMENT:
+            difference = float((found[name] - expected).norm() / torch.maximum(expected.norm(), NEGLIGIBLE * size))
+            if not difference <= AGREEMENT:
                 self._native = None
                 reason = f"{name} differs by {difference:.1e} between dsfast/model and csrc/train_step.cpp"
                 ops.note_fallback("train_step", "cpu", "runs operator by operator", reason)
