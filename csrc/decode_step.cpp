@@ -30,8 +30,6 @@ struct Tokens {
   DSFAST_INLINE bool ends_row(int64_t n) const { return n + 1 == count || rows[n + 1] != rows[n]; }
 };
 
-int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
 LatentAttention attention_of(const Model& m) {
   return {m.heads, m.latent_rank, m.nope, m.rope, m.value, m.latent_rank, m.rope, m.softmax_scale};
 }
@@ -87,7 +85,6 @@ struct Block {
   void look_up_turns() const;
   // x [Dr][lanes], in place
   void turn(float* x) const;
-  void add_to_stream() const;
   // w.x -> w.delta
   void attention(const Layer& layer, int64_t number) const;
   void mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y, int64_t in_lanes) const;
@@ -125,12 +122,6 @@ void Block::turn(float* x) const {
       store_n(x + lane, even * c - odd * s, n);
       store_n(x + lanes + lane, even * s + odd * c, n);
     });
-}
-
-void Block::add_to_stream() const {
-  for_vectors(m.width * lanes, [&](int64_t i, int64_t n) {
-    store_n(w.stream + i, load_n(w.stream + i, n) + load_n(w.delta + i, n), n);
-  });
 }
 
 void Block::attention(const Layer& layer, int64_t number) const {
@@ -215,10 +206,10 @@ void Block::run(float* hidden) const {
     const Layer& layer = m.layers[number];
     rms_norm_lanes(m.width, layer.input_norm, m.eps, w.stream, w.x, lanes);
     attention(layer, number);
-    add_to_stream();
+    add(w.delta, w.stream, m.width * lanes);
     rms_norm_lanes(m.width, layer.mlp_norm, m.eps, w.stream, w.x, lanes);
     feed_forward(layer);
-    add_to_stream();
+    add(w.delta, w.stream, m.width * lanes);
   }
   rms_norm_lanes(m.width, m.norm, m.eps, w.stream, w.x, lanes);
   if (m.head_projection != nullptr) product(m.head_width, m.width, m.head_projection, w.x, w.low, lanes);
@@ -281,12 +272,11 @@ struct Best {
 
 void keep_best(const float* logits, int64_t word, int64_t count, int64_t lanes, Best best) {
   if (lanes == 1) {
-    vint any = {};  // most chunks hold no better word: W words at a time tell
+    vint better = {};  // most chunks hold no better word: W words at a time tell
     for_vectors(count, [&](int64_t i, int64_t n) {
-      any |= ~(load_n(logits + i, n) <= best.value[0]) & (splat(best.value[0]) == splat(best.value[0]));
+      better |= ~(load_n(logits + i, n) <= best.value[0]) & (splat(best.value[0]) == splat(best.value[0]));
     });
-    bool found = false;
-    for (int i = 0; i < W; ++i) found |= any[i] != 0;
+    const bool found = any(better);
     for (int64_t i = 0; found && i < count; ++i)
       if (larger(logits[i], best.value[0])) {
         best.value[0] = logits[i];

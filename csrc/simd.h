@@ -109,5 +109,6 @@ DSFAST_INLINE void add(const float* x, float* to, int64_t size) {
 }
 
 DSFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DSFAST_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace DSFAST_ISA

@@ -150,8 +150,6 @@ inline LayerState carve_layer(Carver& c, const Model& m, const Layer& w, int64_t
   return s;
 }
 
-inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
 inline Expert mlp_of(const Model& m, const Weight& up, const Weight& down, bool backward) {
   return {m.width, down.D, backward ? up.row() : up.row_t(), backward ? down.row() : down.row_t()};
 }

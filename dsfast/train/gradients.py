@@ -39,8 +39,10 @@ class Gradients:
 
     def __call__(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> float:
         """Arguments as in `DeepseekV3.loss`; returns the loss."""
-        flat = self.model.flatten(input_ids, labels, positions, cu_seqlens)
-        self.in_one_call = self._native is not None and self._native.takes(*flat) and self._agrees(flat)
+        self.in_one_call = False
+        if self._native is not None:
+            flat = self.model.flatten(input_ids, labels, positions, cu_seqlens)
+            self.in_one_call = self._native.takes(*flat) and self._agrees(flat)
         if self.in_one_call:
             return self._native(*flat)
         for parameter in self.model.parameters():
