@@ -1,6 +1,9 @@
-"""Every launch of the Triton kernels, compiled for chips that are not here, keeps the limits of dsfast.triton_kernels.limits."""
+"""Every Triton kernel compiled ahead of time for chips that are not here, and held to dsfast.triton_kernels.limits."""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -11,63 +14,73 @@ from dsfast.triton_kernels import mla_attention
 from dsfast.triton_kernels.ahead import compile_launch
 from dsfast.triton_kernels.limits import CHIPS
 
+from dsfast.ops import OPERATORS
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MODEL_500K, MIDDLE, DEEPSEEK_V3, WIDEST = (32, 16, 32), (64, 64, 64), (128, 64, 128), (192, 64, 256)
-KERNELS = ("forward", "backward_q", "backward_kv")
+MODULES = {
+    operator: importlib.import_module(f"dsfast.triton_kernels.{operator}")
+    for operator in OPERATORS
+    if importlib.util.find_spec(f"dsfast.triton_kernels.{operator}")
+}
 
 
-def mla_attention_launches(widths, dtype, large):
-    """Kernel -> launch, for views as the model's projections leave them."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    (dn, dr, dv), n, h = widths, 4096, 16
-    k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
-    inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
-    o, softmax = empty(n, h, dv), empty(2, h, n, dtype=torch.float32)
-    forward = mla_attention.forward_launch(*inputs, o, softmax, large)
-    gradients = (
-        empty(n, h, dn),
-        empty(n, h, dr),
-        empty(n, h, dn),
-        empty(h, n, dr, dtype=torch.float32),
-        empty(n, h, dv),
-    )
-    backward = mla_attention.backward_launches(o, *inputs, o, softmax, softmax[0], *gradients, large)
-    return dict(zip(KERNELS, (forward, *backward), strict=True))
+def examples(dtypes, wanted):
+    """(operator, size, kernel, dtype) of every example launch at the sizes `wanted` says yes to."""
+    return [
+        pytest.param(
+            operator, size, kernel, dtype, id=f"{operator}-{size}-{kernel}-{str(dtype).removeprefix('torch.')}"
+        )
+        for operator, module in MODULES.items()
+        for size in module.EXAMPLES
+        if wanted(size)
+        for dtype in dtypes
+        for kernel in module.example_launches(size, dtype, large=True)
+    ]
 
 
-def assert_within_limits(kernel, chip, widths, dtype):
-    launch = mla_attention_launches(widths, dtype, CHIPS[chip].large)[kernel]
+def assert_within_limits(operator, size, kernel, dtype, chip):
+    launch = MODULES[operator].example_launches(size, dtype, CHIPS[chip].large)[kernel]
     compiled = compile_launch(launch, chip)
     assert not compiled.faults(launch), compiled
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_mla_attention_of_deepseek_v3(chip, kernel):
-    assert_within_limits(kernel, chip, DEEPSEEK_V3, BF16)
+@pytest.mark.parametrize(("operator", "size", "kernel", "dtype"), examples([BF16], lambda s: s == "DeepSeek-V3"))
+def test_deepseek_v3(operator, size, kernel, dtype, chip):
+    assert_within_limits(operator, size, kernel, dtype, chip)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", [MODEL_500K, MIDDLE, WIDEST], ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_mla_attention_of_other_widths(chip, kernel, widths):
-    assert_within_limits(kernel, chip, widths, BF16)
+@pytest.mark.parametrize(("operator", "size", "kernel", "dtype"), examples([BF16], lambda s: s != "DeepSeek-V3"))
+def test_other_sizes(operator, size, kernel, dtype, chip):
+    assert_within_limits(operator, size, kernel, dtype, chip)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("widths", "dtype"), [(MODEL_500K, FP32), (DEEPSEEK_V3, FP32), (DEEPSEEK_V3, FP16)], ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_mla_attention_of_other_dtypes(chip, kernel, widths, dtype):
-    assert_within_limits(kernel, chip, widths, dtype)
+@pytest.mark.parametrize(
+    ("operator", "size", "kernel", "dtype"), examples([FP16, FP32], lambda s: s in ("500K", "DeepSeek-V3"))
+)
+def test_other_dtypes(operator, size, kernel, dtype, chip):
+    assert_within_limits(operator, size, kernel, dtype, chip)
+
+
+@pytest.mark.parametrize("operator", MODULES)
+def test_every_kernel_is_an_example(operator):
+    """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example."""
+    module = MODULES[operator]
+    kernels = {name for name in vars(module) if name.endswith("_kernel")}
+    launched = {
+        launch.kernel.__name__
+        for size in module.EXAMPLES
+        for launch in module.example_launches(size, BF16, large=True).values()
+    }
+    assert kernels == launched
 
 
 def test_limits_find_what_breaks_them():
-    launch = mla_attention_launches(DEEPSEEK_V3, BF16, large=True)["forward"]
+    launch = mla_attention.example_launches("DeepSeek-V3", BF16, large=True)["forward_kernel"]
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)("k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0)
@@ -75,7 +88,7 @@ def test_limits_find_what_breaks_them():
 
 
 def test_blocks_divide_tiles():
-    """What the kernels' loops rest on: blocks of keys fill a tile of queries, blocks of queries a tile of keys."""
+    """What mla_attention's loops rest on: blocks of keys fill a tile of queries, blocks of queries a tile of keys."""
     for table in (mla_attention._FLOAT32, mla_attention._LARGE, mla_attention._SMALL):
         for kernel, by_width in table.items():
             for bt, bs, _, _ in by_width.values():

@@ -1,47 +1,30 @@
-"""The Triton kernels of mla_attention against the float64 reference: on a GPU where there is one, and everywhere in Triton's
-interpreter, in a process of its own because triton reads TRITON_INTERPRET when it is imported."""
+"""The Triton kernels of mla_attention against the float64 reference; the contract of every operator's is in
+tests/triton_contract.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
+from dsfast.ops.cases import mla_attention_case
 from dsfast.ops.checks import FLOOR_ULPS
 from dsfast.ops.mla_attention import mla_attention_reference
 
-pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# bf16 on a GPU alone: the interpreter's bf16 products are wrong.
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 
-on_device = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU; without one it runs in the interpreter's process",
-)
 
-if INTERPRETED:
-    import numpy as np
-    from triton.runtime import interpreter
+class TestMlaAttention(TritonContract):
+    cases = (
+        mla_attention_case("no document", (), 2, 32, 16, 32),
+        mla_attention_case("documents inside and across tiles", (1, 0, 17, 30), 1, 32, 16, 32),
+        mla_attention_case("widths that are no power of two", (20, 3, 9), 2, 24, 8, 40),
+    )
+    tiny = mla_attention_case("tiny", (2, 0, 33), 2, 3, 2, 5)
+    registered = ("mla_attention", "mla_attention_backward")
+    not_expanded = (3,)  # k_rope
 
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        """A product summed exactly, then rounded.
-
-        The interpreter leaves it to numpy, whose order of summation depends on the processor's BLAS kernel, and on which
-        operand is transposed: scores made again in the backward pass then differ from those of the forward pass by
-        rounding, which a matrix instruction's do not, and no error could be told from it.
-        """
-        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
-        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = dot
 
 # Lengths of the documents, with the reason. Tiles have 128 rows and blocks 64 in 16 bits; 16 and 32 in float32.
 DOCUMENTS = {
@@ -83,12 +66,9 @@ def run_kernels(tensors, cu_seqlens, scale, do):
     """o and the five gradients by the kernels, every uninitialised output filled with NaN beforehand."""
     from dsfast.triton_kernels import mla_attention as kernels
 
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
+    with poisoned():
         o, softmax = kernels.forward(*tensors, cu_seqlens, scale)
         return o, softmax, kernels.backward(do, *tensors, cu_seqlens, scale, o, softmax)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run_reference(tensors, cu_seqlens, scale, do, dtype):
@@ -225,11 +205,6 @@ def test_refused_before_launch(change, kind, message):
         run_kernels(tensors, cu_seqlens, change.get("scale", scale), do)
 
 
-@pytest.mark.parametrize("operator", ["mla_attention", "mla_attention_backward"])
-def test_registered_for_cuda(operator):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsfast::{operator}", "CUDA")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_operator_takes_the_kernels():
@@ -244,11 +219,4 @@ def test_operator_takes_the_kernels():
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, leaves, do), gradients, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+test_in_the_interpreter = in_the_interpreter(__file__)

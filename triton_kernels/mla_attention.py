@@ -482,3 +482,30 @@ def _launch(name: str, kernel, large: bool, inputs: dict, **outputs: Tensor) -> 
     # Fused multiply-add is the default up to triton 3.9 and is to be switched off after it.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return Launch(kernel, grid, arguments, options, inputs["v"].dtype.itemsize, tile)
+
+
+EXAMPLES = {
+    "500K": (32, 16, 32),
+    "middle": (64, 64, 64),
+    "DeepSeek-V3": (128, 64, 128),
+    "widest": (192, 64, 256),
+}
+"""Dn, Dr and Dv that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    (dn, dr, dv), n, h = EXAMPLES[size], 4096, 16
+    k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
+    inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
+    o, softmax = empty(n, h, dv), empty(2, h, n, dtype=torch.float32)
+    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32))
+    launches = [
+        forward_launch(*inputs, o, softmax, large),
+        *backward_launches(o, *inputs, o, softmax, softmax[0], *gradients, empty(n, h, dv), large),
+    ]
+    return {launch.kernel.__name__: launch for launch in launches}

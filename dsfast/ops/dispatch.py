@@ -21,7 +21,7 @@ from dsfast.errors import UserError, choices
 from dsfast.ops import native, triton
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
-_OF_DEVICE = {"cpu": "native", "cuda": "triton"}
+_OF_DEVICE = {"cpu": "triton" if triton.INTERPRETED else "native", "cuda": "triton"}
 
 _selection: ContextVar[Mapping[str, str]] = ContextVar("dsfast_ops_selection", default=MappingProxyType({}))
 _fallbacks: dict[tuple[str, str], str] = {}

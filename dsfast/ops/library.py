@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsfast.ops.triton import INTERPRETED
+
 _LIBRARY = torch.library.Library("dsfast", "DEF")
 
 
@@ -14,7 +16,7 @@ def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None 
     """Register `dsfast::<schema>` with its CPU kernel, its shape function and, where there is one, its GPU kernel."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda if INTERPRETED and cuda is not None else cpu, "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"dsfast::{name}", fake, lib=_LIBRARY)

@@ -92,7 +92,9 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     n, h, _ = q_nope.shape
-    return q_nope.new_empty(v.shape), q_nope.new_empty((2, h, n) if q_nope.is_cuda else (h, n), dtype=torch.float32)
+    return q_nope.new_empty(v.shape), q_nope.new_empty(
+        (2, h, n) if triton.runs_on(q_nope) else (h, n), dtype=torch.float32
+    )
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors, slowly and one program after the other: to test them without a GPU. In
+such a process the CPU's own implementation of an operator is its Triton kernel, where it has one."""
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether an operator's own kernel for `x`'s device is the Triton one."""
+    return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
 @cache
@@ -23,6 +33,8 @@ def available(operator: str) -> tuple[bool, str]:
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return False, f"triton {version} is too old, 3.6 or newer is needed; run `pip install -U dsfast[gpu]`"
+    if INTERPRETED:
+        return True, "Triton kernel, interpreted"
     if not torch.cuda.is_available():
         return False, "PyTorch finds no GPU"
     capability = torch.cuda.get_device_capability()

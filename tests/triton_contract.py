@@ -1,0 +1,162 @@
+"""The tests that every operator's Triton kernels pass: on a GPU where there is one, and everywhere in Triton's interpreter,
+in a process of its own because triton reads TRITON_INTERPRET when it is imported.
+
+A file tests/test_triton_X.py holds a subclass of TritonContract, and `test_in_the_interpreter = in_the_interpreter(__file__)`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import pytest
+import torch
+from operator_cases import DRAWS, LAYOUTS, assert_bitwise_equal, assert_passed, drawn, expanded, with_gradient_layout
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dsfast import ops
+from dsfast.ops.cases import Case
+from dsfast.ops.checks import IN_FLOAT32, check_draws, compare, evaluate
+from dsfast.ops.triton import INTERPRETED
+
+pytest.importorskip("triton")
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# bf16 on a GPU alone: the interpreter's bf16 products are wrong.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+on_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a GPU; without one it runs in the interpreter's process",
+)
+
+if INTERPRETED:
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        """A product summed exactly, then rounded.
+
+        The interpreter leaves it to numpy, whose order of summation depends on the processor's BLAS kernel, and on which
+        operand is transposed: scores made again in the backward pass then differ from those of the forward pass by
+        rounding, which a matrix instruction's do not, and no error could be told from it.
+        """
+        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Outputs and working memory come full of NaN (integers: of their largest value)."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def on_the_device(arguments: list) -> list:
+    return tree_map_only(Tensor, lambda x: x.to(DEVICE), arguments)
+
+
+def run_triton(case: Case, arguments: list) -> dict[str, Tensor]:
+    with poisoned(), ops.use("triton", case.operator):
+        return evaluate(case.function, on_the_device(arguments), case.differentiable)
+
+
+def in_the_interpreter(path: str):
+    """A test that runs the tests of `path` in a process of the interpreter's."""
+
+    @pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
+    @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+    def test(which):
+        command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", path]
+        child = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+
+    return test
+
+
+class TritonContract:
+    """`cases`: the name of each says why it is there; sizes beside those of the kernels' tiles. `tiny` as in OperatorContract."""
+
+    cases: ClassVar[tuple[Case, ...]]
+    tiny: ClassVar[Case]
+    registered: ClassVar[tuple[str, ...]]  # names in torch.ops.dsfast
+    strided_arguments: ClassVar[tuple[int, ...] | None] = None  # None: all
+    not_expanded: ClassVar[tuple[int, ...]] = ()
+
+    def pytest_generate_tests(self, metafunc) -> None:
+        cls = metafunc.cls
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", cls.cases, ids=[case.name for case in cls.cases])
+        if "dtype" in metafunc.fixturenames:
+            dtypes = (torch.float32,) if cls.tiny.operator in IN_FLOAT32 else DTYPES
+            metafunc.parametrize("dtype", dtypes, ids=str)
+        if "layout" in metafunc.fixturenames:
+            metafunc.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+        if "operator" in metafunc.fixturenames:
+            metafunc.parametrize("operator", cls.registered)
+
+    @on_device
+    def test_against_float64(self, case, dtype):
+        with poisoned():
+            assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+
+    @on_device
+    def test_views_as_inputs_and_gradients(self, layout):
+        case = self.tiny
+        draws = [on_the_device(drawn(case, seed)) for seed in range(DRAWS)]
+        for arguments in draws:
+            for i in range(len(arguments)) if self.strided_arguments is None else self.strided_arguments:
+                if layout is not expanded or i not in self.not_expanded:
+                    arguments[i] = tree_map_only(Tensor, lambda x: layout(x) if x.dim() else x, arguments[i])
+        function = with_gradient_layout(case.function, layout)
+        with poisoned():
+            assert_passed(check_draws(case.operator, function, draws, case.differentiable, ["triton"], case=case.name))
+
+    @on_device
+    def test_same_bits_twice_and_inputs_left_alone(self, case):
+        arguments = drawn(case)
+        first = run_triton(case, arguments)
+        assert_bitwise_equal(first, run_triton(case, arguments))
+        for x, original in zip(arguments, drawn(case), strict=True):
+            pairs = zip(x, original, strict=True) if isinstance(x, list) else [(x, original)]
+            assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+    @on_device
+    def test_fake_tensors_have_the_shapes_of_real_ones(self):
+        """What torch.compile believes: shapes and dtypes of each torch.ops.dsfast operator that is called."""
+        from operator_cases import RecordCalls
+
+        with RecordCalls() as record:
+            run_triton(self.tiny, drawn(self.tiny))
+        assert record.calls
+        for operator, arguments in record.calls.items():
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_registered_for_cuda(self, operator):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsfast::{operator}", "CUDA")
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_captured_in_a_graph(self):
+        """The operator neither waits for the host nor allocates outside the graph's pool; a replay gives the same bits."""
+        arguments = on_the_device(drawn(self.tiny))
+        expected = run_triton(self.tiny, arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), ops.use("triton", self.tiny.operator):
+            outputs = self.tiny.function(*arguments)
+        graph.replay()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for (quantity, x), y in zip(expected.items(), outputs, strict=False):
+            assert torch.equal(x, y), quantity
