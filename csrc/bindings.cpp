@@ -21,6 +21,12 @@
 #define DSFAST_ISA avx512
 #include "kernels.h"
 #undef DSFAST_ISA
+#define DSFAST_ISA avx2_bf16
+#include "kernels.h"
+#undef DSFAST_ISA
+#define DSFAST_ISA avx512_bf16
+#include "kernels.h"
+#undef DSFAST_ISA
 #endif
 
 namespace py = pybind11;
@@ -150,26 +156,32 @@ void bind_model(py::module_& m) {
   field(model, "head_width", &LayeredModel::head_width);
 }
 
-#define DSFAST_BIND_ALL(ISA)                                        \
+// What is made of matrix products.
+#define DSFAST_BIND_PRODUCTS(m, ISA)                                \
   do {                                                              \
-    bind(m, "rms_norm_forward", ISA::rms_norm_forward);             \
-    bind(m, "rms_norm_backward", ISA::rms_norm_backward);           \
-    bind(m, "rope", ISA::rope);                                     \
     bind(m, "embedding_forward", ISA::embedding_forward);           \
     bind(m, "embedding_backward", ISA::embedding_backward);         \
     bind(m, "mla_attention_forward", ISA::mla_attention_forward);   \
     bind(m, "mla_attention_backward", ISA::mla_attention_backward); \
-    bind(m, "mla_decode", ISA::mla_decode);                         \
-    bind(m, "moe_route_forward", ISA::moe_route_forward);           \
-    bind(m, "moe_route_backward", ISA::moe_route_backward);         \
     bind(m, "swiglu_mlp_forward", ISA::swiglu_mlp_forward);         \
     bind(m, "swiglu_mlp_backward", ISA::swiglu_mlp_backward);       \
     bind(m, "moe_experts_forward", ISA::moe_experts_forward);       \
     bind(m, "moe_experts_backward", ISA::moe_experts_backward);     \
     bind(m, "linear_cross_entropy", ISA::linear_cross_entropy);     \
-    bind(m, "decode_step", ISA::decode_step);                       \
     bind(m, "train_step", ISA::train_step);                         \
-    bind_lists(m, ISA::adamw, ISA::grad_norm);                      \
+  } while (false)
+
+#define DSFAST_BIND_ALL(m, ISA)                             \
+  do {                                                      \
+    DSFAST_BIND_PRODUCTS(m, ISA);                           \
+    bind(m, "rms_norm_forward", ISA::rms_norm_forward);     \
+    bind(m, "rms_norm_backward", ISA::rms_norm_backward);   \
+    bind(m, "rope", ISA::rope);                             \
+    bind(m, "mla_decode", ISA::mla_decode);                 \
+    bind(m, "moe_route_forward", ISA::moe_route_forward);   \
+    bind(m, "moe_route_backward", ISA::moe_route_backward); \
+    bind(m, "decode_step", ISA::decode_step);               \
+    bind_lists(m, ISA::adamw, ISA::grad_norm);              \
   } while (false)
 
 // Every feature an instruction set's flags use is asked for by itself.
@@ -180,8 +192,10 @@ std::vector<std::string> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2) names.push_back("avx2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     names.push_back("avx512");
+    if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+  }
 #endif
   return names;
 }
@@ -219,15 +233,25 @@ PYBIND11_MODULE(_native, m) {
   bind_layer(m);
   bind_model(m);
 #if defined(DSFAST_X86)
-  m.attr("compiled") = std::vector<std::string>{"baseline", "avx2", "avx512"};
-  if (isa == "avx512")
-    DSFAST_BIND_ALL(avx512);
+  m.attr("compiled") = std::vector<std::string>{"baseline", "avx2", "avx512", "avx512_bf16"};
+  if (isa == "avx512" || isa == "avx512_bf16")
+    DSFAST_BIND_ALL(m, avx512);
   else if (isa == "avx2")
-    DSFAST_BIND_ALL(avx2);
+    DSFAST_BIND_ALL(m, avx2);
   else
-    DSFAST_BIND_ALL(baseline);
+    DSFAST_BIND_ALL(m, baseline);
+  // The same with products of bfloat16: by the processor's instruction, or emulated.
+  m.attr("fast_bfloat16") = isa == "avx512_bf16" && __builtin_cpu_is("amd");
+  if (isa != "baseline") {
+    py::module_ bfloat16 = m.def_submodule("bfloat16");
+    if (isa == "avx512_bf16")
+      DSFAST_BIND_PRODUCTS(bfloat16, avx512_bf16);
+    else
+      DSFAST_BIND_PRODUCTS(bfloat16, avx2_bf16);
+  }
 #else
   m.attr("compiled") = std::vector<std::string>{"baseline"};
-  DSFAST_BIND_ALL(baseline);
+  m.attr("fast_bfloat16") = false;
+  DSFAST_BIND_ALL(m, baseline);
 #endif
 }

@@ -130,7 +130,7 @@ __attribute__((noinline)) inline void product_of_one_transposed(int64_t M, int64
     int64_t m = 0;
     for (; m + 4 * W <= M; m += 4 * W) tile<1, 4>(terms, in, part + m, M, y + m, M, k > 0);
     for (; m + W <= M; m += W) tile<1, 1>(terms, in, part + m, M, y + m, M, k > 0);
-    if (m < M) tile_part<1>(terms, M - m, in, part + m, M, y + m, M, k > 0);
+    if (m < M) tile_part<1, false>(terms, M - m, in, part + m, M, y + m, M, k > 0);
   }
 }
 

@@ -72,7 +72,8 @@ struct Pass {
   // dq -> dx, added
   void compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g,
                                    const LayerState& l) const;
-  // logits [n, E]; a few experts do not fill the lanes, so each score is a sum along the width instead
+  // logits [n, E], always in float32: near ties decide the choice. A few experts do not fill the lanes, so each score
+  // is a sum along the width instead
   void scores(const float* router, const Weight& w, const float* x, float* logits) const;
   // x_mlp -> delta
   void mlp(int64_t number, const LayerWeights& w, const LayerState& l) const;
@@ -160,7 +161,7 @@ void Pass::compressed_queries_backward(const Layer& layer, const LayerWeights& w
 
 void Pass::scores(const float* router, const Weight& w, const float* x, float* logits) const {
   if (m.experts >= W) {
-    linear(n, w, x, row(), logits, m.experts);
+    linear(n, w, x, row(), logits, m.experts, gemm_float32);
     return;
   }
   for (int64_t i = 0; i < n * m.experts; ++i) {
@@ -208,7 +209,8 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
     moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,
                        m.routed_scaling, 1);
     clock.charge(ROUTE);
-    linear_backward(n, w.router, s.dlogits, m.experts, l.x_mlp, row(), s.dx, m.width, gradient(g.router), true);
+    linear_backward(n, w.router, s.dlogits, m.experts, l.x_mlp, row(), s.dx, m.width, gradient(g.router), true,
+                    gemm_float32);
     clock.charge(LINEAR);
   }
   if (layer.width > 0)

@@ -135,11 +135,13 @@ class TrainConfig:
 class RuntimeConfig:
     """Where and how it runs. `kernels` maps an operator (or "default") to an implementation.
 
+    dtype: what the model computes in; "auto" is bfloat16 where that is faster, else float32 (dsfast.model.precision).
+
     whole_step: on the CPU, take a training step in one native call where every operator runs natively anyway.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     kernels: dict[str, Implementation] = field(default_factory=dict)
     threads: int | None = None
     whole_step: bool = True
@@ -405,5 +407,4 @@ def _run_rules(c: Config) -> list[tuple[bool, str]]:
         *((1 <= weight <= _MOST_BOOST, f"data.boost.{topic} must be 1..{_MOST_BOOST}, got {weight}")
           for topic, weight in d.boost.items()),
         *((name in kernels, f"runtime.kernels: unknown operator {name!r}; {choices(kernels)}") for name in r.kernels),
-        (r.device == "cuda" or r.dtype == "float32", f"runtime.dtype is {r.dtype!r}; known on the cpu: float32"),
     ]  # fmt: skip

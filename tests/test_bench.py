@@ -611,8 +611,9 @@ def test_step_writes_and_shows_every_figure(config_file: Path, tmp_path: Path, c
     assert {"processor", "cores", "threads", "memory_gb"} <= set(written["machine"])
     assert {"versions", "commit", "native", "operators", "fallbacks", "created"} <= set(written)
     assert written["settings"] | {"config": 0, "config_hash": 0} == {
-        "bench": "step", "repeats": 2, "batch": 2, "length": 8, "config": 0, "config_hash": 0,
+        "bench": "step", "repeats": 2, "batch": 2, "length": 8, "config": 0, "config_hash": 0, "dtype": "float32",
     }  # fmt: skip
+    assert written["results"]["dsfast"]["products"] == "float32"
     assert list(written["results"]["peers"]) == ["eager", "autocast"]
     comparison = written["results"]["peers"]["eager"]["comparison"]
     assert comparison["first"]["count"] == comparison["other"]["count"] == 2
@@ -621,6 +622,18 @@ def test_step_writes_and_shows_every_figure(config_file: Path, tmp_path: Path, c
     assert "█" in shown
     assert all(word in shown for word in ("eager", "autocast", "dsfast::linear_cross_entropy", REST))
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.filterwarnings("ignore:runtime.dtype 'bfloat16' is slower here")
+def test_step_in_bfloat16_meets_the_peers_loss_but_for_rounding(config_file: Path, tmp_path: Path):
+    out = tmp_path / "out.json"
+    arguments = ["step", "--config", str(config_file), "--batch", "2", "--length", "8", "--repeats", "1"]
+    assert run_command(bench.main, [*arguments, "--peers", "eager", "--dtype", "bfloat16", "--json", str(out)]) == 0
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert written["settings"]["dtype"] == written["results"]["dsfast"]["products"] == "bfloat16"
+    eager = written["results"]["peers"]["eager"]
+    assert eager["status"] == "timed"
+    assert eager["first_loss"] != written["results"]["first_loss"]
 
 
 def test_kernels_writes_and_shows_every_figure(tmp_path: Path, capsys, monkeypatch):

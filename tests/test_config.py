@@ -168,7 +168,6 @@ RELATIONS = {
     "batch beyond 32 bits": (
         {"train.batch_size": 2**23, "data.sequence_length": 256}, "batch_size times data.sequence_length .*2147483647",
     ),
-    "bfloat16 on the CPU": ({"runtime.dtype": "bfloat16"}, "dtype is 'bfloat16'; known on the cpu: float32"),
     "unknown operator": ({"runtime.kernels": {"ropee": "native"}}, "runtime.kernels: unknown operator 'ropee'; .*rope, "),
     "unknown implementation": ({"runtime.kernels": {"rope": "fast"}}, "kernels.rope is 'fast'; known: auto, native"),
     "more parameters than anyone trains": (

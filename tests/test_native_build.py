@@ -177,9 +177,10 @@ class TestInstructionSets:
             pytest.skip("it is the one this process runs, and tests everywhere else")
         chosen = (
             "test_native_against_float64 or test_views or accuracy_of_exp or saturated or best_supported"
-            " or test_native_tokens or test_a_sequence or test_cached_logits or test_greedy_choice"
+            " or test_native_tokens or test_a_sequence or test_cached_logits or test_greedy_choice or TestProducts"
         )
-        command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, str(TESTS / "test_generate.py"), __file__)
+        others = (str(TESTS / "test_generate.py"), str(TESTS / "test_bfloat16.py"), __file__)
+        command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, *others)
         done = run_python(*command, DSFAST_ISA=isa, DSFAST_REQUIRE_NATIVE="1")
         assert done.returncode == 0, done.stdout[-3000:]
         assert re.search(r"^\d{3,} passed", done.stdout.splitlines()[-1]), done.stdout[-300:]

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from argparse import Namespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -18,10 +18,12 @@ from dsfast.bench.memory import check_measurable
 from dsfast.bench.report import Reporter
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
-from dsfast.config import Config, default_config, load_config
+from dsfast.config import Config, RuntimeConfig, default_config, load_config
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
+
+DTYPES = get_args(get_type_hints(RuntimeConfig)["dtype"])
 
 Json = dict[str, Any]
 
@@ -67,6 +69,11 @@ def _parser() -> CommandParser:
     step.add_argument("--batch", metavar="B", type=_positive, help="rows (default: train.batch_size)")
     step.add_argument("--length", metavar="T", type=_positive, help="tokens of a row (default: data.sequence_length)")
     step.add_argument("--peers", metavar="A,B,...", type=_names, help="default: eager,compile,autocast,transformers")
+    step.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what dsfast computes in (default: the config's runtime.dtype)",
+    )
     step.add_argument("--memory", action="store_true", help="also peak memory, each variant in a process of its own")
     kernels = command("kernels", _kernels, "operators, their implementations beside each other", 20)
     kernels.add_argument("operators", metavar="OP", nargs="*", help="default: all")
@@ -84,12 +91,14 @@ def _parser() -> CommandParser:
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     """(settings, results), as the other three."""
     config = _config(arguments)
+    if arguments.dtype:
+        config = config.replace(**{"runtime.dtype": arguments.dtype})
     batch = arguments.batch or config.train.batch_size
     length = arguments.length or config.data.sequence_length
     peers = choose_peers(arguments.peers)
     if arguments.memory:
         check_measurable()
-    settings = {"batch": batch, "length": length, **_named(config)}
+    settings = {"batch": batch, "length": length, **_named(config), "dtype": config.runtime.dtype}
     found = run_step(config, batch, length, arguments.repeats, peers, arguments.memory, reporter.progress)
     return settings, found
 

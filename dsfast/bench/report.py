@@ -60,18 +60,19 @@ class Reporter:
         self._say("Freed memory stays with the process (mallopt, set by dsfast's trainer); the peers gain by it too.")
         counts = {f"dsfast against {name}": c["first"]["count"] for name, c in timed.items()}
         self._fewer(settings["repeats"], {**counts, "dsfast alone": results["dsfast"]["count"]})
-        self._work(results["work"], results["ceilings"])
+        self._work(results["work"], results["ceilings"], results["dsfast"]["products"])
         self._operators(results["operators"])
         if "memory" in results:
             self._memory(results["memory"])
 
-    def _work(self, work: Json, ceilings: Json) -> None:
+    def _work(self, work: Json, ceilings: Json, products: str) -> None:
         shares = ", ".join(
             f"{work['share_of'][d]:.0%} of torch.mm in {d} at {ceilings[f'{d}_size']}" for d in ("float32", "bfloat16")
         )
         self._say(
             f"Matrix products of the step: {work['flops'] / 1e9:,.1f} GFLOP. dsfast's whole step does"
             f" {work['flops_per_second'] / 1e9:,.0f} GFLOP/s: {shares} (measured in this run)."
+            f" Its products multiply {products}."
         )
 
     def _operators(self, rows: list[Json]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
@@ -21,6 +22,8 @@ from dsfast.errors import UserError, choices
 from dsfast.train import Trainer
 
 PROFILED_STEPS = 3
+ROUNDED = 1e-2
+"""How far apart, relatively, two losses may be where one is computed in bfloat16."""
 
 Json = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
@@ -47,8 +50,8 @@ def run_step(
 ) -> Json:  # fmt: skip
     """Time `peers` (from `choose_peers`) against dsfast; `progress` is told what comes next.
 
-    Returns `first_loss`, `dsfast` (seconds), `peers` (name -> status "timed", "missing", "failed" or "wrong", reason,
-    comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory` (see memory).
+    Returns `first_loss`, `dsfast` (seconds; what its products multiply), `peers` (name -> status "timed", "missing",
+    "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory` (see memory).
     """
     config = comparable(config)
     rows = random_batch(config, batch, length)
@@ -60,7 +63,8 @@ def run_step(
     for name, pair in compare(ours, others, repeats).items():
         outcome["peers"][name] |= {"status": "timed", "comparison": asdict(pair)}
     progress("ceilings")
-    outcome["dsfast"] = asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
+    products = str(trainer.precision.products).removeprefix("torch.")
+    outcome["dsfast"] = {"products": products} | asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
     outcome |= _work(matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings())
     progress("dsfast by operator")
     outcome["operators"] = split_by_operator(ours, PROFILED_STEPS, trainer.gradients.seconds)
@@ -87,23 +91,33 @@ def _first_steps(
         if not missing
     }
     expected = trainer.step(*rows)
+    rough = ROUNDED if trainer.precision.products == torch.bfloat16 else 0.0
     trainings, found = {}, {}
     for name, missing in peers.items():
         progress(f"first step of {name}")
-        state = {"status": "missing", "reason": missing} if missing else _first_step(name, *built[name], rows, expected)
+        state = (
+            {"status": "missing", "reason": missing}
+            if missing
+            else _first_step(name, *built[name], rows, expected, rough)
+        )
         found[name] = {"what": PEERS[name].what, **state}
         if not state["reason"]:
             trainings[name] = built[name][0]
     return trainings, {"first_loss": expected, "peers": found}
 
 
-def _first_step(name: str, training: PeerTraining | None, problem: str, rows: Batch, expected: float) -> Json:
-    """Status and reason, both empty where the peer was built without a problem and its loss is the expected one."""
+def _first_step(
+    name: str, training: PeerTraining | None, problem: str, rows: Batch, expected: float, rough: float
+) -> Json:
+    """Status and reason, both empty where the peer was built without a problem and its loss is the expected one.
+
+    rough: how far dsfast's own loss may be off, relatively.
+    """
     if training is not None:
         loss, problem = _attempt(partial(training.step, *rows))
     if problem:
         return {"status": "failed", "reason": problem}
-    allowed = PEERS[name].tolerance * abs(expected)
+    allowed = max(PEERS[name].tolerance, rough) * abs(expected)
     if not abs(loss - expected) <= allowed:
         reason = f"its first loss is {loss:.6f}, dsfast's {expected:.6f}; they may differ by {allowed:.1e}"
         return {"status": "wrong", "reason": reason, "first_loss": loss}

@@ -3,6 +3,15 @@
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
 from dsfast.model.native_step import NativeStep
-from dsfast.model.precision import loss_in
+from dsfast.model.precision import Precision, loss_in, precision_of
 
-__all__ = ["DeepseekV3", "NativeStep", "generate", "generate_ids", "loss_in", "parameter_counts"]
+__all__ = [
+    "DeepseekV3",
+    "NativeStep",
+    "Precision",
+    "generate",
+    "generate_ids",
+    "loss_in",
+    "parameter_counts",
+    "precision_of",
+]

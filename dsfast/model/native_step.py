@@ -77,7 +77,7 @@ class NativeStep:
         if addresses != self._addresses:  # first call, or the memory of a weight or buffer was replaced
             self._weights, self._addresses = NativeModel(self.model), addresses
         ids, labels, positions, cu_seqlens = (x.contiguous() for x in (ids, labels, positions, cu_seqlens))
-        loss = native.module().train_step(
+        loss = native.products().train_step(
             self._weights.address, self._gradient_struct.address, self._shared.data_ptr(), len(self._shared),
             ids.data_ptr(), labels.data_ptr(), positions.data_ptr(), cu_seqlens.data_ptr(), len(ids),
             len(cu_seqlens) - 1, IGNORED, self._loads.data_ptr(), self._seconds.data_ptr(), torch.get_num_threads(),

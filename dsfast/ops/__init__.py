@@ -18,6 +18,7 @@ from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
+from dsfast.ops.native import products_in
 from dsfast.ops.rms_norm import rms_norm
 from dsfast.ops.rope import rope
 from dsfast.ops.swiglu_mlp import swiglu_mlp
@@ -39,6 +40,7 @@ __all__ = [
     "moe_experts",
     "moe_route",
     "note_fallback",
+    "products_in",
     "report",
     "rms_norm",
     "rope",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsfast.ops import cases
+from dsfast.ops import cases, native
 from dsfast.ops.cases import Case
 from dsfast.ops.dispatch import report, use
 
@@ -59,24 +59,35 @@ CASES = (
 )
 
 
-def check_all(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
-    """Every operator in every implementation that runs on `device`, at the 500K model's shapes and an odd one, in `dtype`."""
+def check_all(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32
+) -> list[Row]:
+    """Every operator in every implementation that runs on `device`, at the 500K model's shapes and an odd one, in `dtype`.
+
+    products: what the products of the native implementation multiply, see `check_draws`.
+    """
     rows = []
     for case in CASES:
         used = torch.float32 if case.operator in IN_FLOAT32 else dtype
         with use("auto"):
             own = {row["operator"]: row["implementation"] for row in report(device, used)}
-        rows += compare(case, dict.fromkeys(("reference", own[case.operator])), device, used)
+        implementations = dict.fromkeys(("reference", own[case.operator]))
+        rows += compare(
+            case, implementations, device, used, products=products if case.operator in native.OF_PRODUCTS else used
+        )
     return rows
 
 
 def compare(
-    case: Case, implementations: Iterable[str], device: str = "cpu", dtype: torch.dtype = torch.float32, draws: int = 1
-) -> list[Row]:
+    case: Case, implementations: Iterable[str], device: str = "cpu", dtype: torch.dtype = torch.float32, draws: int = 1,
+    products: torch.dtype = torch.float32,
+) -> list[Row]:  # fmt: skip
     """`check` of a case on inputs drawn `draws` times (seeds 0, 1, ...) and judged together."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
     inputs = [[_moved(x, torch.device(device)) for x in case.make_inputs(g)] for g in generators]
-    return check_draws(case.operator, case.function, inputs, case.differentiable, implementations, dtype, case.name)
+    return check_draws(
+        case.operator, case.function, inputs, case.differentiable, implementations, dtype, case.name, products
+    )
 
 
 def check(
@@ -95,18 +106,32 @@ def check(
 def check_draws(
     operator: str, function: Callable[..., Any], draws: Sequence[Sequence], differentiable: Sequence[int],
     implementations: Iterable[str], dtype: torch.dtype = torch.float32, case: str = "",
+    products: torch.dtype = torch.float32,
 ) -> list[Row]:  # fmt: skip
     """`check` on several sets of arguments of the same shapes, judged as one.
 
     In a small case eager's largest error is that of a handful of numbers, and often 0 by luck; several draws show what
-    it usually is.
+    it usually is. products bfloat16: the native implementation, in float32 but for what its products multiply
+    (native.products_in), is held to what eager makes of the same numbers in bfloat16.
     """
+    implementations = list(implementations)
+    if products == torch.bfloat16 and "native" in implementations:
+        rounded = [[_moved(_moved(x, products), dtype) for x in arguments] for arguments in draws]
+        others = [name for name in implementations if name != "native"]
+        rows = check_draws(operator, function, draws, differentiable, others, dtype, case) if others else []
+        with native.products_in(products):
+            return rows + _judged(operator, function, rounded, differentiable, ["native"], products, case)
     draws = [[_moved(x, dtype) for x in arguments] for arguments in draws]
+    return _judged(operator, function, draws, differentiable, implementations, dtype, case)
+
+
+def _judged(operator, function, draws, differentiable, implementations, dtype, case) -> list[Row]:
+    """A row for each implementation and quantity; eager computes in `dtype`, whatever the draws are in."""
     with use("reference", operator):
         expected = _evaluated(
             function, [[_moved(x, torch.float64) for x in arguments] for arguments in draws], differentiable
         )
-        eager = _evaluated(function, draws, differentiable)
+        eager = _evaluated(function, [[_moved(x, dtype) for x in arguments] for arguments in draws], differentiable)
     rows = []
     for implementation in implementations:
         found = eager

@@ -130,9 +130,11 @@ def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[
     if implementation == "triton":
         return triton.available(operator)
     module, reason = native.status()
-    if module is not None and dtype is not torch.float32:
+    if module is None:
+        return False, reason
+    if dtype is not torch.float32:
         return False, f"the C++ kernels compute in float32, the input is {str(dtype).removeprefix('torch.')}"
-    return module is not None, reason
+    return True, native.how(operator)
 
 
 def _check_names(implementation: str, operators: tuple[str, ...]) -> None:

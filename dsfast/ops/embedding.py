@@ -45,7 +45,7 @@ def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) ->
     input_ids, table = input_ids.contiguous(), rows(table)
     projection = None if projection is None else projection.contiguous()
     y = table.new_empty(input_ids.size(0), _width(table, projection))
-    bad = native.module().embedding_forward(
+    bad = native.products().embedding_forward(
         input_ids.data_ptr(), table.data_ptr(), table.stride(0), 0 if projection is None else projection.data_ptr(),
         y.data_ptr(), input_ids.size(0), *table.shape, y.size(1), torch.get_num_threads(),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tens
     projection_t = None if projection is None else projection.t().contiguous()
     taken_grad = table.new_empty(0 if projection is None else input_ids.size(0), table.size(1))
     dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
-    native.module().embedding_backward(
+    native.products().embedding_backward(
         dy.data_ptr(), dy.stride(0), input_ids.data_ptr(), table.data_ptr(), table.stride(0),
         0 if projection_t is None else projection_t.data_ptr(), taken_grad.data_ptr(), dtable.data_ptr(),
         dprojection.data_ptr(), input_ids.size(0), *table.shape, _width(table, projection), torch.get_num_threads(),

@@ -52,7 +52,7 @@ def _cpu(hidden, weight, labels, ignore_index, with_grads):
     hidden, weight, labels = rows(hidden), weight.contiguous(), labels.contiguous()
     (n, r), v = hidden.shape, weight.size(0)
     loss, dhidden, dweight = _fake(hidden, weight, labels, ignore_index, with_grads)
-    bad = native.module().linear_cross_entropy(
+    bad = native.products().linear_cross_entropy(
         hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), labels.data_ptr(), ignore_index, loss.data_ptr(),
         dhidden.data_ptr(), dweight.data_ptr(), n, r, v, with_grads, torch.get_num_threads(),
     )  # fmt: skip

@@ -81,7 +81,7 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
-    good = native.module().mla_attention_forward(
+    good = native.products().mla_attention_forward(
         *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), softmax.data_ptr(), n, h, dn, dr, dv,
         cu_seqlens.size(0) - 1, torch.get_num_threads(),
     )  # fmt: skip
@@ -102,7 +102,7 @@ def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, s
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, q_rope.movedim(1, 0), v)]
-    native.module().mla_attention_backward(
+    native.products().mla_attention_backward(
         *_pointers(*inputs), cu_seqlens.data_ptr(), scale, softmax.data_ptr(),
         *(g.data_ptr() for g in gradients), n, h, dn, dr, dv, cu_seqlens.size(0) - 1, torch.get_num_threads(),
     )  # fmt: skip

@@ -56,7 +56,7 @@ def _forward_cpu(x, weights, indices, gate_up, down):
     y, gu = x.new_empty(n, d), x.new_empty(n * k, 2 * i)
     order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
     slots = x.new_empty(n * k if k > 1 else 0, d)
-    bad = native.module().moe_experts_forward(
+    bad = native.products().moe_experts_forward(
         x.data_ptr(), x.stride(0), weights.data_ptr(), indices.data_ptr(), gate_up_t.data_ptr(), down_t.data_ptr(),
         y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
         torch.get_num_threads(),
@@ -76,7 +76,7 @@ def _backward_cpu(dy, x, weights, gate_up, down, gu, order, offsets):
     n, d, k, *_ = sizes = _sizes(x, weights, down)
     gradients = tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
     slots = x.new_empty(n * k if k > 1 else 0, d)
-    native.module().moe_experts_backward(
+    native.products().moe_experts_backward(
         dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(),
         gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), *(g.data_ptr() for g in gradients), slots.data_ptr(),
         *sizes, torch.get_num_threads(),

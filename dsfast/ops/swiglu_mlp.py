@@ -35,7 +35,7 @@ def _forward_cpu(x, gate_up, down):
     x, gate_up_t, down_t = rows(x), gate_up.t().contiguous(), down.t().contiguous()
     (n, d), i = x.shape, down.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n, 2 * i)
-    native.module().swiglu_mlp_forward(
+    native.products().swiglu_mlp_forward(
         x.data_ptr(), x.stride(0), gate_up_t.data_ptr(), down_t.data_ptr(), y.data_ptr(), gu.data_ptr(), n, d, i,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -46,7 +46,7 @@ def _backward_cpu(dy, x, gate_up, down, gu):
     dy, x, gate_up, down = rows(dy), rows(x), gate_up.contiguous(), down.contiguous()
     (n, d), i = x.shape, down.size(1)
     gradients = tuple(t.new_empty(t.shape) for t in (x, gate_up, down))
-    native.module().swiglu_mlp_backward(
+    native.products().swiglu_mlp_backward(
         dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), gate_up.data_ptr(), down.data_ptr(), gu.data_ptr(),
         *(g.data_ptr() for g in gradients), n, d, i, torch.get_num_threads(),
     )  # fmt: skip

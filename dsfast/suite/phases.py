@@ -94,14 +94,14 @@ def set_up(session: Session) -> Details:
         check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
     session.untrained = copy.deepcopy(model)
     with session.trainer.kernels():
-        operators = ops.report(config.runtime.device, getattr(torch, config.runtime.dtype))
+        operators = ops.report(config.runtime.device, session.trainer.precision.tensors)
     return {"data": data.manifest, "parameters": parameter_counts(model), "operators": operators}
 
 
 def kernels(session: Session) -> Details:
     """Every operator, in every implementation that runs here, against its float64 reference."""
-    runtime = session.plan.config.runtime
-    rows = ops.check_all(runtime.device, getattr(torch, runtime.dtype))
+    precision = session.trainer.precision
+    rows = ops.check_all(session.plan.config.runtime.device, precision.tensors, precision.products)
     missing = sorted(set(ops.OPERATORS) - {row["operator"] for row in rows})
     failed = sum(not row["passed"] for row in rows) + len(missing)
     return {"failed": failed, "missing": missing, "comparisons": rows}
@@ -125,6 +125,7 @@ def training(session: Session) -> Details:
         "final_loss": result.final_loss,
         "losses": result.losses,
         "whole_step": session.trainer.gradients.in_one_call,
+        "precision": {name: str(dtype) for name, dtype in session.trainer.precision._asdict().items()},
         "fallbacks": [row for row in ops.fallbacks() if row["device"] == device],
     }
 
@@ -133,7 +134,8 @@ def propagation(session: Session) -> Details:
     """The four propagation checks, on the model just trained and the batch that would come next."""
     config, trainer = session.plan.config, session.trainer
     batch = trainer.dataset.rows.batch(config.train.steps, config.train.batch_size)
-    checks = check_propagation(trainer.model, batch, getattr(torch, config.runtime.dtype))
+    with trainer.kernels():
+        checks = check_propagation(trainer.model, batch, trainer.precision.tensors)
     return {"failed": sum(not c.passed for c in checks), "checks": [asdict(c) for c in checks]}
 
 

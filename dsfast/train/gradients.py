@@ -10,6 +10,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3, NativeStep, loss_in
+from dsfast.ops import native
 
 CHECKED_TOKENS = 1024
 """So many tokens of the first batch, in whole documents, go both ways before the native call is relied on."""
@@ -25,14 +26,16 @@ Flat = tuple[Tensor, Tensor, Tensor, Tensor]
 class Gradients:
     """Sets `.grad` of every parameter of a model; `whole_step` False always goes operator by operator.
 
+    dtype: what the activations are kept in.
+
     The native call repeats in C++ what dsfast/model says in Python. So that a change there is never passed over, it is first
     held against autograd; where they differ the operators run one by one, with a warning.
     """
 
     def __init__(self, model: DeepseekV3, dtype: torch.dtype, train: TrainConfig, whole_step: bool):
         self.model, self.dtype, self.train = model, dtype, train
-        native = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
-        self._native = NativeStep(model) if native and NativeStep.built() else None
+        in_cpp = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
+        self._native = NativeStep(model) if in_cpp and NativeStep.built() else None
         self._checked = False
         self.in_one_call = False
         """Whether the last batch went through the native call."""
@@ -42,7 +45,8 @@ class Gradients:
         self.in_one_call = False
         if self._native is not None:
             flat = self.model.flatten(input_ids, labels, positions, cu_seqlens)
-            self.in_one_call = self._native.takes(*flat) and self._agrees(flat)
+            with native.products_in(torch.float32):  # rounding to bfloat16 would hide a difference
+                self.in_one_call = self._native.takes(*flat) and self._agrees(flat)
         if self.in_one_call:
             return self._native(*flat)
         for parameter in self.model.parameters():

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Batch, Dataset, build_dataset
 from dsfast.errors import UserError
-from dsfast.model import DeepseekV3
+from dsfast.model import DeepseekV3, precision_of
 from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.gradients import Gradients
@@ -79,8 +80,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = DeepseekV3(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.train)
-        dtype = getattr(torch, config.runtime.dtype)
-        self.gradients = Gradients(self.model, dtype, config.train, config.runtime.whole_step)
+        self.precision = precision_of(config.runtime)
+        self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
         self.steps_done = 0
         self.bad_steps = 0
         """Steps without an update since the last one with."""
@@ -141,9 +142,12 @@ class Trainer:
         tokens = batch.input_ids.numel()
         return StepReport(self.steps_done, value, norm, train.learning_rate * scale, not finite, tokens, seconds)
 
-    def kernels(self) -> AbstractContextManager[None]:
-        """The operators as config.runtime.kernels selects them."""
-        return ops.configured(self.config.runtime.kernels, self.config.runtime.device)
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """The operators as config.runtime selects them, and what their products multiply."""
+        runtime = self.config.runtime
+        with ops.configured(runtime.kernels, runtime.device), native.products_in(self.precision.products):
+            yield
 
     def save(self) -> Path:
         """Write a checkpoint of the present step into output_dir; returns its folder."""
@@ -247,8 +251,12 @@ def _prepare(config: Config) -> torch.device:
         raise UserError("runtime.device is 'cuda', but torch finds no GPU here; known here: cpu")
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    with ops.configured(runtime.kernels, runtime.device):
-        pass  # a kernel that cannot run is noticed before anything is built
+    products = precision_of(runtime).products
+    with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
+        pass  # what cannot run is noticed before anything is built
+    if products == torch.bfloat16 and not native.fast_bfloat16():
+        why = "this processor has no fast instruction for it, float32 takes less time"
+        ops.note_fallback("runtime.dtype", runtime.device, "'bfloat16' is slower here", why)
     compiled, _ = native.status()
     if compiled is not None:
         compiled.keep_freed_memory()

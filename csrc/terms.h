@@ -1,0 +1,79 @@
+// What a matrix product multiplies: a Term is a float, or a Pair of bfloat16 that follow each other along K. Sums are
+// float32 either way.
+#pragma once
+#include "simd.h"
+
+namespace DSFAST_ISA {
+
+typedef int32_t Pair;  // the first in the low half
+constexpr vint HIGH_HALF = vint{} - 65536;
+
+template <class Term>
+struct Terms {
+  const Term* data;
+  int64_t row, column;  // strides, in terms
+  DSFAST_INLINE Terms rows_from(int64_t i) const { return {data + i * row, row, column}; }
+  DSFAST_INLINE Terms columns_from(int64_t k) const { return {data + k * column, row, column}; }
+};
+using Matrix = Terms<float>;
+
+template <class Term>
+constexpr int64_t PER_TERM = 1;  // numbers along K
+template <>
+inline constexpr int64_t PER_TERM<Pair> = 2;
+
+DSFAST_INLINE vint load(const Pair* p) {
+  typedef int32_t vint_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+  return *reinterpret_cast<const vint_unaligned*>(p);
+}
+DSFAST_INLINE void store(Pair* p, vint x) { store(reinterpret_cast<float*>(p), (vfloat)x); }
+DSFAST_INLINE vint splat(Pair x) { return x - vint{}; }
+
+DSFAST_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat sum) { return sum + a * b; }
+DSFAST_INLINE vfloat multiply_add(vint a, vint b, vfloat sum) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (vfloat)(a << 16) * (vfloat)(b << 16);
+  return sum + (vfloat)(a & HIGH_HALF) * (vfloat)(b & HIGH_HALF);
+#endif
+}
+
+#if !defined(__AVX512BF16__)
+// The nearest bfloat16, ties to even, in the high half; the low half is left as it comes. NaN stays NaN.
+DSFAST_INLINE vint rounded(vfloat x) {
+  const vint bits = (vint)x;
+  const vint nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  const vint number = x == x;
+  return (nearest & number) | (quiet & ~number);
+}
+#endif
+
+// Pair i holds first[i] and second[i].
+DSFAST_INLINE vint pairs(vfloat first, vfloat second) {
+#if defined(__AVX512BF16__)
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+  return (vint)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  return ((rounded(first) >> 16) & 0xffff) | (rounded(second) & HIGH_HALF);
+#endif
+}
+
+// W / 2 pairs of the W neighbours in x.
+DSFAST_INLINE void store_pairs(Pair* to, vfloat x) {
+  typedef int32_t half __attribute__((vector_size(2 * W)));
+  typedef half half_unaligned __attribute__((aligned(4), may_alias));
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<half_unaligned*>(to) = (half)_mm512_cvtneps_pbh(x);
+#else
+  typedef uint64_t vlong __attribute__((vector_size(4 * W)));
+  const vlong two = (vlong)rounded(x);  // the first of two neighbours in the low half
+  const vlong pair = ((two >> 16) & 0xffff) | ((two >> 32) & 0xffff0000);
+  *reinterpret_cast<half_unaligned*>(to) = __builtin_convertvector(pair, half);
+#endif
+}
+
+DSFAST_INLINE Pair pair(float first, float second) { return pairs(splat(first), splat(second))[0]; }
+
+}  // namespace DSFAST_ISA
