@@ -42,8 +42,8 @@ void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids
     const int64_t rows = least(N - n, TOKENS);
     const float* g = dy + n * dy_row;
     take(ids + n, table, table_row, rows, R, memory);
-    gemm(R, D, rows, {memory, 1, R}, g, dy_row, dprojection, D, true);
-    gemm(rows, R, D, {g, dy_row, 1}, projection_t, projection_row, taken_grad + n * R, R);
+    gemm(R, D, rows, {memory, 1, R}, {g, dy_row, 1}, dprojection, D, true);
+    gemm(rows, R, D, {g, dy_row, 1}, {projection_t, projection_row, 1}, taken_grad + n * R, R);
   }
 }
 
@@ -63,7 +63,7 @@ int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_
     for (int64_t n = begin; n < end; n += TOKENS) {
       const int64_t rows = least(end - n, TOKENS);
       take(ids + n, table, table_row, rows, R, taken);
-      gemm(rows, D, R, {taken, R, 1}, projection, D, y + n * D, D);
+      gemm(rows, D, R, {taken, R, 1}, {projection, D, 1}, y + n * D, D);
     }
   });
   return 0;

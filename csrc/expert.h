@@ -6,23 +6,33 @@
 
 namespace DSFAST_ISA {
 
-constexpr int64_t BLOCK = 8 * MR;  // tokens at a time: block, weights and their gradients fit the second-level cache
-
 struct Expert {
   int64_t D, I;
-  int64_t up_row, down_row;  // distances between the rows of the weights that a pass reads
+  int64_t up_row, down_row;  // strides of the weights that a pass reads
+  int64_t up_column = 1, down_column = 1;
+  // Tokens at a time: few where they, the weights and their gradients fit the second-level cache; else so many that
+  // reading the weights costs little beside the products.
+  int64_t block() const { return (gradient_size() <= 65536 ? 8 : 64) * MR; }
   // Floats of working memory for `forward` and `backward`.
-  int64_t forward_memory() const { return BLOCK * I; }
-  int64_t backward_memory() const { return BLOCK * 4 * I; }
+  int64_t forward_memory() const { return block() * I; }
+  int64_t backward_memory() const { return block() * 4 * I; }
+  Matrix up(const float* w) const { return {w, up_row, up_column}; }
+  Matrix down(const float* w) const { return {w, down_row, down_column}; }
   int64_t gradient_size() const { return 3 * I * D; }
 };
 
-// gate_up_t [D, 2I], down_t [I, D]; gu [rows, 2I] keeps what the backward pass needs. y is added to if `add`.
+// How a forward pass reads the weights transposed: from copies made so, or as they lie.
+inline Expert transposed_expert(int64_t D, int64_t I, bool copied) {
+  return copied ? Expert{D, I, 2 * I, D} : Expert{D, I, 1, 1, D, I};
+}
+
+// gate_up_t [D, 2I], down_t [I, D], by their strides; gu [rows, 2I] keeps what the backward pass needs. y is added to
+// if `add`.
 inline void expert_forward(const Expert& z, int64_t rows, Matrix x, const float* gate_up_t, const float* down_t,
                            float* gu, float* y, float* memory, bool add = false) {
-  gemm(rows, 2 * z.I, z.D, x, gate_up_t, z.up_row, gu, 2 * z.I);
+  gemm(rows, 2 * z.I, z.D, x, z.up(gate_up_t), gu, 2 * z.I);
   for (int64_t n = 0; n < rows; ++n) swiglu(gu + n * 2 * z.I, gu + n * 2 * z.I + z.I, memory + n * z.I, z.I);
-  gemm(rows, z.D, z.I, {memory, z.I, 1}, down_t, z.down_row, y, z.D, add);
+  gemm(rows, z.D, z.I, {memory, z.I, 1}, z.down(down_t), y, z.D, add);
 }
 
 // dx is written, or added to if `add`; dgate_up [2I, D] and ddown [D, I] are added to. The output was scaled by
@@ -30,8 +40,8 @@ inline void expert_forward(const Expert& z, int64_t rows, Matrix x, const float*
 inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, const float* gate_up, const float* down,
                             const float* gu, const float* weights, float* dweights, float* dx, float* dgate_up,
                             float* ddown, float* memory, bool add = false) {
-  float *dh = memory, *h = dh + BLOCK * z.I, *dgu = h + BLOCK * z.I;
-  gemm(rows, z.I, z.D, dy, down, z.down_row, dh, z.I);
+  float *dh = memory, *h = dh + z.block() * z.I, *dgu = h + z.block() * z.I;
+  gemm(rows, z.I, z.D, dy, z.down(down), dh, z.I);
   for (int64_t n = 0; n < rows; ++n) {
     const float weight = weights == nullptr ? 1.0f : weights[n];
     vfloat dweight = {};
@@ -45,9 +55,9 @@ inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, 
     });
     if (dweights != nullptr) dweights[n] = sum(dweight);
   }
-  gemm(rows, z.D, 2 * z.I, {dgu, 2 * z.I, 1}, gate_up, z.up_row, dx, z.D, add);
-  gemm(2 * z.I, z.D, rows, {dgu, 1, 2 * z.I}, x.data, x.row, dgate_up, z.D, true);
-  gemm(z.D, z.I, rows, {dy.data, 1, dy.row}, h, z.I, ddown, z.I, true);
+  gemm(rows, z.D, 2 * z.I, {dgu, 2 * z.I, 1}, z.up(gate_up), dx, z.D, add);
+  gemm(2 * z.I, z.D, rows, {dgu, 1, 2 * z.I}, x, dgate_up, z.D, true);
+  gemm(z.D, z.I, rows, {dy.data, 1, dy.row}, {h, z.I, 1}, ddown, z.I, true);
 }
 
 }  // namespace DSFAST_ISA

@@ -3,8 +3,9 @@
 //   C[M, N] = A[M, K] B[K, N]        or  C += A B, the product summed first: long sums made of many calls round less
 //
 // A and C are float32, and so is B; the operands are rounded to bfloat16 first in a build for bfloat16 products
-// (DSFAST_BFLOAT16, see terms.h). A may have any strides (so A or A^T); the rows of B and C are contiguous. M rows are
-// taken MR at a time, columns in panels of two vectors; the MR x 2W sums stay in registers over the whole of K.
+// (DSFAST_BFLOAT16, see terms.h). A may have any strides (so A or A^T), and so may B: where its rows are not
+// contiguous, or far apart, it is packed first. The rows of C are contiguous. M rows are taken MR at a time, columns in
+// panels of two vectors; the MR x 2W sums stay in registers over the whole of K.
 #pragma once
 #include "scratch.h"
 #include "terms.h"
@@ -117,23 +118,29 @@ constexpr int64_t B_BLOCK = 65536;
 
 DSFAST_INLINE int64_t rows_at_once(int64_t terms) { return largest(A_BLOCK / (terms + 1) / MR * MR, MR); }
 
+// `count` columns of a row of B from column j on, or nothing.
+DSFAST_INLINE vfloat load_row(Matrix b, int64_t j, int64_t count) {
+  if (count <= 0) return vfloat{};
+  const float* from = b.data + j * b.column;
+  if (b.column == 1) return load_n(from, count);
+  vfloat x = {};
+  for (int64_t i = 0; i < count; ++i) x[i] = from[i * b.column];
+  return x;
+}
+
 // B [K, N] -> panels of NR columns one after the other, each [terms][NR], filled up with zeros.
-inline void pack_b(int64_t N, int64_t K, const float* b, int64_t ldb, float* out) {
+inline void pack_b(int64_t N, int64_t K, Matrix b, float* out) {
   for (int64_t j = 0; j < N; j += NR)
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t v = 0; v < NR; v += W, out += W) {
-        const int64_t count = least(N - j - v, W);
-        store(out, count > 0 ? load_n(b + k * ldb + j + v, count) : vfloat{});
-      }
+      for (int64_t v = 0; v < NR; v += W, out += W) store(out, load_row(b.rows_from(k), j + v, least(N - j - v, W)));
 }
-inline void pack_b(int64_t N, int64_t K, const float* b, int64_t ldb, Pair* out) {
+inline void pack_b(int64_t N, int64_t K, Matrix b, Pair* out) {
   for (int64_t j = 0; j < N; j += NR)
     for (int64_t k = 0; k < K; k += 2)
       for (int64_t v = 0; v < NR; v += W, out += W) {
         const int64_t count = least(N - j - v, W);
-        const float* from = b + k * ldb + j + v;
-        const vfloat first = count > 0 ? load_n(from, count) : vfloat{};
-        store(out, pairs(first, count > 0 && k + 1 < K ? load_n(from + ldb, count) : vfloat{}));
+        const vfloat first = load_row(b.rows_from(k), j + v, count);
+        store(out, pairs(first, k + 1 < K ? load_row(b.rows_from(k + 1), j + v, count) : vfloat{}));
       }
 }
 
@@ -164,8 +171,7 @@ inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
 }
 
 template <class Term>
-inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                        bool accumulate) {
+inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
   for (int64_t k = 0; k < K || k == 0; k += KC) {
     const int64_t depth = least(K - k, KC), terms = (depth + PER_TERM<Term> - 1) / PER_TERM<Term>;
     const int64_t columns = largest(B_BLOCK / (terms + 1) / NR * NR, NR), rows = rows_at_once(terms);
@@ -173,7 +179,7 @@ inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, const float* 
     Term* memory = reinterpret_cast<Term*>(dsfast::scratch(panels + (rows + W) * (terms + 1), dsfast::PRODUCTS));
     for (int64_t j = 0; j < N; j += columns) {
       const int64_t n = least(N - j, columns);
-      pack_b(n, depth, b + k * ldb + j, ldb, memory);
+      pack_b(n, depth, b.rows_from(k).columns_from(j), memory);
       for (int64_t i = 0; i < M; i += rows) {
         const int64_t m = least(M - i, rows);
         gemm_slice<true, Term>(m, n, terms, packed_a(m, depth, a.rows_from(i).columns_from(k), memory + panels), memory,
@@ -183,27 +189,24 @@ inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, const float* 
   }
 }
 
-using Product = void(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                     bool accumulate);
+using Product = void(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);
 
-inline void gemm_float32(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                         bool accumulate = false) {
+inline void gemm_float32(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
   // Rows of B a memory page and more apart: a panel of them would take a page each, and few sets of the cache.
-  if (ldb >= 1024 && M >= 2 * MR) return gemm_packed<float>(M, N, K, a, b, ldb, c, ldc, accumulate);
+  if (b.column != 1 || (b.row >= 1024 && M >= 2 * MR)) return gemm_packed<float>(M, N, K, a, b, c, ldc, accumulate);
   for (int64_t k = 0; k < K || k == 0; k += KC) {
     const int64_t terms = least(K - k, KC), rows = rows_at_once(terms);
     for (int64_t i = 0; i < M; i += rows)
-      gemm_slice<false>(least(M - i, rows), N, terms, a.rows_from(i).columns_from(k), b + k * ldb, ldb, c + i * ldc,
-                        ldc, accumulate || k > 0);
+      gemm_slice<false>(least(M - i, rows), N, terms, a.rows_from(i).columns_from(k), b.data + k * b.row, b.row,
+                        c + i * ldc, ldc, accumulate || k > 0);
   }
 }
 
-inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 bool accumulate = false) {
+inline void gemm(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate = false) {
 #if defined(DSFAST_BFLOAT16)
-  gemm_packed<Pair>(M, N, K, a, b, ldb, c, ldc, accumulate);
+  gemm_packed<Pair>(M, N, K, a, b, c, ldc, accumulate);
 #else
-  gemm_float32(M, N, K, a, b, ldb, c, ldc, accumulate);
+  gemm_float32(M, N, K, a, b, c, ldc, accumulate);
 #endif
 }
 

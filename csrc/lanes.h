@@ -31,7 +31,7 @@ inline void gemm_in_parts(int64_t M, int64_t N, int64_t K, Matrix a, const float
     if (N == W)
       gemm_of_one_vector(M, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
     else
-      gemm(M, N, terms, a.columns_from(k), b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+      gemm(M, N, terms, a.columns_from(k), {b + k * ldb, ldb, 1}, c, ldc, accumulate || k > 0);
   }
 }
 

@@ -32,15 +32,15 @@ struct Weight {
 // x [N, D] -> y [N, O]
 DSFAST_INLINE void linear(int64_t N, const Weight& w, const float* x, int64_t x_row, float* y, int64_t y_row,
                           Product product = gemm) {
-  product(N, w.O, w.D, {x, x_row, 1}, w.w_t, w.row_t(), y, y_row, false);
+  product(N, w.O, w.D, {x, x_row, 1}, {w.w_t, w.row_t(), 1}, y, y_row, false);
 }
 
 // dw [O, D] is added to, dx [N, D] too if `add`.
 DSFAST_INLINE void linear_backward(int64_t N, const Weight& w, const float* dy, int64_t dy_row, const float* x,
                                    int64_t x_row, float* dx, int64_t dx_row, float* dw, bool add = false,
                                    Product product = gemm) {
-  product(N, w.D, w.O, {dy, dy_row, 1}, w.w, w.row(), dx, dx_row, add);
-  product(w.O, w.D, N, {dy, 1, dy_row}, x, x_row, dw, w.D, true);
+  product(N, w.D, w.O, {dy, dy_row, 1}, {w.w, w.row(), 1}, dx, dx_row, add);
+  product(w.O, w.D, N, {dy, 1, dy_row}, {x, x_row, 1}, dw, w.D, true);
 }
 
 }  // namespace DSFAST_ISA

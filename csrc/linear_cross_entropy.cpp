@@ -91,7 +91,7 @@ void meet_vocabulary(const Head& head, bool with_grads, Block& b) {
     const int64_t words = least(head.V - v, CHUNK);
     float* chunk = with_grads ? b.exps + v * TOKENS : b.exps;
     const float* weight = head.weight + v * head.R;
-    const auto logits = [&] { gemm(words, TOKENS, head.R, {weight, head.R, 1}, b.hidden, TOKENS, chunk, TOKENS); };
+    const auto logits = [&] { gemm(words, TOKENS, head.R, {weight, head.R, 1}, {b.hidden, TOKENS, 1}, chunk, TOKENS); };
     logits();
     if (v == 0) set_reference(chunk, words, b);
     if (!exponentials(chunk, words, b)) {  // rare: the reference of the first chunk is seldom far from the maximum
@@ -99,14 +99,14 @@ void meet_vocabulary(const Head& head, bool with_grads, Block& b) {
       raise_reference(head, chunk, words, v, with_grads, b);
       exponentials(chunk, words, b);
     }
-    if (with_grads) gemm(TOKENS, head.R, words, {chunk, 1, TOKENS}, weight, head.R, b.grad, head.R, v > 0);
+    if (with_grads) gemm(TOKENS, head.R, words, {chunk, 1, TOKENS}, {weight, head.R, 1}, b.grad, head.R, v > 0);
   }
 }
 
 // A token's logit of its label, summed in the same order as in `meet_vocabulary`: the same bits.
 float label_logit(const Head& head, const Block& b, int64_t token, int64_t label) {
   float logit;
-  gemm(1, 1, head.R, {head.weight + label * head.R, head.R, 1}, b.hidden + token, TOKENS, &logit, 1);
+  gemm(1, 1, head.R, {head.weight + label * head.R, head.R, 1}, {b.hidden + token, TOKENS, 1}, &logit, 1);
   return logit;
 }
 
@@ -125,7 +125,7 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
       dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
   }
   for (int64_t v = 0; v < head.V; v += CHUNK)
-    gemm(least(head.V - v, CHUNK), R, TOKENS, {b.exps + v * TOKENS, TOKENS, 1}, b.scaled, R, dweight + v * R, R,
+    gemm(least(head.V - v, CHUNK), R, TOKENS, {b.exps + v * TOKENS, TOKENS, 1}, {b.scaled, R, 1}, dweight + v * R, R,
          !first);
   for (int64_t i = 0; i < tokens; ++i)
     if (labels[i] != ignore_index)

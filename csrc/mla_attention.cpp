@@ -71,15 +71,15 @@ void transpose(const float* in, const Block& b, int64_t width, float* out) {
 // x [keys, width] times y [width][lanes]
 void products(const Block& b, const float* x, int64_t width, const float* y, float* scores) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(keys, b.lanes - query, width, {x + key * width, width, 1}, y + query, b.lanes, scores + key * b.lanes + query,
-         b.lanes);
+    gemm(keys, b.lanes - query, width, {x + key * width, width, 1}, {y + query, b.lanes, 1},
+         scores + key * b.lanes + query, b.lanes);
   });
 }
 
 // out [rows][width] = scores^T x, x [keys, width]
 void weighted(const Block& b, const float* scores, const float* x, int64_t width, float* out, int64_t out_row) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(b.rows - query, width, keys, {scores + key * b.lanes + query, 1, b.lanes}, x + key * width, width,
+    gemm(b.rows - query, width, keys, {scores + key * b.lanes + query, 1, b.lanes}, {x + key * width, width, 1},
          out + query * out_row, out_row, query > 0);
   });
 }
@@ -87,7 +87,7 @@ void weighted(const Block& b, const float* scores, const float* x, int64_t width
 // sums [keys][width] += scores y, y [rows][width]
 void gather_gradient(const Block& b, const float* scores, const float* y, int64_t width, float* sums) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(keys, width, b.rows - query, {scores + key * b.lanes + query, b.lanes, 1}, y + query * width, width,
+    gemm(keys, width, b.rows - query, {scores + key * b.lanes + query, b.lanes, 1}, {y + query * width, width, 1},
          sums + key * width, width, true);
   });
 }

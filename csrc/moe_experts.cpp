@@ -8,11 +8,12 @@ namespace {
 
 // f(expert, first, rows) for the blocks begin .. end of all experts' sorted slots.
 template <class F>
-void for_blocks(const int32_t* offsets, int64_t E, int64_t begin, int64_t end, F f) {
+void for_blocks(const Experts& z, const int32_t* offsets, int64_t begin, int64_t end, F f) {
   int64_t block = 0;
-  for (int64_t e = 0; e < E; ++e)
-    for (int64_t first = offsets[e]; first < offsets[e + 1]; first += BLOCK, ++block)
-      if (block >= begin && block < end) f(e, first, least(offsets[e + 1] - first, BLOCK));
+  const int64_t rows = z.each.block();
+  for (int64_t e = 0; e < z.E; ++e)
+    for (int64_t first = offsets[e]; first < offsets[e + 1]; first += rows, ++block)
+      if (block >= begin && block < end) f(e, first, least(offsets[e + 1] - first, rows));
 }
 
 void gather(const float* x, int64_t x_row, const int32_t* order, int64_t rows, int64_t K, int64_t D, float* out) {
@@ -50,9 +51,10 @@ int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* or
   return 0;
 }
 
-int64_t count_blocks(const int32_t* offsets, int64_t E) {
+int64_t count_blocks(const Experts& z, const int32_t* offsets) {
   int64_t blocks = 0;
-  for (int64_t e = 0; e < E; ++e) blocks += (offsets[e + 1] - offsets[e] + BLOCK - 1) / BLOCK;
+  const int64_t rows = z.each.block();
+  for (int64_t e = 0; e < z.E; ++e) blocks += (offsets[e + 1] - offsets[e] + rows - 1) / rows;
   return blocks;
 }
 
@@ -71,8 +73,8 @@ void experts_forward(const Experts& z, const float* x, int64_t x_row, const floa
                      const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
                      float* memory, int64_t begin, int64_t end) {
   const int64_t D = z.each.D, I = z.each.I;
-  float *in = memory + z.each.forward_memory(), *out = in + BLOCK * D;
-  for_blocks(offsets, z.E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+  float *in = memory + z.each.forward_memory(), *out = in + z.each.block() * D;
+  for_blocks(z, offsets, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
     gather(x, x_row, order + first, rows, z.K, D, in);
     expert_forward(z.each, rows, {in, D, 1}, gate_up_t + e * D * z.each.up_row, down_t + e * I * z.each.down_row,
                    gu + first * 2 * I, out, memory);
@@ -85,9 +87,10 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
                       const int32_t* order, const int32_t* offsets, float* slots, float* dweights, float* dgate_up,
                       float* ddown, float* memory, int64_t begin, int64_t end) {
   const int64_t D = z.each.D, I = z.each.I;
-  float *grad_in = memory + z.each.backward_memory(), *in = grad_in + BLOCK * D, *out = in + BLOCK * D;
-  float *w = out + BLOCK * D, *dw = w + BLOCK;
-  for_blocks(offsets, z.E, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
+  float *grad_in = memory + z.each.backward_memory(), *in = grad_in + z.each.block() * D,
+        *out = in + z.each.block() * D;
+  float *w = out + z.each.block() * D, *dw = w + z.each.block();
+  for_blocks(z, offsets, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
     gather(dy, dy_row, order + first, rows, z.K, D, grad_in);
     gather(x, x_row, order + first, rows, z.K, D, in);
     for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
@@ -100,13 +103,13 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
 }
 
 int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
-                            const float* gate_up_t, const float* down_t, float* y, float* gu, int32_t* order,
-                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
-                            int threads) {
+                            const float* gate_up_t, const float* down_t, bool copied, float* y, float* gu,
+                            int32_t* order, int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E,
+                            int64_t I, int threads) {
   const int64_t bad = sort_slots(indices, N * K, E, order, offsets);
   if (bad != 0) return bad;
-  const Experts z = {{D, I, 2 * I, D}, K, E};
-  parallel_ranges(count_blocks(offsets, E), threads, [&](int, int64_t begin, int64_t end) {
+  const Experts z = {transposed_expert(D, I, copied), K, E};
+  parallel_ranges(count_blocks(z, offsets), threads, [&](int, int64_t begin, int64_t end) {
     experts_forward(z, x, x_row, weights, gate_up_t, down_t, order, offsets, K > 1 ? slots : y, gu,
                     dsfast::scratch(z.forward_memory()), begin, end);
   });
@@ -121,7 +124,7 @@ void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64
   const Experts z = {{D, I, D, I}, K, E};
   const int64_t up_size = E * 2 * I * D, size = E * z.each.gradient_size();
   Partials of_gate_up, of_down;
-  parallel_ranges(count_blocks(offsets, E), threads, [&](int thread, int64_t begin, int64_t end) {
+  parallel_ranges(count_blocks(z, offsets), threads, [&](int thread, int64_t begin, int64_t end) {
     float* dw = dsfast::scratch(size + z.backward_memory());
     clear(dw, size);
     of_gate_up.of[thread] = dw;

@@ -73,14 +73,14 @@ struct Experts {
   Expert each;
   int64_t K, E;
   // Floats of working memory for `experts_forward` and `experts_backward`.
-  int64_t forward_memory() const { return each.forward_memory() + 2 * BLOCK * each.D; }
-  int64_t backward_memory() const { return each.backward_memory() + BLOCK * (3 * each.D + 2); }
+  int64_t forward_memory() const { return each.forward_memory() + 2 * each.block() * each.D; }
+  int64_t backward_memory() const { return each.backward_memory() + each.block() * (3 * each.D + 2); }
 };
 
 // Sorts the slots by expert, stably; returns how many indices are out of range.
 int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets);
 // How many blocks the experts' slots are worked on in; the next two work on the blocks begin .. end.
-int64_t count_blocks(const int32_t* offsets, int64_t E);
+int64_t count_blocks(const Experts& z, const int32_t* offsets);
 // slots [N K, D]: each slot's result times its weight, in the order of the tokens.
 void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const float* gate_up_t,
                      const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,

@@ -6,22 +6,22 @@ namespace DSFAST_ISA {
 
 void swiglu_rows(const Expert& z, const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y,
                  float* gu, float* memory, int64_t N, bool add) {
-  for (int64_t n = 0; n < N; n += BLOCK)
-    expert_forward(z, least(N - n, BLOCK), {x + n * x_row, x_row, 1}, gate_up_t, down_t, gu + n * 2 * z.I, y + n * z.D,
-                   memory, add);
+  for (int64_t n = 0; n < N; n += z.block())
+    expert_forward(z, least(N - n, z.block()), {x + n * x_row, x_row, 1}, gate_up_t, down_t, gu + n * 2 * z.I,
+                   y + n * z.D, memory, add);
 }
 
 void swiglu_rows_backward(const Expert& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
                           const float* gate_up, const float* down, const float* gu, float* dx, float* dgate_up,
                           float* ddown, float* memory, int64_t N, bool add) {
-  for (int64_t n = 0; n < N; n += BLOCK)
-    expert_backward(z, least(N - n, BLOCK), {dy + n * dy_row, dy_row, 1}, {x + n * x_row, x_row, 1}, gate_up, down,
+  for (int64_t n = 0; n < N; n += z.block())
+    expert_backward(z, least(N - n, z.block()), {dy + n * dy_row, dy_row, 1}, {x + n * x_row, x_row, 1}, gate_up, down,
                     gu + n * 2 * z.I, nullptr, nullptr, dx + n * z.D, dgate_up, ddown, memory, add);
 }
 
-void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y, float* gu,
-                        int64_t N, int64_t D, int64_t I, int threads) {
-  const Expert z = {D, I, 2 * I, D};
+void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, bool copied,
+                        float* y, float* gu, int64_t N, int64_t D, int64_t I, int threads) {
+  const Expert z = transposed_expert(D, I, copied);
   parallel_ranges(N, threads, [&](int, int64_t n, int64_t end) {
     swiglu_rows(z, x + n * x_row, x_row, gate_up_t, down_t, y + n * D, gu + n * 2 * I,
                 dsfast::scratch(z.forward_memory()), end - n, false);

@@ -186,8 +186,7 @@ void Pass::mlp(int64_t number, const LayerWeights& w, const LayerState& l) const
     const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, false), m.chosen, m.experts};
     sort_slots(l.chosen, n * m.chosen, m.experts, l.order, l.offsets);
     experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up.w_t, w.expert_down.w_t, l.order, l.offsets,
-                    m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0,
-                    count_blocks(l.offsets, m.experts));
+                    m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0, count_blocks(z, l.offsets));
     if (m.chosen > 1) combine_slots(s.slots, s.delta, n, m.chosen, m.width, 1);
     clock.charge(EXPERTS);
   }
@@ -203,7 +202,7 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
     const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, true), m.chosen, m.experts};
     experts_backward(z, s.dh, row(), l.x_mlp, row(), l.weights, w.expert_gate_up.w, w.expert_down.w, l.expert_gate_up,
                      l.order, l.offsets, m.chosen > 1 ? s.slots : s.dx, s.dweights, gradient(g.experts_gate_up),
-                     gradient(g.experts_down), s.memory, 0, count_blocks(l.offsets, m.experts));
+                     gradient(g.experts_down), s.memory, 0, count_blocks(z, l.offsets));
     if (m.chosen > 1) combine_slots(s.slots, s.dx, n, m.chosen, m.width, 1);
     clock.charge(EXPERTS);
     moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,

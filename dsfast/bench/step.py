@@ -51,7 +51,8 @@ def run_step(
     """Time `peers` (from `choose_peers`) against dsfast; `progress` is told what comes next.
 
     Returns `first_loss`, `dsfast` (seconds; what its products multiply), `peers` (name -> status "timed", "missing",
-    "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory` (see memory).
+    "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory`
+    (see memory).
     """
     config = comparable(config)
     rows = random_batch(config, batch, length)
