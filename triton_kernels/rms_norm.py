@@ -165,7 +165,7 @@ def forward_launch(x, weight, eps, residual, y, h, rstd) -> Launch:
         "x": x, "residual": residual, "weight": weight, "y": y, "h": h, "rstd": rstd, "eps": eps, "x_n": x.stride(0),
         "residual_n": 0 if residual is None else residual.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
     }  # fmt: skip
-    options = {"num_warps": warps, "num_stages": 1}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options, x.dtype.itemsize, 0)
 
 
@@ -181,10 +181,11 @@ def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) 
         "STAGES": stages,
     }  # fmt: skip
     add = {"parts": parts, "dweight": dweight, "P": programs, "D": d, "BP": _PARTS, "BD": _COLUMNS}
-    size = h.dtype.itemsize
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    add_options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return [
-        Launch(backward_kernel, (programs,), arguments, {"num_warps": warps, "num_stages": stages}, size, 0),
-        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, {"num_warps": 4, "num_stages": 1}, size, 0),
+        Launch(backward_kernel, (programs,), arguments, options, h.dtype.itemsize, 0),
+        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, add_options, h.dtype.itemsize, 0),
     ]
 
 
@@ -198,11 +199,9 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     x, weight = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(d, dtype=dtype, device="meta")
     rstd = torch.empty(n, dtype=torch.float32, device="meta")
     parts = x.new_empty(backward_programs(x, 132), d, dtype=torch.float32)
-    found = {}
-    for variant, other in (("", x), (", no residual", None)):
-        launches = [
-            forward_launch(x, weight, 1e-6, other, x, x, rstd),
-            *backward_launches(x, other, x, weight, rstd, x, weight, parts, large),
-        ]
-        found |= {launch.kernel.__name__ + variant: launch for launch in launches}
-    return found
+    launches = [forward_launch(x, weight, 1e-6, x, x, x, rstd)]
+    launches += backward_launches(x, x, x, weight, rstd, x, weight, parts, large)
+    alone = [forward_launch(x, weight, 1e-6, None, x, x, rstd)]
+    alone += backward_launches(x, None, x, weight, rstd, x, weight, parts, large)[:1]
+    found = {launch.kernel.__name__: launch for launch in launches}
+    return found | {f"{launch.kernel.__name__}, no residual": launch for launch in alone}

@@ -73,7 +73,9 @@ def rope_launch(x, cos, sin, positions, inverse: bool, y) -> Launch:
         "H": h, "P": cos.size(0), "Dr": dr, "DR": padded, "BT": bt, "BH": bh, "INVERSE": inverse,
     }  # fmt: skip
     grid = (triton.cdiv(n, bt) * triton.cdiv(h, bh),)
-    return Launch(rope_kernel, grid, arguments, {"num_warps": 4, "num_stages": 1}, x.dtype.itemsize, 0)
+    return Launch(
+        rope_kernel, grid, arguments, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, x.dtype.itemsize, 0
+    )
 
 
 EXAMPLES = {
