@@ -186,14 +186,13 @@ def adamw(
     Raises TypeError unless all tensors are float32, and RuntimeError as `Kept.get` during the capture of a CUDA graph.
     """
     _check(params)
-    grads = [g.contiguous() for g in grads]
-    table, blocks, aligned = _table((params, grads, exp_avgs, exp_avg_sqs), weight_decays)
-    if not blocks:
-        return
-    device = params[0].device
-    if device_lrs is None:
-        device_lrs = _kept.get((device, *lrs), lambda: torch.tensor(lrs, dtype=torch.float32), device)
+    grads, device = [g.contiguous() for g in grads], params[0].device
     with torch.cuda.device_of(params[0]):
+        table, blocks, aligned = _table((params, grads, exp_avgs, exp_avg_sqs), weight_decays)
+        if not blocks:
+            return
+        if device_lrs is None:
+            device_lrs = _kept.get((device, *lrs), lambda: torch.tensor(lrs, dtype=torch.float32), device)
         adamw_launch(
             table, blocks, aligned, device_lrs, beta1, beta2, eps, step, device_step, clip_scale, device_clip_scale
         ).run()
@@ -202,12 +201,11 @@ def adamw(
 def grad_clip(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Norm (float64) and clip_scale (float32), both without dimension; as dsfast.ops.grad_clip. Errors as `adamw`."""
     _check(grads)
-    grads = [g.contiguous() for g in grads]
-    table, blocks, aligned = _table((grads,))
-    device = grads[0].device
-    parts = grads[0].new_empty(min(blocks, MOST_PARTS, 8 * multiprocessors(device)), dtype=torch.float64)
-    norm, scale = parts.new_empty(()), grads[0].new_empty(())
-    with torch.cuda.device_of(parts):
+    grads, device = [g.contiguous() for g in grads], grads[0].device
+    norm, scale = grads[0].new_empty((), dtype=torch.float64), grads[0].new_empty(())
+    with torch.cuda.device_of(norm):
+        table, blocks, aligned = _table((grads,))
+        parts = norm.new_empty(min(blocks, MOST_PARTS, 8 * multiprocessors(device)))
         for launch in grad_clip_launches(table, blocks, aligned, max_norm, parts, norm, scale):
             launch.run()
     return norm, scale

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ def compile_example(example: Example) -> Json:
 
     launch = example.launch()
     try:
-        compiled = compile_launch(launch, example.chip)
+        compiled = replace(compile_launch(launch, example.chip), kernel=example.kernel)
     except Exception as error:  # a compiler fails in many ways; the other kernels are still to be seen
         lines = str(error).strip().splitlines() or [""]
         fault = f"{example.kernel} on {example.chip}: does not compile: {type(error).__name__}: {lines[-1]}"
