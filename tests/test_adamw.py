@@ -142,6 +142,89 @@ class TestInPlace:
         assert norm == pytest.approx(abs(torch.tensor(value).item()), rel=1e-6, nan_ok=True)
 
 
+def as_tensors(lrs, step, clip_scale):
+    return torch.tensor(lrs), torch.tensor(step), torch.tensor(clip_scale)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestNumbersOnTheDevice:
+    """Learning rates, step and clip factor as tensors: what a captured step reads."""
+
+    def prepared(self, implementation):
+        if implementation == "native":
+            needs_native()
+        *tensors, lrs, decays, beta1, beta2, eps, step, clip_scale = drawn(adamw_case("two", ((3, 2), (5,)), 3))
+        return tensors, lrs, (decays, beta1, beta2, eps), step, clip_scale
+
+    def test_give_what_numbers_give(self, implementation):
+        tensors, lrs, settings, step, clip_scale = self.prepared(implementation)
+        with ops.use(implementation):
+            expected = updated_by_adamw(*tensors, lrs, *settings, step, clip_scale)
+            given = (lrs, step, clip_scale)
+            for which in range(1, 8):  # each alone, and together
+                pairs = zip(as_tensors(*given), given, range(3), strict=True)
+                a, b, c = (x if which >> i & 1 else number for x, number, i in pairs)
+                found = updated_by_adamw(*tensors, a, *settings, b, c)
+                for x, y in zip(found, expected, strict=True):
+                    torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+    def test_nothing_is_updated_by_a_factor_that_is_not_finite(self, implementation, value):
+        tensors, lrs, settings, step, _ = self.prepared(implementation)
+        before = [[x.clone() for x in column] for column in tensors]
+        with ops.use(implementation):
+            ops.adamw(*tensors, lrs, *settings, step, torch.tensor(value))
+        pairs = zip(tensors, before, strict=True)
+        assert all(torch.equal(x, old) for now, then in pairs for x, old in zip(now, then, strict=True))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "match"),
+        [
+            ("lrs", torch.ones(3), ValueError, "must be equally long"),
+            ("lrs", torch.ones(2, 1), ValueError, r"adamw: lrs must have shape \[2\], got \[2, 1\]"),
+            ("lrs", torch.ones(2).double(), TypeError, "adamw: lrs must be torch.float32 on cpu, got torch.float64"),
+            ("step", torch.ones(1).long(), ValueError, r"adamw: step must have shape \[\], got \[1\]"),
+            ("step", torch.tensor(1.0), TypeError, "adamw: step must be torch.int64 on cpu, got torch.float32"),
+            ("step", torch.tensor(0), ValueError, "adamw: step counts from 1, got 0"),
+            ("clip_scale", torch.ones(1), ValueError, r"adamw: clip_scale must have shape \[\], got \[1\]"),
+            (
+                "clip_scale",
+                torch.tensor(1),
+                TypeError,
+                "adamw: clip_scale must be torch.float32 on cpu, got torch.int64",
+            ),
+        ],
+    )
+    def test_bad_ones(self, implementation, name, value, error, match):
+        tensors, lrs, settings, step, clip_scale = self.prepared(implementation)
+        given = {"lrs": lrs, "step": step, "clip_scale": clip_scale, name: value}
+        with ops.use(implementation), pytest.raises(error, match=match):
+            ops.adamw(*tensors, given["lrs"], *settings, given["step"], given["clip_scale"])
+
+    @pytest.mark.parametrize("max_norm", [0.5, 5.0, 1e9])
+    def test_norm_and_factor_of_gradients(self, implementation, max_norm):
+        grads = self.prepared(implementation)[0][1]
+        with ops.use(implementation):
+            norm, scale = ops.grad_clip(grads, max_norm)
+            assert float(norm) == ops.grad_norm(grads)
+        assert (norm.dtype, scale.dtype, norm.shape, scale.shape) == (torch.float64, torch.float32, (), ())
+        assert float(scale) == pytest.approx(ops.clip_scale(float(norm), max_norm), rel=1e-7)
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_factor_of_bad_gradients_is_nan(self, implementation, bad):
+        self.prepared(implementation)
+        with ops.use(implementation):
+            norm, scale = ops.grad_clip([torch.tensor([1.0, bad])], 1.0)
+        assert not norm.isfinite()
+        assert scale.isnan()
+
+    def test_factor_of_no_gradients_is_one(self, implementation):
+        self.prepared(implementation)
+        with ops.use(implementation):
+            for grads in ([], [torch.zeros(3)], [torch.zeros(0)]):
+                assert [float(x) for x in ops.grad_clip(grads, 1.0)] == [0.0, 1.0]
+
+
 def test_inf_and_nan_together_are_not_finite():
     needs_native()
     with ops.use("native"):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import pytest
 import torch
 
@@ -14,73 +11,51 @@ from dsfast.triton_kernels import mla_attention
 from dsfast.triton_kernels.ahead import compile_launch
 from dsfast.triton_kernels.limits import CHIPS
 
-from dsfast.ops import OPERATORS
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MODULES = {
-    operator: importlib.import_module(f"dsfast.triton_kernels.{operator}")
-    for operator in OPERATORS
-    if importlib.util.find_spec(f"dsfast.triton_kernels.{operator}")
-}
+from dsfast.bench.compile import compile_example, examples, kernels_of, operators
 
 
-def examples(dtypes, wanted):
-    """(operator, size, kernel, dtype) of every example launch at the sizes `wanted` says yes to."""
-    return [
-        pytest.param(
-            operator, size, kernel, dtype, id=f"{operator}-{size}-{kernel}-{str(dtype).removeprefix('torch.')}"
-        )
-        for operator, module in MODULES.items()
-        for size in module.EXAMPLES
-        if wanted(size)
-        for dtype in dtypes
-        for kernel in module.example_launches(size, dtype, large=True)
-    ]
+def each(dtypes, wanted):
+    """A test for every example launch at the sizes `wanted` says yes to, on every chip."""
+    return pytest.mark.parametrize("example", examples(operators(), list(CHIPS), dtypes, wanted), ids="-".join)
 
 
-def assert_within_limits(operator, size, kernel, dtype, chip):
-    launch = MODULES[operator].example_launches(size, dtype, CHIPS[chip].large)[kernel]
-    compiled = compile_launch(launch, chip)
-    assert not compiled.faults(launch), compiled
+def assert_within_limits(example):
+    row = compile_example(example)
+    assert not row["faults"], row
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("operator", "size", "kernel", "dtype"), examples([BF16], lambda s: s == "DeepSeek-V3"))
-def test_deepseek_v3(operator, size, kernel, dtype, chip):
-    assert_within_limits(operator, size, kernel, dtype, chip)
+@each(["bfloat16"], lambda size: size == "DeepSeek-V3")
+def test_deepseek_v3(example):
+    assert_within_limits(example)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("operator", "size", "kernel", "dtype"), examples([BF16], lambda s: s != "DeepSeek-V3"))
-def test_other_sizes(operator, size, kernel, dtype, chip):
-    assert_within_limits(operator, size, kernel, dtype, chip)
+@each(["bfloat16"], lambda size: size != "DeepSeek-V3")
+def test_other_sizes(example):
+    assert_within_limits(example)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(
-    ("operator", "size", "kernel", "dtype"), examples([FP16, FP32], lambda s: s in ("500K", "DeepSeek-V3"))
-)
-def test_other_dtypes(operator, size, kernel, dtype, chip):
-    assert_within_limits(operator, size, kernel, dtype, chip)
+@each(["float16", "float32"], lambda size: size in ("500K", "DeepSeek-V3"))
+def test_other_dtypes(example):
+    assert_within_limits(example)
 
 
-@pytest.mark.parametrize("operator", MODULES)
+@pytest.mark.parametrize("operator", operators())
 def test_every_kernel_is_an_example(operator):
     """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example."""
-    module = MODULES[operator]
+    module = kernels_of(operator)
     kernels = {name for name in vars(module) if name.endswith("_kernel")}
     launched = {
         launch.kernel.__name__
         for size in module.EXAMPLES
-        for launch in module.example_launches(size, BF16, large=True).values()
+        for launch in module.example_launches(size, torch.bfloat16, large=True).values()
     }
     assert kernels == launched
 
 
 def test_limits_find_what_breaks_them():
-    launch = mla_attention.example_launches("DeepSeek-V3", BF16, large=True)["forward_kernel"]
+    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, large=True)["forward_kernel"]
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)("k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0)

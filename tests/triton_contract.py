@@ -51,6 +51,13 @@ if INTERPRETED:
 
     interpreter.InterpreterBuilder.create_dot = dot
 
+    def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
+        """A bound of `range` known at run time is an array of one element, which triton 3.6 cannot convert with numpy 2.4."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
+
 
 @contextmanager
 def poisoned() -> Iterator[None]:

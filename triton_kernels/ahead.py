@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int32: "*i32",
+    torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -64,14 +65,15 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The arguments' types as a call would specialise them: an integer 1 is a constant, multiples of 16 are marked."""
+    """The arguments' types as a call would specialise them: None and an integer 1 are constants, multiples of 16 are marked."""
     kernel = launch.kernel
     constants = {p.name for p in kernel.params if p.is_constexpr}
     general = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]
-        if name in constants or (type(value) is int and value == 1 and name not in general):
+        one = type(value) is int and value == 1 and name not in general
+        if name in constants or value is None or one:
             signature[name], constexprs[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]

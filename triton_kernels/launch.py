@@ -50,3 +50,8 @@ def large_tiles(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them `device` has. Without a device (Triton's interpreter) few, so that loops over tiles go round."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

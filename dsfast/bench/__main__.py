@@ -1,4 +1,5 @@
-"""`python -m dsfast.bench <step|kernels|generate|growth>`: how fast dsfast is here, beside peers timed in the same run."""
+"""`python -m dsfast.bench <step|kernels|generate|growth|compile>`: how fast dsfast is here, beside peers timed in the same run;
+and what its GPU kernels take of chips that are not here."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from dsfast.bench import cases, results
+from dsfast.bench.compile import plan as plan_compile
+from dsfast.bench.compile import run_compile
 from dsfast.bench.generation import run_generate
 from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
@@ -22,6 +25,7 @@ from dsfast.config import Config, RuntimeConfig, default_config, load_config
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
+from dsfast.triton_kernels.limits import CHIPS
 
 DTYPES = get_args(get_type_hints(RuntimeConfig)["dtype"])
 
@@ -29,12 +33,13 @@ Json = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
-    """Time, show, write; 0, or 1 where the results are not sound. Raises UserError before any timing."""
+    """Time (or compile), show, write; 0, or 1 where the results are not sound. Raises UserError before any timing."""
     arguments = _parser().parse_args(argv)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
     reporter = Reporter()
     settings, found = arguments.run(arguments, reporter)
-    written = results.document(argv, {"bench": arguments.bench, "repeats": arguments.repeats, **settings}, found)
+    repeats = {} if arguments.repeats is None else {"repeats": arguments.repeats}
+    written = results.document(argv, {"bench": arguments.bench, **repeats, **settings}, found)
     if path is not None:
         with os_errors_as(f"--json {path}: cannot be written"):
             write_json(path, written)
@@ -43,24 +48,24 @@ def main(argv: list[str]) -> int:
 
 
 def sound(found: Json) -> bool:
-    """Whether everything that could run here ran, gave the right numbers, and grew no faster than its work."""
+    """Whether everything that could run here ran, gave the right numbers, grew no faster than its work, and keeps its limits."""
     states = [found.get("status"), *(peer["status"] for peer in found.get("peers", {}).values())]
     problems = [problem for case in found.get("cases", []) for problem in case["checks"].values()]
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
     faster = any(row["grows_faster"] for rows in found.get("series", {}).values() for row in rows)
-    return not (wrong or faster or {"failed", "wrong"} & set(states))
+    faulty = any(row["faults"] for row in found.get("kernels", []))
+    return not (wrong or faster or faulty or {"failed", "wrong"} & set(states))
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth", required=True)
+    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth|compile", required=True)
 
-    def command(name: str, run, purpose: str, repeats: int, timed: str = "pairs") -> CommandParser:
+    def command(name: str, run, purpose: str, repeats: int | None, timed: str = "pairs") -> CommandParser:
         sub = commands.add_parser(name, help=purpose, description=purpose)
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "--repeats", metavar="N", type=_positive, default=repeats, help=f"timed {timed} (default {repeats})"
-        )
+        sub.set_defaults(run=run, repeats=repeats)
+        if repeats is not None:
+            sub.add_argument("--repeats", metavar="N", type=_positive, help=f"timed {timed} (default {repeats})")
         sub.add_path("--json", metavar="FILE", help="write every figure, with machine, versions, commit and command")
         return sub
 
@@ -85,11 +90,16 @@ def _parser() -> CommandParser:
     growth = command("growth", _growth, "whether the step's time grows faster than its work", 7, "rounds")
     growth.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
     growth.add_argument("--series", metavar="A,B,...", type=_names, help="default: batch,length,experts")
+    compiled = command("compile", _compile, "GPU kernels compiled without a GPU and held to each chip's limits", None)
+    compiled.add_argument("operators", metavar="OP", nargs="*", help="default: all that have a Triton kernel")
+    compiled.add_argument("--chip", metavar="CHIP", nargs="+", help=f"default: all, {', '.join(CHIPS)}")
+    compiled.add_argument("--dtype", metavar="DTYPE", nargs="+", default=["bfloat16"], help="default: bfloat16")
+    compiled.add_argument("--size", metavar="SIZE", nargs="+", help='default: all; for example "500K" DeepSeek-V3')
     return parser
 
 
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
-    """(settings, results), as the other three."""
+    """(settings, results), as the other four."""
     config = _config(arguments)
     if arguments.dtype:
         config = config.replace(**{"runtime.dtype": arguments.dtype})
@@ -125,6 +135,13 @@ def _growth(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     config = _config(arguments)
     series = plan(config, arguments.series)
     return {"series": list(series), **_named(config)}, run_growth(series, arguments.repeats, reporter.progress)
+
+
+def _compile(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    planned = plan_compile(arguments.operators, arguments.chip, arguments.dtype, arguments.size)
+    names = ("operator", "size", "dtype", "chip")
+    settings = {f"{name}s": list(dict.fromkeys(getattr(example, name) for example in planned)) for name in names}
+    return settings, run_compile(planned, reporter.progress)
 
 
 def _config(arguments: Namespace) -> Config:

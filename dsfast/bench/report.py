@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +17,8 @@ from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 BAR = 12  # columns of the longest bar
+
+COMPILED = ("registers", "spills", "shared", "matrix")  # what `bench compile` shows of a kernel
 
 Json = dict[str, Any]
 
@@ -38,7 +42,10 @@ class Reporter:
         )
         for fallback in found["fallbacks"]:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
-        shows = {"step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth}
+        shows = {
+            "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
+            "compile": self._compile,
+        }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 
     def _step(self, found: Json) -> None:
@@ -179,6 +186,26 @@ class Reporter:
             )  # fmt: skip
         self.console.print(table)
 
+    def _compile(self, found: Json) -> None:
+        rows = found["results"]["kernels"]
+        for (operator, size, dtype), together in groupby(rows, itemgetter("operator", "size", "dtype")):
+            columns = ("kernel", "chip", "registers", "spilled B", "shared B", "matrix", "limits")
+            table = _table(f"{operator}, {size}, {dtype}", *columns)
+            for kernel, of_kernel in groupby(together, itemgetter("kernel")):
+                for row in of_kernel:
+                    figures = (f"{row[name]:,}" if name in row else "-" for name in COMPILED)
+                    table.add_row(kernel, row["chip"], *figures, "✗" if row["faults"] else "ok")
+                table.add_section()
+            self.console.print(table)
+        faults = [(row, fault) for row in rows for fault in row["faults"]]
+        self._say(
+            "registers: of a thread; shared: bytes of a program; matrix: instructions of the matrix units in its code. Limits:"
+            f" triton_kernels/limits.py. Compiled by triton {found['versions']['triton']}: {len(rows)}, of which"
+            f" {len({id(row) for row, _ in faults})} break a limit."
+        )
+        for row, fault in faults:
+            self._say(f"✗ {row['operator']}, {row['size']}, {row['dtype']}: {fault}", "red")
+
     def _fewer(self, asked: int, counts: dict[str, int]) -> None:
         """Name what was timed less often than asked."""
         few = ", ".join(f"{name}: {count}" for name, count in counts.items() if count < asked)
@@ -216,6 +243,8 @@ def _table(title: str, *columns: str) -> Table:
         title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for column in columns:
-        words = column in ("", "what", "variant", "operator", "implementation", "pass", "ms in bars")
+        words = column in (
+            "", "what", "variant", "operator", "implementation", "pass", "ms in bars", "kernel", "chip", "limits",
+        )  # fmt: skip
         table.add_column(column, justify="left" if words else "right", no_wrap=column != "what")
     return table

@@ -1,6 +1,6 @@
 """The operators of a DeepSeek-V3 model. Each module holds the maths, the reference, the schema, the dispatch, the backward."""
 
-from dsfast.ops.adamw import adamw, clip_scale, grad_norm
+from dsfast.ops.adamw import adamw, clip_scale, grad_clip, grad_norm
 from dsfast.ops.checks import check_all
 from dsfast.ops.dispatch import (
     IMPLEMENTATIONS,
@@ -33,6 +33,7 @@ __all__ = [
     "configured",
     "embedding",
     "fallbacks",
+    "grad_clip",
     "grad_norm",
     "linear_cross_entropy",
     "mla_attention",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 
@@ -55,7 +55,8 @@ def _forward_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None)
 
 def _forward_fake(x, weight, eps, residual):
     n, d = x.shape
-    return x.new_empty(n, d), x.new_empty(0 if residual is None else n, d), x.new_empty(n)
+    rstd = x.new_empty(n, dtype=torch.float32 if triton.runs_on(x) else x.dtype)
+    return x.new_empty(n, d), x.new_empty(0 if residual is None else n, d), rstd
 
 
 def _backward_cpu(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor):
@@ -90,10 +91,12 @@ define(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
+    cuda=triton.launcher("rms_norm", "forward"),
 )
 define(
     "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=lambda dy, dh, h, weight, rstd: (h.new_empty(h.shape), torch.empty_like(weight)),
+    cuda=triton.launcher("rms_norm", "backward"),
 )
 autograd("rms_norm", _backward, _setup_context)

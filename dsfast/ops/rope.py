@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range
 
@@ -25,7 +25,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Te
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """x [N, H, Dr], cos and sin [P, Dr/2] (no gradient), positions [N] int64 in 0..P-1 -> [N, H, Dr], contiguous.
 
-    Raises ValueError for other shapes or an odd Dr, TypeError for mixed dtypes or devices.
+    A position outside 0..P-1 is a ValueError on a CPU; on a GPU, which is not waited for, that token becomes NaN. Raises
+    ValueError for other shapes or an odd Dr, TypeError for mixed dtypes or devices.
     """
     expect_shape("rope", "x", x, "N", "H", "Dr")
     if x.size(2) % 2:
@@ -67,5 +68,6 @@ define(
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> Tensor",
     cpu=_cpu,
     fake=lambda x, cos, sin, positions, inverse: x.new_empty(x.shape),
+    cuda=triton.launcher("rope", "rope"),
 )
 autograd("rope", _backward, _setup_context)

@@ -23,16 +23,23 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
+def missing() -> str:
+    """What is wrong with the installed triton and how to mend it; empty if nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run `pip install dsfast[gpu]`"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"triton {version} is too old, 3.6 or newer is needed; run `pip install -U dsfast[gpu]`"
+    return ""
+
+
 @cache
 def available(operator: str) -> tuple[bool, str]:
     """Whether `operator` has a Triton kernel that can run here, and the reason."""
     if importlib.util.find_spec(f"dsfast.triton_kernels.{operator}") is None:
         return False, "dsfast has no Triton kernel for it yet"
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed; run `pip install dsfast[gpu]`"
-    version = importlib.import_module("triton").__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return False, f"triton {version} is too old, 3.6 or newer is needed; run `pip install -U dsfast[gpu]`"
+    if reason := missing():
+        return False, reason
     if INTERPRETED:
         return True, "Triton kernel, interpreted"
     if not torch.cuda.is_available():

@@ -1,0 +1,141 @@
+"""`bench compile`: every Triton kernel compiled, without a GPU, for each chip that dsfast.triton_kernels.limits names.
+
+What is compiled are the launches that the operators' modules give as examples: those a GPU would run at these sizes. Each is
+held to the limits of its chip.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from dsfast import ops
+from dsfast.errors import UserError, choices
+from dsfast.ops import triton
+from dsfast.triton_kernels.limits import CHIPS, SPILLS
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROCESSES = 4
+"""At most: each holds torch and a compiler."""
+FEW = 8
+"""So many kernels are compiled before other processes would have started."""
+
+Json = dict[str, Any]
+
+
+class Example(NamedTuple):
+    """One launch of `operator`'s module, compiled for `chip`; `kernel`: its name among the example launches."""
+
+    operator: str
+    size: str
+    kernel: str
+    dtype: str
+    chip: str
+
+    def launch(self):
+        """The dsfast.triton_kernels.launch.Launch, on the meta device."""
+        return kernels_of(self.operator).example_launches(self.size, DTYPES[self.dtype], CHIPS[self.chip].large)[
+            self.kernel
+        ]
+
+
+def operators() -> list[str]:
+    """The operators that have a Triton kernel."""
+    return [name for name in ops.OPERATORS if importlib.util.find_spec(f"dsfast.triton_kernels.{name}")]
+
+
+def kernels_of(operator: str):
+    """The module with its Triton kernels."""
+    return importlib.import_module(f"dsfast.triton_kernels.{operator}")
+
+
+def examples(
+    names: Sequence[str], chips: Sequence[str], dtypes: Sequence[str], wanted: Callable[[str], bool]
+) -> list[Example]:
+    """Every example launch of the operators `names` at the sizes that `wanted` says yes to."""
+    return [
+        Example(operator, size, kernel, dtype, chip)
+        for operator in names
+        for size in kernels_of(operator).EXAMPLES
+        if wanted(size)
+        for dtype in dtypes
+        for kernel in kernels_of(operator).example_launches(size, DTYPES[dtype], large=True)
+        for chip in chips
+    ]
+
+
+def plan(
+    names: Sequence[str], chips: Sequence[str] | None, dtypes: Sequence[str], sizes: Sequence[str] | None
+) -> list[Example]:
+    """What to compile; no names: all operators, None: all chips or sizes.
+
+    Raises UserError for a name that is not known, and where triton cannot compile here.
+    """
+    if reason := triton.missing():
+        raise UserError(f"bench compile: {reason}")
+    if triton.INTERPRETED:
+        raise UserError("bench compile: TRITON_INTERPRET=1 is set, and Triton then compiles nothing; unset it")
+    known = operators()
+    names = _among("operator", names or known, known)
+    found = [size for operator in names for size in kernels_of(operator).EXAMPLES]
+    sizes = _among("size", found if sizes is None else sizes, dict.fromkeys(found))
+    chips = _among("chip", CHIPS if chips is None else chips, CHIPS)
+    return examples(names, chips, _among("dtype", dtypes, DTYPES), sizes.__contains__)
+
+
+def _among(what: str, names, known) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise UserError(f"bench compile: unknown {what} {name!r}; {choices(known)}")
+    return list(dict.fromkeys(names))
+
+
+def run_compile(planned: Sequence[Example], progress: Callable[[str], None]) -> Json:
+    """Compile `planned` (from `plan`); `progress` is told what is done.
+
+    Returns `limits` (chip -> what one program may take there), `spills` (bytes of an element -> bytes of registers that a
+    thread may keep in memory) and `kernels`, a row as `compile_example` returns for each.
+    """
+    rows = []
+    for example, row in zip(planned, _compiled(planned), strict=True):
+        rows.append(row)
+        if example.chip == planned[-1].chip:
+            progress(
+                f"{len(rows)} of {len(planned)}: {example.operator} {example.size} {example.kernel} {example.dtype}"
+            )
+    limits = {name: chip._asdict() for name, chip in CHIPS.items()}
+    return {"limits": limits, "spills": SPILLS, "kernels": rows}
+
+
+def _compiled(planned: Sequence[Example]) -> Iterator[Json]:
+    processes = min(PROCESSES, os.cpu_count() or 1)
+    if len(planned) <= FEW or processes == 1:
+        yield from map(compile_example, planned)
+        return
+    # spawn: torch's threads do not survive a fork. Ctrl-C is this process's to answer, which ends the others.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from pool.imap(compile_example, planned)
+
+
+def compile_example(example: Example) -> Json:
+    """The fields of `example`; registers, spills, shared, matrix and copies as in dsfast.triton_kernels.ahead.Compiled, if
+    it compiles; and `faults`, the limits it breaks."""
+    from dsfast.triton_kernels.ahead import compile_launch  # triton is not installed everywhere
+
+    launch = example.launch()
+    try:
+        compiled = replace(compile_launch(launch, example.chip), kernel=example.kernel)
+    except Exception as error:  # a compiler fails in many ways; the other kernels are still to be seen
+        lines = str(error).strip().splitlines() or [""]
+        fault = f"{example.kernel} on {example.chip}: does not compile: {type(error).__name__}: {lines[-1]}"
+        return {**example._asdict(), "faults": [fault]}
+    return {**asdict(compiled), **example._asdict(), "faults": compiled.faults(launch)}

@@ -1,0 +1,88 @@
+"""The Triton kernel of rope; the contract of every operator's is in tests/triton_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_contract import (
+    DEVICE,
+    DTYPES,
+    TritonContract,
+    assert_passed,
+    drawn,
+    in_the_interpreter,
+    on_device,
+    poisoned,
+)
+
+from dsfast import ops
+from dsfast.ops.cases import rope_case
+from dsfast.ops.checks import check
+
+
+class TestRope(TritonContract):
+    # Tiles hold 2048 elements: at width 16 and 4 heads 32 tokens, at width 64 and 40 heads 32 of them for 1 token.
+    cases = (
+        rope_case("no tokens", 0, 3, 4, 5),
+        rope_case("one token", 1, 1, 2, 1),
+        rope_case("one token below a tile", 31, 4, 16, 7),
+        rope_case("one token above a tile", 33, 4, 16, 7),
+        rope_case("more heads than in a tile", 2, 40, 64, 7),
+        rope_case("neither heads nor width a power of two", 37, 3, 6, 41),
+        rope_case("one head, as the shared key has, one token above a tile", 129, 1, 8, 17),
+    )
+    tiny = rope_case("tiny", 3, 2, 4, 5)
+    registered = ("rope",)
+
+
+def inputs(case, dtype=torch.float32):
+    return [x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) for x in drawn(case)]
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_part_of_a_projection_is_read_in_place(dtype):
+    """The rope part of a query: heads 48 apart, rows of 5 heads."""
+    x, *tables = inputs(rope_case("", 19, 5, 16, 7), dtype)
+    whole = torch.full((19, 5, 48), float("nan"), device=DEVICE, dtype=dtype)
+    whole[..., 32:] = x
+    with poisoned():
+        assert_passed(check("rope", ops.rope, [whole[..., 32:], *tables], (0,), ["triton"], dtype))
+
+
+@on_device
+def test_position_out_of_range_makes_its_token_nan():
+    """Also where the table would be passed by far. Nothing else is touched, and the gradient shows it too."""
+    x, cos, sin, positions = inputs(rope_case("", 6, 2, 4, 5))
+    expected = ops.rope(x, cos, sin, positions)
+    positions[1:5] = torch.tensor([-1, 5, 2**62, -(2**63)])
+    x.requires_grad_()
+    with ops.use("triton", "rope"):
+        found = ops.rope(x, cos, sin, positions)
+    assert found[1:5].isnan().all()
+    assert torch.equal(found[[0, 5]], expected[[0, 5]])
+    (gradient,) = torch.autograd.grad(found, x, torch.ones_like(found))
+    assert torch.equal(gradient.isnan(), found.isnan())
+
+
+@on_device
+def test_turning_back_gives_the_input():
+    x, cos, sin, positions = inputs(rope_case("", 9, 3, 16, 7))
+    turned = torch.ops.dsfast.rope(x, cos, sin, positions, False)
+    torch.testing.assert_close(torch.ops.dsfast.rope(turned, cos, sin, positions, True), x, rtol=0, atol=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("width", "dtype", "kind", "message"),
+    [
+        (4, torch.float64, TypeError, "take float32, float16, bfloat16, got float64"),
+        (4098, torch.float32, ValueError, "takes Dr up to 4096, got 4098"),
+    ],
+)
+def test_refused_before_launch(width, dtype, kind, message):
+    with ops.use("triton", "rope"), pytest.raises(kind, match=message):
+        ops.rope(*inputs(rope_case("", 2, 1, width, 3), dtype))
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)

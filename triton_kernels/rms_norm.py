@@ -1,0 +1,207 @@
+"""Triton kernels of dsfast.ops.rms_norm, whose module has the maths.
+
+N tokens, D model width, P programs; BD is D rounded up to a power of two, BN the rows of a tile.
+
+A row is read once and stays in registers: where D is small a program takes several rows at a time, else one. With
+x^ = h rstd and g = dy weight, the gradients are
+
+    dx = rstd (g - x^ mean(g x^)) + dh           dweight = sum over tokens of dy x^
+
+The backward pass has as many programs as the chip takes at once. Each goes through its share of the tiles, the next tile on
+its way while one is summed, keeps its part of dweight in registers and writes it once, as float32; a second kernel adds the
+parts up in the order of the programs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, rows
+from torch import Tensor
+
+WIDEST = 8192
+_PARTS, _COLUMNS = 128, 16  # tile of the kernel that adds up dweight
+
+
+@triton.jit
+def _load(x, stride, start, N, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows start .. start + BN - 1 of x as [BN, BD]: 0 from row N and from column D on."""
+    row, d = tl.arange(0, BN)[:, None], tl.arange(0, BD)[None, :]
+    return tl.load(
+        x + tl.cast(start, tl.int64) * stride + (row * stride + d), mask=(row < N - start) & (d < D), other=0.0
+    )
+
+
+@triton.jit
+def _store(x, start, N, b_x, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    row, d = tl.arange(0, BN)[:, None], tl.arange(0, BD)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * D + (row * D + d)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
+
+
+@triton.jit(do_not_specialize=["N"])
+def forward_kernel(
+    x, residual, weight, y, h, rstd, eps, x_n, residual_n, N, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):
+    """y [N, D], rstd [N] and, where there is a residual, h [N, D], for one tile of rows."""
+    start = tl.program_id(0) * BN
+    d = tl.arange(0, BD)
+    b_h = _load(x, x_n, start, N, BN, D, BD)  # [BN, BD]
+    if residual is not None:
+        b_h = b_h.to(tl.float32) + _load(residual, residual_n, start, N, BN, D, BD).to(tl.float32)
+        b_h = b_h.to(h.dtype.element_ty)  # the norm is that of the rounded sum: it is what the backward pass reads
+        _store(h, start, N, b_h, BN, D, BD)
+    b_h = b_h.to(tl.float32)
+    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_h * b_h, 1) / D + eps)  # [BN]
+    b_weight = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    _store(y, start, N, b_h * b_rstd[:, None] * b_weight[None, :], BN, D, BD)
+    n = start + tl.arange(0, BN)
+    tl.store(rstd + n, b_rstd, mask=n < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def backward_kernel(
+    dy, dh, h, weight, rstd, dx, parts, dy_n, dh_n, h_n, N,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D], and this program's part of dweight [P, D]: tiles p, p + P, p + 2 P ..."""
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    d = tl.arange(0, BD)
+    b_weight = tl.load(weight + d, mask=d < D, other=0.0)
+    b_dweight = tl.zeros([BN, BD], tl.float32)
+    for t in tl.range(0, tl.cdiv(tl.cdiv(N, BN) - p, programs), num_stages=STAGES):
+        start = (p + t * programs) * BN
+        n = start + tl.arange(0, BN)
+        b_dy = _load(dy, dy_n, start, N, BN, D, BD).to(tl.float32)  # [BN, BD]
+        b_rstd = tl.load(rstd + n, mask=n < N, other=0.0)[:, None]
+        b_x = _load(h, h_n, start, N, BN, D, BD).to(tl.float32) * b_rstd  # [BN, BD], normalised
+        b_dweight += b_dy * b_x
+        b_g = b_dy * b_weight.to(tl.float32)[None, :]
+        b_dx = b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / D)[:, None])
+        if dh is not None:
+            b_dx += _load(dh, dh_n, start, N, BN, D, BD).to(tl.float32)
+        _store(dx, start, N, b_dx, BN, D, BD)
+    tl.store(parts + p * D + d, tl.sum(b_dweight, 0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["P"])
+def reduce_kernel(parts, dweight, P, D: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    """dweight [D] from parts [P, D], for one tile of columns."""
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    b_sum = tl.zeros([BP, BD], tl.float32)
+    for t in range(tl.cdiv(P, BP)):
+        p = t * BP + tl.arange(0, BP)
+        b_sum += tl.load(parts + p[:, None] * D + d[None, :], mask=(p < P)[:, None] & (d < D)[None, :], other=0.0)
+    tl.store(dweight + d, tl.sum(b_sum, 0).to(dweight.dtype.element_ty), mask=d < D)
+
+
+class Tiles(NamedTuple):
+    """BN rows of BD columns; warps of the forward and the backward pass."""
+
+    bn: int
+    bd: int
+    forward_warps: int
+    backward_warps: int
+
+
+ELEMENTS = 2048  # of a tile of several rows: two of 16 bytes for each thread of four warps, in 16 bits
+REGISTERS = 32768  # bytes of the tiles of the backward pass that a multiprocessor has at a time, as float32
+
+
+def tiles(d: int) -> Tiles:
+    """Tiles for rows of `d` columns. Starting values: nobody has measured them. ValueError where no tile serves it."""
+    if not 0 < d <= WIDEST:
+        raise ValueError(f"rms_norm: the Triton kernels take D from 1 to {WIDEST}, got {d}")
+    bd = max(16, triton.next_power_of_2(d))
+    return Tiles(max(1, min(128, ELEMENTS // bd)), bd, max(4, bd // 1024), max(4, bd // 512))
+
+
+def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x and residual [N, D], weight [D] -> y [N, D], h [N, D] = x + residual (empty without one), rstd [N] in float32.
+
+    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for D above WIDEST.
+    """
+    expect_dtype("rms_norm", x.dtype)
+    tiles(x.size(1))
+    n, d = x.shape
+    y, rstd = x.new_empty(n, d), x.new_empty(n, dtype=torch.float32)
+    h = x.new_empty(0 if residual is None else n, d)
+    if n:
+        with torch.cuda.device_of(x):
+            forward_launch(x, weight, eps, residual, y, h, rstd).run()
+    return y, h, rstd
+
+
+def backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [N, D] and dweight [D] from the gradients of y and h. Deterministic on one chip. Errors as `forward`."""
+    expect_dtype("rms_norm", h.dtype)
+    dx, dweight = h.new_empty(h.shape), weight.new_empty(weight.shape)
+    programs = backward_programs(h, multiprocessors(h.device))
+    parts = h.new_empty(programs, h.size(1), dtype=torch.float32)
+    if not programs:
+        return dx, dweight.zero_()
+    with torch.cuda.device_of(h):
+        for launch in backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device)):
+            launch.run()
+    return dx, dweight
+
+
+def backward_programs(h: Tensor, processors: int) -> int:
+    """How many programs of backward_kernel share the rows of h: as many as `processors` multiprocessors run at a time, but
+    one for at least 16 rows unless multiprocessors would be idle: each writes a row of float32 for dweight."""
+    n, (bn, bd, *_) = h.size(0), tiles(h.size(1))
+    return min(triton.cdiv(n, bn), max(1, REGISTERS // (4 * bn * bd)) * processors, max(processors, n // 16))
+
+
+def forward_launch(x, weight, eps, residual, y, h, rstd) -> Launch:
+    """The launch that fills y, rstd and, where there is a residual, h; tensors may lie on the meta device."""
+    x, weight = rows(x, weight)
+    residual = None if residual is None else rows(residual)[0]
+    (n, d), (bn, bd, warps, _) = x.shape, tiles(x.size(1))
+    arguments = {
+        "x": x, "residual": residual, "weight": weight, "y": y, "h": h, "rstd": rstd, "eps": eps, "x_n": x.stride(0),
+        "residual_n": 0 if residual is None else residual.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
+    }  # fmt: skip
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options, x.dtype.itemsize, 0)
+
+
+def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) -> list[Launch]:
+    """The kernel that fills dx and parts [P, D], one program for each of its rows, and the one that adds the parts up."""
+    dy, h, weight = rows(dy, h, weight)
+    dh = None if dh is None else rows(dh)[0]
+    (n, d), (bn, bd, _, warps), programs = h.shape, tiles(h.size(1)), parts.size(0)
+    stages = 3 if large else 2  # what is on its way must fit into shared memory
+    arguments = {
+        "dy": dy, "dh": dh, "h": h, "weight": weight, "rstd": rstd, "dx": dx, "parts": parts, "dy_n": dy.stride(0),
+        "dh_n": 0 if dh is None else dh.stride(0), "h_n": h.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
+        "STAGES": stages,
+    }  # fmt: skip
+    add = {"parts": parts, "dweight": dweight, "P": programs, "D": d, "BP": _PARTS, "BD": _COLUMNS}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    add_options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    return [
+        Launch(backward_kernel, (programs,), arguments, options, h.dtype.itemsize, 0),
+        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, add_options, h.dtype.itemsize, 0),
+    ]
+
+
+EXAMPLES = {"500K": (8192, 128), "DeepSeek-V3": (4096, 7168), "DeepSeek-V3 latent": (4096, 512), "widest": (64, WIDEST)}
+"""N and D that are compiled ahead, with residual and without."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel and variant -> launch at EXAMPLES[size], on the meta device."""
+    n, d = EXAMPLES[size]
+    x, weight = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(d, dtype=dtype, device="meta")
+    rstd = torch.empty(n, dtype=torch.float32, device="meta")
+    parts = x.new_empty(backward_programs(x, 132), d, dtype=torch.float32)
+    launches = [forward_launch(x, weight, 1e-6, x, x, x, rstd)]
+    launches += backward_launches(x, x, x, weight, rstd, x, weight, parts, large)
+    alone = [forward_launch(x, weight, 1e-6, None, x, x, rstd)]
+    alone += backward_launches(x, None, x, weight, rstd, x, weight, parts, large)[:1]
+    found = {launch.kernel.__name__: launch for launch in launches}
+    return found | {f"{launch.kernel.__name__}, no residual": launch for launch in alone}
