@@ -161,8 +161,6 @@ def combine_kernel(
     b_word = _words(labels, i, N, V, ignore_index)
     every = tl.cast(S, tl.int64) * N
     b_m = tl.full([BT], LOWEST, tl.float32)
-    for s in range(S):
-        b_m = tl.maximum(b_m, tl.load(softmax_parts + tl.cast(s, tl.int64) * N + i, mask=i < N, other=0.0))
     b_l = tl.zeros([BT], tl.float32)
     b_z_label = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, RP], tl.float32)
@@ -171,11 +169,15 @@ def combine_kernel(
     for s in range(S):
         part = tl.cast(s, tl.int64) * N
         p_softmax = softmax_parts + part + i
-        decay = tl.exp(tl.load(p_softmax, mask=i < N, other=0.0) - b_m)
-        b_l += tl.load(p_softmax + every, mask=i < N, other=1.0) * decay
+        b_m_part = tl.load(p_softmax, mask=i < N, other=0.0)
+        b_m_new = tl.maximum(b_m, b_m_part)
+        before, now = tl.exp(b_m - b_m_new), tl.exp(b_m_part - b_m_new)
+        b_l = b_l * before + tl.load(p_softmax + every, mask=i < N, other=1.0) * now
         b_z_label += tl.load(p_softmax + 2 * every, mask=i < N, other=0.0)
         if GRADS:
-            b_o += tl.load(o_parts + (part + row) * R + d, mask=m_o, other=0.0) * decay[:, None]
+            b_o_part = tl.load(o_parts + (part + row) * R + d, mask=m_o, other=0.0)  # [BT, RP]
+            b_o = b_o * before[:, None] + b_o_part * now[:, None]
+        b_m = b_m_new
     b_loss, b_factor = _of_token(b_m, b_l, b_z_label, b_word, z_loss)
     tl.store(losses + i, b_loss, mask=i < N)
     if GRADS:

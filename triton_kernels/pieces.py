@@ -7,8 +7,8 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch
 from torch import Tensor
 
-PROGRAMS = 512  # that a launch is split into, where sums over many rows leave fewer tiles: 4 for each of 132 processors
-_SUM_BLOCK = 1024
+PROGRAMS = 528  # at most, that a launch is split into where its tiles are fewer: 4 for each of 132 processors
+_SUMMED = (16, 64)  # parts and elements in a step of sum_kernel
 
 
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
@@ -17,11 +17,11 @@ def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
 
 
 def splits(tiles: int, steps: int) -> tuple[int, int]:
-    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become about PROGRAMS; none is empty.
+    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to PROGRAMS; none is empty.
 
     It depends on the sizes alone and not on the chip, so that the sums are the same bits everywhere.
     """
-    per = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles)))
+    per = triton.cdiv(steps, min(steps, max(1, PROGRAMS // tiles)))
     return triton.cdiv(steps, per), per
 
 
@@ -38,20 +38,22 @@ def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit(do_not_specialize=("S",))
-def sum_kernel(parts, y, S, SIZE, BLOCK: tl.constexpr):
-    """y [SIZE] = sum over s of parts [S, SIZE], in the order of s."""
+def sum_kernel(parts, y, S, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
+    """y [SIZE] = sum over s of parts [S, SIZE], BS of them at a time, always in the same order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    b_y = tl.zeros([BS, BLOCK], tl.float32)
+    for k in range(tl.cdiv(S, BS)):
+        s = k * BS + tl.arange(0, BS)[:, None]
+        b_y += tl.load(parts + s.to(tl.int64) * SIZE + i, mask=(s < S) & (i < SIZE), other=0.0)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_y = tl.zeros([BLOCK], tl.float32)
-    for s in range(S):
-        b_y += tl.load(parts + tl.cast(s, tl.int64) * SIZE + i, mask=i < SIZE, other=0.0)
-    tl.store(y + i, b_y.to(y.dtype.element_ty), mask=i < SIZE)
+    tl.store(y + i, tl.sum(b_y, 0).to(y.dtype.element_ty), mask=i < SIZE)
 
 
 def sum_launch(parts: Tensor, y: Tensor) -> Launch:
     """The launch that fills y, contiguous, with the sum of parts [S, *y.shape], contiguous and float32."""
-    arguments = {"parts": parts, "y": y, "S": parts.size(0), "SIZE": y.numel(), "BLOCK": _SUM_BLOCK}
-    grid = (triton.cdiv(y.numel(), _SUM_BLOCK),)
-    return Launch(sum_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)
+    bs, block = _SUMMED
+    arguments = {"parts": parts, "y": y, "S": parts.size(0), "SIZE": y.numel(), "BS": bs, "BLOCK": block}
+    return Launch(sum_kernel, (triton.cdiv(y.numel(), block),), arguments, options(4), y.dtype.itemsize, 0)
 
 
 def padded(width: int) -> int:
