@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import check, check_draws
 
@@ -116,3 +119,20 @@ def test_forward_alone_gives_the_same_loss():
     assert not under_no_grad.requires_grad
     assert torch.equal(alone, with_gradients)
     assert torch.equal(alone, under_no_grad)
+
+
+def test_z_loss():
+    """The C++ kernel has none: "auto" runs the reference and says so, "native" refuses."""
+    needs_native()
+    hidden, weight, labels = drawn(linear_cross_entropy_case("z-loss", 9, 5, 11))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ops.FallbackWarning)  # comes once in a process
+        found = ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.5)
+    reason = "the C++ kernel has no z_loss"
+    assert reason in [row["reason"] for row in ops.fallbacks() if row["operator"] == "linear_cross_entropy"]
+    with ops.use("native"), pytest.raises(UserError, match="kernel has no z_loss"):
+        ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.5)
+    kept = labels != -100
+    log_sums = torch.log(torch.exp(hidden[kept].double() @ weight.double().T).sum(1))
+    plain = ops.linear_cross_entropy(hidden, weight, labels).double()
+    torch.testing.assert_close(found.double(), plain + 0.5 * log_sums.square().mean(), rtol=1e-6, atol=1e-6)

@@ -69,13 +69,16 @@ def _select(selection: Mapping[str, str]) -> Iterator[None]:
         _selection.reset(token)
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back."""
-    return _choose(operator, x.device.type, x.dtype)
+def choose(operator: str, x: Tensor, not_native: str = "") -> str:
+    """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back.
+
+    `not_native`, where not empty, says why the C++ kernels do not take the call's other arguments.
+    """
+    return _choose(operator, x.device.type, x.dtype, not_native)
 
 
-def _choose(operator: str, device: str, dtype: torch.dtype) -> str:
-    implementation, reason = _resolve(operator, device, dtype)
+def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str) -> str:
+    implementation, reason = _resolve(operator, device, dtype, not_native=not_native)
     if implementation == "reference" and reason:
         note_fallback(operator, device, "runs in plain PyTorch", reason, stacklevel=5)
     return implementation
@@ -110,7 +113,9 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
     return rows
 
 
-def _resolve(operator: str, device: str, dtype: torch.dtype, wanted: str | None = None) -> tuple[str, str]:
+def _resolve(
+    operator: str, device: str, dtype: torch.dtype, wanted: str | None = None, not_native: str = ""
+) -> tuple[str, str]:
     """(implementation, reason of a fall-back or ""); `wanted` in place of what is selected."""
     wanted = wanted or _selection.get().get(operator, "auto")
     own = _OF_DEVICE.get(device)
@@ -119,6 +124,8 @@ def _resolve(operator: str, device: str, dtype: torch.dtype, wanted: str | None 
     if wanted not in ("auto", own):
         raise UserError(f"{operator}: implementation {wanted!r} does not run on {device}; there: reference, {own}")
     available, reason = _available(own, operator, dtype)
+    if available and own == "native" and not_native:
+        available, reason = False, not_native
     if available:
         return own, ""
     if wanted == "auto":

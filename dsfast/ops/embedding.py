@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 
@@ -23,7 +23,8 @@ def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | N
 def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None) -> Tensor:
     """input_ids [N] int64 in 0..V-1, table [V, R], projection [R, D] or None -> [N, D].
 
-    Raises ValueError for other shapes or an id out of range, TypeError for mixed dtypes or devices.
+    Raises ValueError for other shapes or an id out of range, TypeError for mixed dtypes or devices. On a GPU, which the host
+    does not wait for, an id out of range gives a row of NaN and adds nothing to the gradients.
     """
     expect_shape("embedding", "input_ids", input_ids, "N")
     expect_shape("embedding", "table", table, "V", "R")
@@ -85,10 +86,12 @@ define(
     "embedding(Tensor input_ids, Tensor table, Tensor? projection) -> Tensor",
     cpu=_forward_cpu,
     fake=lambda ids, table, projection: table.new_empty(ids.size(0), _width(table, projection)),
+    cuda=triton.launcher("embedding", "forward"),
 )
 define(
     "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
+    cuda=triton.launcher("embedding", "backward"),
 )
 autograd("embedding", _backward, _setup_context)

@@ -1,7 +1,9 @@
 """The output head and its loss without the logits in memory (as cut cross-entropy does: Wijmans et al. 2024, arXiv 2411.09009).
 
-    loss = 1/M sum over the M rows whose label is not ignore_index of ( logsumexp(z_n) - z_n[label_n] ),   z_n = weight hidden_n
+    loss = 1/M sum over the M rows whose label is not ignore_index of
+        ( logsumexp(z_n) - z_n[label_n] + z_loss logsumexp(z_n)^2 ),   z_n = weight hidden_n
 
+The last term, off by default, keeps the logits from drifting (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, section 5).
 N tokens, R width of the head's input, V vocabulary. Only a strip of logits for a few rows exists at any time; where
 gradients are wanted they are made while the strip is at hand, so that it is neither stored nor computed again.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import (
     autograd,
@@ -24,34 +26,45 @@ from dsfast.ops.library import (
 )
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
     logits = hidden @ weight.T
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over thousands of words
     total = torch.nn.functional.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    counted = labels != ignore_index
+    if z_loss:
+        total = total + z_loss * torch.where(counted, wide.logsumexp(1).square(), 0.0).sum()
+    return total / counted.sum().clamp(min=1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
     """hidden [N, R], weight [V, R], labels [N] int64 in 0..V-1 or ignore_index -> mean loss, a scalar (0 without labels).
 
-    Raises ValueError for other shapes or a label out of range, TypeError for mixed dtypes or devices.
+    It is float32 where the inputs have 16 bits. The C++ kernel has no z_loss: with one, the CPU runs the reference. Raises
+    ValueError for other shapes or a label out of range, TypeError for mixed dtypes or devices. On a GPU, which the host does
+    not wait for, a label out of range makes the loss NaN, and with it that row of hidden's gradient and all of weight's.
     """
     expect_shape("linear_cross_entropy", "hidden", hidden, "N", "R")
     expect_shape("linear_cross_entropy", "weight", weight, "V", hidden.size(1))
     expect_shape("linear_cross_entropy", "labels", labels, hidden.size(0))
     expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight)
     expect_dtype("linear_cross_entropy", torch.int64, hidden.device, labels=labels)
-    if choose("linear_cross_entropy", hidden) == "reference":
+    if choose("linear_cross_entropy", hidden, "the C++ kernel has no z_loss" if z_loss else "") == "reference":
         expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
-        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index)
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, z_loss)
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return torch.ops.dsfast.linear_cross_entropy(hidden, weight, labels, ignore_index, with_grads)[0]
+    return torch.ops.dsfast.linear_cross_entropy(hidden, weight, labels, ignore_index, with_grads, z_loss)[0]
 
 
-def _cpu(hidden, weight, labels, ignore_index, with_grads):
+def _cpu(hidden, weight, labels, ignore_index, with_grads, z_loss):
+    if z_loss:
+        raise NotImplementedError("dsfast::linear_cross_entropy has no z_loss on a CPU; ops.use('reference') has")
     hidden, weight, labels = rows(hidden), weight.contiguous(), labels.contiguous()
     (n, r), v = hidden.shape, weight.size(0)
-    loss, dhidden, dweight = _fake(hidden, weight, labels, ignore_index, with_grads)
+    loss, (dhidden, dweight) = hidden.new_empty(()), _gradients(hidden, weight, with_grads)
     bad = native.products().linear_cross_entropy(
         hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), labels.data_ptr(), ignore_index, loss.data_ptr(),
         dhidden.data_ptr(), dweight.data_ptr(), n, r, v, with_grads, torch.get_num_threads(),
@@ -60,34 +73,45 @@ def _cpu(hidden, weight, labels, ignore_index, with_grads):
     return loss, dhidden, dweight
 
 
-def _fake(hidden, weight, labels, ignore_index, with_grads):
-    dhidden = hidden.new_empty(hidden.shape if with_grads else (0, 0))
-    return hidden.new_empty(()), dhidden, weight.new_empty(weight.shape if with_grads else (0, 0))
+def _gradients(hidden, weight, with_grads):
+    return hidden.new_empty(hidden.shape if with_grads else (0, 0)), weight.new_empty(
+        weight.shape if with_grads else (0, 0)
+    )
+
+
+def _fake(hidden, weight, labels, ignore_index, with_grads, z_loss):
+    gradients = triton.launcher("linear_cross_entropy", "gradients") if triton.runs_on(hidden) else _gradients
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return loss, *gradients(hidden, weight, with_grads)
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    return *torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors), None, None, None
+    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dtype)
+    return *gradients, None, None, None, None
 
 
-def _scale(dloss, dhidden, dweight):
-    return dloss * dhidden, dloss * dweight
+def _scale(dloss, dhidden, dweight, dtype):
+    return (dloss * dhidden).to(dtype), (dloss * dweight).to(dtype)
 
 
 define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool with_grads)"
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool with_grads, float z_loss)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
+    cuda=triton.launcher("linear_cross_entropy", "forward"),
 )
 define(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor dloss, Tensor dhidden, Tensor dweight, ScalarType dtype) -> (Tensor, Tensor)",
     cpu=_scale,
     fake=_scale,
+    cuda=triton.launcher("linear_cross_entropy", "backward"),
 )
 autograd("linear_cross_entropy", _backward, _setup_context)

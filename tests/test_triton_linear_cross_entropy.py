@@ -1,0 +1,253 @@
+"""The Triton kernels of linear_cross_entropy against the float64 reference; the contract of every operator's is in
+tests/triton_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import DRAWS, assert_passed, drawn
+from triton_contract import (
+    DEVICE,
+    DTYPES,
+    TritonContract,
+    in_the_interpreter,
+    on_device,
+    on_the_device,
+    poisoned,
+    run_triton,
+)
+
+from dsfast import ops
+from dsfast.ops.cases import linear_cross_entropy_case
+from dsfast.ops.checks import check, check_draws, compare
+
+# Tiles have 128 tokens and 64 words in the forward pass in 16 bits, and the other way round for the weight's gradient; 64 or
+# 32 in float32. The second way begins above a width of 256, in float32 above 128.
+WIDE = 257
+WIDTHS = (5, WIDE)
+
+
+class TestLinearCrossEntropy(TritonContract):
+    cases = (
+        linear_cross_entropy_case("no tokens", 0, 5, 11),
+        linear_cross_entropy_case("no tokens, wide", 0, WIDE, 11),
+        linear_cross_entropy_case("most labels ignored, several tiles of words", 19, 5, 131, counted=0.1),
+        linear_cross_entropy_case("one above a tile", 129, 32, 65),
+        linear_cross_entropy_case("wide", 11, WIDE, 67),
+    )
+    tiny = linear_cross_entropy_case("tiny", 4, 3, 5, counted=1.0)
+    not_expanded = (1,)  # the weight: words with one weight make dhidden cancel to nothing
+    registered = ("linear_cross_entropy", "linear_cross_entropy_backward")
+
+
+class TestWide(TritonContract):
+    """What the contract asks of `tiny`, for the second way."""
+
+    cases = (linear_cross_entropy_case("one token", 1, WIDE, 5, counted=1.0),)
+    tiny = linear_cross_entropy_case("tiny, wide", 4, WIDE, 5, counted=1.0)
+    not_expanded = (1,)
+    registered = ()
+
+
+SIZES = (
+    linear_cross_entropy_case("one token, one word more than one", 1, 32, 2, counted=1.0),
+    linear_cross_entropy_case("all labels ignored: the loss is 0", 37, 5, 11, counted=0.0),
+    linear_cross_entropy_case("all labels ignored, wide", 3, WIDE, 11, counted=0.0),
+    linear_cross_entropy_case("a tile of words and of tokens", 128, 32, 64),
+    linear_cross_entropy_case("one below a tile", 127, 32, 63),
+    linear_cross_entropy_case("several tiles each way", 131, 16, 331),
+    linear_cross_entropy_case("as wide as the first way goes, no power of two", 19, 127, 37),
+)
+
+
+@on_device
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
+def test_sizes(case, dtype):
+    with poisoned():
+        assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+
+
+@on_device
+@pytest.mark.parametrize("programs", [1, pytest.param(7, marks=pytest.mark.slow)])
+def test_several_tiles_in_one_program(programs, monkeypatch):
+    """Small cases are split into programs of one tile; here programs go through several, the last share through fewer."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", programs)
+    with poisoned():
+        case = linear_cross_entropy_case("several tiles", 70, 8, 101)
+        assert_passed(compare(case, ["triton"], DEVICE, torch.float32, draws=DRAWS))
+
+
+@on_device
+@pytest.mark.parametrize("words", [101, pytest.param(96, marks=pytest.mark.slow)])
+def test_several_blocks_in_a_row(words, monkeypatch):
+    """The sweep over a row of logits, the second way's, in several blocks; the last of them cut off, or as long as the row."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "_WORDS", 32)
+    with poisoned():
+        case = linear_cross_entropy_case("several blocks", 5, WIDE, words)
+        assert_passed(compare(case, ["triton"], DEVICE, torch.float32, draws=DRAWS))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("tokens", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12))])
+def test_chunks(tokens, dtype, monkeypatch):
+    """A chunk that does not divide the tokens; of one token; all but one; strips that do not divide the words."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "WORKSPACE", tokens * 80 * dtype.itemsize)
+    monkeypatch.setattr(kernels, "_STRIP", 32)
+    assert kernels.chunk_shape(13, 67, dtype.itemsize)[0] <= tokens
+    with poisoned():
+        case = linear_cross_entropy_case("chunks", 13, WIDE, 67)
+        assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+
+
+def test_chunks_stay_within_the_workspace():
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    for n, v, itemsize in (
+        (1, 129280, 2),
+        (2048, 129280, 2),
+        (16384, 129280, 2),
+        (16384, 129280, 4),
+        (10**6, 50257, 2),
+    ):
+        chunk, width = kernels.chunk_shape(n, v, itemsize)
+        assert chunk * width * itemsize <= kernels.WORKSPACE
+        assert chunk <= n
+        assert width >= v
+        assert width % 8 == 0
+    assert kernels.chunk_shape(2048, 129280, 2)[0] == 2048
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("size", [1e4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1e-3, 30.0))])
+def test_small_and_large_logits(size, width):
+    """Logits of 10^5: the exponentials must not overflow, and a word with all the weight leaves a loss near 0."""
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, labels = drawn(linear_cross_entropy_case("logits", 19, width, 101), seed)
+        draws.append(on_the_device([hidden * size, weight, labels]))
+    assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rise", [3000.0, *(pytest.param(rise, marks=pytest.mark.slow) for rise in (3.0, 60.0))])
+def test_later_words_far_likelier_than_the_first(rise, width):
+    """The running maximum rises from tile to tile, by up to thousands, twice over."""
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, labels = drawn(linear_cross_entropy_case("rise", 9, width, 131), seed)
+        weight[66] *= rise
+        weight[120] *= 4 * rise
+        draws.append(on_the_device([hidden, weight, labels]))
+    assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+def test_z_loss(dtype, width):
+    def function(hidden, weight, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.125)
+
+    case = linear_cross_entropy_case("z-loss", 7, width, 35)
+    draws = [on_the_device(drawn(case, seed)) for seed in range(DRAWS)]
+    with poisoned():
+        assert_passed(check_draws("linear_cross_entropy", function, draws, (0, 1), ["triton"], dtype))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_ignore_index_that_is_a_word(width):
+    def function(hidden, weight, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=3)
+
+    arguments = on_the_device(drawn(linear_cross_entropy_case("all count", 37, width, 7, counted=1.0)))
+    assert (arguments[2] == 3).any()
+    assert_passed(check("linear_cross_entropy", function, arguments, (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_nan_and_infinities_come_out_where_eager_shows_them(argument, value, width):
+    case = linear_cross_entropy_case("not finite", 5, width, 7, counted=1.0)
+    for place in (0, 4):  # tokens that count and that do not; words that are no label
+        arguments = drawn(case)
+        arguments[2][:] = torch.tensor([1, 2, 3, 2, -100])
+        arguments[argument][place, 1] = value
+        assert_passed(check("linear_cross_entropy", case.function, on_the_device(arguments), (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("label", [11, -1, -(2**62), 2**32 + 1])
+def test_label_out_of_range(label, width):
+    """The loss is NaN, and so are that token's gradient and the weight's; a GPU cannot raise without waiting."""
+    case = linear_cross_entropy_case("out of range", 9, width, 11, counted=1.0)
+    arguments = drawn(case)
+    arguments[2][4] = label
+    found = run_triton(case, arguments)
+    assert found["output"].isnan()
+    assert found["grad weight"].isnan().all()
+    assert found["grad hidden"][4].isnan().all()
+    assert found["grad hidden"][torch.arange(9) != 4].isfinite().all()
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_alone_gives_the_same_loss(dtype, width):
+    """Without gradients nothing of them is made; the loss is the same bits, and float32 whatever the inputs are."""
+    hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("both ways", 11, width, 67)))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with ops.use("triton", "linear_cross_entropy"):
+        alone = ops.linear_cross_entropy(hidden, weight, labels)
+        hidden.requires_grad_()
+        with_gradients = ops.linear_cross_entropy(hidden, weight, labels)
+    assert alone.dtype == with_gradients.dtype == torch.float32
+    assert with_gradients.requires_grad
+    assert torch.equal(alone, with_gradients)
+
+
+@on_device
+def test_loss_scale():
+    """In float16 a narrow head's gradients are not rounded before they are scaled; 2^17 is itself no float16."""
+    hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("scaled", 33, 8, 67)))
+    leaves = [hidden.half().requires_grad_(), weight.half().mul(2**-14).requires_grad_()]
+    gradients = {}
+    for implementation in ("triton", "reference"):
+        with ops.use(implementation, "linear_cross_entropy"):
+            loss = ops.linear_cross_entropy(*leaves, labels)
+        gradients[implementation] = torch.autograd.grad(loss * 2.0**17, leaves)
+    for found, expected in zip(gradients["triton"], gradients["reference"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kind", "message"),
+    [
+        ((4, 3, 5), torch.float64, TypeError, "take float32, float16, bfloat16, got float64"),
+        ((4, 0, 5), torch.float32, ValueError, "take R and V from 1 on, got 0 and 5"),
+    ],
+    ids=str,
+)
+def test_refused_before_launch(sizes, dtype, kind, message):
+    n, r, v = sizes
+    arguments = (torch.zeros(n, r, dtype=dtype), torch.zeros(v, r, dtype=dtype), torch.zeros(n, dtype=torch.int64))
+    with ops.use("triton", "linear_cross_entropy"), pytest.raises(kind, match=message):
+        ops.linear_cross_entropy(*on_the_device(list(arguments)))
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)

@@ -1,0 +1,354 @@
+"""Triton kernels of dsfast.ops.embedding, whose module has the maths.
+
+N tokens, V vocabulary, R rank of the table, D model width; BN tokens, BR and BD columns in a tile.
+
+Forward: a product whose left operand is gathered from the table as it is loaded, or without a projection a copy of rows.
+Backward, x being the gradient of the looked-up rows (dy, or dy projection^T in float32), dtable[w] is the sum of x over the
+tokens that are word w. Tokens are sorted by word, which keeps their order, so a word's tokens are a segment of the sorted
+ones. Sorted tokens are cut into blocks of BLOCK; a block that is one word from end to end is summed by a program of its own.
+Then one program for each word adds up the blocks inside its segment and the tokens before and after them, fewer than
+2 BLOCK: a word that is a quarter of all tokens costs little more than others, and every sum has one order. Words that do
+not occur get zeros from the same program.
+
+An id outside 0..V-1 gives a row of NaN and takes no part in the backward pass; it sorts behind all words.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
+from torch import Tensor
+
+BLOCK = 64  # sorted tokens in a block
+_ELEMENTS = 4096  # of a tile that is only copied or summed
+_KEYS = 1024  # ids in a program of keys_kernel, words in one of starts_kernel
+_UNSPECIALIZED = ("N", "STEPS")
+
+
+@triton.jit
+def _gather(table, table_v, input_ids, n, r, N, V, R: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """(rows of the table that tokens n .. n + BN - 1 look up, columns r .. r + BR - 1, else 0; which tokens have one [BN])."""
+    i = n + tl.arange(0, BN)
+    w = tl.load(input_ids + i, mask=i < N, other=-1)
+    known = (w >= 0) & (w < V)
+    col = r + tl.arange(0, BR)[None, :]
+    p_table = table + tl.where(known, w, 0)[:, None] * table_v + col
+    return tl.load(p_table, mask=known[:, None] & (col < R), other=0.0), known
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def copy_kernel(input_ids, table, y, table_v, N, V, R: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """One tile of y [N, R], without a projection."""
+    n, r = tl.program_id(0) * BN, tl.program_id(1) * BR
+    b_y, known = _gather(table, table_v, input_ids, n, r, N, V, R, BN, BR)
+    b_y = tl.where(known[:, None], b_y, float("nan"))
+    i, col = (n + tl.arange(0, BN)).to(tl.int64)[:, None], r + tl.arange(0, BR)[None, :]
+    tl.store(y + i * R + col, b_y, mask=(i < N) & (col < R))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def forward_kernel(
+    input_ids, table, projection, y, table_v, projection_r, N, V, R: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One tile of y [N, D]."""
+    n, d = tl.program_id(0) * BN, tl.program_id(1) * BD
+    i = n + tl.arange(0, BN)
+    w = tl.load(input_ids + i, mask=i < N, other=-1)
+    known = (w >= 0) & (w < V)
+    row = tl.where(known, w, 0)[:, None] * table_v
+    b_y = tl.zeros([BN, BD], tl.float32)
+    for k in range(tl.cdiv(R, BR)):
+        r = k * BR + tl.arange(0, BR)[None, :]
+        b_taken = tl.load(table + row + r, mask=known[:, None] & (r < R), other=0.0)  # [BN, BR]
+        b_p = load_tile(projection, projection_r, k * BR, d, R, D, BR, BD, True)  # [BR, BD]
+        b_y = tl.dot(b_taken, b_p, b_y, input_precision="ieee")
+    b_y = tl.where(known[:, None], b_y, float("nan"))
+    col = d + tl.arange(0, BD)[None, :]
+    p_y = y + i.to(tl.int64)[:, None] * D + col
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(i[:, None] < N) & (col < D))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def taken_kernel(
+    dy, projection, x, dy_n, projection_r, N, R: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One tile of x [N, R] = dy projection^T."""
+    n, r = tl.program_id(0) * BN, tl.program_id(1) * BR
+    b_x = tl.zeros([BN, BR], tl.float32)
+    for k in range(tl.cdiv(D, BD)):
+        b_dy = load_tile(dy, dy_n, n, k * BD, N, D, BN, BD, True)  # [BN, BD]
+        b_p = load_tile(projection, projection_r, r, k * BD, R, D, BR, BD, True)  # [BR, BD]
+        b_x = tl.dot(b_dy, tl.trans(b_p), b_x, input_precision="ieee")
+    i, col = (n + tl.arange(0, BN)).to(tl.int64)[:, None], r + tl.arange(0, BR)[None, :]
+    tl.store(x + i * R + col, b_x, mask=(i < N) & (col < R))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def dprojection_kernel(
+    dy, input_ids, table, dprojection_parts, dy_n, table_v, N, V, STEPS, R: tl.constexpr, D: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One tile of dprojection_parts [S, R, D] = taken^T dy over one of S shares of the tokens, STEPS tiles of them."""
+    r, d, s = tl.program_id(0) * BR, tl.program_id(1) * BD, tl.program_id(2)
+    b_dp = tl.zeros([BR, BD], tl.float32)
+    for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BN))):
+        n = tile * BN
+        b_taken, known = _gather(table, table_v, input_ids, n, r, N, V, R, BN, BR)  # [BN, BR]
+        col = d + tl.arange(0, BD)[None, :]
+        p_dy = dy + (n + tl.arange(0, BN)).to(tl.int64)[:, None] * dy_n + col
+        b_dy = tl.load(p_dy, mask=known[:, None] & (col < D), other=0.0)  # [BN, BD]
+        b_dp = tl.dot(tl.trans(b_taken), b_dy, b_dp, input_precision="ieee")
+    row, col = r + tl.arange(0, BR)[:, None], d + tl.arange(0, BD)[None, :]
+    p_dp = dprojection_parts + (tl.cast(s, tl.int64) * R + row) * D + col
+    tl.store(p_dp, b_dp.to(dprojection_parts.dtype.element_ty), mask=(row < R) & (col < D))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def keys_kernel(input_ids, keys, N, V, KEYS: tl.constexpr):
+    """keys [N]: what tokens are sorted by, the word or V where there is none."""
+    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    w = tl.load(input_ids + i, mask=i < N, other=0)
+    tl.store(keys + i, tl.where((w >= 0) & (w < V), w, V).to(keys.dtype.element_ty), mask=i < N)
+
+
+@triton.jit(do_not_specialize=("N", "BITS"))
+def starts_kernel(keys, starts, N, BITS, V, KEYS: tl.constexpr):
+    """starts [V + 1]: how many of the sorted keys are below each word, by bisection. BITS > log2 N."""
+    w = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    low = w * 0
+    high = low + N
+    for _ in range(BITS):
+        middle = (low + high) // 2
+        below = (low < high) & (tl.load(keys + middle, mask=low < high, other=0) < w)
+        high = tl.where(below, high, tl.where(low < high, middle, high))
+        low = tl.where(below, middle + 1, low)
+    tl.store(starts + w, low, mask=w <= V)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def blocks_kernel(
+    x, keys, order, blocks, x_n, V, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
+    """One tile of blocks [N // BLOCK, R]: the sum of x over a block of sorted tokens, if they are one word; else nothing."""
+    first, r = tl.program_id(0) * BLOCK, tl.program_id(1) * BR
+    key = tl.load(keys + first)
+    if (key == tl.load(keys + first + BLOCK - 1)) & (key < V):
+        col = r + tl.arange(0, BR)[None, :]
+        b_sum = tl.zeros([BN, BR], tl.float32)
+        for k in range(BLOCK // BN):
+            i = tl.load(order + first + k * BN + tl.arange(0, BN))
+            b_sum += tl.load(x + i[:, None] * x_n + col, mask=col < R, other=0.0).to(tl.float32)
+        col = r + tl.arange(0, BR)
+        tl.store(blocks + tl.program_id(0).to(tl.int64) * R + col, tl.sum(b_sum, 0), mask=col < R)
+
+
+@triton.jit
+def words_kernel(
+    x, order, starts, blocks, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
+    """One tile of dtable [V, R]: one word."""
+    w, r = tl.program_id(0), tl.program_id(1) * BR
+    begin, end = tl.load(starts + w), tl.load(starts + w + 1)
+    first = tl.cdiv(begin, BLOCK)
+    whole = tl.maximum(end // BLOCK - first, 0)
+    single = end - begin - whole * BLOCK
+    col = r + tl.arange(0, BR)[None, :]
+    row = tl.arange(0, BN)
+    b_sum = tl.zeros([BN, BR], tl.float32)
+    for k in range(tl.cdiv(whole, BN)):
+        block = k * BN + row
+        p_blocks = blocks + (first + block).to(tl.int64)[:, None] * R + col
+        b_sum += tl.load(p_blocks, mask=(block[:, None] < whole) & (col < R), other=0.0)
+    for k in range(tl.cdiv(single, BN)):
+        token = k * BN + row
+        place = begin + token
+        place += tl.where(
+            place < first * BLOCK, 0, whole * BLOCK
+        )  # behind the whole blocks, of which there may be none
+        i = tl.load(order + place, mask=token < single, other=0)
+        b_sum += tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0).to(
+            tl.float32
+        )
+    col = r + tl.arange(0, BR)
+    tl.store(dtable + w.to(tl.int64) * R + col, tl.sum(b_sum, 0).to(dtable.dtype.element_ty), mask=col < R)
+
+
+def forward(input_ids, table, projection) -> Tensor:
+    """Shapes as dsfast.ops.embedding. An id outside 0..V-1 gives a row of NaN: the host does not wait to raise.
+
+    Raises TypeError for other dtypes than float32, float16 and bfloat16.
+    """
+    expect_dtype("embedding", table.dtype)
+    y = table.new_empty(input_ids.size(0), table.size(1) if projection is None else projection.size(1))
+    if y.numel():
+        with torch.cuda.device_of(table):
+            forward_launch(input_ids, table, projection, y, large_tiles(table.device)).run()
+    return y
+
+
+def backward(dy, input_ids, table, projection) -> tuple[Tensor, Tensor]:
+    """The gradients of table and projection ([0, 0] without one) from that of y. Deterministic: no atomics."""
+    expect_dtype("embedding", table.dtype)
+    dtable = table.new_empty(table.shape)
+    dprojection = table.new_empty((0, 0) if projection is None else projection.shape)
+    if not (dy.numel() and table.numel()):
+        return dtable.zero_(), dprojection.zero_()
+    large = large_tiles(table.device)
+    with torch.cuda.device_of(table):
+        x = dy
+        if projection is not None:
+            x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
+            taken_launch(dy, projection, x, large).run()
+            for launch in dprojection_launches(dy, input_ids, table, dprojection, large).values():
+                launch.run()
+        keys = input_ids.new_empty(input_ids.shape, dtype=key_dtype(table.size(0)))
+        keys_launch(input_ids, keys, table.size(0)).run()
+        keys, order = torch.sort(keys, stable=True)
+        for launch in dtable_launches(x, keys, order, dtable).values():
+            launch.run()
+    return dtable, dprojection
+
+
+def key_dtype(v: int) -> torch.dtype:
+    """The narrowest that holds 0..v: a radix sort goes over the keys once for every byte."""
+    return torch.int16 if v < 2**15 else torch.int32
+
+
+def _tiles(wanted: tuple[int, int, int], dtype: torch.dtype, large: bool) -> tuple[int, int, int, int]:
+    """(rows, columns, depth, warps) of a product's tile, not larger than needed for its sizes (rows, columns, depth).
+
+    Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+    """
+    most = (32, 32, 32) if dtype.itemsize == 4 else (64, 128, 64) if large else (64, 64, 32)
+    return *(min(size, padded(want)) for size, want in zip(most, wanted, strict=True)), 4
+
+
+def _stages(steps: int) -> int:
+    return 3 if steps > 2 else 1
+
+
+def _launch(kernel, grid, arguments: dict, resources, itemsize: int, rows_in_products: int = 0) -> Launch:
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, grid, arguments, options(*resources), itemsize, rows_in_products)
+
+
+def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
+    """The launch that fills y; tensors may lie on the meta device."""
+    (table,) = rows(table)
+    (n, d), (v, r) = y.shape, table.shape
+    arguments = {
+        "input_ids": input_ids.contiguous(),
+        "table": table,
+        "y": y,
+        "table_v": table.stride(0),
+        "N": n,
+        "V": v,
+        "R": r,
+    }
+    itemsize = table.dtype.itemsize
+    if projection is None:
+        bn, br = _strip(r)
+        arguments |= {"BN": bn, "BR": br}
+        return _launch(copy_kernel, (triton.cdiv(n, bn), triton.cdiv(r, br)), arguments, (4,), itemsize)
+    (projection,) = rows(projection)
+    bn, bd, br, warps = _tiles((_ELEMENTS, d, r), table.dtype, large)
+    arguments |= {"projection": projection, "projection_r": projection.stride(0), "D": d, "BN": bn, "BD": bd, "BR": br}
+    grid = (triton.cdiv(n, bn), triton.cdiv(d, bd))
+    return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
+
+
+def taken_launch(dy, projection, x, large: bool) -> Launch:
+    """The launch that fills x."""
+    dy, projection = rows(dy, projection)
+    (n, d), r = dy.shape, x.size(1)
+    bn, br, bd, warps = _tiles((_ELEMENTS, r, d), dy.dtype, large)
+    arguments = {
+        "dy": dy, "projection": projection, "x": x, "dy_n": dy.stride(0), "projection_r": projection.stride(0), "N": n, "R": r,
+        "D": d, "BN": bn, "BR": br, "BD": bd,
+    }  # fmt: skip
+    grid = (triton.cdiv(n, bn), triton.cdiv(r, br))
+    return _launch(taken_kernel, grid, arguments, (warps, _stages(d // bd)), dy.dtype.itemsize, bn)
+
+
+def dprojection_launches(dy, input_ids, table, dprojection, large: bool) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill dprojection."""
+    dy, table = rows(dy, table)
+    (n, d), (v, r) = dy.shape, table.shape
+    br, bd, bn, warps = _tiles((r, d, _ELEMENTS), dy.dtype, large)
+    tiles = triton.cdiv(r, br), triton.cdiv(d, bd)
+    parts, steps = splits(tiles[0] * tiles[1], triton.cdiv(n, bn))
+    target = dprojection if parts == 1 else dy.new_empty(parts, r, d, dtype=torch.float32)
+    arguments = {
+        "dy": dy, "input_ids": input_ids.contiguous(), "table": table, "dprojection_parts": target, "dy_n": dy.stride(0),
+        "table_v": table.stride(0), "N": n, "V": v, "STEPS": steps, "R": r, "D": d, "BR": br, "BD": bd, "BN": bn,
+    }  # fmt: skip
+    launches = {
+        "dprojection": _launch(dprojection_kernel, (*tiles, parts), arguments, (warps, 1), dy.dtype.itemsize, br)
+    }
+    return launches if parts == 1 else launches | {"sum": sum_launch(target, dprojection)}
+
+
+def keys_launch(input_ids, keys, v: int) -> Launch:
+    """The launch that fills keys."""
+    n = keys.size(0)
+    arguments = {"input_ids": input_ids.contiguous(), "keys": keys, "N": n, "V": v, "KEYS": _KEYS}
+    return _launch(keys_kernel, (triton.cdiv(n, _KEYS),), arguments, (4,), 4)
+
+
+def dtable_launches(x, keys, order, dtable) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill dtable from x [N, R], the sorted keys and the tokens in that order."""
+    (x,) = rows(x)
+    n, (v, r) = x.size(0), dtable.shape
+    starts, blocks = keys.new_empty(v + 1, dtype=torch.int32), x.new_empty(n // BLOCK, r, dtype=torch.float32)
+    bn, br = _strip(r)
+    arguments = {
+        "x": x, "keys": keys, "order": order, "starts": starts, "blocks": blocks, "dtable": dtable, "x_n": x.stride(0),
+        "N": n, "V": v, "R": r, "BITS": n.bit_length(), "KEYS": _KEYS, "BLOCK": BLOCK, "BN": min(bn, 16), "BR": br,
+    }  # fmt: skip
+    strips, itemsize = triton.cdiv(r, br), dtable.dtype.itemsize
+    resources = (1,) if br <= 64 else (4,)
+    launches = {"starts": _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), itemsize)}
+    if n >= BLOCK:
+        launches["blocks"] = _launch(blocks_kernel, (n // BLOCK, strips), arguments, resources, itemsize)
+    return launches | {"words": _launch(words_kernel, (v, strips), arguments, resources, itemsize)}
+
+
+def _strip(r: int) -> tuple[int, int]:
+    """(rows, columns) of a tile that is only copied or summed."""
+    br = min(1024, triton.next_power_of_2(r))
+    return max(1, min(64, _ELEMENTS // br)), br
+
+
+EXAMPLES = {
+    "500K": (8192, 8000, 32, 128),
+    "projection wide": (8192, 30000, 256, 4096),
+    "DeepSeek-V3": (4096, 129280, 7168, None),
+}
+"""N, V, R and D (None: no projection) that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Name -> launch at EXAMPLES[size], on the meta device."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, v, r, d = EXAMPLES[size]
+    input_ids, table = empty(n, dtype=torch.int64), empty(v, r)
+    projection = None if d is None else empty(r, d)
+    dy, keys = empty(n, d or r), empty(n, dtype=key_dtype(v))
+    launches = {
+        "forward": forward_launch(input_ids, table, projection, dy, large),
+        "keys": keys_launch(input_ids, keys, v),
+    }
+    x = dy
+    if projection is not None:
+        x = empty(n, r, dtype=torch.float32)
+        launches |= {"taken": taken_launch(dy, projection, x, large)}
+        launches |= dprojection_launches(dy, input_ids, table, projection, large)
+    return launches | dtable_launches(x, keys, input_ids, table)

@@ -1,0 +1,494 @@
+"""Triton kernels of dsfast.ops.linear_cross_entropy, whose module has the maths.
+
+N tokens, R width of the head's input, V vocabulary; RP: R rounded up to a power of two; z logits; BT tokens, BV words in a tile.
+
+Two ways, by R and dtype alone:
+
+- Narrow heads (R <= NARROW), the factorised one among them: the products are small beside the exponentials, so that logits are
+  made again rather than stored. With P the softmax, dhidden = (P weight - weight[label]) / count has the form of attention
+  over the words (arXiv 2205.14135): one sweep of online softmax gives loss and dhidden together. The gradient of the weight
+  is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
+  logit in all. Both sweeps are split over programs until these fill a chip; a second kernel adds up the parts, always in
+  the same order.
+- Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. Tokens are taken in chunks whose logits
+  take up WORKSPACE bytes at most; the three products are cuBLAS's, and one kernel turns logits into their gradient in place.
+  Beside the chunk there is, where 16-bit inputs need several chunks, a float32 sum [V, R] of their parts of dweight.
+
+Of each token's softmax the second sweep gets the maximum m and a factor, (1 + 2 z_loss logsumexp) / sum of exp(z - m), apart:
+rounding m + log sum would show in float32 at large logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
+from torch import Tensor
+
+# Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
+# Products of full float32 precision hold both operands in registers, and wider ones no longer fit.
+NARROW = {2: 256, 4: 128}
+WORKSPACE = 2**30  # bytes of a chunk of logits in the second way
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
+IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
+OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
+_UNSPECIALIZED = ("N", "S", "STEPS", "ignore_index")
+_ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
+_STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
+
+
+@triton.jit
+def _words(labels, i, N, V, ignore_index):
+    """The words that tokens i are to be, IGNORED or OUTSIDE; IGNORED from token N on."""
+    label = tl.load(labels + i, mask=i < N, other=0)
+    word = tl.where((label >= 0) & (label < V), label, OUTSIDE).to(tl.int32)
+    return tl.where((label == ignore_index) | (i >= N), IGNORED, word)
+
+
+@triton.jit
+def _of_token(m, l, z_label, word, z_loss):
+    """(loss, factor of exp(z - m) in the gradient) of tokens: 0 where IGNORED, NaN where OUTSIDE.
+
+    Where the softmax is NaN so is the factor, of IGNORED tokens too: eager's gradient has it so.
+    """
+    log_l = tl.log(l)
+    lse = m + log_l
+    loss = (m - z_label) + log_l + z_loss * lse * lse
+    factor = (1 + 2 * z_loss * lse) / l
+    loss = tl.where(word >= 0, loss, tl.where(word == IGNORED, 0.0, float("nan")))
+    return loss, tl.where(word >= 0, factor, tl.where(word == IGNORED, 0 * factor, float("nan")))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def count_kernel(labels, count, N, ignore_index, BLOCK: tl.constexpr):
+    """count [1], float32: the tokens that count, at least 1. One program."""
+    b_count = tl.zeros([BLOCK], tl.int32)
+    for k in range(tl.cdiv(N, BLOCK)):
+        i = k * BLOCK + tl.arange(0, BLOCK)
+        b_count += (tl.load(labels + i, mask=i < N, other=ignore_index) != ignore_index).to(tl.int32)
+    tl.store(count, tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
+    """loss, a scalar: the sum of losses [N] over count. One program."""
+    b_loss = tl.zeros([BLOCK], tl.float32)
+    for k in range(tl.cdiv(N, BLOCK)):
+        i = k * BLOCK + tl.arange(0, BLOCK)
+        b_loss += tl.load(losses + i, mask=i < N, other=0.0)
+    tl.store(loss, tl.sum(b_loss, 0) / tl.load(count))
+
+
+@triton.jit
+def scale_kernel(x, dloss, y, SIZE, BLOCK: tl.constexpr):
+    """y [SIZE] = x dloss, the product in float32."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
+
+
+@triton.jit
+def _take_in(
+    b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, v, V,
+    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of words, from v on, in the running softmax of a tile of tokens [BT]; b_o [BT, RP]: sum of exp(z - m) weight."""
+    b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, MASKED)  # [BV, RP]
+    b_z = tl.dot(b_h, tl.trans(b_w), input_precision="ieee")  # [BT, BV]
+    word = v + tl.arange(0, BV)[None, :]
+    if MASKED:
+        b_z = tl.where(word < V, b_z, float("-inf"))
+    b_z_label += tl.sum(tl.where(word == b_word[:, None], b_z, 0.0), 1)
+    b_m_new = tl.maximum(b_m, tl.max(b_z, 1))
+    b_p = tl.exp(b_z - b_m_new[:, None])
+    decay = tl.exp(b_m - b_m_new)
+    if GRADS:
+        b_o = tl.dot(b_p.to(b_w.dtype), b_w, b_o * decay[:, None], input_precision="ieee")
+    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1), b_z_label
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def forward_kernel(
+    hidden, weight, labels, softmax_parts, o_parts, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
+):  # fmt: skip
+    """softmax_parts [3, S, N] (m, sum of exp(z - m), label's logit or 0) and o_parts [S, N, R] for one tile of tokens and one
+    of S shares of the words, STEPS tiles of them."""
+    t, s = tl.program_id(0) * BT, tl.program_id(1)
+    i = t + tl.arange(0, BT)  # [BT]
+    b_word = _words(labels, i, N, V, ignore_index)
+    b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
+    b_o = tl.zeros([BT, RP], tl.float32)
+    b_m = tl.full([BT], LOWEST, tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    b_z_label = tl.zeros([BT], tl.float32)
+    end = tl.minimum((s + 1) * STEPS, tl.cdiv(V, BV))
+    whole = tl.minimum(end, V // BV)
+    for tile in range(s * STEPS, whole):
+        b_o, b_m, b_l, b_z_label = _take_in(
+            b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, False
+        )
+    if whole < end:  # the last tile of words is cut off
+        b_o, b_m, b_l, b_z_label = _take_in(
+            b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, True
+        )
+
+    part = tl.cast(s, tl.int64) * N
+    every = tl.cast(S, tl.int64) * N
+    p_softmax = softmax_parts + part + i
+    tl.store(p_softmax, b_m, mask=i < N)
+    tl.store(p_softmax + every, b_l, mask=i < N)
+    tl.store(p_softmax + 2 * every, b_z_label, mask=i < N)
+    if GRADS:
+        d = tl.arange(0, RP)[None, :]
+        tl.store(o_parts + part * R + i.to(tl.int64)[:, None] * R + d, b_o, mask=(i[:, None] < N) & (d < R))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def combine_kernel(
+    softmax_parts, o_parts, weight, labels, count, losses, softmax, dhidden, z_loss, weight_v, N, V, S, ignore_index,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
+):  # fmt: skip
+    """losses [N], and where GRADS softmax [2, N] (m, factor) and dhidden [N, R], from the shares, for one tile of tokens.
+
+    The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
+    """
+    i = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+    b_word = _words(labels, i, N, V, ignore_index)
+    every = tl.cast(S, tl.int64) * N
+    b_m = tl.full([BT], LOWEST, tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
+    b_z_label = tl.zeros([BT], tl.float32)
+    b_o = tl.zeros([BT, RP], tl.float32)
+    row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
+    m_o = (row < N) & (d < R)
+    for s in range(S):
+        part = tl.cast(s, tl.int64) * N
+        p_softmax = softmax_parts + part + i
+        b_m_part = tl.load(p_softmax, mask=i < N, other=0.0)
+        b_m_new = tl.maximum(b_m, b_m_part)
+        before, now = tl.exp(b_m - b_m_new), tl.exp(b_m_part - b_m_new)
+        b_l = b_l * before + tl.load(p_softmax + every, mask=i < N, other=1.0) * now
+        b_z_label += tl.load(p_softmax + 2 * every, mask=i < N, other=0.0)
+        if GRADS:
+            b_o_part = tl.load(o_parts + (part + row) * R + d, mask=m_o, other=0.0)  # [BT, RP]
+            b_o = b_o * before[:, None] + b_o_part * now[:, None]
+        b_m = b_m_new
+    b_loss, b_factor = _of_token(b_m, b_l, b_z_label, b_word, z_loss)
+    tl.store(losses + i, b_loss, mask=i < N)
+    if GRADS:
+        tl.store(softmax + i, b_m, mask=i < N)
+        tl.store(softmax + N + i, b_factor, mask=i < N)
+        p_w = weight + tl.maximum(b_word, 0).to(tl.int64)[:, None] * weight_v + d
+        b_w = tl.load(p_w, mask=(b_word[:, None] >= 0) & (d < R), other=0.0).to(tl.float32)  # [BT, RP]
+        b_dh = (b_o * b_factor[:, None] - b_w) / tl.load(count)
+        tl.store(dhidden + row * R + d, b_dh.to(dhidden.dtype.element_ty), mask=m_o)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def dweight_kernel(
+    hidden, weight, labels, softmax, count, dweight_parts, hidden_n, weight_v, N, V, STEPS, ignore_index,
+    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them."""
+    v, s = tl.program_id(0) * BV, tl.program_id(1)
+    word = v + tl.arange(0, BV)  # [BV]
+    b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, True)  # [BV, RP]
+    b_dw = tl.zeros([BV, RP], tl.float32)
+    for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BT))):
+        t = tile * BT
+        i = t + tl.arange(0, BT)  # [BT]
+        b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
+        b_word = _words(labels, i, N, V, ignore_index)
+        b_m = tl.load(softmax + i, mask=i < N, other=0.0)
+        b_factor = tl.load(softmax + N + i, mask=i < N, other=0.0)
+        b_z = tl.dot(b_w, tl.trans(b_h), input_precision="ieee")  # [BV, BT]
+        b_g = tl.exp(b_z - b_m[None, :]) * b_factor[None, :]
+        b_g = tl.where(word[:, None] == b_word[None, :], b_g - 1, b_g)
+        b_dw = tl.dot(b_g.to(b_h.dtype), b_h, b_dw, input_precision="ieee")
+    b_dw /= tl.load(count)
+    row, d = word.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
+    p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
+    tl.store(p_dw, b_dw.to(dweight_parts.dtype.element_ty), mask=(row < V) & (d < R))
+
+
+@triton.jit
+def _write_gradient(z, m, factor, word, count, V, BLOCK: tl.constexpr):
+    """Replace a row of logits by its gradient, the words last read first: they are still in the L2 cache."""
+    scale = 1 / count
+    blocks = tl.cdiv(V, BLOCK)
+    for k in range(blocks):
+        v = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
+        b_z = tl.load(z + v, mask=v < V, other=0.0).to(tl.float32)
+        b_g = tl.exp(b_z - m) * factor
+        b_g = tl.where(v == word, b_g - 1, b_g) * scale
+        tl.store(z + v, b_g.to(z.dtype.element_ty), mask=v < V)
+
+
+@triton.jit(do_not_specialize=("ignore_index",))
+def softmax_kernel(
+    logits, labels, count, losses, z_loss, logits_n, V, ignore_index, BLOCK: tl.constexpr, GRADS: tl.constexpr
+):
+    """losses of one token, and where GRADS the gradient in place of its logits. One maximum a block, one sum at the end."""
+    i = tl.program_id(0)
+    z = logits + tl.cast(i, tl.int64) * logits_n
+    word = _words(labels, i, i + 1, V, ignore_index)
+    z_label = tl.load(z + tl.maximum(word, 0)).to(tl.float32)
+    m = tl.full([], LOWEST, tl.float32)
+    b_l = tl.zeros([BLOCK], tl.float32)
+    for k in range(tl.cdiv(V, BLOCK)):
+        v = k * BLOCK + tl.arange(0, BLOCK)
+        b_z = tl.load(z + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, tl.max(b_z, 0))
+        b_l = b_l * tl.exp(m - m_new) + tl.exp(b_z - m_new)
+        m = m_new
+    loss, factor = _of_token(m, tl.sum(b_l, 0), z_label, word, z_loss)
+    tl.store(losses + i, loss)
+    if GRADS:
+        _write_gradient(z, m, factor, word, tl.load(count), V, BLOCK)
+
+
+class Tiles(NamedTuple):
+    """`rows` of what a program keeps (forward: tokens, dweight: words) by `columns` of what it goes through."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Kernel -> widest RP served -> tiles. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured
+# them.
+_FLOAT32 = {
+    "forward": {16: Tiles(64, 32, 4, 1), 32: Tiles(32, 16, 4, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
+    "dweight": {32: Tiles(64, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 8, 1)},
+}
+_LARGE = {
+    "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+}
+_SMALL = {
+    "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 2)},
+    "dweight": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 1), 256: Tiles(16, 32, 4, 1)},
+}
+_COMBINED = 2048  # elements of dhidden in a program of combine_kernel
+_TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
+_SCALED = 4096  # elements of a gradient in a program of scale_kernel
+_WORDS = 8192  # logits in a step of softmax_kernel
+
+
+def narrow(r: int, dtype: torch.dtype) -> bool:
+    """Whether a head of width r goes the first way."""
+    return r <= NARROW[dtype.itemsize]
+
+
+def tiles(kernel: str, dtype: torch.dtype, rp: int, large: bool) -> Tiles:
+    """Tiles for `kernel` ("forward", "dweight") at padded width rp."""
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    return by_width[min(width for width in by_width if width >= rp)]
+
+
+def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and its gradients dhidden [N, R], dweight [V, R] as
+    `gradients` has them.
+
+    A label outside 0..V-1 that is not ignore_index cannot raise here: the host does not wait. The loss becomes NaN, and so do
+    its token's row of dhidden and all of dweight. Deterministic: no atomics. Raises TypeError for other dtypes than float32,
+    float16 and bfloat16, ValueError for R = 0 or V = 0.
+    """
+    expect_dtype("linear_cross_entropy", hidden.dtype)
+    (n, r), v = hidden.shape, weight.size(0)
+    if 0 in (r, v):
+        raise ValueError(f"linear_cross_entropy: the Triton kernels take R and V from 1 on, got {r} and {v}")
+    hidden, weight, labels = *rows(hidden, weight), labels.contiguous()
+    dhidden, dweight = gradients(hidden, weight, with_grads)
+    if not n:
+        return hidden.new_zeros((), dtype=torch.float32), dhidden, dweight.zero_()
+    loss, count, losses = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), 1, n))
+    with torch.cuda.device_of(hidden):
+        count_launch(labels, ignore_index, count).run()
+        way = _narrow if narrow(r, hidden.dtype) else _wide
+        way(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight)
+        loss_launch(losses, count, loss).run()
+    return loss, dhidden, dweight
+
+
+def backward(dloss, dhidden, dweight, dtype) -> tuple[Tensor, Tensor]:
+    """The gradients that `forward` made, times dloss, a float32 scalar, in `dtype`.
+
+    dloss is not known when they are made: in float16 and the second way, what is too small for it there stays lost, however
+    large a loss scale.
+    """
+    scaled = dhidden.new_empty(dhidden.shape, dtype=dtype), dweight.new_empty(dweight.shape, dtype=dtype)
+    with torch.cuda.device_of(dhidden):
+        for x, y in zip((dhidden, dweight), scaled, strict=True):
+            if x.numel():
+                scale_launch(x, dloss, y).run()
+    return scaled
+
+
+def gradients(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
+    """dhidden and dweight as `forward` returns them, yet to be filled. Narrow ones are float32: `backward` rounds them."""
+    if not with_grads:
+        return hidden.new_empty(0, 0), weight.new_empty(0, 0)
+    dtype = torch.float32 if narrow(hidden.size(1), hidden.dtype) else hidden.dtype
+    return hidden.new_empty(hidden.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _narrow(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
+    large = large_tiles(hidden.device)
+    for launch in narrow_launches(
+        hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large
+    ).values():
+        launch.run()
+
+
+def narrow_launches(
+    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: bool
+) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill losses and, unless dweight is empty, dhidden and dweight. Any device."""
+    (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
+    rp = padded(r)
+    inputs = {
+        "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "dhidden": dhidden,
+        "hidden_n": hidden.stride(0), "weight_v": weight.stride(0), "N": n, "V": v, "R": r, "RP": rp,
+        "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads,
+    }  # fmt: skip
+    bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
+    parts, steps = splits(triton.cdiv(n, bt), triton.cdiv(v, bv))
+    inputs["softmax_parts"] = hidden.new_empty(3, parts, n, dtype=torch.float32)
+    inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
+    inputs["softmax"] = hidden.new_empty((2, n) if grads else 0, dtype=torch.float32)
+    launches = {}
+    name = "forward" if grads else "forward without gradients"
+    grid = (triton.cdiv(n, bt), parts)
+    launches[name] = _launch(forward_kernel, grid, inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
+    name = "combine" if grads else "combine without gradients"
+    block = max(1, _COMBINED // rp)
+    launches[name] = _launch(combine_kernel, (triton.cdiv(n, block),), inputs, (4, 1), 0, S=parts, BT=block)
+    if grads:
+        bv, bt, *resources = tiles("dweight", hidden.dtype, rp, large)
+        parts, steps = splits(triton.cdiv(v, bv), triton.cdiv(n, bt))
+        target = dweight if parts == 1 else hidden.new_empty(parts, v, r, dtype=torch.float32)
+        grid = (triton.cdiv(v, bv), parts)
+        launches["dweight"] = _launch(
+            dweight_kernel, grid, inputs, resources, bv, dweight_parts=target, STEPS=steps, BT=bt, BV=bv
+        )
+        if parts > 1:
+            launches["sum"] = sum_launch(target, dweight)
+    return launches
+
+
+def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) -> Launch:
+    arguments = {name: (inputs | others)[name] for name in kernel.arg_names}
+    return Launch(kernel, grid, arguments, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
+
+
+def _wide(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
+    n, v, grads = hidden.size(0), weight.size(0), dweight.numel() > 0
+    chunk, width = chunk_shape(n, v, hidden.dtype.itemsize)
+    logits = hidden.new_empty(chunk, width)[:, :v]
+    several = chunk < n and grads and hidden.dtype.itemsize == 2
+    total = dweight.new_empty(dweight.shape, dtype=torch.float32) if several else dweight
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        z = logits[: min(chunk, n - start)]
+        torch.mm(hidden[part], weight.t(), out=z)
+        softmax_launch(z, labels[part], ignore_index, z_loss, count, losses[part], grads).run()
+        if grads:
+            torch.mm(z, weight, out=dhidden[part])
+            _add_product(total, z, hidden[part], first=start == 0)
+    if several:
+        dweight.copy_(total)
+
+
+def _add_product(total: Tensor, z: Tensor, hidden: Tensor, first: bool) -> None:
+    """Set total [V, R], or where not `first` add to it, z^T hidden, of the chunk's gradient z [C, V].
+
+    Where total is float32 and the inputs are not, so that chunks are not rounded one by one, it goes strip by strip: a product
+    with float32 output that also adds in place is not to be had from every PyTorch.
+    """
+    if total.dtype == z.dtype:
+        torch.addmm(total, z.t(), hidden, beta=0 if first else 1, out=total)
+        return
+    for strip, z_strip in zip(total.split(_STRIP), z.split(_STRIP, 1), strict=True):
+        product = (
+            torch.mm(z_strip.t(), hidden, out_dtype=torch.float32)
+            if z.is_cuda
+            else z_strip.t().float() @ hidden.float()
+        )
+        strip.copy_(product) if first else strip.add_(product)
+
+
+def chunk_shape(n: int, v: int, itemsize: int) -> tuple[int, int]:
+    """(tokens of a chunk, elements from one row of its logits to the next): equal chunks of WORKSPACE bytes at most."""
+    width = triton.cdiv(v, _ALIGNMENT) * _ALIGNMENT
+    most = max(1, WORKSPACE // (width * itemsize))
+    return triton.cdiv(n, triton.cdiv(n, most)), width
+
+
+def softmax_launch(logits, labels, ignore_index, z_loss, count, losses, grads: bool) -> Launch:
+    """The launch that fills losses [N] and where `grads` turns logits [N, V] into their gradient."""
+    n, v = logits.shape
+    arguments = {
+        "logits": logits, "labels": labels, "count": count, "losses": losses, "z_loss": z_loss,
+        "logits_n": logits.stride(0), "V": v, "ignore_index": ignore_index, "GRADS": grads,
+        "BLOCK": min(_WORDS, triton.next_power_of_2(v)),
+    }  # fmt: skip
+    return Launch(softmax_kernel, (n,), arguments, options(16), logits.dtype.itemsize, 0)
+
+
+def count_launch(labels, ignore_index, count) -> Launch:
+    """The launch that fills count."""
+    arguments = {
+        "labels": labels, "count": count, "N": labels.size(0), "ignore_index": ignore_index, "BLOCK": _TOKENS,
+    }  # fmt: skip
+    return Launch(count_kernel, (1,), arguments, options(8), 4, 0)
+
+
+def loss_launch(losses, count, loss) -> Launch:
+    """The launch that fills loss."""
+    arguments = {"losses": losses, "count": count, "loss": loss, "N": losses.size(0), "BLOCK": _TOKENS}
+    return Launch(loss_kernel, (1,), arguments, options(8), 4, 0)
+
+
+def scale_launch(x, dloss, y) -> Launch:
+    """The launch that fills y, contiguous as x is."""
+    arguments = {"x": x, "dloss": dloss, "y": y, "SIZE": x.numel(), "BLOCK": _SCALED}
+    grid = (triton.cdiv(x.numel(), _SCALED),)
+    return Launch(scale_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)
+
+
+EXAMPLES = {
+    "500K": (8192, 32, 8000),
+    "5M": (8192, 64, 8000),
+    "rank 128": (8192, 128, 32000),
+    "widest in the first way": (2048, 256, 129280),
+    "DeepSeek-V3": (2048, 7168, 129280),
+}
+"""N, R and V that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Name -> launch at EXAMPLES[size], on the meta device."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, r, v = EXAMPLES[size]
+    hidden, weight, labels = empty(n, r), empty(v, r), empty(n, dtype=torch.int64)
+    count, losses, loss = (empty(*shape, dtype=torch.float32) for shape in ((1,), (n,), ()))
+    launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
+    launches["scale"] = scale_launch(gradients(hidden, weight, True)[1], loss, weight)
+    if narrow(r, dtype):
+        for grads in (True, False):
+            dhidden, dweight = gradients(hidden, weight, grads)
+            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, dhidden, dweight, large)
+        return launches
+    for name, grads in (("softmax", True), ("softmax without gradients", False)):
+        launches[name] = softmax_launch(empty(n, v), labels, -100, 0.0, count, losses, grads)
+    return launches
