@@ -1,0 +1,263 @@
+"""Triton kernels of dsfast.ops.moe_route, whose module has the maths.
+
+N tokens, E experts in G groups of S, K chosen experts; GP, SP, KP: G, S, K rounded up to powers of two. A tile holds BN tokens
+by GP x SP places; place g SP + s is expert g S + s, so the lowest place is the lowest expert, and places with g >= G or s >= S
+are empty. Values are compared as integers in the same order (_key): a maximum over 32-bit integers is one instruction
+of a warp where the chip has one, NaN has a rank, and nothing has the two lowest numbers, which stand for places that may not be
+chosen (OUT) or were (TAKEN). Each tile counts its own choices and a second kernel adds the counts up: no atomics.
+
+The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, rows
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
+LN2 = tl.constexpr(0.6931471805599453)
+OUT = tl.constexpr(-(2**31))
+TAKEN = tl.constexpr(-(2**31) + 1)
+COUNTED = 512  # tiles whose counts are summed at once
+_UNSPECIALIZED = ("N", "B")  # change from batch to batch and must not cause a new compilation
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) as exact as eager's: exp2 of a rounded product would be |x| / 2 ulp off, and might turn near ties."""
+    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))  # infinities would give inf - inf; NaN passes
+    t = -x * LOG2E
+    rest = tl.fma(-x, LOG2E, -t) - x * LOG2E_LOW
+    e = tl.exp2(t)
+    return tl.div_rn(1.0, 1.0 + e * (1.0 + rest * LN2))
+
+
+@triton.jit
+def _key(x):
+    """float32 -> int32 in the same order, NaN (of any sign) the largest. Its own inverse is _value."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_of_largest(b_key, place, AXIS: tl.constexpr):
+    """(largest key, lowest of the places that have it) along AXIS, which stays with size 1."""
+    b_best = tl.max(b_key, AXIS, keep_dims=True)
+    return b_best, tl.min(tl.where(b_key == b_best, place, 0x7FFFFFFF), AXIS, keep_dims=True)
+
+
+@triton.jit
+def _limit_groups(b_key, BN: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
+                  topk_group: tl.constexpr):  # fmt: skip
+    """Keys [BN, GP SP] with all but the topk_group groups whose two best values sum highest set to OUT."""
+    b_key = tl.reshape(b_key, [BN, GP, SP])
+    s = tl.arange(0, SP)[None, None, :]
+    b_first, b_at = _first_of_largest(b_key, s, 2)  # [BN, GP, 1]
+    b_sum = _value(b_first)
+    if S > 1:
+        b_sum += _value(tl.max(tl.where(s == b_at, OUT, b_key), 2, keep_dims=True))
+    g = tl.arange(0, GP)[None, :, None]
+    b_group = tl.where(g < G, _key(b_sum + 0.0), OUT)
+    for _ in range(topk_group):
+        _, b_best = _first_of_largest(b_group, g, 1)  # [BN, 1, 1]
+        b_group = tl.where(g == b_best, TAKEN, b_group)
+    return tl.reshape(tl.where(b_group == TAKEN, b_key, OUT), [BN, GP * SP])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def forward_kernel(
+    logits, bias, weights, indices, parts, scaling, logits_n, N,
+    G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E]."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+    place = tl.arange(0, GP * SP)[None, :]
+    e = place // SP * S + place % SP  # [1, GP SP]
+    m_e = (place // SP < G) & (place % SP < S)
+    p_logits = logits + n.to(tl.int64) * logits_n
+    b_scores = _sigmoid(tl.load(p_logits + e, mask=(n < N) & m_e, other=0.0))
+    b_key = tl.where(m_e, _key(b_scores + tl.load(bias + e, mask=m_e, other=0.0)), OUT)  # [BN, GP SP]
+    if topk_group < G:
+        b_key = _limit_groups(b_key, BN, G, S, GP, SP, topk_group)
+
+    k = tl.arange(0, KP)[None, :]
+    b_chosen = tl.zeros([BN, KP], tl.int32)
+    for rank in range(K):
+        _, b_at = _first_of_largest(b_key, place, 1)  # [BN, 1]
+        b_chosen = tl.where(k == rank, b_at, b_chosen)
+        b_key = tl.where(place == b_at, TAKEN, b_key)
+    b_chosen = b_chosen // SP * S + b_chosen % SP
+
+    m_k = (n < N) & (k < K)
+    # The scores of the chosen, made again: cheaper than to look them up across the threads.
+    b_w = tl.where(k < K, _sigmoid(tl.load(p_logits + b_chosen, mask=m_k, other=0.0)), 0.0)
+    if norm_topk_prob:
+        b_w = tl.div_rn(b_w, tl.sum(b_w, 1, keep_dims=True) + 1e-20)
+    p_out = n.to(tl.int64) * K + k
+    tl.store(weights + p_out, b_w * scaling, mask=m_k)
+    tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
+    b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
+    tl.store(parts + tl.program_id(0).to(tl.int64) * (G * S) + e, b_count.to(tl.int8), mask=m_e)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def count_kernel(parts, counts, B, E: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
+    """counts [E] int64, the sum of the rows of parts [B, E], for BE experts."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    b = tl.arange(0, BB)[:, None]
+    b_sum = tl.zeros([BB, BE], tl.int32)
+    for start in range(0, B, BB):
+        p_parts = parts + (start + b).to(tl.int64) * E + e[None, :]
+        b_sum += tl.load(p_parts, mask=(start + b < B) & (e[None, :] < E), other=0)
+    tl.store(counts + e, tl.sum(b_sum, 0).to(tl.int64), mask=e < E)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def backward_kernel(
+    dweights, logits, indices, dlogits, scaling, dweights_n, logits_n, N,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dlogits [N, E] of one tile of tokens, 0 where an expert was not chosen.
+
+    With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+    m_n = n < N
+    n_64 = n.to(tl.int64)
+    if norm_topk_prob:
+        k = tl.arange(0, KP)[None, :]
+        m_k = m_n & (k < K)
+        b_all = tl.load(indices + n_64 * K + k, mask=m_k, other=0)
+        b_scores = tl.where(k < K, _sigmoid(tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)), 0.0)
+        b_total = tl.sum(b_scores, 1, keep_dims=True) + 1e-20  # [BN, 1]
+        b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0)
+        b_mean = tl.div_rn(tl.sum(b_dweights * b_scores, 1, keep_dims=True), b_total)
+    e = tl.arange(0, EP)[None, :]
+    b_dlogits = tl.zeros([BN, EP], tl.float32)
+    for rank in range(K):
+        b_e = tl.load(indices + n_64 * K + rank, mask=m_n, other=0)  # [BN, 1]
+        b_s = _sigmoid(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0))
+        b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0)
+        if norm_topk_prob:
+            b_ds = tl.div_rn(b_ds - b_mean, b_total)
+        b_dlogits = tl.where(e == b_e, scaling * b_ds * b_s * (1.0 - b_s), b_dlogits)
+    tl.store(dlogits + n_64 * E + e, b_dlogits, mask=m_n & (e < E))
+
+
+def forward(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, E], bias [E] float32 -> weights [N, K], indices [N, K] int64, counts [E] int64, as dsfast.ops.moe_route.
+
+    A NaN counts as the largest value, so a broken router shows in the weights; the indices lie in 0..E-1 whatever the logits.
+    Raises TypeError for another dtype.
+    """
+    _check(logits)
+    n, e = logits.shape
+    weights, counts = logits.new_empty(n, top_k), logits.new_empty(e, dtype=torch.int64)
+    indices = logits.new_empty(n, top_k, dtype=torch.int64)
+    with torch.cuda.device_of(logits):
+        for launch in forward_launches(
+            logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
+        ):
+            launch.run()
+    return weights, indices, counts
+
+
+def backward(dweights, logits, indices, norm_topk_prob, scaling) -> Tensor:
+    """The gradient of the logits [N, E] from that of the weights [N, K]. TypeError for another dtype than float32."""
+    _check(logits)
+    dlogits = logits.new_empty(logits.shape)
+    with torch.cuda.device_of(logits):
+        backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
+    return dlogits
+
+
+def _check(logits) -> None:
+    if logits.dtype != torch.float32:
+        raise TypeError(
+            f"moe_route: the Triton kernels take float32, got {str(logits.dtype).removeprefix('torch.')}; near ties decide "
+            "the choice of experts"
+        )
+
+
+def _tile(places: int, together: int) -> int:
+    """Tokens in a tile of at most `together` places. Starting values, not measured. No more than 64: a count is one byte."""
+    return max(1, min(64, together // places))
+
+
+def _options(warps: int) -> dict:
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def forward_launches(
+    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
+) -> list[Launch]:
+    """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device."""
+    (logits,) = rows(logits)
+    n, e = logits.shape
+    size = e // n_group
+    gp, sp = triton.next_power_of_2(n_group), triton.next_power_of_2(size)
+    # One warp, so that no search along a token crosses warps: each would cost a barrier. The tokens' searches overlap.
+    bn = _tile(gp * sp, 1024)
+    blocks = triton.cdiv(n, bn)
+    parts = logits.new_empty(blocks, e, dtype=torch.int8)
+    arguments = {
+        "logits": logits, "bias": bias.contiguous(), "weights": weights, "indices": indices, "parts": parts,
+        "scaling": float(scaling), "logits_n": logits.stride(0), "N": n, "G": n_group, "S": size, "GP": gp, "SP": sp,
+        "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
+        "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+    }  # fmt: skip
+    be = min(32, triton.next_power_of_2(e))
+    counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
+    return [
+        Launch(forward_kernel, (blocks,), arguments, _options(1), 4, 0),
+        Launch(count_kernel, (triton.cdiv(e, be),), counting, _options(8), 4, 0),
+    ]
+
+
+def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits) -> Launch:
+    """The launch that fills dlogits; tensors may lie on the meta device."""
+    dweights, logits = rows(dweights, logits)
+    (n, e), top_k = logits.shape, indices.size(1)
+    ep = triton.next_power_of_2(e)
+    bn = _tile(ep, 1024)  # registers for the addresses of each choice
+    arguments = {
+        "dweights": dweights, "logits": logits, "indices": indices.contiguous(), "dlogits": dlogits,
+        "scaling": float(scaling), "dweights_n": dweights.stride(0), "logits_n": logits.stride(0), "N": n, "E": e,
+        "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+    }  # fmt: skip
+    return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, _options(4), 4, 0)
+
+
+EXAMPLES = {
+    "500K": (8192, 2, 1, 1, 1, False),
+    "DeepSeek-V3": (8192, 256, 8, 8, 4, True),
+    "Qwen-like": (32768, 128, 8, 1, 1, True),
+    "uneven groups": (1000, 60, 6, 5, 3, True),
+}
+"""N, E, K, groups, groups taken and whether the weights are normalised, that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles and float32, whatever `dtype` and `large`."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, e, k, *choice = EXAMPLES[size]
+    logits, weights = empty(n, e), empty(n, k)
+    indices, counts = empty(n, k, dtype=torch.int64), empty(e, dtype=torch.int64)
+    launches = [
+        *forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts),
+        backward_launch(weights, logits, indices, choice[2], 2.5, empty(n, e)),
+    ]
+    return {launch.kernel.__name__: launch for launch in launches}
