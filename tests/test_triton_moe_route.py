@@ -115,4 +115,57 @@ def test_other_dtypes_are_refused():
         ops.moe_route(torch.ones(2, 4).half().to(DEVICE), torch.ones(4).half().to(DEVICE), 1, 1, 1, False, 1.0)
 
 
+def sort(indices, experts):
+    from dsfast.triton_kernels.moe_route import sort_slots
+
+    with poisoned():
+        order, offsets = sort_slots(indices.to(DEVICE), experts)
+    return order.cpu(), offsets.cpu()
+
+
+# Slots, experts, with the reason. A block has 128 slots; up to 128 blocks of up to 31 experts need no scan, 8 of up to 511.
+SORTS = {
+    "no slot": (0, 5),
+    "one slot": (1, 2),
+    "one block less one": (127, 3),
+    "one block": (128, 31),
+    "one above a block": (129, 32),
+    "two experts": (1100, 2),
+    "one above the blocks of 256 experts that need no scan": (128 * 8 + 1, 256),
+    "more experts than slots": (200, 511),
+    "more experts than a block has slots": (200, 600),
+}
+
+
+@on_device
+@pytest.mark.parametrize(("slots", "experts"), SORTS.values(), ids=SORTS)
+def test_sort_is_stable_and_indices_of_no_expert_come_last(slots, experts):
+    random = torch.Generator().manual_seed(0)
+    indices = torch.randint(-1, experts + 1, (slots, 1), generator=random)
+    indices[::7] = experts // 2
+    indices[3::50] = 2**62
+    bins = torch.where((indices >= 0) & (indices < experts), indices, experts).flatten()
+    order, offsets = sort(indices, experts)
+    assert order.dtype == offsets.dtype == torch.int32
+    assert order.tolist() == bins.argsort(stable=True).tolist()
+    assert offsets.tolist() == [0, *torch.bincount(bins, minlength=experts + 1).cumsum(0)[:-1].tolist()]
+
+
+@on_device
+def test_sort_of_all_to_one_and_of_views():
+    order, offsets = sort(torch.tensor([[1, 3]]).expand(300, 2).T.contiguous().T, 5)
+    assert order.tolist() == [*range(0, 600, 2), *range(1, 600, 2)]
+    assert offsets.tolist() == [0, 0, 300, 300, 600, 600]
+
+
+@on_device
+def test_scan_of_more_blocks_than_it_holds(monkeypatch):
+    from dsfast.triton_kernels import moe_route as kernels
+
+    monkeypatch.setattr(kernels, "SCANNED", 4)
+    indices = torch.randint(0, 600, (128 * 8 + 1, 1), generator=torch.Generator().manual_seed(0))
+    order, _ = sort(indices, 600)
+    assert torch.equal(order, indices.flatten().argsort(stable=True).int())
+
+
 test_in_the_interpreter = in_the_interpreter(__file__)

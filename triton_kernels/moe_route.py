@@ -6,6 +6,10 @@ are empty. Values are compared as integers in the same order (_key): a maximum o
 of a warp where the chip has one, NaN has a rank, and nothing has the two lowest numbers, which stand for places that may not be
 chosen (OUT) or were (TAKEN). Each tile counts its own choices and a second kernel adds the counts up: no atomics.
 
+sort_slots is the stable permutation of the slots (token, choice) by expert that moe_experts works on; B blocks of BS slots,
+E + 1 bins, EP of them with the padding. A counting sort: every place follows from integer sums, so it is exact and the same
+on every run.
+
 The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in.
 """
 
@@ -23,7 +27,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 OUT = tl.constexpr(-(2**31))
 TAKEN = tl.constexpr(-(2**31) + 1)
 COUNTED = 512  # tiles whose counts are summed at once
-_UNSPECIALIZED = ("N", "B")  # change from batch to batch and must not cause a new compilation
+SORTED = 128  # slots in a block of sort_slots
+SCANNED = 512  # blocks whose histograms are summed at once
+_UNSPECIALIZED = ("N", "B", "SLOTS")  # change from batch to batch and must not cause a new compilation
 
 
 @triton.jit
@@ -154,6 +160,73 @@ def backward_kernel(
     tl.store(dlogits + n_64 * E + e, b_dlogits, mask=m_n & (e < E))
 
 
+@triton.jit
+def _load_bins(indices, start, SLOTS, E, BS: tl.constexpr):
+    """The experts of BS slots, as int32; E for an index that names none and for what lies beyond the last slot."""
+    slot = start + tl.arange(0, BS)
+    b_e = tl.load(indices + slot, mask=slot < SLOTS, other=-1)
+    return tl.where((b_e >= 0) & (b_e < E), b_e, E).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def histogram_kernel(indices, parts, SLOTS, E, EP: tl.constexpr, BS: tl.constexpr):
+    """Slots of each bin in one block: a row of parts [B + 1, EP]."""
+    block = tl.program_id(0)
+    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)
+    tl.store(parts + block.to(tl.int64) * EP + tl.arange(0, EP), tl.histogram(b_e, EP))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scan_kernel(parts, B, EP: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
+    """Each row of parts [B + 1, EP] becomes the sum of the rows before it, for BE bins."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
+    b = tl.arange(0, BB)[:, None]
+    b_before = tl.zeros([1, BE], tl.int32)
+    for start in range(0, B, BB):
+        p_parts = parts + (start + b).to(tl.int64) * EP + e
+        b_part = tl.load(p_parts, mask=start + b < B, other=0)
+        tl.store(p_parts, b_before + tl.cumsum(b_part, 0) - b_part, mask=start + b < B)
+        b_before += tl.sum(b_part, 0, keep_dims=True)
+    tl.store(parts + tl.cast(B, tl.int64) * EP + e, b_before)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scatter_kernel(
+    indices, parts, order, offsets, SLOTS, B, E,
+    EP: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The slots of one block to their places in order, and from the first block offsets [E + 1].
+
+    ROWS says what parts holds: 0, nothing, there is but this block; 1, what scan_kernel left; more, the histograms of all
+    B <= ROWS blocks.
+    """
+    block = tl.program_id(0)
+    bins = tl.arange(0, EP)
+    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)  # [BS]
+    if ROWS == 0:
+        b_total = tl.histogram(b_e, EP)
+        b_before = tl.zeros([EP], tl.int32)
+    elif ROWS == 1:
+        b_total = tl.load(parts + tl.cast(B, tl.int64) * EP + bins)
+        b_before = tl.load(parts + block.to(tl.int64) * EP + bins)
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        b_parts = tl.load(parts + row * EP + bins[None, :], mask=row < B, other=0)
+        b_total = tl.sum(b_parts, 0)
+        b_before = tl.sum(tl.where(row < block, b_parts, 0), 0)
+    b_offset = tl.cumsum(b_total, 0) - b_total  # [EP]
+    if block == 0:
+        tl.store(offsets + bins, b_offset, mask=bins <= E)
+
+    # A slot's rank among those of its bin in the block, as many as stand before it: with one number c for (bin, i) these
+    # are the c' for which c' - (bin, 0) lies in 0 .. i - 1, one unsigned comparison.
+    i = tl.arange(0, BS)
+    b_ahead = (b_e * BS + i)[:, None] - (b_e * BS)[None, :]  # [BS, BS]
+    b_rank = tl.sum((b_ahead.to(tl.uint32, bitcast=True) < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
+    slot = block * BS + i
+    tl.store(order + tl.gather(b_offset + b_before, b_e, 0) + b_rank, slot, mask=slot < SLOTS)
+
+
 def forward(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor, Tensor]:
     """logits [N, E], bias [E] float32 -> weights [N, K], indices [N, K] int64, counts [E] int64, as dsfast.ops.moe_route.
 
@@ -238,11 +311,50 @@ def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits)
     return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, _options(4), 4, 0)
 
 
+def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 -> order [N K] int32, the slots n K + k sorted by expert and stable, and offsets [E + 1] int32.
+
+    Expert e has the slots order[offsets[e]:offsets[e + 1]]. Slots whose index lies outside 0..E-1 come last, from
+    order[offsets[E]] on.
+    """
+    order = indices.new_empty(indices.numel(), dtype=torch.int32)
+    offsets = indices.new_empty(experts + 1, dtype=torch.int32)
+    with torch.cuda.device_of(indices):
+        for launch in sort_launches(indices, experts, order, offsets):
+            launch.run()
+    return order, offsets
+
+
+def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor) -> list[Launch]:
+    """A histogram for each block of slots, their sums over the blocks in front, the places; tensors may lie on the meta device.
+
+    The last of them takes the sums itself where the histograms are few, and needs none where there is one block.
+    """
+    slots = indices.numel()
+    bins = max(32, triton.next_power_of_2(experts + 1))  # the last one for the indices that name no expert
+    blocks = max(1, triton.cdiv(slots, SORTED))
+    together = max(2, 4096 // bins)
+    parts = order.new_empty(blocks + 1 if blocks > 1 else 0, bins)
+    arguments = {
+        "indices": indices.contiguous(), "parts": parts, "order": order, "offsets": offsets, "SLOTS": slots, "B": blocks,
+        "E": experts, "EP": bins, "BS": SORTED, "BB": SCANNED, "BE": 16,
+        "ROWS": 0 if blocks == 1 else together if blocks <= together else 1,
+    }  # fmt: skip
+
+    def launch(kernel, programs, warps):
+        return Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, _options(warps), 4, 0)
+
+    histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
+    before = [] if blocks == 1 else [histogram] if blocks <= together else [histogram, scan]
+    return [*before, launch(scatter_kernel, blocks, 4)]
+
+
 EXAMPLES = {
     "500K": (8192, 2, 1, 1, 1, False),
     "DeepSeek-V3": (8192, 256, 8, 8, 4, True),
     "Qwen-like": (32768, 128, 8, 1, 1, True),
     "uneven groups": (1000, 60, 6, 5, 3, True),
+    "few tokens": (16, 256, 8, 8, 4, True),
 }
 """N, E, K, groups, groups taken and whether the weights are normalised, that are compiled ahead."""
 
@@ -259,5 +371,6 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     launches = [
         *forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts),
         backward_launch(weights, logits, indices, choice[2], 2.5, empty(n, e)),
+        *sort_launches(indices, e, empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32)),
     ]
     return {launch.kernel.__name__: launch for launch in launches}
