@@ -72,7 +72,7 @@ def _source(launch: Launch) -> ASTSource:
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]
-        if name in constants or (type(value) is int and value == 1 and name not in general):
+        if name in constants or value is None or (type(value) is int and value == 1 and name not in general):
             signature[name], constexprs[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
