@@ -1,19 +1,20 @@
 """Triton kernels of dsfast.ops.moe_experts, whose module has the maths, and of swiglu_mlp, which is one expert for all tokens.
 
-N tokens, D model width, K chosen experts, E experts, I intermediate width. Slots are worked on sorted by expert: R is a place in that
-order, order[R] = n K + k its slot. A tile holds BM places of one expert; which expert's it is, each program finds from the
-offsets, so the grid follows from the number of slots alone. All products have the form rows of one expert times that expert's matrix,
-or, for the gradients of the matrices, rows transposed times rows.
+N tokens, D model width, K chosen experts, E experts, I intermediate width. Slots are worked on sorted by expert: there are R
+places in that order, and order[r] = n K + k is the slot at place r. A tile holds BM places of one expert; whose it is, each
+program finds from the offsets, so the grid follows from the number of slots alone. All products are rows of one expert times
+that expert's matrix or, for the gradients of the matrices, rows transposed times rows.
 
-    up           gu = x[n] gate_up^T, h = silu(gate) * up            rows gathered from the tokens
-    project      y_slot = w h down^T,  dx_slot = dgu gate_up         rows scattered to the slots
-    backward_up  dh = dy[n] down, and from it dgu, w h, dw           rows gathered from the tokens
-    matrix       dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n]     sums over an expert's slots
-    add_up       y = sum over k of y_slot                            and whatever else lies in parts
+    up               gu = x[n] gate_up^T, h = silu(gate) * up        rows gathered from the tokens
+    project          y_slot = w h down^T,  dx_slot = dgu gate_up     rows scattered to the slots
+                     dh = dy[n] down                                 rows gathered from the tokens
+    swiglu_backward  dgu, w h and dw from dh and gu                  not in the product before it, whose tiles would get smaller
+    matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
+    add_up           y = sum over k of y_slot                        and whatever else lies in parts
 
-With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is its token
-and there is one expert. An index that names no expert makes everything of its slot NaN: the token's row of y and dx, its weight's
-gradient. The matrices' gradients leave it out.
+With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
+its token and there is one expert. An index that names no expert makes everything of its slot NaN: the token's row of y and of
+dx, and its weight's gradient. The gradients of the matrices leave it out.
 """
 
 from __future__ import annotations
@@ -61,18 +62,18 @@ def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr)
 
 @triton.jit
 def _tile(order, offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, ROUTED: tl.constexpr):
-    """(expert, places [BM] int64, their slots [BM] int64, whether [BM] they are there) of a tile.
+    """(expert, first place, the others relative to it [BM], their slots [BM] int64, whether [BM] they are there) of a tile.
 
-    Places beyond the expert's last are its last one again, so that rows may be read without a mask.
+    Places beyond the expert's last are its last one again, or their slot is 0, so that rows may be read without a mask.
     """
     e, first, end = 0, tile * BM, R
     if ROUTED:
         e, first, end = _find(offsets, tile, R, E, EP, BM)
-    r = first + tl.arange(0, BM)
-    m_r = r < end
-    r = tl.maximum(tl.minimum(r, end - 1), 0)
-    slot = tl.load(order + r) if ROUTED else r
-    return e, r.to(tl.int64), slot.to(tl.int64), m_r
+    m = tl.arange(0, BM)
+    m_r = m < end - first
+    m = tl.maximum(tl.minimum(m, end - 1 - first), 0)
+    slot = tl.load(order + first + m, mask=m_r, other=0) if ROUTED else first + m
+    return e, tl.cast(first, tl.int64), m, slot.to(tl.int64), m_r
 
 
 @triton.jit
@@ -81,14 +82,6 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
     if DEPTH % BK == 0 and WIDTH % BN == 0:
         return tl.load(p)
     return tl.load(p, mask=(k < DEPTH) & (n < WIDTH), other=0.0)
-
-
-@triton.jit
-def _swiglu(b_gate, b_up):
-    """(silu(gate) * up, silu(gate), sigmoid(gate)) in float32."""
-    b_s = tl.sigmoid(b_gate)
-    b_silu = b_gate * b_s
-    return b_silu * b_up, b_silu, b_s
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -100,7 +93,7 @@ def up_kernel(
     """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side."""
     blocks = tl.cdiv(I, BN)
     tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
-    e, r, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
         return
     i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
@@ -115,36 +108,41 @@ def up_kernel(
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
-    b_h, _, _ = _swiglu(b_gate, b_up)
     m_out = m_r[:, None] & (i < I)
-    p_gu = gu + (r * (2 * I))[:, None] + i
+    b_h = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(h + first * I + m[:, None] * I + i, b_h.to(h.dtype.element_ty), mask=m_out)
+    p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
     tl.store(p_gu, b_gate.to(gu.dtype.element_ty), mask=m_out)
     tl.store(p_gu + I, b_up.to(gu.dtype.element_ty), mask=m_out)
-    tl.store(h + (r * I)[:, None] + i, b_h.to(h.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def project_kernel(
-    a, b, weights, out, order, offsets, R,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    a, b, weights, out, order, offsets, a_n, R,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """out[slot] = weight a[place] b_e for one tile of places and BN columns; a [R, DEPTH], out [R, WIDTH].
+    """a row times b_e [DEPTH, WIDTH], which has the strides b_k and b_n, for one tile of places and BN columns.
 
-    b_e [DEPTH, WIDTH] has the strides b_k and b_n.
+    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED.
+    With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
     """
     blocks = tl.cdiv(WIDTH, BN)
     tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
-    e, r, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
-    p_out = out + (slot * WIDTH)[:, None] + n
+    d = tl.arange(0, BK)
     m_out = m_r[:, None] & (n < WIDTH)
+    if GATHER:
+        p_a = a + (slot // K * a_n)[:, None] + d[None, :]
+        p_out = out + first * WIDTH + m[:, None] * WIDTH + n
+    else:
+        p_a = a + first * DEPTH + m[:, None] * DEPTH + d[None, :]
+        p_out = out + (slot * WIDTH)[:, None] + n
     if e == E:
         tl.store(p_out, tl.full([BM, BN], float("nan"), out.dtype.element_ty), mask=m_out)
         return
-    d = tl.arange(0, BK)
-    p_a = a + (r * DEPTH)[:, None] + d[None, :]
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
     for k in range(tl.cdiv(DEPTH, BK)):
@@ -157,45 +155,38 @@ def project_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def backward_up_kernel(
-    dy, down, gu, weights, dgu, h, dweights, order, offsets, dy_n, R,
-    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+def swiglu_backward_kernel(
+    dh, gu, weights, dgu, dweights, order, offsets, R,
+    I: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """dgu [R, 2I] and h [R, I] times the weight, for one tile of places and BN columns; these columns' share of dweights
-    [blocks of columns, slots].
-    """
-    blocks = tl.cdiv(I, BN)
-    tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
-    e, r, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
-    if e == E:
-        p_dw = dweights + tl.cast(block, tl.int64) * R + slot
-        tl.store(p_dw, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
-        return
-    i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
-    d = tl.arange(0, BK)
-    p_dy = dy + (slot // K * dy_n)[:, None] + d[None, :]
-    p_down = down + tl.cast(e, tl.int64) * (D * I) + d[:, None] * I + i
-    b_dh = tl.zeros([BM, BN], tl.float32)
-    for k in range(tl.cdiv(D, BK)):
-        b_dy = _load(p_dy + k * BK, k * BK + d[None, :], D, BK, 0, 1, 1)  # [BM, BK]
-        b_w = _load(p_down + k * BK * I, k * BK + d[:, None], D, BK, i, I, BN)  # [BK, BN]
-        b_dh = tl.dot(b_dy, b_w, b_dh, input_precision="ieee")
-    p_gu = (r * (2 * I))[:, None] + i
-    m_out = m_r[:, None] & (i < I)
-    b_gate = tl.load(gu + p_gu, mask=m_out, other=0.0).to(tl.float32)
-    b_up = tl.load(gu + p_gu + I, mask=m_out, other=0.0).to(tl.float32)
-    b_h, b_silu, b_s = _swiglu(b_gate, b_up)
+    """dgu [R, 2I] and dweights by slot, for BM places; dh [R, I] = dy down becomes the weight times h."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    m_r = r < R
+    r_64 = r.to(tl.int64)
     if ROUTED:
-        p_dw = dweights + tl.cast(block, tl.int64) * R + slot
-        tl.store(p_dw, tl.sum(b_dh * b_h, 1).to(dweights.dtype.element_ty), mask=m_r)
-        b_weight = tl.load(weights + slot).to(tl.float32)[:, None]
-        b_h *= b_weight
-        b_dh *= b_weight
-    tl.store(h + (r * I)[:, None] + i, b_h.to(h.dtype.element_ty), mask=m_out)
-    b_dgate = b_dh * b_up * b_s * (1.0 + b_gate * (1.0 - b_s))
-    tl.store(dgu + p_gu, b_dgate.to(dgu.dtype.element_ty), mask=m_out)
-    tl.store(dgu + p_gu + I, (b_dh * b_silu).to(dgu.dtype.element_ty), mask=m_out)
+        slot = tl.load(order + r, mask=m_r, other=0)
+        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
+        b_dw = tl.where(r < tl.load(offsets + E), 0.0, float("nan"))  # NaN for the places of no expert
+    for block in range(tl.cdiv(I, BN)):
+        i = (block * BN + tl.arange(0, BN))[None, :]
+        m_i = m_r[:, None] & (i < I)
+        p_h, tile_gu = dh + (r_64 * I)[:, None] + i, (r_64 * (2 * I))[:, None] + i
+        b_dh = tl.load(p_h, mask=m_i, other=0.0).to(tl.float32)
+        b_gate = tl.load(gu + tile_gu, mask=m_i, other=0.0).to(tl.float32)
+        b_up = tl.load(gu + tile_gu + I, mask=m_i, other=0.0).to(tl.float32)
+        b_s = tl.sigmoid(b_gate)
+        b_silu = b_gate * b_s
+        b_h = b_silu * b_up
+        if ROUTED:
+            b_dw += tl.sum(b_dh * b_h, 1)
+            b_h *= b_weight
+            b_dh *= b_weight
+        tl.store(p_h, b_h.to(dh.dtype.element_ty), mask=m_i)
+        b_dgate = b_dh * b_up * b_s * (1.0 + b_gate * (1.0 - b_s))
+        tl.store(dgu + tile_gu, b_dgate.to(dgu.dtype.element_ty), mask=m_i)
+        tl.store(dgu + tile_gu + I, (b_dh * b_silu).to(dgu.dtype.element_ty), mask=m_i)
+    if ROUTED:
+        tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -267,19 +258,16 @@ class Tiles(NamedTuple):
 _FLOAT32 = {
     "up": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
     "project": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
-    "backward_up": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
     "matrix": {64: Tiles(32, 32, 16, 4, 1)},
 }
 _LARGE = {
     "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
     "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 3)},
-    "backward_up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
     "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
 }
 _SMALL = {
     "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
     "project": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 128, 32, 4, 2)},
-    "backward_up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
     "matrix": {64: Tiles(64, 64, 32, 4, 2)},
 }
 
@@ -345,21 +333,15 @@ def backward_launches(
     """The launches that fill the gradients; as `forward_launches`."""
     dy, x = rows(dy, x)
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
-    h, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
+    dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
-    tiles = make.tiles("backward_up", make.i, make.d)
-    blocks = triton.cdiv(make.i, tiles.bn)
-    parts = x.new_empty(blocks, make.places, dtype=torch.float32) if weights is not None and blocks != 1 else dweights
-    up = make.rows(
-        "backward_up", backward_up_kernel, make.i, make.d, dy=dy, dy_n=dy.stride(0), gu=gu, h=h, dgu=dgu, dweights=parts
-    )
     return [
-        up,
-        *([make.add_up(parts, dweights, make.places, 1, make.places, 1, blocks)] if parts is not dweights else []),
+        make.project(dy, make.down, dh, None, make.i, 1, gather=True),
+        make.swiglu_backward(dh=dh, gu=gu, dgu=dgu, dweights=dweights),
         make.project(dgu, make.gate_up, slots, None, make.d, 1),
         *make.combine(slots, dx),
         *make.matrix(dgu, x, dgate_up, make.d, 1),
-        *make.matrix(h, dy, ddown, 1, make.i),
+        *make.matrix(dh, dy, ddown, 1, make.i),
     ]
 
 
@@ -398,18 +380,17 @@ class _Launches:
         tiles_of_places = triton.cdiv(self.places, tiles.bm) if self.order is None else begun
         return self.launch(kernel, tiles_of_places * triton.cdiv(width, tiles.bn), tiles, arguments)
 
-    def project(self, a, b, out, weights, b_k: int, b_n: int) -> Launch:
-        arguments = {
-            "a": a,
-            "b": b,
-            "out": out,
-            "weights": weights,
-            "WEIGHTED": weights is not None,
-            "b_k": b_k,
-            "b_n": b_n,
-        }
+    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False) -> Launch:
         depth, width = a.size(1), out.size(1)
-        return self.rows("project", project_kernel, width, depth, DEPTH=depth, WIDTH=width, **arguments)
+        return self.rows(
+            "project", project_kernel, width, depth, a=a, a_n=a.stride(0), b=b, b_k=b_k, b_n=b_n, out=out, weights=weights,
+            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None,
+        )  # fmt: skip
+
+    def swiglu_backward(self, **arguments) -> Launch:
+        bn = min(512, triton.next_power_of_2(self.i))
+        tiles = Tiles(2048 // bn, bn, 0, 4, 1)
+        return self.launch(swiglu_backward_kernel, triton.cdiv(self.places, tiles.bm), tiles, arguments)
 
     def combine(self, slots, out) -> list[Launch]:
         """The sum over each token's slots; none where a slot is its token."""
@@ -420,7 +401,7 @@ class _Launches:
         size, (width_p, width_q) = 128, (p.size(1), q.size(1))
         if self.e * triton.cdiv(width_p, 128) * triton.cdiv(width_q, 128) < FULL // 4:
             size = 64
-        tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, 64)
+        tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * 256 * self.e <= self.places:
