@@ -68,7 +68,7 @@ def test_other_dtypes(operator, size, kernel, dtype, chip):
 
 @pytest.mark.parametrize("operator", MODULES)
 def test_every_kernel_is_an_example(operator):
-    """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example."""
+    """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example, which may use others' too."""
     module = MODULES[operator]
     kernels = {name for name in vars(module) if name.endswith("_kernel")}
     launched = {
@@ -76,7 +76,7 @@ def test_every_kernel_is_an_example(operator):
         for size in module.EXAMPLES
         for launch in module.example_launches(size, BF16, large=True).values()
     }
-    assert kernels == launched
+    assert kernels <= launched
 
 
 def test_limits_find_what_breaks_them():

@@ -32,6 +32,7 @@ TILES_TOGETHER = (
     8  # tiles of rows whose programs run side by side, for each block of columns: the matrix stays in the L2 cache
 )
 FULL = 264  # programs that fill a large chip twice
+SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
 
 
@@ -64,15 +65,14 @@ def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr)
 def _tile(order, offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, ROUTED: tl.constexpr):
     """(expert, first place, the others relative to it [BM], their slots [BM] int64, whether [BM] they are there) of a tile.
 
-    Places beyond the expert's last are its last one again, or their slot is 0, so that rows may be read without a mask.
+    Also where a place is not there its slot is one, so that tokens may be read without a mask.
     """
     e, first, end = 0, tile * BM, R
     if ROUTED:
         e, first, end = _find(offsets, tile, R, E, EP, BM)
     m = tl.arange(0, BM)
     m_r = m < end - first
-    m = tl.maximum(tl.minimum(m, end - 1 - first), 0)
-    slot = tl.load(order + first + m, mask=m_r, other=0) if ROUTED else first + m
+    slot = tl.load(order + first + m, mask=m_r, other=0) if ROUTED else tl.minimum(first + m, R - 1)
     return e, tl.cast(first, tl.int64), m, slot.to(tl.int64), m_r
 
 
@@ -138,7 +138,7 @@ def project_kernel(
         p_a = a + (slot // K * a_n)[:, None] + d[None, :]
         p_out = out + first * WIDTH + m[:, None] * WIDTH + n
     else:
-        p_a = a + first * DEPTH + m[:, None] * DEPTH + d[None, :]
+        p_a = a + first * DEPTH + tl.minimum(m, R - 1 - first.to(tl.int32))[:, None] * DEPTH + d[None, :]
         p_out = out + (slot * WIDTH)[:, None] + n
     if e == E:
         tl.store(p_out, tl.full([BM, BN], float("nan"), out.dtype.element_ty), mask=m_out)
@@ -404,7 +404,7 @@ class _Launches:
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
-        while 2 * splits * programs <= FULL and 2 * splits * 256 * self.e <= self.places:
+        while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
             splits *= 2
         parts = p.new_empty(splits, *out.shape, dtype=torch.float32) if splits > 1 else out
         arguments = {
