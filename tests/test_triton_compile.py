@@ -68,7 +68,7 @@ def test_other_dtypes(operator, size, kernel, dtype, chip):
 
 @pytest.mark.parametrize("operator", MODULES)
 def test_every_kernel_is_an_example(operator):
-    """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example, which may use others' too."""
+    """No kernel goes uncompiled: an example launches each @triton.jit function named ..._kernel, and it may launch others'."""
     module = MODULES[operator]
     kernels = {name for name in vars(module) if name.endswith("_kernel")}
     launched = {

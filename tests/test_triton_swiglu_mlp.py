@@ -17,8 +17,8 @@ class TestSwigluMlp(TritonContract):
     cases = (
         swiglu_mlp_case("no tokens", 0, 5, 3),
         swiglu_mlp_case("one token", 1, 5, 3),
-        swiglu_mlp_case("tokens and widths one above a tile", 65, 33, 17),
-        swiglu_mlp_case("widths that fill blocks: no masks", 40, 32, 64),
+        swiglu_mlp_case("tokens and widths one above a tile", 33, 17, 33),
+        swiglu_mlp_case("widths that fill blocks: no masks", 9, 32, 16),
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     registered = ("swiglu_mlp", "swiglu_mlp_backward")
