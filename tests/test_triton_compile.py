@@ -43,7 +43,7 @@ def test_other_dtypes(example):
 
 @pytest.mark.parametrize("operator", operators())
 def test_every_kernel_is_an_example(operator):
-    """No kernel goes uncompiled: each @triton.jit function named ..._kernel is launched by an example."""
+    """No kernel goes uncompiled: an example launches each @triton.jit function named ..._kernel, and it may launch others'."""
     module = kernels_of(operator)
     kernels = {name for name in vars(module) if name.endswith("_kernel")}
     launched = {
@@ -51,7 +51,7 @@ def test_every_kernel_is_an_example(operator):
         for size in module.EXAMPLES
         for launch in module.example_launches(size, torch.bfloat16, large=True).values()
     }
-    assert kernels == launched
+    assert kernels <= launched
 
 
 def test_limits_find_what_breaks_them():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 from dsfast.ops.swiglu_mlp import swiglu_mlp_reference
@@ -102,11 +102,13 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
+    cuda=triton.launcher("moe_experts", "forward"),
 )
 define(
     "moe_experts_backward(Tensor dy, Tensor x, Tensor weights, Tensor gate_up, Tensor down, Tensor gu, Tensor order,"
     " Tensor offsets) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=lambda dy, x, weights, gate_up, down, *_: tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down)),
+    cuda=triton.launcher("moe_experts", "backward"),
 )
 autograd("moe_experts", _backward, _setup_context)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 
@@ -109,10 +109,12 @@ define(
     " -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
+    cuda=triton.launcher("moe_route", "forward"),
 )
 define(
     "moe_route_backward(Tensor dweights, Tensor logits, Tensor indices, bool norm_topk_prob, float scaling) -> Tensor",
     cpu=_backward_cpu,
     fake=lambda dweights, logits, indices, norm_topk_prob, scaling: logits.new_empty(logits.shape),
+    cuda=triton.launcher("moe_route", "backward"),
 )
 autograd("moe_route", _backward, _setup_context)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 
@@ -67,10 +67,12 @@ define(
     "swiglu_mlp(Tensor x, Tensor gate_up, Tensor down) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=lambda x, gate_up, down: (x.new_empty(x.shape), x.new_empty(x.size(0), gate_up.size(0))),
+    cuda=triton.launcher("swiglu_mlp", "forward"),
 )
 define(
     "swiglu_mlp_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor gu) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=lambda dy, x, gate_up, down, gu: tuple(t.new_empty(t.shape) for t in (x, gate_up, down)),
+    cuda=triton.launcher("swiglu_mlp", "backward"),
 )
 autograd("swiglu_mlp", _backward, _setup_context)

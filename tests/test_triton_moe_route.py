@@ -1,0 +1,171 @@
+"""The Triton kernels of moe_route against the float64 reference; the contract of every operator's is in
+tests/triton_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_contract import DEVICE, TritonContract, in_the_interpreter, on_device, poisoned
+
+from dsfast import ops
+from dsfast.ops.cases import moe_route_case
+
+
+class TestMoeRoute(TritonContract):
+    cases = (
+        moe_route_case("no tokens", 0, 4, 2),
+        moe_route_case("the 500K model: top 1 of 2, one token above a tile", 65, 2, 1),
+        moe_route_case("one token", 1, 5, 2),
+        moe_route_case("all experts chosen", 13, 7, 7),
+        moe_route_case("normalised top 1: the weight is constant, the gradient 0", 11, 6, 1, norm_topk_prob=True),
+        moe_route_case("2 of 3 groups of 7: neither is a power of two", 41, 21, 4, 3, 2, True),
+        moe_route_case("groups of one expert: a group's score is one value", 23, 8, 2, 8, 3),
+        moe_route_case("all experts of the groups taken", 19, 15, 6, 5, 2),
+        moe_route_case("all groups: no limit", 17, 12, 5, 4, 4),
+        moe_route_case("DeepSeek-V3's 256 experts, one token below a tile", 3, 256, 8, 8, 4, True),
+        moe_route_case("as before, one above two tiles", 9, 256, 8, 8, 4, True),
+    )
+    tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
+    registered = ("moe_route", "moe_route_backward")
+
+
+def route(logits, bias, *choice):
+    with poisoned(), ops.use("triton", "moe_route"):
+        return ops.moe_route(torch.tensor(logits, device=DEVICE), torch.tensor(bias, device=DEVICE), *choice)
+
+
+@on_device
+def test_equal_values_go_to_the_lower_index():
+    _, indices, counts = route([[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
+    assert indices.tolist() == [[0, 1, 2, 3]] * 3
+    assert counts.tolist() == [3, 3, 3, 3, 0, 0]
+
+
+@on_device
+def test_equal_values_among_many():
+    """Half the experts are equal, in a random order: a stable sort says which come first."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 3, (40, 60), generator=random).float()
+    bias = torch.randint(0, 2, (60,), generator=random) / 8
+    arguments = (7, 5, 3, False, 1.0)
+    with ops.use("reference"):
+        _, expected, _ = ops.moe_route(logits, bias, *arguments)
+    _, indices, _ = route(logits.tolist(), bias.tolist(), *arguments)
+    assert torch.equal(indices.cpu(), expected)
+
+
+@on_device
+def test_a_group_counts_by_its_two_best():
+    # group 0 has the single best expert, group 1 the two best together
+    _, indices, _ = route([[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
+    assert indices.tolist() == [[4, 3]]
+
+
+@on_device
+@pytest.mark.parametrize("bias", [[-9.0, -9.0, -20.0, -20.0], [-3e38, -3e38, float("-inf"), float("-inf")]], ids=str)
+def test_negative_biased_scores_still_beat_the_groups_left_out(bias):
+    _, indices, _ = route([[1.0, 0.0, 2.0, 2.0]], bias, 2, 2, 1, False, 1.0)
+    assert sorted(indices[0].tolist()) == [0, 1]
+
+
+@on_device
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")], ids=["nan", "-nan"])
+def test_nan_is_chosen_so_that_it_shows(nan):
+    """The lowest of two NaN, also where a group is chosen for it; the other tokens are as they would be."""
+    logits = [[1.0, 3.0, 2.0, 0.0, 1.0, 1.0], [0.0, 1.0, nan, nan, 0.0, 2.0], [nan] * 6]
+    weights, indices, counts = route(logits, [0.0] * 6, 1, 3, 2, False, 1.0)
+    assert indices.tolist() == [[1], [2], [0]]
+    assert weights.isnan().flatten().tolist() == [False, True, True]
+    assert counts.tolist() == [1, 1, 1, 0, 0, 0]
+
+
+@on_device
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_indices_stay_in_range(value):
+    """Also of tokens without a single number, where places beyond the last expert and group stand beside them."""
+    _, indices, counts = route([[value] * 21] * 5, [0.0] * 21, 6, 3, 2, True, 1.0)
+    assert indices.tolist() == [[0, 1, 2, 3, 4, 5]] * 5
+    assert counts.sum() == 30
+
+
+@on_device
+@pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
+def test_saturated_scores(size):
+    """Small scores keep their digits, nothing overflows. 1e-5 on a machine without fused multiply-add (the interpreter)."""
+    logits = torch.linspace(-size, size, 34).view(2, 17)
+    weights, indices, _ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0)
+    found = torch.zeros(2, 17).scatter(1, indices.cpu(), weights.cpu()).double()
+    exact = logits.double().sigmoid()
+    torch.testing.assert_close(found, exact, rtol=1e-6 if DEVICE == "cuda" else 1e-5, atol=1e-36)
+
+
+@on_device
+def test_more_tiles_than_are_counted_at_once(monkeypatch):
+    from dsfast.triton_kernels import moe_route as kernels
+
+    monkeypatch.setattr(kernels, "COUNTED", 2)
+    logits = torch.randn(64 * 4 + 1, 3, generator=torch.Generator().manual_seed(0))
+    _, indices, counts = route(logits.tolist(), [0.0] * 3, 1, 1, 1, False, 1.0)
+    assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=3))
+
+
+@on_device
+def test_other_dtypes_are_refused():
+    with pytest.raises(TypeError, match="moe_route: the Triton kernels take float32, got float16"), ops.use("triton"):
+        ops.moe_route(torch.ones(2, 4).half().to(DEVICE), torch.ones(4).half().to(DEVICE), 1, 1, 1, False, 1.0)
+
+
+def sort(indices, experts):
+    from dsfast.triton_kernels.moe_route import sort_slots
+
+    with poisoned():
+        order, offsets = sort_slots(indices.to(DEVICE), experts)
+    return order.cpu(), offsets.cpu()
+
+
+# Slots, experts, with the reason. A block has 128 slots; up to 128 blocks of up to 31 experts need no scan, 8 of up to 511.
+SORTS = {
+    "no slot": (0, 5),
+    "one slot": (1, 2),
+    "one block less one": (127, 3),
+    "one block": (128, 31),
+    "one above a block": (129, 32),
+    "two experts": (1100, 2),
+    "one above the blocks of 256 experts that need no scan": (128 * 8 + 1, 256),
+    "more experts than slots": (200, 511),
+    "more experts than a block has slots": (200, 600),
+}
+
+
+@on_device
+@pytest.mark.parametrize(("slots", "experts"), SORTS.values(), ids=SORTS)
+def test_sort_is_stable_and_indices_of_no_expert_come_last(slots, experts):
+    random = torch.Generator().manual_seed(0)
+    indices = torch.randint(-1, experts + 1, (slots, 1), generator=random)
+    indices[::7] = experts // 2
+    indices[3::50] = 2**62
+    bins = torch.where((indices >= 0) & (indices < experts), indices, experts).flatten()
+    order, offsets = sort(indices, experts)
+    assert order.dtype == offsets.dtype == torch.int32
+    assert order.tolist() == bins.argsort(stable=True).tolist()
+    assert offsets.tolist() == [0, *torch.bincount(bins, minlength=experts + 1).cumsum(0)[:-1].tolist()]
+
+
+@on_device
+def test_sort_of_all_to_one_and_of_views():
+    order, offsets = sort(torch.tensor([[1, 3]]).expand(300, 2).T.contiguous().T, 5)
+    assert order.tolist() == [*range(0, 600, 2), *range(1, 600, 2)]
+    assert offsets.tolist() == [0, 0, 300, 300, 600, 600]
+
+
+@on_device
+def test_scan_of_more_blocks_than_it_holds(monkeypatch):
+    from dsfast.triton_kernels import moe_route as kernels
+
+    monkeypatch.setattr(kernels, "SCANNED", 4)
+    indices = torch.randint(0, 600, (128 * 8 + 1, 1), generator=torch.Generator().manual_seed(0))
+    order, _ = sort(indices, 600)
+    assert torch.equal(order, indices.flatten().argsort(stable=True).int())
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)

@@ -1,0 +1,471 @@
+"""Triton kernels of dsfast.ops.moe_experts, whose module has the maths, and of swiglu_mlp, which is one expert for all tokens.
+
+N tokens, D model width, K chosen experts, E experts, I intermediate width. Slots are worked on sorted by expert: there are R
+places in that order, and order[r] = n K + k is the slot at place r. A tile holds BM places of one expert; whose it is, each
+program finds from the offsets, so the grid follows from the number of slots alone. All products are rows of one expert times
+that expert's matrix or, for the gradients of the matrices, rows transposed times rows.
+
+    up               gu = x[n] gate_up^T, h = silu(gate) * up        rows gathered from the tokens
+    project          y_slot = w h down^T,  dx_slot = dgu gate_up     rows scattered to the slots
+                     dh = dy[n] down                                 rows gathered from the tokens
+    swiglu_backward  dgu, w h and dw from dh and gu                  not in the product before it, whose tiles would get smaller
+    matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
+    add_up           y = sum over k of y_slot                        and whatever else lies in parts
+
+With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
+its token and there is one expert. An index that names no expert makes everything of its slot NaN: the token's row of y and of
+dx, and its weight's gradient. The gradients of the matrices leave it out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.moe_route import sort_slots
+from torch import Tensor
+
+TILES_TOGETHER = (
+    8  # tiles of rows whose programs run side by side, for each block of columns: the matrix stays in the L2 cache
+)
+FULL = 264  # programs that fill a large chip twice
+SHARE = 256  # places of an expert from which on the sum over them is split
+_UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
+
+
+@triton.jit
+def _place(tiles, blocks, G: tl.constexpr):
+    """(tile of rows, block of columns) of this program: all blocks for G tiles, then for the next G."""
+    pid = tl.program_id(0)
+    first = pid // (G * blocks) * G
+    together = tl.minimum(G, tiles - first)
+    rest = pid - first * blocks
+    return first + rest % together, rest // together
+
+
+@triton.jit
+def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """(expert, its first place in the tile, the place after its last); E for places of no expert, an empty range beyond all."""
+    bins = tl.arange(0, EP)
+    b_first = tl.load(offsets + bins, mask=bins <= E, other=R)
+    b_last = tl.load(offsets + bins + 1, mask=bins < E, other=R)
+    b_tiles = tl.cumsum((b_last - b_first + BM - 1) // BM, 0)  # tiles of this bin and those before
+    b_before = b_tiles <= tile
+    e = tl.sum(b_before.to(tl.int32), 0)
+    within = tile - tl.max(tl.where(b_before, b_tiles, 0), 0)
+    e = tl.minimum(e, E)
+    first = tl.load(offsets + e) + within * BM
+    return e, first, tl.load(offsets + e + 1, mask=e < E, other=R)
+
+
+@triton.jit
+def _tile(order, offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, ROUTED: tl.constexpr):
+    """(expert, first place, the others relative to it [BM], their slots [BM] int64, whether [BM] they are there) of a tile.
+
+    Also where a place is not there its slot is one, so that tokens may be read without a mask.
+    """
+    e, first, end = 0, tile * BM, R
+    if ROUTED:
+        e, first, end = _find(offsets, tile, R, E, EP, BM)
+    m = tl.arange(0, BM)
+    m_r = m < end - first
+    slot = tl.load(order + first + m, mask=m_r, other=0) if ROUTED else tl.minimum(first + m, R - 1)
+    return e, tl.cast(first, tl.int64), m, slot.to(tl.int64), m_r
+
+
+@triton.jit
+def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, BN: tl.constexpr):
+    """The tile at `p`, 0 where k >= DEPTH or n >= WIDTH. No mask where blocks fill the matrix."""
+    if DEPTH % BK == 0 and WIDTH % BN == 0:
+        return tl.load(p)
+    return tl.load(p, mask=(k < DEPTH) & (n < WIDTH), other=0.0)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def up_kernel(
+    x, gate_up, gu, h, order, offsets, x_n, R,
+    D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side."""
+    blocks = tl.cdiv(I, BN)
+    tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    if e == E:
+        return
+    i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
+    d = tl.arange(0, BK)
+    p_x = x + (slot // K * x_n)[:, None] + d[None, :]
+    p_gate = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i * D + d[:, None]
+    b_gate = tl.zeros([BM, BN], tl.float32)
+    b_up = tl.zeros([BM, BN], tl.float32)
+    for k in range(tl.cdiv(D, BK)):
+        b_x = _load(p_x + k * BK, k * BK + d[None, :], D, BK, 0, 1, 1)  # [BM, BK]
+        b_w = _load(p_gate + k * BK, k * BK + d[:, None], D, BK, i, I, BN)  # [BK, BN]
+        b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
+        b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
+        b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
+    m_out = m_r[:, None] & (i < I)
+    b_h = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(h + first * I + m[:, None] * I + i, b_h.to(h.dtype.element_ty), mask=m_out)
+    p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
+    tl.store(p_gu, b_gate.to(gu.dtype.element_ty), mask=m_out)
+    tl.store(p_gu + I, b_up.to(gu.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def project_kernel(
+    a, b, weights, out, order, offsets, a_n, R,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """a row times b_e [DEPTH, WIDTH], which has the strides b_k and b_n, for one tile of places and BN columns.
+
+    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED.
+    With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
+    """
+    blocks = tl.cdiv(WIDTH, BN)
+    tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    n = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
+    d = tl.arange(0, BK)
+    m_out = m_r[:, None] & (n < WIDTH)
+    if GATHER:
+        p_a = a + (slot // K * a_n)[:, None] + d[None, :]
+        p_out = out + first * WIDTH + m[:, None] * WIDTH + n
+    else:
+        p_a = a + first * DEPTH + tl.minimum(m, R - 1 - first.to(tl.int32))[:, None] * DEPTH + d[None, :]
+        p_out = out + (slot * WIDTH)[:, None] + n
+    if e == E:
+        tl.store(p_out, tl.full([BM, BN], float("nan"), out.dtype.element_ty), mask=m_out)
+        return
+    p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
+    b_out = tl.zeros([BM, BN], tl.float32)
+    for k in range(tl.cdiv(DEPTH, BK)):
+        b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
+        b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
+        b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
+    if WEIGHTED:
+        b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def swiglu_backward_kernel(
+    dh, gu, weights, dgu, dweights, order, offsets, R,
+    I: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """dgu [R, 2I] and dweights by slot, for BM places; dh [R, I] = dy down becomes the weight times h."""
+    r = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    m_r = r < R
+    r_64 = r.to(tl.int64)
+    if ROUTED:
+        slot = tl.load(order + r, mask=m_r, other=0)
+        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
+        b_dw = tl.where(r < tl.load(offsets + E), 0.0, float("nan"))  # NaN for the places of no expert
+    for block in range(tl.cdiv(I, BN)):
+        i = (block * BN + tl.arange(0, BN))[None, :]
+        m_i = m_r[:, None] & (i < I)
+        p_h, tile_gu = dh + (r_64 * I)[:, None] + i, (r_64 * (2 * I))[:, None] + i
+        b_dh = tl.load(p_h, mask=m_i, other=0.0).to(tl.float32)
+        b_gate = tl.load(gu + tile_gu, mask=m_i, other=0.0).to(tl.float32)
+        b_up = tl.load(gu + tile_gu + I, mask=m_i, other=0.0).to(tl.float32)
+        b_s = tl.sigmoid(b_gate)
+        b_silu = b_gate * b_s
+        b_h = b_silu * b_up
+        if ROUTED:
+            b_dw += tl.sum(b_dh * b_h, 1)
+            b_h *= b_weight
+            b_dh *= b_weight
+        tl.store(p_h, b_h.to(dh.dtype.element_ty), mask=m_i)
+        b_dgate = b_dh * b_up * b_s * (1.0 + b_gate * (1.0 - b_s))
+        tl.store(dgu + tile_gu, b_dgate.to(dgu.dtype.element_ty), mask=m_i)
+        tl.store(dgu + tile_gu + I, (b_dh * b_silu).to(dgu.dtype.element_ty), mask=m_i)
+    if ROUTED:
+        tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def matrix_kernel(
+    p, q, out, order, offsets, q_n, R,
+    P: tl.constexpr, Q: tl.constexpr, out_p: tl.constexpr, out_q: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """out_e [P, Q] = sum over the places r of expert e of p[r]^T q[token of r], one tile of it; p [R, P], q [N, Q].
+
+    Strides of out_e out_p and out_q. Each of SPLITS programs takes an equal share of the places, out is then [SPLITS, E, ...].
+    """
+    pid = tl.program_id(0)
+    split, pid = pid % SPLITS, pid // SPLITS
+    block_q, pid = pid % tl.cdiv(Q, BN), pid // tl.cdiv(Q, BN)
+    block_p, e = pid % tl.cdiv(P, BM), pid // tl.cdiv(P, BM)
+    if ROUTED:
+        begin, end = tl.load(offsets + e), tl.load(offsets + e + 1)
+    else:
+        begin, end = 0, R
+    share = tl.cdiv(tl.cdiv(end - begin, BK), SPLITS) * BK
+    begin += split * share
+    end = tl.minimum(end, begin + share)
+    i = block_p * BM + tl.arange(0, BM)  # [BM]
+    j = block_q * BN + tl.arange(0, BN)  # [BN]
+    b_out = tl.zeros([BM, BN], tl.float32)
+    for start in range(begin, end, BK):
+        r = start + tl.arange(0, BK)  # [BK]
+        m_r = (r < end)[:, None]
+        slot = tl.load(order + r, mask=r < end, other=0) if ROUTED else r
+        p_p = p + (r.to(tl.int64) * P)[:, None] + i[None, :]
+        p_q = q + (slot.to(tl.int64) // K * q_n)[:, None] + j[None, :]
+        b_p = tl.load(p_p, mask=m_r & (i < P)[None, :], other=0.0)  # [BK, BM]
+        b_q = tl.load(p_q, mask=m_r & (j < Q)[None, :], other=0.0)  # [BK, BN]
+        b_out = tl.dot(tl.trans(b_p), b_q, b_out, input_precision="ieee")
+    p_out = out + (split * E + e).to(tl.int64) * (P * Q) + i[:, None] * out_p + j[None, :] * out_q
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def add_up_kernel(
+    parts, out, part_stride, row_stride, R,
+    D: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out [R, D] = the sum over k of the D numbers at parts + k part_stride + r row_stride, in float32 and in that order."""
+    r = (tl.program_id(0) // tl.cdiv(D, BN) * BM + tl.arange(0, BM))[:, None]
+    d = (tl.program_id(0) % tl.cdiv(D, BN) * BN + tl.arange(0, BN))[None, :]
+    m_out = (r < R) & (d < D)
+    b_sum = tl.zeros([BM, BN], tl.float32)
+    for k in tl.static_range(PARTS):
+        p_part = parts + tl.cast(part_stride, tl.int64) * k + r.to(tl.int64) * row_stride + d
+        b_sum += tl.load(p_part, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(out + r.to(tl.int64) * D + d, b_sum.to(out.dtype.element_ty), mask=m_out)
+
+
+class Tiles(NamedTuple):
+    """BM rows by BN columns, in steps of BK."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+# Kernel -> rows of a tile -> tiles. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured
+# them. Products of full float32 precision hold both operands in registers, hence their small tiles on every chip; 16 bits have
+# large ones (sm_90, sm_100) and small ones.
+_FLOAT32 = {
+    "up": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
+    "project": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
+    "matrix": {64: Tiles(32, 32, 16, 4, 1)},
+}
+_LARGE = {
+    "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
+    "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 3)},
+    "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
+}
+_SMALL = {
+    "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
+    "project": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 128, 64, 4, 2)},
+    "matrix": {64: Tiles(64, 64, 32, 4, 2)},
+}
+
+
+def _tiles(kernel: str, dtype: torch.dtype, large: bool, size: int, width: int, depth: int) -> Tiles:
+    """Those with the most rows up to `size`, no wider and no deeper than the matrix."""
+    by_rows = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
+    bn, bk = (min(block, max(16, triton.next_power_of_2(n))) for block, n in ((bn, width), (bk, depth)))
+    return Tiles(bm, bn, bk, warps, min(stages, max(1, triton.cdiv(depth, bk))))
+
+
+def _size(places: int, experts: int, width: int) -> int:
+    """Rows of a tile: few where an expert has few places, and where large tiles would leave half of the chip idle."""
+    if places < 24 * experts:
+        return 16
+    return 128 if places >= 256 * experts and places // 128 * triton.cdiv(width, 128) >= FULL // 2 else 64
+
+
+def forward(x, weights, indices, gate_up, down) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes as dsfast.ops.moe_experts -> y [N, D], gu [N K, 2I] by place, order [N K] and offsets [E + 1] int32.
+
+    An index outside 0..E-1 is no error here, where nobody waits for the device: y is NaN for its token. Raises TypeError for
+    other dtypes than float32, float16 and bfloat16.
+    """
+    expect_dtype("moe_experts", x.dtype)
+    (n, d), k = x.shape, indices.size(1)
+    y, gu = x.new_empty(n, d), x.new_empty(n * k, gate_up.size(1))
+    order, offsets = sort_slots(indices, down.size(0))
+    with torch.cuda.device_of(x):
+        for launch in forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large_tiles(x.device)):
+            launch.run()
+    return y, gu, order, offsets
+
+
+def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weights, gate_up, down from that of y. Deterministic: no atomics. An expert without a token has zeros;
+    an index outside 0..E-1 makes its token's dx and its own dweights NaN. TypeError as `forward`.
+    """
+    expect_dtype("moe_experts", x.dtype)
+    gradients = tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
+    with torch.cuda.device_of(x):
+        for launch in backward_launches(
+            dy, x, weights, gate_up, down, gu, order, offsets, *gradients, large_tiles(x.device)
+        ):
+            launch.run()
+    return gradients
+
+
+def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool) -> list[Launch]:
+    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
+    (x,) = rows(x)
+    make = _Launches(x, weights, gate_up, down, order, offsets, large)
+    h = x.new_empty(make.places, make.i)
+    slots = x.new_empty(make.places, make.d) if make.k != 1 else y
+    up = make.rows("up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h)
+    return [up, make.project(h, make.down, slots, make.weights, 1, make.i), *make.combine(slots, y)]
+
+
+def backward_launches(
+    dy, x, weights, gate_up, down, gu, order, offsets, dx, dweights, dgate_up, ddown, large: bool
+) -> list[Launch]:
+    """The launches that fill the gradients; as `forward_launches`."""
+    dy, x = rows(dy, x)
+    make = _Launches(x, weights, gate_up, down, order, offsets, large)
+    dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
+    slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
+    return [
+        make.project(dy, make.down, dh, None, make.i, 1, gather=True),
+        make.swiglu_backward(dh=dh, gu=gu, dgu=dgu, dweights=dweights),
+        make.project(dgu, make.gate_up, slots, None, make.d, 1),
+        *make.combine(slots, dx),
+        *make.matrix(dgu, x, dgate_up, make.d, 1),
+        *make.matrix(dh, dy, ddown, 1, make.i),
+    ]
+
+
+class _Launches:
+    """Builds the launches of one call: sizes, and the arguments that kernels share."""
+
+    def __init__(self, x, weights, gate_up, down, order, offsets, large: bool):
+        self.x, self.large, self.order, self.offsets = x, large, order, offsets
+        self.gate_up, self.down = gate_up.contiguous(), down.contiguous()
+        self.weights = None if weights is None else weights.contiguous()
+        (n, self.d), self.i = x.shape, down.size(-1)
+        self.k = 1 if weights is None else weights.size(1)
+        self.e = 1 if order is None else down.size(0)
+        self.places = n * self.k
+        self.shared = {
+            "order": order, "offsets": offsets, "weights": self.weights, "gate_up": self.gate_up, "down": self.down,
+            "R": self.places, "D": self.d, "I": self.i, "K": self.k, "E": self.e,
+            "EP": triton.next_power_of_2(self.e + 1), "G": TILES_TOGETHER, "ROUTED": order is not None,
+        }  # fmt: skip
+
+    def launch(self, kernel, programs: int, tiles: Tiles, arguments: dict) -> Launch:
+        arguments = self.shared | {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk} | arguments
+        arguments = {name: arguments[name] for name in kernel.arg_names}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        return Launch(
+            kernel, (programs,), arguments, options, self.x.element_size(), tiles.bm if "BK" in arguments else 0
+        )
+
+    def tiles(self, name: str, width: int, depth: int) -> Tiles:
+        return _tiles(name, self.x.dtype, self.large, _size(self.places, self.e, width), width, depth)
+
+    def rows(self, name: str, kernel, width: int, depth: int, **arguments) -> Launch:
+        """A kernel whose programs have a tile of places each. As many as there can be: every expert may end in a tile begun."""
+        tiles = self.tiles(name, width, depth)
+        begun = self.places // tiles.bm + min(self.e + 1, self.places)
+        tiles_of_places = triton.cdiv(self.places, tiles.bm) if self.order is None else begun
+        return self.launch(kernel, tiles_of_places * triton.cdiv(width, tiles.bn), tiles, arguments)
+
+    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False) -> Launch:
+        depth, width = a.size(1), out.size(1)
+        return self.rows(
+            "project", project_kernel, width, depth, a=a, a_n=a.stride(0), b=b, b_k=b_k, b_n=b_n, out=out, weights=weights,
+            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None,
+        )  # fmt: skip
+
+    def swiglu_backward(self, **arguments) -> Launch:
+        bn = min(512, triton.next_power_of_2(self.i))
+        tiles = Tiles(2048 // bn, bn, 0, 4, 1)
+        return self.launch(swiglu_backward_kernel, triton.cdiv(self.places, tiles.bm), tiles, arguments)
+
+    def combine(self, slots, out) -> list[Launch]:
+        """The sum over each token's slots; none where a slot is its token."""
+        return [self.add_up(slots, out, self.d, self.k * self.d, len(out), self.d, self.k)] if self.k != 1 else []
+
+    def matrix(self, p, q, out, out_p: int, out_q: int) -> list[Launch]:
+        """The gradient of a matrix of every expert: split over the places where its tiles are few, then added up."""
+        size, (width_p, width_q) = 128, (p.size(1), q.size(1))
+        if self.e * triton.cdiv(width_p, 128) * triton.cdiv(width_q, 128) < FULL // 4:
+            size = 64
+        tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
+        programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
+        splits = 1
+        while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
+            splits *= 2
+        parts = p.new_empty(splits, *out.shape, dtype=torch.float32) if splits > 1 else out
+        arguments = {
+            "p": p,
+            "q": q,
+            "out": parts,
+            "q_n": q.stride(0),
+            "P": width_p,
+            "Q": width_q,
+            "out_p": out_p,
+            "out_q": out_q,
+        }
+        launch = self.launch(matrix_kernel, programs * splits, tiles, arguments | {"SPLITS": splits})
+        length = out.size(-1)
+        return [launch] + [self.add_up(parts, out, out.numel(), length, out.numel() // length, length, splits)] * (
+            splits > 1
+        )
+
+    def add_up(self, parts, out, part_stride: int, row_stride: int, count: int, length: int, number: int) -> Launch:
+        bn = min(1024, triton.next_power_of_2(length))
+        tiles = Tiles(1024 // bn, bn, 0, 4, 1)
+        arguments = {
+            "parts": parts,
+            "out": out,
+            "part_stride": part_stride,
+            "row_stride": row_stride,
+            "R": count,
+            "D": length,
+        }
+        programs = triton.cdiv(count, tiles.bm) * triton.cdiv(length, bn)
+        return self.launch(add_up_kernel, programs, tiles, arguments | {"PARTS": number})
+
+
+EXAMPLES = {
+    "500K": (8192, 128, 1, 2, 64),
+    "DeepSeek-V3": (4096, 7168, 8, 256, 2048),
+    "Qwen-like": (32768, 2048, 8, 128, 768),
+    "few tokens": (16, 7168, 8, 256, 2048),
+}
+"""N, D, K, E and I that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel, with what it computes where that is not its name, -> launch at EXAMPLES[size], on the meta device."""
+    n, d, k, e, i = EXAMPLES[size]
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weights, gate_up, down, gu = empty(n, d), empty(n, k), empty(e, 2 * i, d), empty(e, d, i), empty(n * k, 2 * i)
+    places = (empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32))
+    inputs = (x, weights, gate_up, down)
+    return named(
+        forward_launches(*inputs, *places, empty(n, d), gu, large),
+        backward_launches(x, *inputs, gu, *places, *inputs, large),
+    )
+
+
+def named(forward: list[Launch], backward: list[Launch]) -> dict[str, Launch]:
+    """Each launch by its kernel's name, its pass and its number there."""
+    numbered = [("forward", *item) for item in enumerate(forward)] + [
+        ("backward", *item) for item in enumerate(backward)
+    ]
+    return {f"{launch.kernel.__name__}, {name} {number}": launch for name, number, launch in numbered}

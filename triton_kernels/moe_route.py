@@ -1,0 +1,376 @@
+"""Triton kernels of dsfast.ops.moe_route, whose module has the maths.
+
+N tokens, E experts in G groups of S, K chosen experts; GP, SP, KP: G, S, K rounded up to powers of two. A tile holds BN tokens
+by GP x SP places; place g SP + s is expert g S + s, so the lowest place is the lowest expert, and places with g >= G or s >= S
+are empty. Values are compared as integers in the same order (_key): a maximum over 32-bit integers is one instruction
+of a warp where the chip has one, NaN has a rank, and nothing has the two lowest numbers, which stand for places that may not be
+chosen (OUT) or were (TAKEN). Each tile counts its own choices and a second kernel adds the counts up: no atomics.
+
+sort_slots is the stable permutation of the slots (token, choice) by expert that moe_experts works on; B blocks of BS slots,
+E + 1 bins, EP of them with the padding. A counting sort: every place follows from integer sums, so it is exact and the same
+on every run.
+
+The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, rows
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
+LN2 = tl.constexpr(0.6931471805599453)
+OUT = tl.constexpr(-(2**31))
+TAKEN = tl.constexpr(-(2**31) + 1)
+COUNTED = 512  # tiles whose counts are summed at once
+SORTED = 128  # slots in a block of sort_slots
+SCANNED = 512  # blocks whose histograms are summed at once
+_UNSPECIALIZED = ("N", "B", "SLOTS")  # change from batch to batch and must not cause a new compilation
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) as exact as eager's: exp2 of a rounded product would be |x| / 2 ulp off, and might turn near ties."""
+    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))  # infinities would give inf - inf; NaN passes
+    t = -x * LOG2E
+    rest = tl.fma(-x, LOG2E, -t) - x * LOG2E_LOW
+    e = tl.exp2(t)
+    return tl.div_rn(1.0, 1.0 + e * (1.0 + rest * LN2))
+
+
+@triton.jit
+def _key(x):
+    """float32 -> int32 in the same order, NaN (of any sign) the largest. Its own inverse is _value."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_of_largest(b_key, place, AXIS: tl.constexpr):
+    """(largest key, lowest of the places that have it) along AXIS, which stays with size 1."""
+    b_best = tl.max(b_key, AXIS, keep_dims=True)
+    return b_best, tl.min(tl.where(b_key == b_best, place, 0x7FFFFFFF), AXIS, keep_dims=True)
+
+
+@triton.jit
+def _limit_groups(b_key, BN: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
+                  topk_group: tl.constexpr):  # fmt: skip
+    """Keys [BN, GP SP] with all but the topk_group groups whose two best values sum highest set to OUT."""
+    b_key = tl.reshape(b_key, [BN, GP, SP])
+    s = tl.arange(0, SP)[None, None, :]
+    b_first, b_at = _first_of_largest(b_key, s, 2)  # [BN, GP, 1]
+    b_sum = _value(b_first)
+    if S > 1:
+        b_sum += _value(tl.max(tl.where(s == b_at, OUT, b_key), 2, keep_dims=True))
+    g = tl.arange(0, GP)[None, :, None]
+    b_group = tl.where(g < G, _key(b_sum + 0.0), OUT)
+    for _ in range(topk_group):
+        _, b_best = _first_of_largest(b_group, g, 1)  # [BN, 1, 1]
+        b_group = tl.where(g == b_best, TAKEN, b_group)
+    return tl.reshape(tl.where(b_group == TAKEN, b_key, OUT), [BN, GP * SP])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def forward_kernel(
+    logits, bias, weights, indices, parts, scaling, logits_n, N,
+    G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E]."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+    place = tl.arange(0, GP * SP)[None, :]
+    e = place // SP * S + place % SP  # [1, GP SP]
+    m_e = (place // SP < G) & (place % SP < S)
+    p_logits = logits + n.to(tl.int64) * logits_n
+    b_scores = _sigmoid(tl.load(p_logits + e, mask=(n < N) & m_e, other=0.0))
+    b_key = tl.where(m_e, _key(b_scores + tl.load(bias + e, mask=m_e, other=0.0)), OUT)  # [BN, GP SP]
+    if topk_group < G:
+        b_key = _limit_groups(b_key, BN, G, S, GP, SP, topk_group)
+
+    k = tl.arange(0, KP)[None, :]
+    b_chosen = tl.zeros([BN, KP], tl.int32)
+    for rank in range(K):
+        _, b_at = _first_of_largest(b_key, place, 1)  # [BN, 1]
+        b_chosen = tl.where(k == rank, b_at, b_chosen)
+        b_key = tl.where(place == b_at, TAKEN, b_key)
+    b_chosen = b_chosen // SP * S + b_chosen % SP
+
+    m_k = (n < N) & (k < K)
+    # The scores of the chosen, made again: cheaper than to look them up across the threads.
+    b_w = tl.where(k < K, _sigmoid(tl.load(p_logits + b_chosen, mask=m_k, other=0.0)), 0.0)
+    if norm_topk_prob:
+        b_w = tl.div_rn(b_w, tl.sum(b_w, 1, keep_dims=True) + 1e-20)
+    p_out = n.to(tl.int64) * K + k
+    tl.store(weights + p_out, b_w * scaling, mask=m_k)
+    tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
+    b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
+    tl.store(parts + tl.program_id(0).to(tl.int64) * (G * S) + e, b_count.to(tl.int8), mask=m_e)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def count_kernel(parts, counts, B, E: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
+    """counts [E] int64, the sum of the rows of parts [B, E], for BE experts."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    b = tl.arange(0, BB)[:, None]
+    b_sum = tl.zeros([BB, BE], tl.int32)
+    for start in range(0, B, BB):
+        p_parts = parts + (start + b).to(tl.int64) * E + e[None, :]
+        b_sum += tl.load(p_parts, mask=(start + b < B) & (e[None, :] < E), other=0)
+    tl.store(counts + e, tl.sum(b_sum, 0).to(tl.int64), mask=e < E)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def backward_kernel(
+    dweights, logits, indices, dlogits, scaling, dweights_n, logits_n, N,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dlogits [N, E] of one tile of tokens, 0 where an expert was not chosen.
+
+    With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+    m_n = n < N
+    n_64 = n.to(tl.int64)
+    if norm_topk_prob:
+        k = tl.arange(0, KP)[None, :]
+        m_k = m_n & (k < K)
+        b_all = tl.load(indices + n_64 * K + k, mask=m_k, other=0)
+        b_scores = tl.where(k < K, _sigmoid(tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)), 0.0)
+        b_total = tl.sum(b_scores, 1, keep_dims=True) + 1e-20  # [BN, 1]
+        b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0)
+        b_mean = tl.div_rn(tl.sum(b_dweights * b_scores, 1, keep_dims=True), b_total)
+    e = tl.arange(0, EP)[None, :]
+    b_dlogits = tl.zeros([BN, EP], tl.float32)
+    for rank in range(K):
+        b_e = tl.load(indices + n_64 * K + rank, mask=m_n, other=0)  # [BN, 1]
+        b_s = _sigmoid(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0))
+        b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0)
+        if norm_topk_prob:
+            b_ds = tl.div_rn(b_ds - b_mean, b_total)
+        b_dlogits = tl.where(e == b_e, scaling * b_ds * b_s * (1.0 - b_s), b_dlogits)
+    tl.store(dlogits + n_64 * E + e, b_dlogits, mask=m_n & (e < E))
+
+
+@triton.jit
+def _load_bins(indices, start, SLOTS, E, BS: tl.constexpr):
+    """The experts of BS slots, as int32; E for an index that names none and for what lies beyond the last slot."""
+    slot = start + tl.arange(0, BS)
+    b_e = tl.load(indices + slot, mask=slot < SLOTS, other=-1)
+    return tl.where((b_e >= 0) & (b_e < E), b_e, E).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def histogram_kernel(indices, parts, SLOTS, E, EP: tl.constexpr, BS: tl.constexpr):
+    """Slots of each bin in one block: a row of parts [B + 1, EP]."""
+    block = tl.program_id(0)
+    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)
+    tl.store(parts + block.to(tl.int64) * EP + tl.arange(0, EP), tl.histogram(b_e, EP))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scan_kernel(parts, B, EP: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
+    """Each row of parts [B + 1, EP] becomes the sum of the rows before it, for BE bins."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
+    b = tl.arange(0, BB)[:, None]
+    b_before = tl.zeros([1, BE], tl.int32)
+    for start in range(0, B, BB):
+        p_parts = parts + (start + b).to(tl.int64) * EP + e
+        b_part = tl.load(p_parts, mask=start + b < B, other=0)
+        tl.store(p_parts, b_before + tl.cumsum(b_part, 0) - b_part, mask=start + b < B)
+        b_before += tl.sum(b_part, 0, keep_dims=True)
+    tl.store(parts + tl.cast(B, tl.int64) * EP + e, b_before)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scatter_kernel(
+    indices, parts, order, offsets, SLOTS, B, E,
+    EP: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The slots of one block to their places in order, and from the first block offsets [E + 1].
+
+    ROWS says what parts holds: 0, nothing, there is but this block; 1, what scan_kernel left; more, the histograms of all
+    B <= ROWS blocks.
+    """
+    block = tl.program_id(0)
+    bins = tl.arange(0, EP)
+    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)  # [BS]
+    if ROWS == 0:
+        b_total = tl.histogram(b_e, EP)
+        b_before = tl.zeros([EP], tl.int32)
+    elif ROWS == 1:
+        b_total = tl.load(parts + tl.cast(B, tl.int64) * EP + bins)
+        b_before = tl.load(parts + block.to(tl.int64) * EP + bins)
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        b_parts = tl.load(parts + row * EP + bins[None, :], mask=row < B, other=0)
+        b_total = tl.sum(b_parts, 0)
+        b_before = tl.sum(tl.where(row < block, b_parts, 0), 0)
+    b_offset = tl.cumsum(b_total, 0) - b_total  # [EP]
+    if block == 0:
+        tl.store(offsets + bins, b_offset, mask=bins <= E)
+
+    # A slot's rank among those of its bin in the block, as many as stand before it: with one number c for (bin, i) these
+    # are the c' for which c' - (bin, 0) lies in 0 .. i - 1, one unsigned comparison.
+    i = tl.arange(0, BS)
+    b_ahead = (b_e * BS + i)[:, None] - (b_e * BS)[None, :]  # [BS, BS]
+    b_rank = tl.sum((b_ahead.to(tl.uint32, bitcast=True) < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
+    slot = block * BS + i
+    tl.store(order + tl.gather(b_offset + b_before, b_e, 0) + b_rank, slot, mask=slot < SLOTS)
+
+
+def forward(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, E], bias [E] float32 -> weights [N, K], indices [N, K] int64, counts [E] int64, as dsfast.ops.moe_route.
+
+    A NaN counts as the largest value, so a broken router shows in the weights; the indices lie in 0..E-1 whatever the logits.
+    Raises TypeError for another dtype.
+    """
+    _check(logits)
+    n, e = logits.shape
+    weights, counts = logits.new_empty(n, top_k), logits.new_empty(e, dtype=torch.int64)
+    indices = logits.new_empty(n, top_k, dtype=torch.int64)
+    with torch.cuda.device_of(logits):
+        for launch in forward_launches(
+            logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
+        ):
+            launch.run()
+    return weights, indices, counts
+
+
+def backward(dweights, logits, indices, norm_topk_prob, scaling) -> Tensor:
+    """The gradient of the logits [N, E] from that of the weights [N, K]. TypeError for another dtype than float32."""
+    _check(logits)
+    dlogits = logits.new_empty(logits.shape)
+    with torch.cuda.device_of(logits):
+        backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
+    return dlogits
+
+
+def _check(logits) -> None:
+    if logits.dtype != torch.float32:
+        raise TypeError(
+            f"moe_route: the Triton kernels take float32, got {str(logits.dtype).removeprefix('torch.')}; near ties decide "
+            "the choice of experts"
+        )
+
+
+def _tile(places: int, together: int) -> int:
+    """Tokens in a tile of at most `together` places. Starting values, not measured. No more than 64: a count is one byte."""
+    return max(1, min(64, together // places))
+
+
+def _options(warps: int) -> dict:
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def forward_launches(
+    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
+) -> list[Launch]:
+    """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device."""
+    (logits,) = rows(logits)
+    n, e = logits.shape
+    size = e // n_group
+    gp, sp = triton.next_power_of_2(n_group), triton.next_power_of_2(size)
+    # One warp, so that no search along a token crosses warps: each would cost a barrier. The tokens' searches overlap.
+    bn = _tile(gp * sp, 1024)
+    blocks = triton.cdiv(n, bn)
+    parts = logits.new_empty(blocks, e, dtype=torch.int8)
+    arguments = {
+        "logits": logits, "bias": bias.contiguous(), "weights": weights, "indices": indices, "parts": parts,
+        "scaling": float(scaling), "logits_n": logits.stride(0), "N": n, "G": n_group, "S": size, "GP": gp, "SP": sp,
+        "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
+        "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+    }  # fmt: skip
+    be = min(32, triton.next_power_of_2(e))
+    counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
+    return [
+        Launch(forward_kernel, (blocks,), arguments, _options(1), 4, 0),
+        Launch(count_kernel, (triton.cdiv(e, be),), counting, _options(8), 4, 0),
+    ]
+
+
+def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits) -> Launch:
+    """The launch that fills dlogits; tensors may lie on the meta device."""
+    dweights, logits = rows(dweights, logits)
+    (n, e), top_k = logits.shape, indices.size(1)
+    ep = triton.next_power_of_2(e)
+    bn = _tile(ep, 1024)  # registers for the addresses of each choice
+    arguments = {
+        "dweights": dweights, "logits": logits, "indices": indices.contiguous(), "dlogits": dlogits,
+        "scaling": float(scaling), "dweights_n": dweights.stride(0), "logits_n": logits.stride(0), "N": n, "E": e,
+        "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+    }  # fmt: skip
+    return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, _options(4), 4, 0)
+
+
+def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 -> order [N K] int32, the slots n K + k sorted by expert and stable, and offsets [E + 1] int32.
+
+    Expert e has the slots order[offsets[e]:offsets[e + 1]]. Slots whose index lies outside 0..E-1 come last, from
+    order[offsets[E]] on.
+    """
+    order = indices.new_empty(indices.numel(), dtype=torch.int32)
+    offsets = indices.new_empty(experts + 1, dtype=torch.int32)
+    with torch.cuda.device_of(indices):
+        for launch in sort_launches(indices, experts, order, offsets):
+            launch.run()
+    return order, offsets
+
+
+def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor) -> list[Launch]:
+    """A histogram for each block of slots, their sums over the blocks in front, the places; tensors may lie on the meta device.
+
+    The last of them takes the sums itself where the histograms are few, and needs none where there is one block.
+    """
+    slots = indices.numel()
+    bins = max(32, triton.next_power_of_2(experts + 1))  # the last one for the indices that name no expert
+    blocks = max(1, triton.cdiv(slots, SORTED))
+    together = max(2, 4096 // bins)
+    parts = order.new_empty(blocks + 1 if blocks > 1 else 0, bins)
+    arguments = {
+        "indices": indices.contiguous(), "parts": parts, "order": order, "offsets": offsets, "SLOTS": slots, "B": blocks,
+        "E": experts, "EP": bins, "BS": SORTED, "BB": SCANNED, "BE": 16,
+        "ROWS": 0 if blocks == 1 else together if blocks <= together else 1,
+    }  # fmt: skip
+
+    def launch(kernel, programs, warps):
+        return Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, _options(warps), 4, 0)
+
+    histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
+    before = [] if blocks == 1 else [histogram] if blocks <= together else [histogram, scan]
+    return [*before, launch(scatter_kernel, blocks, 4)]
+
+
+EXAMPLES = {
+    "500K": (8192, 2, 1, 1, 1, False),
+    "DeepSeek-V3": (8192, 256, 8, 8, 4, True),
+    "Qwen-like": (32768, 128, 8, 1, 1, True),
+    "uneven groups": (1000, 60, 6, 5, 3, True),
+    "few tokens": (16, 256, 8, 8, 4, True),
+}
+"""N, E, K, groups, groups taken and whether the weights are normalised, that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles and float32, whatever `dtype` and `large`."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, e, k, *choice = EXAMPLES[size]
+    logits, weights = empty(n, e), empty(n, k)
+    indices, counts = empty(n, k, dtype=torch.int64), empty(e, dtype=torch.int64)
+    launches = [
+        *forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts),
+        backward_launch(weights, logits, indices, choice[2], 2.5, empty(n, e)),
+        *sort_launches(indices, e, empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32)),
+    ]
+    return {launch.kernel.__name__: launch for launch in launches}
