@@ -174,14 +174,13 @@ def attend_kernel(
         s = _again(start, C)
         j = s + tl.arange(0, BN)  # [BN]
         m_j = j < length
-        page, place, known = b, j, True
+        page, place, m_c = b, j, m_j
         if PAGE:
             if ONE:
                 page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
             else:
                 page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
-            known = (page >= 0) & (page < PAGES)
-        m_c = m_j & known
+            m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
         b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
         b_s_latent = _scores(q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION)
         b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
@@ -189,9 +188,7 @@ def attend_kernel(
         b_s = b_s_latent * factor + b_s_rope * factor
         b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
         if s < length:
-            b_s = tl.where(m_j[None, :], b_s, float("-inf"))
-            if PAGE:
-                b_s = tl.where((m_c | ~m_j)[None, :], b_s, float("nan"))
+            b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
             b_e = tl.exp2(b_s - b_m_new[:, None])
             b_sum = tl.sum(b_e, 1)
@@ -268,9 +265,11 @@ _LARGE = {
     32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(32, 4, 2, 0, 2), 1152: Tiles(16, 8, 2, 0, 1)},
     64: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
 }
+# sm_100 keeps three tiles where sm_90 keeps two.
+_SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
 _SMALL = {
     16: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(32, 4, 2, 0, 1), 1152: Tiles(16, 8, 1, 0, 1)},
-    32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(32, 8, 2, 0, 1)},
+    32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
 }
 ABSORBED_WIDTH = 64  # widest R, Dn and Dv whose products with `up` are done inside the kernel
 MOST_SPLITS = 64
@@ -286,13 +285,13 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(b: int, h: int, c: int, widths: tuple[int, int, int, int], dtype: torch.dtype, large: bool, processors: int) -> Plan:
+def plan(b: int, h: int, c: int, widths: tuple[int, int, int, int], dtype: torch.dtype, large: int, processors: int) -> Plan:
     """How b sequences with c places and h heads of `widths` (R, Dn, Dr, Dv) are shared out among `processors`.
 
     Raises ValueError for widths that no tiles serve.
     """
     r, dn, dr, dv = widths
-    by_rows = _FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL
+    by_rows = _FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL
     width = _padded(r) + _padded(dr)
     widest = max(max(by_width) for by_width in by_rows.values())
     if width > widest:
@@ -419,7 +418,7 @@ EXAMPLES = {
 """B, C, H and (R, Dn, Dr, Dv) that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device: contiguous, in pages that hold whole tiles and in pages of 24
     places, each with one split and with several; the cache as views of one tensor."""
 
