@@ -58,7 +58,7 @@ def _again(x, bound):
 def _load_heads(x, x_h, h, H, D: tl.constexpr, DP: tl.constexpr):
     """Rows `h` of x as [BH, DP]; 0 from column D on, and from head H on the last head, whose results are not stored."""
     d = tl.arange(0, DP)[None, :]
-    p_x = x + tl.minimum(h, H - 1)[:, None] * x_h + d
+    p_x = x + tl.minimum(h, H - 1)[:, None].to(tl.int64) * x_h + d
     if D < DP:
         return tl.load(p_x, mask=d < D, other=0.0)
     return tl.load(p_x)
@@ -90,9 +90,11 @@ def _absorb(q, up, q_h, up_h, up_n, h, H, Dn: tl.constexpr, R: tl.constexpr, RP:
     b_q = tl.zeros([h.shape[0], RP], tl.float32)
     for start in tl.static_range(0, Dn, BU):
         n = start + tl.arange(0, BU)
-        b_x = tl.load(q + h[:, None] * q_h + n[None, :], mask=(h[:, None] < H) & (n[None, :] < Dn), other=0.0)
+        b_x = tl.load(
+            q + h[:, None].to(tl.int64) * q_h + n[None, :], mask=(h[:, None] < H) & (n[None, :] < Dn), other=0.0
+        )
         m_up = (h[:, None, None] < H) & (n[None, :, None] < Dn) & (r < R)
-        b_up = tl.load(up + h[:, None, None] * up_h + n[None, :, None] * up_n + r, mask=m_up, other=0.0)
+        b_up = tl.load(up + h[:, None, None].to(tl.int64) * up_h + n[None, :, None] * up_n + r, mask=m_up, other=0.0)
         b_q += tl.sum(b_x[:, :, None].to(tl.float32) * b_up.to(tl.float32), 1)
     return b_q
 
@@ -107,10 +109,12 @@ def _store_values(
     for start in tl.static_range(0, Dv, BU):
         v = start + tl.arange(0, BU)
         m_up = (h[:, None, None] < H) & (v[None, :, None] < Dv) & (r < R)
-        b_up = tl.load(up + h[:, None, None] * up_h + (Dn + v)[None, :, None] * up_n + r, mask=m_up, other=0.0)
+        b_up = tl.load(
+            up + h[:, None, None].to(tl.int64) * up_h + (Dn + v)[None, :, None] * up_n + r, mask=m_up, other=0.0
+        )
         b_v = tl.sum(b_o[:, None, :] * b_up.to(tl.float32), 2)  # [BH, BU]
         m_o = (h[:, None] < H) & (v[None, :] < Dv)
-        tl.store(o + h[:, None] * o_h + v[None, :], b_v.to(o.dtype.element_ty), mask=m_o)
+        tl.store(o + h[:, None].to(tl.int64) * o_h + v[None, :], b_v.to(o.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
@@ -153,8 +157,8 @@ def attend_kernel(
     share = _share(length, SPLITS, BN)
     begin = split * share
     end = tl.minimum(begin + share, length)
-    if SPLIT:
-        if begin >= end:
+    if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
+        if _again(split, SPLITS) * share >= length:
             return
     b = b.to(tl.int64)
     h = block * BH + tl.arange(0, BH)  # [BH]
@@ -182,7 +186,9 @@ def attend_kernel(
                 page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
             m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
         b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
-        b_s_latent = _scores(q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION)
+        b_s_latent = _scores(
+            q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+        )
         b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
         b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
         b_s = b_s_latent * factor + b_s_rope * factor
@@ -212,7 +218,7 @@ def attend_kernel(
     else:
         r = tl.arange(0, RP)[None, :]
         m_o = (h[:, None] < H) & (r < R)
-        tl.store(out + h[:, None] * out_h + r, b_o.to(out.dtype.element_ty), mask=m_o)
+        tl.store(out + h[:, None].to(tl.int64) * out_h + r, b_o.to(out.dtype.element_ty), mask=m_o)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -227,7 +233,7 @@ def combine_kernel(
     pid = tl.program_id(0)
     chunk, h, b = pid % chunks, pid // chunks % H, pid // chunks // H
     length, good = _length(lengths, b, C)
-    b = b.to(tl.int64)
+    b, h = b.to(tl.int64), h.to(tl.int64)
     s = tl.arange(0, SP)  # [SP]
     m_s = s * _share(length, SPLITS, BN) < length
     p_sums = sums + b * sums_b + s * H + h
@@ -261,14 +267,29 @@ class Tiles(NamedTuple):
 # programs side by side. From 64 on it is the products (one warp group for each half of the latent on sm_90).
 _FLOAT32 = {16: {96: Tiles(32, 4, 1, 0, 4), 192: Tiles(32, 4, 1, 32, 2), 1152: Tiles(16, 8, 1, 32, 1)}}
 _LARGE = {
-    16: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(32, 4, 2, 0, 2), 1152: Tiles(16, 8, 2, 0, 1)},
-    32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(32, 4, 2, 0, 2), 1152: Tiles(16, 8, 2, 0, 1)},
+    16: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(32, 4, 3, 0, 2),
+        1152: Tiles(16, 8, 2, 0, 1),
+    },
+    32: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(32, 8, 3, 0, 1),
+        1152: Tiles(16, 8, 2, 0, 1),
+    },
     64: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
 }
 # sm_100 keeps three tiles where sm_90 keeps two.
 _SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
 _SMALL = {
-    16: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(32, 4, 2, 0, 1), 1152: Tiles(16, 8, 1, 0, 1)},
+    16: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(32, 4, 2, 0, 3),
+        576: Tiles(32, 4, 2, 0, 1),
+        1152: Tiles(16, 8, 1, 0, 1),
+    },
     32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
 }
 ABSORBED_WIDTH = 64  # widest R, Dn and Dv whose products with `up` are done inside the kernel
@@ -285,8 +306,11 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(b: int, h: int, c: int, widths: tuple[int, int, int, int], dtype: torch.dtype, large: int, processors: int) -> Plan:
-    """How b sequences with c places and h heads of `widths` (R, Dn, Dr, Dv) are shared out among `processors`.
+def plan(
+    b: int, h: int, c: int, widths: tuple[int, int, int, int], page: int, dtype: torch.dtype, large: int, processors: int
+) -> Plan:  # fmt: skip
+    """How b sequences with c places and h heads of `widths` (R, Dn, Dr, Dv) are shared out among `processors`; `page` is the
+    places of a page, 0 if the cache is contiguous.
 
     Raises ValueError for widths that no tiles serve.
     """
@@ -302,6 +326,8 @@ def plan(b: int, h: int, c: int, widths: tuple[int, int, int, int], dtype: torch
     fitting = [rows for rows, by_width in by_rows.items() if max(by_width) >= width]
     bh = min((rows for rows in fitting if rows >= h), default=max(fitting))
     tiles = by_rows[bh][min(w for w in by_rows[bh] if w >= width)]
+    if page % tiles.bn and width > 192:  # addresses for each row: beside so many sums there are no registers for 64
+        tiles = tiles._replace(bn=min(32, tiles.bn))
     splits = _splits(b * triton.cdiv(h, bh), c, processors * tiles.resident)
     absorb = max(r, dn, dv) <= ABSORBED_WIDTH
     return Plan(absorb, bh, tiles._replace(slice=0) if absorb else tiles, splits)
@@ -329,8 +355,10 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     """
     expect_dtype("mla_decode", q_nope.dtype)
     (b, h, dn), r, dr, dv = q_nope.shape, latent.size(2), q_rope.size(2), up.size(1) - q_nope.size(2)
-    c = latent.size(1) * (1 if pages is None else pages.size(1))
-    chosen = plan(b, h, c, (r, dn, dr, dv), q_nope.dtype, large_tiles(q_nope.device), _processors(q_nope.device))
+    page = 0 if pages is None else latent.size(1)
+    c = page * pages.size(1) if page else latent.size(1)
+    device = q_nope.device
+    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), _processors(device))
     chosen = chosen if splits is None else chosen._replace(splits=splits)
     o = q_nope.new_empty(b, h, dv)
     if not o.numel():
@@ -359,7 +387,7 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
     else both [B, H, R]."""
     absorb, bh, tiles, splits = chosen
     (b, h, _), (_, c, r), dr = q.shape, latent.shape, q_rope.size(2)
-    q, q_rope, latent, k_rope, up, out = (_readable(x) for x in (q, q_rope, latent, k_rope, up, out))
+    q, q_rope, latent, k_rope, up = (_readable(x) for x in (q, q_rope, latent, k_rope, up))
     page = 0 if pages is None else c
     pages = lengths.contiguous()[:, None] if pages is None else _readable(pages)
     dn = q.size(2) if absorb else 0
@@ -401,41 +429,41 @@ def _ordered(kernel, arguments: dict) -> dict:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` itself where its last dimension is contiguous and its rows lie less than 2^24 apart, else a contiguous copy: offsets
-    inside a tile are 32-bit. Those of sequences and pages are 64-bit, a long cache is not copied."""
-    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+    """`x` itself where its last dimension is contiguous, with any strides before it (a long cache is not copied); else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 EXAMPLES = {
-    "500K": (32, 256, 4, (32, 32, 16, 32)),
-    "5M": (32, 256, 8, (64, 32, 16, 32)),
-    "16 heads": (128, 4096, 16, (512, 128, 64, 128)),
-    "32 heads": (128, 4096, 32, (512, 128, 64, 128)),
-    "DeepSeek-V3": (128, 4096, 128, (512, 128, 64, 128)),
-    "middle": (128, 4096, 64, (128, 64, 64, 64)),
-    "widest": (8, 4096, 16, (1024, 128, 64, 128)),
+    "500K": (32, 256, 4, (32, 32, 16, 32), 64),
+    "5M": (32, 256, 8, (64, 32, 16, 32), 64),
+    "middle": (128, 4096, 64, (128, 64, 64, 64), 64),
+    "16 heads": (128, 4096, 16, (512, 128, 64, 128), 64),
+    "16 heads, small pages": (128, 4096, 16, (512, 128, 64, 128), 8),
+    "32 heads": (128, 4096, 32, (512, 128, 64, 128), 64),
+    "DeepSeek-V3": (128, 4096, 128, (512, 128, 64, 128), 64),
+    "DeepSeek-V3, small pages": (128, 4096, 128, (512, 128, 64, 128), 8),
+    "widest": (8, 4096, 16, (1024, 128, 64, 128), 64),
 }
-"""B, C, H and (R, Dn, Dr, Dv) that are compiled ahead."""
+"""B, C, H, (R, Dn, Dr, Dv) and the places of a page that are compiled ahead."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
-    """Name -> launch at EXAMPLES[size], on the meta device: contiguous, in pages that hold whole tiles and in pages of 24
-    places, each with one split and with several; the cache as views of one tensor."""
+    """Name -> launch at EXAMPLES[size], on the meta device: all of a contiguous cache at once, and a paged one in splits.
+    The cache and the queries are views of one tensor each."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    b, c, h, (r, dn, dr, dv) = EXAMPLES[size]
-    chosen = plan(b, h, c, (r, dn, dr, dv), dtype, large, 132)
-    q_nope, q_rope = empty(b, h, dn + dr).split([dn, dr], -1)
-    up, lengths = empty(h, dn + dv, r), empty(b, dtype=torch.int64)
-    q, out = (q_nope, empty(b, h, dv)) if chosen.absorb else (empty(h, b, r).transpose(0, 1), empty(h, b, r).transpose(0, 1))
+    b, c, h, (r, dn, dr, dv), page = EXAMPLES[size]
+    q, q_rope = empty(b, h, dn + dr).split([dn, dr], -1)
+    out = empty(b, h, dv)
+    if max(r, dn, dv) > ABSORBED_WIDTH:
+        q, out = empty(h, b, r).transpose(0, 1), empty(h, b, r).transpose(0, 1)
     found = {}
-    for layout, page in {"contiguous": c, "pages": 64, "small pages": 24}.items():
-        latent, k_rope = empty(b * c // page, page, r + dr).split([r, dr], -1)
-        pages = None if page == c else empty(b, c // page, dtype=torch.int32)
-        for splits in (1, 8):
-            arguments = (q, q_rope, latent, k_rope, lengths, up, 0.1, pages, out)
-            for launch in launches(chosen._replace(splits=splits), *arguments):
-                found[f"{launch.kernel.__name__}, {layout}, {splits} splits"] = launch
+    for splits, places, pages in ((1, c, None), (8, page, empty(b, c // page, dtype=torch.int32))):
+        chosen = plan(b, h, c, (r, dn, dr, dv), 0 if pages is None else page, dtype, large, 132)
+        latent, k_rope = empty(b * c // places, places, r + dr).split([r, dr], -1)
+        inputs = (q, q_rope, latent, k_rope, empty(b, dtype=torch.int64), empty(h, dn + dv, r), 0.1, pages, out)
+        for launch in launches(chosen._replace(splits=splits), *inputs):
+            found[f"{launch.kernel.__name__}, {'contiguous' if pages is None else 'paged'}"] = launch
     return found
