@@ -9,6 +9,7 @@ from dsfast.ops.cases import mla_decode_case
 from dsfast.ops.checks import check
 
 WIDTHS = {"h": 3, "r": 5, "dn": 4, "dr": 2, "dv": 3}
+PAGES = torch.tensor([[2], [0], [1]])
 RAGGED = (7, 0, 1, 12, 13)  # an empty cache, one token, a full one, one place left
 
 
@@ -29,6 +30,7 @@ class TestMlaDecode(OperatorContract):
         case("the 500K model's widths", range(1, 256, 8), c=256, h=4, r=32, dn=32, dr=16, dv=32),
         case("sums over 641 tokens", (641, 513, 512), c=641),
         case("a latent above 512", (9, 3), c=9, r=641),
+        *(case(f"pages of {page} places", RAGGED[:4], c=12, page=page) for page in (1, 3, 12)),
     )
     tiny = mla_decode_case("tiny", (2, 0, 3), 3, 2, 3, 3, 2, 2)
     bad_arguments = (
@@ -45,12 +47,29 @@ class TestMlaDecode(OperatorContract):
         bad("mla_decode: lengths must be torch.int64 on cpu, got torch.int32", TypeError, lengths=torch.Tensor.int),
         bad("mla_decode: lengths must lie in 0..3, 1 of 3 do not", lengths=torch.tensor([0, 4, 3])),
         bad("mla_decode: lengths must lie in 0..3, 2 of 3 do not", lengths=torch.tensor([-1, 2**62, 3])),
+        bad(r"mla_decode: pages must have shape \[3, P\], got \[2, 1\]", pages=torch.zeros(2, 1, dtype=torch.int64)),
+        bad(r"pages must be torch.int32 or torch.int64 on cpu, got torch.float32", TypeError, pages=torch.zeros(3, 1)),
+        bad(r"mla_decode: k_rope must have shape \[3, 3, 2\], got \[2, 3, 2\]", k_rope=lambda x: x[:2], pages=PAGES),
+        bad(
+            "mla_decode: latent must hold a page, got none",
+            latent=lambda x: x[:0],
+            k_rope=lambda x: x[:0],
+            pages=PAGES,
+        ),
+        # What lies behind a sequence is no page that it needs: the second is empty.
+        bad("mla_decode: pages must lie in 0..2, 1 of 3 do not", pages=torch.tensor([[0], [3], [-1]])),
+        bad("mla_decode: pages must lie in 0..2, 2 of 3 do not", pages=torch.tensor([[3], [-1], [2**40]])),
+        bad("mla_decode: lengths must lie in 0..3, 1 of 3 do not", lengths=torch.tensor([0, 4, 3]), pages=PAGES),
     )
 
     @staticmethod
-    def independent(q_nope, q_rope, latent, k_rope, lengths, up, scale):
+    def independent(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
         """Keys and values rebuilt, each sequence by itself."""
         (b, h, dn), dv = q_nope.shape, up.size(1) - q_nope.size(2)
+        if pages is not None:
+            latent, k_rope = (
+                torch.stack([torch.cat([x[p] for p in row]) for row in pages.tolist()]) for x in (latent, k_rope)
+            )
         o = q_nope.new_zeros(b, h, dv)
         for i, n in enumerate(lengths.tolist()):
             if n:
@@ -88,6 +107,20 @@ def test_what_lies_behind_a_sequence_is_not_read(implementation):
         arguments[i] = arguments[i].masked_fill(behind, float("nan"))
     with ops.use(implementation):
         assert torch.equal(ops.mla_decode(*arguments), ops.mla_decode(*expected))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pages_behind_a_sequence_are_not_read(implementation, dtype):
+    needs_native()
+    paged = drawn(case("", RAGGED[:4], c=12, page=3))
+    q_nope, q_rope, latent, k_rope, lengths, up, scale, pages = paged
+    contiguous = (x[pages].flatten(1, 2) for x in (latent, k_rope))
+    with ops.use(implementation):
+        expected = ops.mla_decode(q_nope, q_rope, *contiguous, lengths, up, scale)
+        unused = torch.arange(4) * 3 >= lengths[:, None]
+        pages = pages.masked_fill(unused, -(2**31)).to(dtype)
+        assert torch.equal(ops.mla_decode(*paged[:-1], pages), expected)
 
 
 def test_one_cached_token_gives_its_value():

@@ -42,14 +42,16 @@ def rows(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 and max(x.stride()) < 2**24 else x.contiguous() for x in tensors]
 
 
-def large_tiles(device: torch.device) -> bool:
-    """Whether `device` is a data-centre chip with warp-group products and 227 KB of shared memory (sm_90, sm_100).
+def large_tiles(device: torch.device) -> int:
+    """The major compute capability of `device` where it is a data-centre chip with warp-group products and 227 KB of shared
+    memory (sm_90, sm_100), else 0.
 
-    Without a device (Triton's interpreter) it is taken for one.
+    Without a device (Triton's interpreter) it is taken for an sm_90.
     """
     if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        return 9
+    major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+    return major if major in (9, 10) else 0
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -12,17 +12,17 @@ class Chip(NamedTuple):
     arch: int | str
     warp_size: int
     shared: int  # bytes of shared memory
-    large: bool  # which tiles a launcher takes there (dsfast.triton_kernels.launch.large_tiles)
+    large: int  # which tiles a launcher takes there (dsfast.triton_kernels.launch.large_tiles)
     matrix: str  # instruction of the matrix units, in the assembly of `stage`
     stage: str
     matrix_rows: int  # rows of a tile from which a 16-bit product must use it
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, 166_912, False, "mma.sync", "ptx", 16),
-    "sm_90": Chip("cuda", 90, 32, 232_448, True, "wgmma.mma_async", "ptx", 64),
-    "sm_100": Chip("cuda", 100, 32, 232_448, True, "tcgen05.mma", "ptx", 64),
-    "gfx942": Chip("hip", "gfx942", 64, 65_536, False, "v_mfma", "amdgcn", 16),
+    "sm_80": Chip("cuda", 80, 32, 166_912, 0, "mma.sync", "ptx", 16),
+    "sm_90": Chip("cuda", 90, 32, 232_448, 9, "wgmma.mma_async", "ptx", 64),
+    "sm_100": Chip("cuda", 100, 32, 232_448, 10, "tcgen05.mma", "ptx", 64),
+    "gfx942": Chip("hip", "gfx942", 64, 65_536, 0, "v_mfma", "amdgcn", 16),
 }
 
 # Bytes of registers that a thread may keep in memory, by bytes of an element. float32 serves to check, and its products at

@@ -77,14 +77,18 @@ def mla_attention_case(name: str, lengths: Sequence[int], h: int, dn: int, dr: i
     return Case("mla_attention", name, mla_attention, make_inputs, (0, 1, 2, 3, 4))
 
 
-def mla_decode_case(name: str, lengths: Sequence[int], c: int, h: int, r: int, dn: int, dr: int, dv: int) -> Case:
-    """Sequences of `lengths` tokens in a cache of c places."""
+def mla_decode_case(
+    name: str, lengths: Sequence[int], c: int, h: int, r: int, dn: int, dr: int, dv: int, page: int | None = None
+) -> Case:
+    """Sequences of `lengths` tokens in a cache of c places; with `page`, in pages of that many places, shuffled."""
 
     def make_inputs(g: Generator) -> tuple:
         b = len(lengths)
-        queries_and_cache = (_normal(g, *shape) for shape in ((b, h, dn), (b, h, dr), (b, c, r), (b, c, dr)))
+        cache = (b, c) if page is None else (b * (c // page), page)
+        queries_and_cache = (_normal(g, *shape) for shape in ((b, h, dn), (b, h, dr), (*cache, r), (*cache, dr)))
         held = torch.tensor(lengths, dtype=torch.int64)
-        return *queries_and_cache, held, _normal(g, h, dn + dv, r, scale=r**-0.5), (dn + dr) ** -0.5
+        arguments = *queries_and_cache, held, _normal(g, h, dn + dv, r, scale=r**-0.5), (dn + dr) ** -0.5
+        return arguments if page is None else (*arguments, torch.randperm(cache[0], generator=g).view(b, c // page))
 
     return Case("mla_decode", name, mla_decode, make_inputs)
 

@@ -6,7 +6,8 @@
 
 q . (up_key c) = (up_key^T q) . c: keys and values are never rebuilt, the cache is read as it lies.
 B sequences, C places in the cache, H heads, R latent rank, Dn and Dr width of the part without and with position, Dv value
-width. For inference: it has no derivative.
+width. In a paged cache (vLLM, arXiv 2309.06180) place j of sequence b is place j % S of page pages[b, j // S], S places a page.
+For inference: it has no derivative.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native
+from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import (
     define,
@@ -27,7 +28,9 @@ from dsfast.ops.library import (
 )
 
 
-def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale):
+def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
+    if pages is not None:
+        latent, k_rope = gathered(latent, k_rope, lengths, pages)
     up_key, up_value = up[:, : q_nope.size(2)], up[:, q_nope.size(2) :]
     absent = torch.arange(latent.size(1), device=latent.device) >= lengths[:, None]  # [B, C]
     q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_key)
@@ -39,29 +42,59 @@ def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale):
     return torch.einsum("bhr,hvr->bhv", torch.einsum("bhc,bcr->bhr", p, latent), up_value)
 
 
+def gathered(latent: Tensor, k_rope: Tensor, lengths: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """latent [B, C, R] and k_rope [B, C, Dr] of a paged cache; what lies behind a sequence's last page is any page.
+
+    Raises ValueError, on the CPU, where a sequence needs a page that is not there.
+    """
+    begins = torch.arange(pages.size(1), device=pages.device) * latent.size(1)
+    needed = pages.where(begins < lengths[:, None], 0)  # [B, P]
+    expect_range("mla_decode", "pages", needed, latent.size(0))
+    return latent[needed].flatten(1, 2), k_rope[needed].flatten(1, 2)
+
+
 def mla_decode(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, lengths: Tensor, up: Tensor, scale: float
-) -> Tensor:
+    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, lengths: Tensor, up: Tensor, scale: float,
+    pages: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q_nope [B, H, Dn], q_rope [B, H, Dr], latent [B, C, R], k_rope [B, C, Dr], lengths [B] int64, up [H, Dn + Dv, R]
     -> [B, H, Dv], contiguous.
 
-    Sequence b holds the places 0 .. lengths[b] - 1; what lies behind is not read and may be anything. Length 0 gives zeros.
-    Views whose last dimension is contiguous are read in place. Raises ValueError for other shapes or lengths, TypeError for
-    mixed dtypes or devices, and in a backward pass NotImplementedError.
+    With `pages` [B, P], int32 or int64, the cache is paged: latent [pages, S, R], k_rope [pages, S, Dr], C = P S. The C++ kernel
+    takes it gathered: the pages are copied first.
+
+    Sequence b holds the places 0 .. lengths[b] - 1; what lies behind, also in `pages`, is not read and may be anything. Length 0
+    gives zeros. Views whose last dimension is contiguous are read in place. Raises ValueError for other shapes, lengths
+    or pages, TypeError for mixed dtypes or devices, and in a backward pass NotImplementedError. A GPU is not waited for: there a
+    sequence whose length is outside 0..C, or that needs a page that is not there, gets NaN, and no other memory is read.
     """
-    _check(q_nope, q_rope, latent, k_rope, lengths, up)
+    _check(q_nope, q_rope, latent, k_rope, lengths, up, pages)
     if choose("mla_decode", q_nope) == "reference":
-        expect_range("mla_decode", "lengths", lengths, latent.size(1) + 1)
-        return mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale)
-    return torch.ops.dsfast.mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale)
+        expect_range("mla_decode", "lengths", lengths, _capacity(latent, pages) + 1)
+        return mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
+    return torch.ops.dsfast.mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
 
 
-def _check(q_nope, q_rope, latent, k_rope, lengths, up) -> None:
+def _capacity(latent: Tensor, pages: Tensor | None) -> int:
+    """Places of each sequence, C."""
+    return latent.size(1) * (1 if pages is None else pages.size(1))
+
+
+def _check(q_nope, q_rope, latent, k_rope, lengths, up, pages) -> None:
     expect_shape("mla_decode", "q_nope", q_nope, "B", "H", "Dn")
     b, h, dn = q_nope.shape
     expect_shape("mla_decode", "q_rope", q_rope, b, h, "Dr")
-    expect_shape("mla_decode", "latent", latent, b, "C", "R")
-    expect_shape("mla_decode", "k_rope", k_rope, b, latent.size(1), q_rope.size(2))
+    if pages is None:
+        expect_shape("mla_decode", "latent", latent, b, "C", "R")
+    else:
+        expect_shape("mla_decode", "latent", latent, "pages", "S", "R")
+        expect_shape("mla_decode", "pages", pages, b, "P")
+        if pages.dtype not in (torch.int32, torch.int64) or pages.device != q_nope.device:
+            expected = f"torch.int32 or torch.int64 on {q_nope.device}"
+            raise TypeError(f"mla_decode: pages must be {expected}, got {pages.dtype} on {pages.device}")
+        if pages.size(1) and not latent.size(0):
+            raise ValueError("mla_decode: latent must hold a page, got none")
+    expect_shape("mla_decode", "k_rope", k_rope, *latent.shape[:2], q_rope.size(2))
     expect_shape("mla_decode", "lengths", lengths, b)
     expect_shape("mla_decode", "up", up, h, f"{dn} + Dv", latent.size(2))
     if up.size(1) < dn:
@@ -71,7 +104,10 @@ def _check(q_nope, q_rope, latent, k_rope, lengths, up) -> None:
     expect_dtype("mla_decode", torch.int64, q_nope.device, lengths=lengths)
 
 
-def _cpu(q_nope, q_rope, latent, k_rope, lengths, up, scale):
+def _cpu(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
+    if pages is not None:
+        expect_range("mla_decode", "lengths", lengths, _capacity(latent, pages) + 1)
+        latent, k_rope = gathered(latent, k_rope, lengths, pages)
     q_nope, q_rope, latent, k_rope = (rows(x) for x in (q_nope, q_rope, latent, k_rope))
     lengths, up = lengths.contiguous(), up.contiguous()
     (b, h, dn), (_, c, r) = q_nope.shape, latent.shape
@@ -85,15 +121,16 @@ def _cpu(q_nope, q_rope, latent, k_rope, lengths, up, scale):
     return o
 
 
-def _fake(q_nope, q_rope, latent, k_rope, lengths, up, scale):
+def _fake(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
     b, h, dn = q_nope.shape
     return q_nope.new_empty(b, h, up.size(1) - dn)
 
 
 define(
-    "mla_decode(Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor lengths, Tensor up, float scale)"
-    " -> Tensor",
+    "mla_decode(Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor lengths, Tensor up, float scale,"
+    " Tensor? pages=None) -> Tensor",
     cpu=_cpu,
     fake=_fake,
+    cuda=triton.launcher("mla_decode", "forward"),
 )
 refuse_derivative("mla_decode")

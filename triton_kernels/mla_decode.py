@@ -1,0 +1,469 @@
+"""Triton kernels of dsfast.ops.mla_decode, whose module has the maths. Split-KV as in Flash-Decoding, with DeepSeek-V2's
+absorbed kv_b (arXiv 2405.04434).
+
+B sequences, H heads, C places; R, Dn, Dr, Dv widths of the latent, the part without position, the rope part, the value; RP, DR,
+DV the same rounded up to powers of two; BH heads and BN places in a tile; b a sequence, h a head, j a place.
+
+All heads read one key, so a program takes BH heads of a sequence as the rows of its products and each tile of latents serves
+twice, as keys and as values. Where there are too few sequences to fill the chip, the places of each are divided among
+`splits` programs; a second kernel combines their sums. The number of splits follows from sizes alone, what each of them gets
+from the length, which only the device knows. Partial results are kept unnormalised beside the maximum m and the sum l of
+their softmax, apart: m + log2 l would be rounded, which shows in float32 at large scores.
+
+Narrow models are bound by launches: there the products with `up` are done inside (ABSORB), and one kernel does it all. Wide ones
+have torch.bmm before and after.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+_UNSPECIALIZED = ("C", "SPLITS", "PAGES")  # change from batch to batch and must not cause a new compilation
+
+
+@triton.jit
+def _length(lengths, b, C):
+    """(length of sequence b, whether it is one): 0 in place of one outside 0 .. C."""
+    length = tl.load(lengths + b)
+    good = (length >= 0) & (length <= C)
+    return tl.where(good, length, 0).to(tl.int32), good
+
+
+@triton.jit
+def _share(length, SPLITS, BN: tl.constexpr):
+    """Places of each split, whole tiles; the last splits may get fewer or none."""
+    return tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
+
+
+@triton.jit
+def _again(x, bound):
+    """x itself, which lies in 0 .. bound - 1, in a way that the compiler does not see through.
+
+    LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
+    after it: some 80 registers beside the 128 of a tile's sums, which spill.
+    """
+    return x % bound
+
+
+@triton.jit
+def _load_heads(x, x_h, h, H, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `h` of x as [BH, DP]; 0 from column D on, and from head H on the last head, whose results are not stored."""
+    d = tl.arange(0, DP)[None, :]
+    p_x = x + tl.minimum(h, H - 1)[:, None].to(tl.int64) * x_h + d
+    if D < DP:
+        return tl.load(p_x, mask=d < D, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def _load_places(x, page, place, x_p, x_c: tl.constexpr, m_j, D: tl.constexpr, DP: tl.constexpr, ONE: tl.constexpr):
+    """A tile of the cache, [BN, DP]: row n is place `place[n]` of page `page[n]`, where ONE of the page `page`."""
+    d = tl.arange(0, DP)[None, :]
+    if ONE:
+        p_x = x + tl.cast(page, tl.int64) * x_p + place.to(tl.int64)[:, None] * x_c + d
+    else:
+        p_x = x + (page.to(tl.int64) * x_p + place.to(tl.int64) * x_c)[:, None] + d
+    if D < DP:
+        return tl.load(p_x, mask=m_j[:, None] & (d < D), other=0.0)
+    return tl.load(p_x, mask=m_j[:, None], other=0.0)
+
+
+@triton.jit
+def _normalised(b_o, b_l, length, good):
+    """b_o / b_l; zeros for an empty sequence and NaN where the length is none."""
+    return tl.where(length > 0, b_o / tl.where(length > 0, b_l, 1.0), tl.where(good, 0.0, float("nan")))
+
+
+@triton.jit
+def _absorb(q, up, q_h, up_h, up_n, h, H, Dn: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BU: tl.constexpr):
+    """q_nope up_key of heads `h`: [BH, RP], float32. BU rows of `up` at a time."""
+    r = tl.arange(0, RP)[None, None, :]
+    b_q = tl.zeros([h.shape[0], RP], tl.float32)
+    for start in tl.static_range(0, Dn, BU):
+        n = start + tl.arange(0, BU)
+        b_x = tl.load(
+            q + h[:, None].to(tl.int64) * q_h + n[None, :], mask=(h[:, None] < H) & (n[None, :] < Dn), other=0.0
+        )
+        m_up = (h[:, None, None] < H) & (n[None, :, None] < Dn) & (r < R)
+        b_up = tl.load(up + h[:, None, None].to(tl.int64) * up_h + n[None, :, None] * up_n + r, mask=m_up, other=0.0)
+        b_q += tl.sum(b_x[:, :, None].to(tl.float32) * b_up.to(tl.float32), 1)
+    return b_q
+
+
+@triton.jit
+def _store_values(
+    o, up, o_h, up_h, up_n, b_o, h, H,
+    Dn: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BU: tl.constexpr,
+):  # fmt: skip
+    """up_value of the mixed latents b_o [BH, RP], for heads `h`, to o. BU rows of `up` at a time."""
+    r = tl.arange(0, RP)[None, None, :]
+    for start in tl.static_range(0, Dv, BU):
+        v = start + tl.arange(0, BU)
+        m_up = (h[:, None, None] < H) & (v[None, :, None] < Dv) & (r < R)
+        b_up = tl.load(
+            up + h[:, None, None].to(tl.int64) * up_h + (Dn + v)[None, :, None] * up_n + r, mask=m_up, other=0.0
+        )
+        b_v = tl.sum(b_o[:, None, :] * b_up.to(tl.float32), 2)  # [BH, BU]
+        m_o = (h[:, None] < H) & (v[None, :] < Dv)
+        tl.store(o + h[:, None].to(tl.int64) * o_h + v[None, :], b_v.to(o.dtype.element_ty), mask=m_o)
+
+
+@triton.jit
+def _scores(
+    q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c: tl.constexpr, h, H, m_j, BN: tl.constexpr, R: tl.constexpr,
+    SLICE: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q_latent . latent of a tile, [BH, BN]. Where SLICE is not 0, operands are read again, SLICE columns at a time."""
+    if SLICE:
+        b_s = tl.zeros([h.shape[0], BN], tl.float32)
+        for r in tl.static_range(0, R, SLICE):
+            b_q = _load_heads(q + r, q_h, h, H, R - r, SLICE)
+            b_c = _load_places(latent + r, page, place, latent_p, latent_c, m_j, R - r, SLICE, ONE)
+            b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def attend_kernel(
+    q, q_rope, latent, k_rope, lengths, pages, up, out, sums, scale,
+    q_b, q_h, q_rope_b, q_rope_h, latent_p, k_rope_p, pages_b, up_h, up_n, out_b, out_s, out_h,
+    sums_b, sums_plane, H, C, SPLITS, PAGES,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr,
+    latent_c: tl.constexpr, k_rope_c: tl.constexpr, PAGE: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, BU: tl.constexpr,
+    ABSORB: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BH heads of one sequence over its places, or one split of them.
+
+    q is q_nope [B, H, Dn] where ABSORB, else q_latent [B, H, R]. `out` becomes, where SPLIT, the unnormalised sums of latents
+    [B, SPLITS, H, R] in float32, and `sums` [2, B, SPLITS, H] m and l; else the mixed latents [B, H, R], where ABSORB the
+    values [B, H, Dv]. PAGE is 0 for a cache [B, C, ...]: then a sequence is its only page.
+    """
+    blocks = tl.cdiv(H, BH)
+    pid = tl.program_id(0)
+    block, split, b = pid % blocks, pid // blocks % SPLITS, pid // blocks // SPLITS
+    length, good = _length(lengths, b, C)
+    share = _share(length, SPLITS, BN)
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+    if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
+        if _again(split, SPLITS) * share >= length:
+            return
+    b = b.to(tl.int64)
+    h = block * BH + tl.arange(0, BH)  # [BH]
+    q += b * q_b
+    if ABSORB:
+        b_q = _absorb(q, up, q_h, up_h, up_n, h, H, Dn, R, RP, BU).to(q_rope.dtype.element_ty)  # [BH, RP]
+    else:
+        b_q = _load_heads(q, q_h, h, H, R, RP)  # [BH, RP]
+    b_q_rope = _load_heads(q_rope + b * q_rope_b, q_rope_h, h, H, Dr, DR)  # [BH, DR]
+    b_o = tl.zeros([BH, RP], tl.float32)
+    b_m = tl.full([BH], UNSEEN, tl.float32)
+    b_l = tl.zeros([BH], tl.float32)
+    factor = scale * LOG2E
+    ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
+
+    for start in range(begin, end, BN):
+        s = _again(start, C)
+        j = s + tl.arange(0, BN)  # [BN]
+        m_j = j < length
+        page, place, m_c = b, j, m_j
+        if PAGE:
+            if ONE:
+                page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
+            else:
+                page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
+            m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
+        b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
+        b_s_latent = _scores(
+            q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+        )
+        b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
+        b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
+        b_s = b_s_latent * factor + b_s_rope * factor
+        b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
+        if s < length:
+            b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
+            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+            b_e = tl.exp2(b_s - b_m_new[:, None])
+            b_sum = tl.sum(b_e, 1)
+            b_p = b_e.to(b_c.dtype)
+        decay = tl.exp2(b_m - b_m_new)
+        b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
+        b_l = b_l * decay + b_sum
+        b_m = b_m_new
+
+    out += b * out_b
+    h = _again(block, H) * BH + tl.arange(0, BH)
+    if SPLIT:
+        p_sums = sums + b * sums_b + split * H + h
+        tl.store(p_sums, b_m, mask=h < H)
+        tl.store(p_sums + sums_plane, b_l, mask=h < H)
+        out += split * out_s
+    else:
+        b_o = _normalised(b_o, b_l[:, None], length, good)
+    if ABSORB and not SPLIT:
+        _store_values(out, up, out_h, up_h, up_n, b_o, h, H, Dn, Dv, R, RP, BU)
+    else:
+        r = tl.arange(0, RP)[None, :]
+        m_o = (h[:, None] < H) & (r < R)
+        tl.store(out + h[:, None].to(tl.int64) * out_h + r, b_o.to(out.dtype.element_ty), mask=m_o)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def combine_kernel(
+    part, sums, lengths, up, out, part_b, part_s, part_h, sums_b, sums_plane, up_h, up_n, out_b, out_h, H, C, SPLITS,
+    Dn: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, BR: tl.constexpr,
+    BN: tl.constexpr, BU: tl.constexpr, ABSORB: tl.constexpr,
+):  # fmt: skip
+    """The splits of one head of one sequence put together, BR columns of them: to the mixed latents [B, H, R], where ABSORB
+    (and BR = RP) the values [B, H, Dv]. What a split without places would have written is not read."""
+    chunks: tl.constexpr = (RP + BR - 1) // BR
+    pid = tl.program_id(0)
+    chunk, h, b = pid % chunks, pid // chunks % H, pid // chunks // H
+    length, good = _length(lengths, b, C)
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    s = tl.arange(0, SP)  # [SP]
+    m_s = s * _share(length, SPLITS, BN) < length
+    p_sums = sums + b * sums_b + s * H + h
+    b_m = tl.load(p_sums, mask=m_s, other=UNSEEN)
+    b_l = tl.load(p_sums + sums_plane, mask=m_s, other=0.0)
+    r = chunk * BR + tl.arange(0, BR)  # [BR]
+    p_part = part + b * part_b + h * part_h + s[:, None] * part_s + r[None, :]
+    b_part = tl.load(p_part, mask=m_s[:, None] & (r[None, :] < R), other=0.0)  # [SP, BR]
+    weight = tl.exp2(b_m - tl.max(b_m, 0))
+    b_o = _normalised(tl.sum(weight[:, None] * b_part, 0), tl.sum(weight * b_l, 0), length, good)
+    out += b * out_b
+    if ABSORB:
+        _store_values(out, up, out_h, up_h, up_n, b_o[None, :], h + tl.arange(0, 1), H, Dn, Dv, R, RP, BU)
+    else:
+        tl.store(out + h * out_h + r, b_o.to(out.dtype.element_ty), mask=r < R)
+
+
+class Tiles(NamedTuple):
+    """BN places by BH heads; `slice` columns of the latent at a time in scores (0: all, the tile is then read once);
+    `resident` programs that a multiprocessor is thought to hold."""
+
+    bn: int
+    warps: int
+    stages: int
+    slice: int
+    resident: int
+
+
+# Rows of heads -> widest RP + DR that a row serves -> tiles. Starting values: they keep the limits of
+# tests/test_triton_compile.py, nobody has measured them. With 16 heads the cache's bandwidth is the bound: few registers, several
+# programs side by side. From 64 on it is the products (one warp group for each half of the latent on sm_90).
+_FLOAT32 = {16: {96: Tiles(32, 4, 1, 0, 4), 192: Tiles(32, 4, 1, 32, 2), 1152: Tiles(16, 8, 1, 32, 1)}}
+_LARGE = {
+    16: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(32, 4, 3, 0, 2),
+        1152: Tiles(16, 8, 2, 0, 1),
+    },
+    32: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(32, 8, 3, 0, 1),
+        1152: Tiles(16, 8, 2, 0, 1),
+    },
+    64: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
+}
+# sm_100 keeps three tiles where sm_90 keeps two.
+_SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
+_SMALL = {
+    16: {
+        96: Tiles(64, 4, 2, 0, 4),
+        192: Tiles(32, 4, 2, 0, 3),
+        576: Tiles(32, 4, 2, 0, 1),
+        1152: Tiles(16, 8, 1, 0, 1),
+    },
+    32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
+}
+ABSORBED_WIDTH = 64  # widest R, Dn and Dv whose products with `up` are done inside the kernel
+MOST_SPLITS = 64
+LEAST_SHARE = 128  # places of a split
+SPLIT_COST = 128  # of a program beyond its places, in places: its queries, its partial result
+COMBINE_COST = 512  # of a second launch, in places
+
+
+class Plan(NamedTuple):
+    absorb: bool
+    bh: int
+    tiles: Tiles
+    splits: int
+
+
+def plan(
+    b: int, h: int, c: int, widths: tuple[int, int, int, int], page: int, dtype: torch.dtype, large: int, processors: int
+) -> Plan:  # fmt: skip
+    """How b sequences with c places and h heads of `widths` (R, Dn, Dr, Dv) are shared out among `processors`; `page` is the
+    places of a page, 0 if the cache is contiguous.
+
+    Raises ValueError for widths that no tiles serve.
+    """
+    r, dn, dr, dv = widths
+    by_rows = _FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL
+    width = _padded(r) + _padded(dr)
+    widest = max(max(by_width) for by_width in by_rows.values())
+    if width > widest:
+        raise ValueError(
+            f"mla_decode: the Triton kernels take R + Dr, each rounded up to a power of two, up to {widest} in "
+            f"{str(dtype).removeprefix('torch.')}, got {width}"
+        )
+    fitting = [rows for rows, by_width in by_rows.items() if max(by_width) >= width]
+    bh = min((rows for rows in fitting if rows >= h), default=max(fitting))
+    tiles = by_rows[bh][min(w for w in by_rows[bh] if w >= width)]
+    if page % tiles.bn and width > 192:  # addresses for each row: beside so many sums there are no registers for 64
+        tiles = tiles._replace(bn=min(32, tiles.bn))
+    splits = _splits(b * triton.cdiv(h, bh), c, processors * tiles.resident)
+    absorb = max(r, dn, dv) <= ABSORBED_WIDTH
+    return Plan(absorb, bh, tiles._replace(slice=0) if absorb else tiles, splits)
+
+
+def _splits(programs: int, c: int, slots: int) -> int:
+    """The number of splits with the least estimated time, the fewest of equals: rounds of programs times what one takes."""
+
+    def cost(n: int) -> int:
+        return triton.cdiv(programs * n, slots) * (triton.cdiv(c, n) + SPLIT_COST) + (COMBINE_COST if n > 1 else 0)
+
+    return min(range(1, max(1, min(MOST_SPLITS, c // LEAST_SHARE)) + 1), key=cost)
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, splits=None) -> Tensor:
+    """Shapes as dsfast.ops.mla_decode -> o [B, H, Dv], contiguous. `splits` in place of the number that `plan` chooses.
+
+    Lengths and pages lie on the device, and looking would make the host wait: a sequence whose length is outside 0..C, or
+    that needs a page which is not there, gets NaN, and nothing outside the cache is read. Raises TypeError for other
+    dtypes than float32, float16 and bfloat16, ValueError for widths that no tiles serve.
+    """
+    expect_dtype("mla_decode", q_nope.dtype)
+    (b, h, dn), r, dr, dv = q_nope.shape, latent.size(2), q_rope.size(2), up.size(1) - q_nope.size(2)
+    page = 0 if pages is None else latent.size(1)
+    c = page * pages.size(1) if page else latent.size(1)
+    device = q_nope.device
+    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), _processors(device))
+    chosen = chosen if splits is None else chosen._replace(splits=splits)
+    o = q_nope.new_empty(b, h, dv)
+    if not o.numel():
+        return o
+    by_head = o.transpose(0, 1)  # [H, B, Dv]
+    q, out = q_nope, o
+    if not chosen.absorb:
+        q = torch.bmm(q_nope.transpose(0, 1), up[:, :dn]).transpose(0, 1)  # [B, H, R]
+        out = torch.empty_like(q)
+    with torch.cuda.device_of(q_nope):
+        for launch in launches(chosen, q, q_rope, latent, k_rope, lengths, up, scale, pages, out):
+            launch.run()
+    if not chosen.absorb:
+        torch.bmm(out.transpose(0, 1), up[:, dn:].mT, out=by_head)
+    return o
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of `device`; without one (Triton's interpreter) those of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages, out) -> list[Launch]:
+    """What fills `out`; tensors may lie on the meta device. q is q_nope [B, H, Dn] and out [B, H, Dv] where the plan absorbs,
+    else both [B, H, R]."""
+    absorb, bh, tiles, splits = chosen
+    (b, h, _), (_, c, r), dr = q.shape, latent.shape, q_rope.size(2)
+    q, q_rope, latent, k_rope, up = (_readable(x) for x in (q, q_rope, latent, k_rope, up))
+    page = 0 if pages is None else c
+    pages = lengths.contiguous()[:, None] if pages is None else _readable(pages)
+    dn = q.size(2) if absorb else 0
+    dv = out.size(2) if absorb else 0
+    rp = _padded(r)
+    shared = {
+        "lengths": lengths.contiguous(), "up": up, "up_h": up.stride(0), "up_n": up.stride(1), "H": h,
+        "C": c * (pages.size(1) if page else 1), "SPLITS": splits, "Dn": dn, "Dv": dv, "R": r, "RP": rp, "BN": tiles.bn,
+        "ABSORB": absorb, "sums_b": splits * h, "sums_plane": b * splits * h,
+    }  # fmt: skip
+    part = out if splits == 1 else q.new_empty(b, splits, h, r, dtype=torch.float32)
+    sums = lengths if splits == 1 else q.new_empty(2, b, splits, h, dtype=torch.float32)
+    attend = shared | {
+        "q": q, "q_b": q.stride(0), "q_h": q.stride(1), "q_rope": q_rope, "q_rope_b": q_rope.stride(0),
+        "q_rope_h": q_rope.stride(1), "latent": latent, "latent_p": latent.stride(0), "latent_c": latent.stride(1),
+        "k_rope": k_rope, "k_rope_p": k_rope.stride(0), "k_rope_c": k_rope.stride(1), "pages": pages,
+        "pages_b": pages.stride(0), "PAGES": latent.size(0), "PAGE": page, "scale": scale, "Dr": dr, "DR": _padded(dr),
+        "BH": bh, "SLICE": tiles.slice, "BU": max(1, 8192 // (bh * rp)), "SPLIT": splits > 1, "PRECISION": "ieee",
+        "out": part, "out_b": part.stride(0), "out_h": part.stride(-2), "out_s": part.stride(1), "sums": sums,
+    }  # fmt: skip
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    grid = (b * splits * triton.cdiv(h, bh),)
+    found = [Launch(attend_kernel, grid, _ordered(attend_kernel, attend), options, q.dtype.itemsize, bh)]
+    if splits > 1:
+        sp = triton.next_power_of_2(splits)
+        br = rp if absorb else min(rp, 8192 // sp)
+        combine = shared | {
+            "part": part, "part_b": part.stride(0), "part_s": part.stride(1), "part_h": part.stride(2), "sums": sums,
+            "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": _padded(dv),
+        }  # fmt: skip
+        grid = (b * h * triton.cdiv(rp, br),)
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        found.append(Launch(combine_kernel, grid, _ordered(combine_kernel, combine), options, 4, 0))
+    return found
+
+
+def _ordered(kernel, arguments: dict) -> dict:
+    return {parameter: arguments[parameter] for parameter in kernel.arg_names}
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is contiguous, with any strides before it (a long cache is not copied); else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+EXAMPLES = {
+    "500K": (32, 256, 4, (32, 32, 16, 32), 64),
+    "5M": (32, 256, 8, (64, 32, 16, 32), 64),
+    "middle": (128, 4096, 64, (128, 64, 64, 64), 64),
+    "16 heads": (128, 4096, 16, (512, 128, 64, 128), 64),
+    "16 heads, small pages": (128, 4096, 16, (512, 128, 64, 128), 8),
+    "32 heads": (128, 4096, 32, (512, 128, 64, 128), 64),
+    "DeepSeek-V3": (128, 4096, 128, (512, 128, 64, 128), 64),
+    "DeepSeek-V3, small pages": (128, 4096, 128, (512, 128, 64, 128), 8),
+    "widest": (8, 4096, 16, (1024, 128, 64, 128), 64),
+}
+"""B, C, H, (R, Dn, Dr, Dv) and the places of a page that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
+    """Name -> launch at EXAMPLES[size], on the meta device: all of a contiguous cache at once, and a paged one in splits.
+    The cache and the queries are views of one tensor each."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    b, c, h, (r, dn, dr, dv), page = EXAMPLES[size]
+    q, q_rope = empty(b, h, dn + dr).split([dn, dr], -1)
+    out = empty(b, h, dv)
+    if max(r, dn, dv) > ABSORBED_WIDTH:
+        q, out = empty(h, b, r).transpose(0, 1), empty(h, b, r).transpose(0, 1)
+    found = {}
+    for splits, places, pages in ((1, c, None), (8, page, empty(b, c // page, dtype=torch.int32))):
+        chosen = plan(b, h, c, (r, dn, dr, dv), 0 if pages is None else page, dtype, large, 132)
+        latent, k_rope = empty(b * c // places, places, r + dr).split([r, dr], -1)
+        inputs = (q, q_rope, latent, k_rope, empty(b, dtype=torch.int64), empty(h, dn + dv, r), 0.1, pages, out)
+        for launch in launches(chosen._replace(splits=splits), *inputs):
+            found[f"{launch.kernel.__name__}, {'contiguous' if pages is None else 'paged'}"] = launch
+    return found
