@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsfast.triton_kernels import mla_attention
+from dsfast.triton_kernels import mla_attention, pieces
 from dsfast.triton_kernels.ahead import compile_launch
 from dsfast.triton_kernels.limits import CHIPS
 
@@ -41,17 +41,27 @@ def test_other_dtypes(example):
     assert_within_limits(example)
 
 
-@pytest.mark.parametrize("operator", operators())
-def test_every_kernel_is_an_example(operator):
-    """No kernel goes uncompiled: an example launches each @triton.jit function named ..._kernel, and it may launch others'."""
-    module = kernels_of(operator)
-    kernels = {name for name in vars(module) if name.endswith("_kernel")}
-    launched = {
+def names_of_kernels(module):
+    return {name for name in vars(module) if name.endswith("_kernel")}
+
+
+def launched_by(module):
+    return {
         launch.kernel.__name__
         for size in module.EXAMPLES
         for launch in module.example_launches(size, torch.bfloat16, large=True).values()
     }
-    assert kernels <= launched
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_every_kernel_is_an_example(operator):
+    """No kernel goes uncompiled: an example launches each @triton.jit function named ..._kernel, and it may launch others'."""
+    module = kernels_of(operator)
+    assert names_of_kernels(module) <= launched_by(module)
+
+
+def test_every_shared_kernel_is_an_example():
+    assert names_of_kernels(pieces) <= set().union(*(launched_by(kernels_of(operator)) for operator in operators()))
 
 
 def test_limits_find_what_breaks_them():
