@@ -262,8 +262,8 @@ _FLOAT32 = {
 }
 _LARGE = {
     "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
-    "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 3)},
-    "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
+    "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 4)},
+    "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 256, 64, 8, 3)},
 }
 _SMALL = {
     "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
@@ -402,6 +402,7 @@ class _Launches:
         if self.e * triton.cdiv(width_p, 128) * triton.cdiv(width_q, 128) < FULL // 4:
             size = 64
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
+        tiles = tiles._replace(bm=min(tiles.bm, max(16, triton.next_power_of_2(width_p))))
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
