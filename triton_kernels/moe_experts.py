@@ -28,9 +28,7 @@ from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
 from dsfast.triton_kernels.moe_route import sort_slots
 from torch import Tensor
 
-TILES_TOGETHER = (
-    8  # tiles of rows whose programs run side by side, for each block of columns: the matrix stays in the L2 cache
-)
+TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
 FULL = 264  # programs that fill a large chip twice
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 SHARE = 256  # places of an expert from which on the sum over them is split
