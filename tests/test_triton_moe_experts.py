@@ -131,6 +131,23 @@ def test_sums_over_many_places_are_split(monkeypatch, dtype):
 
 
 @on_device
+@pytest.mark.parametrize("k", [1, 2])
+def test_in_two_products_as_in_one(monkeypatch, k):
+    """A narrow I goes through both products in one program. The other way gives the same, a slot of no expert included."""
+    from dsfast.triton_kernels import moe_experts as kernels
+
+    case = moe_experts_case("narrow", 9, 20, k, 3, 6)
+    arguments = drawn(case)
+    arguments[2][4, k - 1] = 3
+    fused = run_triton(case, arguments)
+    monkeypatch.setattr(kernels, "FUSED", 0)
+    found = run_triton(case, arguments)
+    assert fused["output"].isnan().any(1).nonzero().tolist() == [[4]]
+    for quantity in fused:
+        torch.testing.assert_close(found[quantity], fused[quantity], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@on_device
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,6 +156,7 @@ def test_every_tile(monkeypatch, dtype, size):
     from dsfast.triton_kernels import moe_experts as kernels
 
     monkeypatch.setattr(kernels, "_size", lambda *_: size)
+    monkeypatch.setattr(kernels, "FUSED", 0)
     case = moe_experts_case("tiles", 70, 20, 2, 3, 18, used=(0, 2))
     with poisoned():
         assert_passed(compare(case, ["triton"], DEVICE, dtype))

@@ -5,7 +5,7 @@ places in that order, and order[r] = n K + k is the slot at place r. A tile hold
 program finds from the offsets, so the grid follows from the number of slots alone. All products are rows of one expert times
 that expert's matrix or, for the gradients of the matrices, rows transposed times rows.
 
-    up               gu = x[n] gate_up^T, h = silu(gate) * up        rows gathered from the tokens
+    up               gu = x[n] gate_up^T, h = silu(gate) * up        rows gathered from the tokens; where I is small, y_slot too
     project          y_slot = w h down^T,  dx_slot = dgu gate_up     rows scattered to the slots
                      dh = dy[n] down                                 rows gathered from the tokens
     swiglu_backward  dgu, w h and dw from dh and gu                  not in the product before it, whose tiles would get smaller
@@ -28,10 +28,9 @@ from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
 from dsfast.triton_kernels.moe_route import sort_slots
 from torch import Tensor
 
-TILES_TOGETHER = (
-    8  # tiles of rows whose programs run side by side, for each block of columns: the matrix stays in the L2 cache
-)
+TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
 FULL = 264  # programs that fill a large chip twice
+FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
 
@@ -84,17 +83,33 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
     return tl.load(p, mask=(k < DEPTH) & (n < WIDTH), other=0.0)
 
 
+@triton.jit
+def _scatter(out, weights, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
+    """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED."""
+    if WEIGHTED:
+        b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
+    tl.store(out + (slot * WIDTH)[:, None] + n, b_out.to(out.dtype.element_ty), mask=m_r[:, None] & (n < WIDTH))
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def up_kernel(
-    x, gate_up, gu, h, order, offsets, x_n, R,
+    x, gate_up, gu, h, down, weights, out, order, offsets, x_n, R,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
+    FUSED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side."""
+    """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side.
+
+    FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, and there is no h.
+    """
     blocks = tl.cdiv(I, BN)
     tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
+        if FUSED:
+            for start in tl.static_range(0, D, BD):
+                n = (start + tl.arange(0, BD))[None, :]
+                _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BD], float("nan"), tl.float32), False)
         return
     i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)
@@ -109,8 +124,15 @@ def up_kernel(
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
     m_out = m_r[:, None] & (i < I)
-    b_h = b_gate * tl.sigmoid(b_gate) * b_up
-    tl.store(h + first * I + m[:, None] * I + i, b_h.to(h.dtype.element_ty), mask=m_out)
+    b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
+    if FUSED:
+        for start in tl.static_range(0, D, BD):
+            n = (start + tl.arange(0, BD))[None, :]
+            p_down = down + tl.cast(e, tl.int64) * (D * I) + n * I + tl.arange(0, BN)[:, None]
+            b_down = _load(p_down, tl.arange(0, BN)[:, None], I, BN, n, D, BD)  # [BN, BD]
+            _scatter(out, weights, slot, m_r, n, D, tl.dot(b_h, b_down, input_precision="ieee"), WEIGHTED)
+    else:
+        tl.store(h + first * I + m[:, None] * I + i, b_h, mask=m_out)
     p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
     tl.store(p_gu, b_gate.to(gu.dtype.element_ty), mask=m_out)
     tl.store(p_gu + I, b_up.to(gu.dtype.element_ty), mask=m_out)
@@ -133,15 +155,13 @@ def project_kernel(
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)
-    m_out = m_r[:, None] & (n < WIDTH)
     if GATHER:
         p_a = a + (slot // K * a_n)[:, None] + d[None, :]
-        p_out = out + first * WIDTH + m[:, None] * WIDTH + n
+        slot = first + m
     else:
         p_a = a + first * DEPTH + tl.minimum(m, R - 1 - first.to(tl.int32))[:, None] * DEPTH + d[None, :]
-        p_out = out + (slot * WIDTH)[:, None] + n
     if e == E:
-        tl.store(p_out, tl.full([BM, BN], float("nan"), out.dtype.element_ty), mask=m_out)
+        _scatter(out, weights, slot, m_r, n, WIDTH, tl.full([BM, BN], float("nan"), tl.float32), False)
         return
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
@@ -149,9 +169,7 @@ def project_kernel(
         b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
         b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
-    if WEIGHTED:
-        b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
+    _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -262,8 +280,8 @@ _FLOAT32 = {
 }
 _LARGE = {
     "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
-    "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 3)},
-    "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
+    "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 4)},
+    "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 256, 64, 8, 3)},
 }
 _SMALL = {
     "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
@@ -321,10 +339,16 @@ def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bo
     """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
     (x,) = rows(x)
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
-    h = x.new_empty(make.places, make.i)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else y
-    up = make.rows("up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h)
-    return [up, make.project(h, make.down, slots, make.weights, 1, make.i), *make.combine(slots, y)]
+    tiles, bd = make.tiles("up", make.i, make.d), min(64, make.tiles("project", make.d, make.i).bn)
+    fused = make.i <= min(FUSED, tiles.bn) and make.d <= 4 * bd
+    h = None if fused else x.new_empty(make.places, make.i)
+    up = make.rows(
+        "up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h, out=slots, BD=bd, FUSED=fused,
+        WEIGHTED=weights is not None,
+    )  # fmt: skip
+    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i)]
+    return [up, *project, *make.combine(slots, y)]
 
 
 def backward_launches(
@@ -402,6 +426,7 @@ class _Launches:
         if self.e * triton.cdiv(width_p, 128) * triton.cdiv(width_q, 128) < FULL // 4:
             size = 64
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
+        tiles = tiles._replace(bm=min(tiles.bm, max(16, triton.next_power_of_2(width_p))))
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
