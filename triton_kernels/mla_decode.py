@@ -191,8 +191,10 @@ def attend_kernel(
         )
         b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
         b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
-        b_s = b_s_latent * factor + b_s_rope * factor
+        b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
         b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
+        # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
+        # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
         if s < length:
             b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -264,33 +266,34 @@ class Tiles(NamedTuple):
 
 # Rows of heads -> widest RP + DR that a row serves -> tiles. Starting values: they keep the limits of
 # tests/test_triton_compile.py, nobody has measured them. With 16 heads the cache's bandwidth is the bound: few registers, several
-# programs side by side. From 64 on it is the products (one warp group for each half of the latent on sm_90).
-_FLOAT32 = {16: {96: Tiles(32, 4, 1, 0, 4), 192: Tiles(32, 4, 1, 32, 2), 1152: Tiles(16, 8, 1, 32, 1)}}
+# programs side by side. From 64 on it is the products: on sm_90 each warp group takes half of the keys in scores and half of
+# the latent in sums.
+_FLOAT32 = {16: {96: Tiles(32, 4, 1, 0, 2), 192: Tiles(32, 4, 1, 32, 2), 1152: Tiles(16, 8, 1, 32, 1)}}
 _LARGE = {
     16: {
-        96: Tiles(64, 4, 2, 0, 4),
+        96: Tiles(64, 4, 2, 0, 3),
         192: Tiles(64, 4, 2, 0, 3),
         576: Tiles(32, 4, 3, 0, 2),
         1152: Tiles(16, 8, 2, 0, 1),
     },
     32: {
-        96: Tiles(64, 4, 2, 0, 4),
+        96: Tiles(64, 4, 2, 0, 3),
         192: Tiles(64, 4, 2, 0, 3),
         576: Tiles(32, 8, 3, 0, 1),
         1152: Tiles(16, 8, 2, 0, 1),
     },
-    64: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
+    64: {96: Tiles(64, 4, 2, 0, 3), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
 }
-# sm_100 keeps three tiles where sm_90 keeps two.
+# sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
 _SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
 _SMALL = {
     16: {
-        96: Tiles(64, 4, 2, 0, 4),
+        96: Tiles(64, 4, 2, 0, 3),
         192: Tiles(32, 4, 2, 0, 3),
         576: Tiles(32, 4, 2, 0, 1),
-        1152: Tiles(16, 8, 1, 0, 1),
+        1152: Tiles(16, 4, 1, 128, 1),
     },
-    32: {96: Tiles(64, 4, 2, 0, 4), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
+    32: {96: Tiles(64, 4, 2, 0, 3), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
 }
 ABSORBED_WIDTH = 64  # widest R, Dn and Dv whose products with `up` are done inside the kernel
 MOST_SPLITS = 64
