@@ -105,10 +105,11 @@ class TestOperators:
 
     @pytest.mark.parametrize("operator", ops.OPERATORS)
     def test_one_name_in_every_place(self, operator):
-        for path in (f"dsfast/ops/{operator}.py", f"csrc/{operator}.cpp", f"tests/test_{operator}.py"):
+        for path in (f"dsfast/ops/{operator}.py", f"csrc/{operator}.cpp", f"triton_kernels/{operator}.py"):
             assert (ROOT / path).is_file(), path
         assert f"{operator}.cpp" in (ROOT / "csrc/CMakeLists.txt").read_text()
         assert "OperatorContract" in (ROOT / f"tests/test_{operator}.py").read_text()
+        assert "TritonContract" in (ROOT / f"tests/test_triton_{operator}.py").read_text()
 
     @pytest.mark.parametrize("operator", ops.OPERATORS)
     def test_module_opens_with_the_maths_and_its_source(self, operator):
