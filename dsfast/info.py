@@ -39,7 +39,7 @@ def versions() -> dict[str, str | None]:
 
 
 def native_build() -> dict[str, Any]:
-    """The compiled CPU module: whether it is used and why (not), and the instruction sets in it."""
+    """The compiled CPU module: whether it is used and why (not), the instruction sets in it, and what bfloat16 is worth here."""
     module, reason = native.status()
     return {
         "available": module is not None,
@@ -47,6 +47,11 @@ def native_build() -> dict[str, Any]:
         "compiled": list(module.compiled) if module else [],
         "supported_here": list(module.supported) if module else [],
         "runs": module.isa if module else None,
+        "bfloat16": "none"
+        if not hasattr(module, "bfloat16")
+        else "fast"
+        if native.fast_bfloat16()
+        else "slower than float32",
     }
 
 
