@@ -8,7 +8,6 @@ P places of batches, N tokens of a batch, S segments at most, L routers, E exper
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,7 +100,7 @@ class DeviceStep:
             norm, clip_scale = ops.grad_clip(
                 [p.grad for p in self.parameters if p.grad is not None], self.train.grad_clip
             )
-            clip_scale = clip_scale.where(loss.isfinite(), math.nan)
+            clip_scale = clip_scale + 0 * loss  # NaN, with which nothing is updated, where the loss is not finite
             updated = clip_scale.isfinite()
             lr_scale = self.scales.index_select(0, self.place).squeeze(0)
             self.optimizer.step(lr_scale, clip_scale, self.updates + 1)

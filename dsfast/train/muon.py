@@ -119,7 +119,7 @@ class Muon:
         """As `Optimizer.step`; Muon has no use for the number of the update."""
         lr = self.lr * lr_scale
         if isinstance(lr, Tensor):
-            lr = lr.where(clip_scale.isfinite(), 0.0)
+            lr = lr * clip_scale.isfinite()
         for stack in self.stacks:
             stack.step(lr, self.weight_decay, clip_scale)
 
