@@ -74,6 +74,8 @@ class GraphGuard(TorchDispatchMode):
             raise NotCapturableError(f"{func} with a mask has a shape that depends on data")
         if name == "_to_copy" and str(kwargs.get("device", "")) == "cpu":
             raise NotCapturableError(f"{func} copies to the CPU")
+        if len({x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}) > 1:
+            raise NotCapturableError(f"{func} takes a tensor from the host")
         self.seen.append(func.name())
         self._in_operator = True
         try:
@@ -85,5 +87,6 @@ class GraphGuard(TorchDispatchMode):
 def addresses(step: DeviceStep) -> list[int]:
     """Where everything lies that a captured step reads or writes again: state, batches, rates, gradients, cast weights."""
     gradients = [p.grad for p in step.parameters if p.grad is not None]
+    assert len(gradients) == len(step.gradients)
     cast = list((step.weights.cast or {}).values())
-    return [x.data_ptr() for x in [*step.state(), step.batches.rows, step.scales, *gradients, *cast]]
+    return [x.data_ptr() for x in [*step.state(), step.batches.rows, step.scales, *step.gradients, *gradients, *cast]]

@@ -17,7 +17,16 @@ from tiny import tiny_config, tiny_dataset
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.train import Interrupted, Trainer, TrainingError, learning_rate_scale, load_checkpoint, runtime
+from dsfast.ops import triton
+from dsfast.train import (
+    Interrupted,
+    Trainer,
+    TrainingError,
+    build_optimizer,
+    learning_rate_scale,
+    load_checkpoint,
+    runtime,
+)
 from dsfast.train.runtime import DeviceSteps, HostSteps
 
 FALLBACK = "ignore:.*runs in plain PyTorch"
@@ -247,6 +256,19 @@ class TestNotFinite:
             trainer.train(quiet=True)
 
 
+def on_meta(kind: str, dtype: torch.dtype, monkeypatch) -> DeviceSteps:
+    """Steps whose tensors have no memory, every operator taking its GPU kernels' way (of which only the shapes are made)."""
+    monkeypatch.setitem(ops.dispatch._OF_DEVICE, "meta", "triton")
+    monkeypatch.setattr(triton, "available", lambda operator: (True, ""))
+    trainer = host_trainer(**{"train.optimizer": kind, "model.num_nextn_predict_layers": 1})
+    trainer.device, trainer.model = torch.device("meta"), trainer.model.to("meta")
+    trainer.optimizer = build_optimizer(trainer.model, trainer.config.train)
+    trainer.precision = trainer.precision._replace(tensors=dtype)
+    steps = DeviceSteps(trainer, eager)
+    steps._load()
+    return steps
+
+
 class TestWhatAGraphForbids:
     """Run with the C++ kernels: what plain PyTorch does inside an operator is not what a GPU runs."""
 
@@ -267,6 +289,27 @@ class TestWhatAGraphForbids:
                 place = int(steps.step.place)
                 losses.append(steps.step.measured[place - 1, 0].item())
         assert len(set(losses)) == 4
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_on_a_device_without_memory(self, kind, dtype, monkeypatch):
+        """Torch's meta device stands for a GPU: no value can be read, and a number left on the host is of another device."""
+        steps = on_meta(kind, dtype, monkeypatch)
+        with steps.trainer.kernels():
+            steps.step()
+            with GraphGuard() as guard:
+                steps.step()
+        called = {name.split("::")[1].removesuffix("_backward") for name in guard.seen if name.startswith("dsfast::")}
+        assert set(ops.OPERATORS) - {"mla_decode"} <= called
+
+    def test_there_a_number_of_the_hosts_is_noticed(self, monkeypatch):
+        steps = on_meta("muon", torch.float32, monkeypatch)
+        measure = steps.step._measure
+        steps.step._measure = lambda loss, *rest: measure(torch.where(loss > 0, loss, torch.tensor(0.0)), *rest)
+        with steps.trainer.kernels():
+            steps.step()
+            with pytest.raises(NotCapturableError, match="takes a tensor from the host"), GraphGuard():
+                steps.step()
 
     @pytest.mark.parametrize(
         "forbidden",

@@ -81,7 +81,8 @@ class DeviceStep:
         self.measured = torch.zeros(places, 4, dtype=torch.float64, device=device)
         experts = [len(router.load) for router in self.routers[:1]]
         self.loads = torch.zeros(places, len(self.routers), *experts, dtype=torch.int64, device=device)
-        self._has_gradients = False
+        self.gradients: list[Tensor] = []
+        """At fixed addresses from the first call on, of the parameters that have one."""
 
     def load(self, batches: Sequence[Batch], scales: Sequence[float], updates: int) -> None:
         """What the next len(batches) calls take, from place 0 on: batches, learning rate scales; updates made so far.
@@ -97,9 +98,7 @@ class DeviceStep:
         """One step; returns before the device has done it."""
         loss = self._gradients()
         with torch.no_grad():
-            norm, clip_scale = ops.grad_clip(
-                [p.grad for p in self.parameters if p.grad is not None], self.train.grad_clip
-            )
+            norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip)
             clip_scale = clip_scale + 0 * loss  # NaN, with which nothing is updated, where the loss is not finite
             updated = clip_scale.isfinite()
             lr_scale = self.scales.index_select(0, self.place).squeeze(0)
@@ -123,13 +122,14 @@ class DeviceStep:
     def _gradients(self) -> Tensor:
         """Set every `.grad`, in place after the first call; the loss, without dimension."""
         loss, gradients = self.weights.loss_and_gradients(self.batches.at(self.place), self.train.mtp_loss_weight)
-        if not self._has_gradients:  # which parameters have one follows from the model, not from the batch
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = None if gradient is None else torch.empty_like(parameter)
-            self._has_gradients = True
-        torch._foreach_copy_(
-            [p.grad for p in self.parameters if p.grad is not None], [g for g in gradients if g is not None]
-        )
+        pairs = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if not self.gradients:  # which parameters have one follows from the model, not from the batch
+            self.gradients = [torch.empty_like(p, requires_grad=False) for p, _ in pairs]
+        for parameter in self.parameters:
+            parameter.grad = None
+        for (parameter, _), kept in zip(pairs, self.gradients, strict=True):
+            parameter.grad = kept
+        torch._foreach_copy_(self.gradients, [gradient for _, gradient in pairs])
         return loss
 
     def _measure(self, loss: Tensor, norm: Tensor, lr_scale: Tensor, updated: Tensor) -> None:

@@ -133,7 +133,7 @@ class DeviceSteps:
         """The step after which the host looks: the next that is logged or saved, or the last with a batch."""
         train, done = self.trainer.config.train, self.trainer.steps_done
         every = [n for n in (train.log_every, train.checkpoint_every) if n]
-        return min(self.loaded, *((done // n + 1) * n for n in every))
+        return min([self.loaded, *((done // n + 1) * n for n in every)])
 
 
 def captured(step: DeviceStep) -> Callable[[], None]:
