@@ -60,6 +60,12 @@ class PackedRows:
         offsets = rows[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)  # [B, T + 1]
         return _as_batch(torch.from_numpy(self.stream[offsets].astype(np.int64)))
 
+    def most_segments(self, batch_size: int) -> int:
+        """No batch of any step has more segments: as many as the `batch_size` rows with the most have together."""
+        tokens = self.stream[: len(self) * self.sequence_length].reshape(len(self), self.sequence_length)
+        segments = 1 + (tokens[:, 1:] == BOS_ID).sum(axis=1)  # a row's start begins one in any case
+        return int(np.sort(segments)[-batch_size:].sum())
+
 
 def pack(texts: list[str], tokenizer: Tokenizer, sequence_length: int, seed: int) -> PackedRows:
     """Tokenise `texts`, one document each, and lay them end to end."""

@@ -3,14 +3,16 @@
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
 from dsfast.model.native_step import NativeStep
-from dsfast.model.precision import Precision, loss_in, precision_of
+from dsfast.model.precision import FixedWeights, Precision, gpu_has_bfloat16, loss_in, precision_of
 
 __all__ = [
     "DeepseekV3",
+    "FixedWeights",
     "NativeStep",
     "Precision",
     "generate",
     "generate_ids",
+    "gpu_has_bfloat16",
     "loss_in",
     "parameter_counts",
     "precision_of",

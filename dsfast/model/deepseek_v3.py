@@ -62,7 +62,12 @@ class DeepseekV3(nn.Module):
 
         labels [B, T] int64: the token after each input, -100 where there is none to predict; otherwise as `forward`.
         """
-        ids, labels, positions, cu_seqlens = self.flatten(input_ids, labels, positions, cu_seqlens)
+        return self.loss_of(*self.flatten(input_ids, labels, positions, cu_seqlens), mtp_loss_weight)
+
+    def loss_of(
+        self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor, mtp_loss_weight: float
+    ) -> Tensor:
+        """`loss` of what `flatten` returned: nothing is looked at, so that nothing waits for a device."""
         embedded = self.embed_tokens(ids)
         hidden = self.hidden(embedded, positions, cu_seqlens)
         loss = self.cross_entropy(hidden, labels)
@@ -107,8 +112,11 @@ class DeepseekV3(nn.Module):
         """Every router, in order, those of the MTP modules last. `load` is its tokens per expert in the last step."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def update_router_bias(self, speed: float) -> None:
-        """Balance the experts without a loss (section 2.1.2): call after each training step, outside the gradient."""
+    def update_router_bias(self, speed: float | Tensor) -> None:
+        """Balance the experts without a loss (section 2.1.2): call after each training step, outside the gradient.
+
+        speed may lie on the device, float32 []; 0 changes nothing.
+        """
         for router in self.routers():
             router.update_bias(speed)
 

@@ -49,8 +49,8 @@ class Router(Float32Buffers):
         return weights.to(x.dtype), indices
 
     @torch.no_grad()
-    def update_bias(self, speed: float) -> None:
-        """Raise the bias of experts below the mean load, lower that of experts above it, by `speed`."""
+    def update_bias(self, speed: float | Tensor) -> None:
+        """Raise the bias of experts below the mean load, lower that of experts above it, by `speed` (or float32 [])."""
         load = self.load.float()
         self.e_score_correction_bias += speed * (load.mean() - load).sign()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsfast.config import RuntimeConfig
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.ops import native
+from dsfast.ops.triton import OLDEST_CHIP
 
 
 class Precision(NamedTuple):
@@ -27,20 +28,25 @@ def precision_of(runtime: RuntimeConfig) -> Precision:
     gpu = runtime.device == "cuda"
     name = runtime.dtype
     if name == "auto":
-        name = "bfloat16" if gpu or native.fast_bfloat16() else "float32"
+        name = "bfloat16" if (gpu_has_bfloat16() if gpu else native.fast_bfloat16()) else "float32"
     dtype = getattr(torch, name)
     return Precision(dtype, torch.float32) if gpu else Precision(torch.float32, dtype)
 
 
-class _Loss(nn.Module):
-    """`DeepseekV3.loss` as a module's forward, which is what functional_call calls."""
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies bfloat16 (compute capability 8.0 and newer); True where there is none to ask."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST_CHIP
 
-    def __init__(self, model: DeepseekV3):
+
+class _Loss(nn.Module):
+    """`DeepseekV3.loss`, or `loss_of`, as a module's forward, which is what functional_call calls."""
+
+    def __init__(self, model: DeepseekV3, method: str = "loss"):
         super().__init__()
-        self.model = model
+        self.model, self.method = model, method
 
     def forward(self, *arguments, **options) -> Tensor:
-        return self.model.loss(*arguments, **options)
+        return getattr(self.model, self.method)(*arguments, **options)
 
 
 def loss_in(dtype: torch.dtype, model: DeepseekV3, *arguments, **options) -> Tensor:
@@ -49,3 +55,34 @@ def loss_in(dtype: torch.dtype, model: DeepseekV3, *arguments, **options) -> Ten
         return model.loss(*arguments, **options)
     cast = {f"model.{name}": parameter.to(dtype) for name, parameter in model.named_parameters()}
     return torch.func.functional_call(_Loss(model), cast, arguments, options)
+
+
+class FixedWeights:
+    """The loss of flat tokens with the parameters cast to `dtype` in copies that keep their addresses.
+
+    The same numbers as `loss_in`, whose casts are a new tensor for each parameter: here one launch casts all of them, and
+    one their gradients back. In the parameters' own dtype there are no copies.
+    """
+
+    def __init__(self, model: DeepseekV3, dtype: torch.dtype):
+        named = dict(model.named_parameters())
+        self.model, self.parameters = model, list(named.values())
+        self.cast = None
+        if any(p.dtype != dtype for p in self.parameters):
+            copies = {
+                f"model.{name}": torch.empty_like(p, dtype=dtype, requires_grad=True) for name, p in named.items()
+            }
+            self.cast, self._loss = copies, _Loss(model, "loss_of")
+
+    def loss_and_gradients(
+        self, flat: tuple[Tensor, ...], mtp_loss_weight: float
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """flat: as `DeepseekV3.flatten` returns it. The gradients, in `dtype`, follow `model.parameters()`."""
+        if self.cast is None:
+            loss, weights = self.model.loss_of(*flat, mtp_loss_weight), self.parameters
+        else:
+            weights = list(self.cast.values())
+            with torch.no_grad():
+                torch._foreach_copy_(weights, self.parameters)
+            loss = torch.func.functional_call(self._loss, self.cast, (*flat, mtp_loss_weight))
+        return loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True)

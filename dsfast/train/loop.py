@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -29,6 +27,7 @@ from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, open_run_folder
+from dsfast.train.runtime import DeviceSteps, HostSteps, gpu_errors, peak_memory_bytes, prepare, steps_of
 
 
 class TrainingError(UserError):
@@ -37,7 +36,10 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. `step` counts from 1; `lr` is train.learning_rate times the schedule; skipped: no update was made."""
+    """One step. `step` counts from 1; `lr` is train.learning_rate times the schedule; skipped: no update was made.
+
+    seconds: on a GPU, which is not waited for after each, the mean of the steps between two log lines.
+    """
 
     step: int
     loss: float
@@ -76,15 +78,18 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         if dataset is not None:
             self.dataset = dataset
-        self.device = _prepare(config)
-        torch.manual_seed(config.seed)
-        self.model = DeepseekV3(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.train)
-        self.precision = precision_of(config.runtime)
-        self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
+        self.device = prepare(config)
         self.steps_done = 0
         self.bad_steps = 0
         """Steps without an update since the last one with."""
+        self.last_saved: Path | None = None
+        """The newest checkpoint written, or resumed from."""
+        torch.manual_seed(config.seed)
+        with gpu_errors(self):
+            self.model = DeepseekV3(config.model).to(self.device)
+            self.optimizer = build_optimizer(self.model, config.train)
+        self.precision = precision_of(config.runtime)
+        self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -93,8 +98,9 @@ class Trainer:
     def train(self, resume: str | Path | None = None, quiet: bool = False) -> TrainResult:
         """Train up to config.train.steps; `resume` names a checkpoint, or a run folder whose newest one is continued.
 
-        Raises UserError for a bad folder or checkpoint, TrainingError after train.max_bad_steps steps in a row that
-        are not finite, and Interrupted, the step finished and saved, on Ctrl-C or SIGTERM.
+        Raises UserError for a bad folder or checkpoint and for a GPU that fails or has too little memory, TrainingError after
+        train.max_bad_steps steps in a row that are not finite, and Interrupted, the step finished and saved, on Ctrl-C or
+        SIGTERM. On a GPU these two are noticed where steps are read: at the next log line or checkpoint.
         """
         rows, train = self.dataset.rows, self.config.train
         resumed = None if resume is None else ckpt.find_checkpoint(resume)
@@ -105,13 +111,13 @@ class Trainer:
         rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
         if self.output_dir is not None:
             open_run_folder(self.output_dir, self.config, self.steps_done, resumed)
-        started = time.perf_counter()
-        with StopSignals() as signals:
+        started = perf_counter()
+        with StopSignals() as signals, gpu_errors(self):
             reports, saved = self._run(signals, quiet)
         if signals.received is not None:
             where = f"saved as {saved}" if saved else "nothing was saved"
             raise Interrupted(signals.received, f"stopped after step {self.steps_done} of {train.steps}; {where}")
-        return self._result(reports, time.perf_counter() - started, saved)
+        return self._result(reports, perf_counter() - started, saved)
 
     def step(self, input_ids: Tensor, labels: Tensor) -> float:
         """One whole training step on rows of one's own, each a document; returns its loss.
@@ -126,21 +132,32 @@ class Trainer:
             return self._train_batch(batch)
 
     def _train_batch(self, batch: Batch) -> StepReport:
-        started, train = time.perf_counter(), self.config.train
+        started, train = perf_counter(), self.config.train
         value = self.gradients(*self._inputs(batch))
         norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
-        self.steps_done += 1
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
-            self.bad_steps = 0
             self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
             self.model.update_router_bias(train.bias_update_speed)
+        tokens, seconds = batch.input_ids.numel(), perf_counter() - started
+        return self.count_step(value, norm, scale, not finite, tokens, seconds)
+
+    def count_step(
+        self, loss: float, grad_norm: float, lr_scale: float, skipped: bool, tokens: int, seconds: float
+    ) -> StepReport:
+        """Count a step that was done; its report. Raises TrainingError for one skipped too many."""
+        self.steps_done += 1
+        if skipped:
+            self._count_bad_step(loss)
         else:
-            self._count_bad_step(value)
-        seconds = time.perf_counter() - started
-        tokens = batch.input_ids.numel()
-        return StepReport(self.steps_done, value, norm, train.learning_rate * scale, not finite, tokens, seconds)
+            self.bad_steps = 0
+        lr = self.config.train.learning_rate * lr_scale
+        return StepReport(self.steps_done, loss, grad_norm, lr, skipped, tokens, seconds)
+
+    def steps(self) -> HostSteps | DeviceSteps:
+        """What carries out the steps of a run from here on: the device's own way."""
+        return steps_of(self)
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
@@ -153,41 +170,28 @@ class Trainer:
         """Write a checkpoint of the present step into output_dir; returns its folder."""
         state = ckpt.TrainingState(step=self.steps_done, bad_steps=self.bad_steps, random=ckpt.random_states())
         data = self.dataset
-        return ckpt.save_checkpoint(
+        self.last_saved = ckpt.save_checkpoint(
             self.output_dir, self.model, self.optimizer, data.tokenizer, self.config, state, data.manifest
         )
+        return self.last_saved
 
     def _run(self, signals: StopSignals, quiet: bool) -> tuple[list[StepReport], Path | None]:
         """The steps that are left, or those before a signal; with the last checkpoint written."""
-        train, rows, reports, saved = self.config.train, self.dataset.rows, [], None
+        train, steps, reports, saved = self.config.train, self.steps(), [], None
         folder = self.output_dir
         metrics = nullcontext() if folder is None else MetricsFile(folder / METRICS, self.steps_done)
         with metrics as metrics, TrainingProgress(self.steps_done, train.steps, train.log_every, quiet) as progress:
             while self.steps_done < train.steps and signals.received is None:
-                report = self.train_batch(rows.batch(self.steps_done, train.batch_size))
-                reports.append(report)
-                progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
-                if metrics is not None:
-                    metrics.write(self._metrics(report))
-                due = train.checkpoint_every and report.step % train.checkpoint_every == 0
+                for report, loads in steps.run():
+                    reports.append(report)
+                    progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
+                    if metrics is not None:
+                        metrics.write(_metrics(report, loads))
+                due = train.checkpoint_every and self.steps_done % train.checkpoint_every == 0
                 saved = self.save() if due and folder is not None else None
             if folder is not None and reports and saved is None:
                 saved = self.save()
         return reports, saved
-
-    def _metrics(self, report: StepReport) -> dict:
-        """A line of metrics.jsonl. `expert_load`: for each router the share of the choices that fell on each expert."""
-        loads = [router.load.double() for router in self.model.routers()]
-        return {
-            "step": report.step,
-            "loss": report.loss,
-            "lr": report.lr,
-            "grad_norm": report.grad_norm,
-            "skipped": report.skipped,
-            "tokens_per_second": report.tokens / report.seconds,
-            "seconds": report.seconds,
-            "expert_load": [(load / load.sum()).tolist() for load in loads],
-        }
 
     def _result(self, reports: list[StepReport], seconds: float, saved: Path | None) -> TrainResult:
         return TrainResult(
@@ -230,34 +234,19 @@ class Trainer:
         check_same_run(path, self.config, json.loads(json.dumps(self.dataset.manifest)))
         state = ckpt.load_training_state(path, self.model, self.optimizer)
         self.steps_done, self.bad_steps = state.step, state.bad_steps
+        self.last_saved = path
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the process, resident, on the CPU; of torch's allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage, whose peak survives exec: a child of a large process would show its parent's
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _prepare(config: Config) -> torch.device:
-    """Apply config.runtime to the process; returns the device."""
-    runtime = config.runtime
-    if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device is 'cuda', but torch finds no GPU here; known here: cpu")
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
-    products = precision_of(runtime).products
-    with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
-        pass  # what cannot run is noticed before anything is built
-    if products == torch.bfloat16 and not native.fast_bfloat16():
-        why = "this processor has no fast instruction for it, float32 takes less time"
-        ops.note_fallback("runtime.dtype", runtime.device, "'bfloat16' is slower here", why)
-    compiled, _ = native.status()
-    if compiled is not None:
-        compiled.keep_freed_memory()
-    return torch.device(runtime.device)
+def _metrics(report: StepReport, loads: list[Tensor]) -> dict:
+    """A line of metrics.jsonl. `expert_load`: for each router the share of the choices that fell on each expert."""
+    loads = [load.double() for load in loads]
+    return {
+        "step": report.step,
+        "loss": report.loss,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "skipped": report.skipped,
+        "tokens_per_second": report.tokens / report.seconds,
+        "seconds": report.seconds,
+        "expert_load": [(load / load.sum()).tolist() for load in loads],
+    }

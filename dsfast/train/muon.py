@@ -69,19 +69,28 @@ class Stack:
         """Each matrix parameter's slice of the momentum, a view [n, short, long]."""
         return self.momentum.split(self.sizes)
 
-    def step(self, lr: float, weight_decay: float, clip_scale: float) -> None:
-        """One update of every parameter here from its `.grad`; a missing gradient counts as zero."""
+    def step(self, lr: float | Tensor, weight_decay: float, clip_scale: float | Tensor) -> None:
+        """One update of every parameter here from its `.grad`; a missing gradient counts as zero.
+
+        A clip_scale that lies on the device and is not finite leaves the momentum as it is; `Muon.step` makes lr 0 then.
+        """
         for matrix, part in zip(self.matrices, self.update.split(self.sizes), strict=True):
             grad = matrix.parameter.grad
             part.zero_() if grad is None else part.copy_(matrix.stack(grad.contiguous()))
-        if clip_scale != 1.0:
+        if isinstance(clip_scale, Tensor):  # what moves towards itself stays, to the bit
+            torch.where(clip_scale.isfinite(), self.update * clip_scale, self.momentum, out=self.update)
+        elif clip_scale != 1.0:
             self.update.mul_(clip_scale)
         self.momentum.lerp_(self.update, 1 - MOMENTUM)
         direction = self.orthogonalise(self.update.lerp_(self.momentum, MOMENTUM))
         for parameter, part in zip(self.parameters, direction.split(self.sizes), strict=True):
             if weight_decay:
                 parameter.mul_(1 - lr * weight_decay)
-            parameter.add_(part, alpha=-lr * self.rms_scale)
+            rate = -lr * self.rms_scale
+            if isinstance(rate, Tensor):
+                parameter.addcmul_(part, rate.to(part.dtype))
+            else:
+                parameter.add_(part, alpha=rate)
 
     def orthogonalise(self, x: Tensor) -> Tensor:
         """NS(x / |x|) for every matrix of x [n, short, long], in fp32; x is overwritten."""
@@ -106,9 +115,17 @@ class Muon:
         self.stacks = [Stack(group) for group in by_shape.values()]
 
     @torch.no_grad()
-    def step(self, lr_scale: float, clip_scale: float) -> None:
+    def step(self, lr_scale: float | Tensor, clip_scale: float | Tensor, update: Tensor | None = None) -> None:
+        """As `Optimizer.step`; Muon has no use for the number of the update."""
+        lr = self.lr * lr_scale
+        if isinstance(lr, Tensor):
+            lr = lr * clip_scale.isfinite()
         for stack in self.stacks:
-            stack.step(self.lr * lr_scale, self.weight_decay, clip_scale)
+            stack.step(lr, self.weight_decay, clip_scale)
+
+    def tensors(self) -> list[Tensor]:
+        """What an update changes beside the parameters, in place."""
+        return [stack.momentum for stack in self.stacks]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`muon.momentum.<name>`, each in its parameter's own shape."""

@@ -56,28 +56,44 @@ class AdamW:
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.updates = 0
+        self._lrs_on_device: dict[tuple[float, ...], Tensor] = {}
 
-    def step(self, lr_scale: float, clip_scale: float) -> None:
-        """One update of the parameters that have a gradient."""
-        self.updates += 1
+    def step(self, lr_scale: float | Tensor, clip_scale: float | Tensor, update: Tensor | None = None) -> None:
+        """One update of the parameters that have a gradient; see `Optimizer.step`."""
+        if update is None:
+            self.updates += 1
         rows = zip(self.parameters.items(), self.lrs, self.weight_decays, strict=True)
-        chosen = [(name, p, lr * lr_scale, decay) for (name, p), lr, decay in rows if p.grad is not None]
+        chosen = [(name, p, lr, decay) for (name, p), lr, decay in rows if p.grad is not None]
         if not chosen:
             return
         names, parameters, lrs, decays = (list(column) for column in zip(*chosen, strict=True))
+        if isinstance(lr_scale, Tensor):
+            rates = self._on_device(tuple(lrs), lr_scale.device).mul(lr_scale).float()
+        else:
+            rates = [lr * lr_scale for lr in lrs]
         ops.adamw(
             [p.detach() for p in parameters],
             [p.grad for p in parameters],
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
-            lrs,
+            rates,
             decays,
             self.beta1,
             self.beta2,
             self.eps,
-            self.updates,
+            self.updates if update is None else update,
             clip_scale,
         )
+
+    def _on_device(self, lrs: tuple[float, ...], device: torch.device) -> Tensor:
+        """float64 [T]; made once, so that the capture of a CUDA graph finds it."""
+        if lrs not in self._lrs_on_device:
+            self._lrs_on_device[lrs] = torch.tensor(lrs, dtype=torch.float64, device=device)
+        return self._lrs_on_device[lrs]
+
+    def tensors(self) -> list[Tensor]:
+        """What an update changes beside the parameters, in place."""
+        return [*self.exp_avg.values(), *self.exp_avg_sq.values()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`adamw.exp_avg.<name>`, `adamw.exp_avg_sq.<name>` and `adamw.updates`, an int64 scalar."""
@@ -96,12 +112,31 @@ class Optimizer:
     """What `build_optimizer` returns: AdamW and, for the matrices of a "muon" run, Muon."""
 
     def __init__(self, adamw: AdamW, muon: Muon | None):
+        self.adamw = adamw
         self.parts = [adamw] if muon is None else [adamw, muon]
 
-    def step(self, lr_scale: float, clip_scale: float = 1.0) -> None:
-        """Update every parameter from its `.grad`, the rates multiplied by lr_scale, the gradients by clip_scale."""
+    def step(self, lr_scale: float | Tensor, clip_scale: float | Tensor = 1.0, update: Tensor | None = None) -> None:
+        """Update every parameter from its `.grad`, the rates multiplied by lr_scale, the gradients by clip_scale.
+
+        All three on the parameters' device (lr_scale float64 [], clip_scale float32 [], update int64 []): nothing waits for
+        it, and a clip_scale that is not finite changes nothing. `update` is then the number of this update, from 1, and
+        `updates` is the caller's to set.
+        """
         for part in self.parts:
-            part.step(lr_scale, clip_scale)
+            part.step(lr_scale, clip_scale, update)
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made."""
+        return self.adamw.updates
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self.adamw.updates = number
+
+    def tensors(self) -> list[Tensor]:
+        """What an update changes beside the parameters, in place."""
+        return [tensor for part in self.parts for tensor in part.tensors()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """A flat dictionary name -> tensor, as safetensors stores it."""

@@ -1,0 +1,139 @@
+"""A training step as a function of device memory alone: what a CUDA graph can record once and replay.
+
+Nothing in it waits for the host, no shape depends on data, and whatever a step reads of an earlier one, or leaves to a
+later one, stands at an address that does not change. The batch is chosen by a counter that the step itself moves on.
+
+P places of batches, N tokens of a batch, S segments at most, L routers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.config import TrainConfig
+from dsfast.data import Batch
+from dsfast.model import DeepseekV3, FixedWeights
+from dsfast.train.optimizer import Optimizer
+
+
+class Measured(NamedTuple):
+    """What the step at one place left behind; `loads` [L, E] int64, tokens per expert of each router."""
+
+    loss: float
+    grad_norm: float
+    lr_scale: float
+    skipped: bool
+    loads: Tensor
+
+
+class Batches:
+    """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1].
+
+    Those with fewer segments end in empty ones, boundaries N, so that all have one shape.
+    """
+
+    def __init__(self, places: int, tokens: int, segments: int, device: torch.device):
+        self.tokens, self.segments = tokens, segments
+        self.rows = torch.zeros(places, row_elements(tokens, segments), dtype=torch.int64, device=device)
+
+    def load(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        """Put them in the first places; each flat, as `DeepseekV3.flatten` returns it, on the CPU."""
+        rows = torch.full((len(batches), self.rows.size(1)), self.tokens, dtype=torch.int64)
+        for row, flat in zip(rows, batches, strict=True):
+            joined = torch.cat([part.long() for part in flat])
+            row[: len(joined)] = joined
+        self.rows[: len(batches)].copy_(rows)
+
+    def at(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ids, labels, positions [N] int64 and cu_seqlens [S + 1] int32 of the batch at place [1] int64."""
+        row = self.rows.index_select(0, place).squeeze(0)
+        *parts, cu_seqlens = row.split([self.tokens, self.tokens, self.tokens, self.segments + 1])
+        return *parts, cu_seqlens.int()
+
+
+def row_elements(tokens: int, segments: int) -> int:
+    """int64 elements that a batch takes."""
+    return 3 * tokens + segments + 1
+
+
+class DeviceStep:
+    """The training step of `model`: each call takes the batch at the next place of those loaded.
+
+    Forward and backward in `dtype`, clip, update, router bias; where loss or gradients are not finite nothing is updated,
+    as in `Trainer.train_batch`. The model lies on its device already; call within `Trainer.kernels()`.
+    """
+
+    def __init__(
+        self, model: DeepseekV3, optimizer: Optimizer, train: TrainConfig, dtype: torch.dtype, batches: Batches
+    ):
+        self.model, self.optimizer, self.train, self.batches = model, optimizer, train, batches
+        self.weights, self.routers = FixedWeights(model, dtype), model.routers()
+        self.parameters = self.weights.parameters
+        places, device = len(batches.rows), batches.rows.device
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.scales = torch.zeros(places, dtype=torch.float64, device=device)
+        self.measured = torch.zeros(places, 4, dtype=torch.float64, device=device)
+        experts = [len(router.load) for router in self.routers[:1]]
+        self.loads = torch.zeros(places, len(self.routers), *experts, dtype=torch.int64, device=device)
+        self.gradients: list[Tensor] = []
+        """At fixed addresses from the first call on, of the parameters that have one."""
+
+    def load(self, batches: Sequence[Batch], scales: Sequence[float], updates: int) -> None:
+        """What the next len(batches) calls take, from place 0 on: batches, learning rate scales; updates made so far.
+
+        Raises UserError for ids, labels or positions out of range: here they lie on the CPU and can be looked at.
+        """
+        self.batches.load([self.model.flatten(b.input_ids, b.labels, b.positions, b.cu_seqlens) for b in batches])
+        self.scales[: len(scales)].copy_(torch.tensor(scales, dtype=torch.float64))
+        self.place.zero_()
+        self.updates.fill_(updates)
+
+    def __call__(self) -> None:
+        """One step; returns before the device has done it."""
+        loss = self._gradients()
+        with torch.no_grad():
+            norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip)
+            clip_scale = clip_scale + 0 * loss  # NaN, with which nothing is updated, where the loss is not finite
+            updated = clip_scale.isfinite()
+            lr_scale = self.scales.index_select(0, self.place).squeeze(0)
+            self.optimizer.step(lr_scale, clip_scale, self.updates + 1)
+            self.model.update_router_bias(self.train.bias_update_speed * updated)
+            self.updates.add_(updated)
+            self._measure(loss, norm, lr_scale, updated)
+            self.place.add_(1)
+
+    def read(self, begin: int, end: int) -> list[Measured]:
+        """What the steps at places begin .. end - 1 measured; waits for them."""
+        numbers, loads = self.measured[begin:end].tolist(), self.loads[begin:end].cpu()
+        return [Measured(*row[:3], row[3] == 0, load) for row, load in zip(numbers, loads, strict=True)]
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a call changes for later ones to see; the gradients, which each call makes anew, left out."""
+        own = [self.place, self.updates, self.measured, self.loads]
+        routers = [tensor for router in self.routers for tensor in (router.e_score_correction_bias, router.load)]
+        return [*(p.detach() for p in self.parameters), *self.optimizer.tensors(), *routers, *own]
+
+    def _gradients(self) -> Tensor:
+        """Set every `.grad`, in place after the first call; the loss, without dimension."""
+        loss, gradients = self.weights.loss_and_gradients(self.batches.at(self.place), self.train.mtp_loss_weight)
+        pairs = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        if not self.gradients:  # which parameters have one follows from the model, not from the batch
+            self.gradients = [torch.empty_like(p, requires_grad=False) for p, _ in pairs]
+        for parameter in self.parameters:
+            parameter.grad = None
+        for (parameter, _), kept in zip(pairs, self.gradients, strict=True):
+            parameter.grad = kept
+        torch._foreach_copy_(self.gradients, [gradient for _, gradient in pairs])
+        return loss
+
+    def _measure(self, loss: Tensor, norm: Tensor, lr_scale: Tensor, updated: Tensor) -> None:
+        row = torch.stack([loss.double(), norm, lr_scale, updated.double()])
+        self.measured.index_copy_(0, self.place, row[None])
+        if self.routers:
+            self.loads.index_copy_(0, self.place, torch.stack([router.load for router in self.routers])[None])

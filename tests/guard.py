@@ -1,0 +1,92 @@
+"""A guard over a training step: what a CUDA graph cannot record is an error, on a CPU too."""
+
+from __future__ import annotations
+
+import sys
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsfast.train.device_step import DeviceStep
+
+WAITING = {"_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"}
+"""Operators of aten that look at values on the host."""
+METHODS = ("item", "tolist", "numpy", "cpu", "to", "__bool__", "__int__", "__float__", "__index__", "is_pinned")
+"""Those of a tensor that do; some of them are not seen by a dispatch mode on a CPU, where there is nothing to copy."""
+SHAPED_BY_DATA = {
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave", "histc",
+}  # fmt: skip
+LAUNCHERS = str(Path(__file__).parents[1] / "triton_kernels")
+
+
+class NotCapturableError(AssertionError):
+    """Something that waits for the device, or whose shape depends on what is in memory."""
+
+
+class GraphGuard(TorchDispatchMode):
+    """Inside, what waits for the device, copies to the CPU or takes its shape from data raises NotCapturableError.
+
+    Inside an operator of dsfast only the launchers of its Triton kernels are held to it (which run in the interpreter): its
+    C++ kernel and what interprets a kernel are not what a GPU runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._in_operator, self._former, self.seen = False, {}, []
+
+    def __enter__(self):
+        self._former = {name: getattr(Tensor, name) for name in METHODS}
+        for name, method in self._former.items():
+            setattr(Tensor, name, self._watched(name, method))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self._former.items():
+            setattr(Tensor, name, method)
+        return super().__exit__(*error)
+
+    def _watched(self, name: str, method):
+        @wraps(method)
+        def watched(x, *args, **kwargs):
+            held = not self._in_operator or sys._getframe(1).f_code.co_filename.startswith(LAUNCHERS)
+            if held and (
+                name != "to" or "cpu" in (str(a) for a in (*args, *kwargs.values()) if not isinstance(a, Tensor))
+            ):
+                raise NotCapturableError(f"Tensor.{name} waits for the device")
+            return method(x, *args, **kwargs)
+
+        return watched
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in WAITING:
+            raise NotCapturableError(f"{func} waits for the device")
+        if name in SHAPED_BY_DATA:
+            raise NotCapturableError(f"{func} has a shape that depends on data")
+        if name in ("index", "index_put", "index_put_") and any(
+            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])
+        ):
+            raise NotCapturableError(f"{func} with a mask has a shape that depends on data")
+        if name == "_to_copy" and str(kwargs.get("device", "")) == "cpu":
+            raise NotCapturableError(f"{func} copies to the CPU")
+        if len({x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}) > 1:
+            raise NotCapturableError(f"{func} takes a tensor from the host")
+        self.seen.append(func.name())
+        self._in_operator = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._in_operator = False
+
+
+def addresses(step: DeviceStep) -> list[int]:
+    """Where everything lies that a captured step reads or writes again: state, batches, rates, gradients, cast weights."""
+    gradients = [p.grad for p in step.parameters if p.grad is not None]
+    assert len(gradients) == len(step.gradients)
+    cast = list((step.weights.cast or {}).values())
+    return [x.data_ptr() for x in [*step.state(), step.batches.rows, step.scales, *step.gradients, *gradients, *cast]]

@@ -1,0 +1,494 @@
+"""The GPU's training step, run on CPU tensors: the same numbers as the CPU's own, and nothing that a CUDA graph forbids."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from guard import GraphGuard, NotCapturableError, addresses
+from operator_cases import needs_native
+from tiny import tiny_config, tiny_dataset
+
+from dsfast import ops
+from dsfast.errors import UserError
+from dsfast.ops import triton
+from dsfast.train import (
+    Interrupted,
+    Trainer,
+    TrainingError,
+    build_optimizer,
+    learning_rate_scale,
+    load_checkpoint,
+    runtime,
+)
+from dsfast.train.runtime import DeviceSteps, HostSteps
+
+FALLBACK = "ignore:.*runs in plain PyTorch"
+BY_OPERATORS = {"runtime.whole_step": False}
+
+
+def eager(step):
+    """Launch the step as it is."""
+    return step
+
+
+def host_trainer(output_dir=None, **changes) -> Trainer:
+    return Trainer(tiny_config(**{**BY_OPERATORS, **changes}), output_dir, tiny_dataset())
+
+
+def device_trainer(output_dir=None, launch=eager, **changes) -> Trainer:
+    """A trainer whose steps are those of a GPU, on CPU tensors."""
+    trainer = host_trainer(output_dir, **changes)
+    trainer.steps = partial(DeviceSteps, trainer, launch)
+    return trainer
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors = {**trainer.model.state_dict(), **trainer.optimizer.state_dict()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def reports(trainer: Trainer) -> list:
+    """The report and the loads of every step of the run."""
+    steps, done = trainer.steps(), []
+    while trainer.steps_done < trainer.config.train.steps:
+        done += [(report, [load.clone() for load in loads]) for report, loads in steps.run()]
+    return done
+
+
+def assert_same_run(found: Trainer, expected: Trainer, rtol: float) -> None:
+    """Step by step: losses, norms, rates, loads; then weights, moments, biases and counters."""
+    for (a, a_loads), (b, b_loads) in zip(reports(found), reports(expected), strict=True):
+        assert (a.step, a.lr, a.skipped, a.tokens) == (b.step, b.lr, b.skipped, b.tokens)
+        assert a.loss == pytest.approx(b.loss, rel=rtol), f"step {a.step}"
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=10 * rtol), f"step {a.step}"
+        assert all(torch.equal(x, y) for x, y in zip(a_loads, b_loads, strict=True)), f"step {a.step}"
+    ours, theirs = state(found), state(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, theirs[name], rtol=100 * rtol, atol=10 * rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+class TestTheSameNumbers:
+    """1e-6 of a loss: rates and clip factor are rounded to float32 on a device, and are Python's float64 on the CPU.
+
+    In these ten steps no loss differed by a bit on the machine where this was written, weights by 6e-8 at most.
+    """
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    def test_as_the_cpu_loop_with_its_kernels(self, kind):
+        needs_native()
+        changes = {"train.optimizer": kind, "train.grad_clip": 0.5}
+        assert_same_run(device_trainer(**changes), host_trainer(**changes), 1e-6)
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    def test_in_plain_pytorch(self, kind):
+        changes = {"train.optimizer": kind, "runtime.kernels": {"default": "reference"}, "train.decay": "cosine"}
+        assert_same_run(device_trainer(**changes), host_trainer(**changes), 1e-6)
+
+    def test_with_multi_token_prediction(self):
+        changes = {"model.num_nextn_predict_layers": 1, "train.mtp_loss_weight": 0.7}
+        assert_same_run(device_trainer(**changes), host_trainer(**changes), 1e-6)
+
+    def test_as_the_whole_step_in_one_native_call(self):
+        """Its sums have another order: 1e-5."""
+        needs_native()
+        expected = host_trainer(**{"runtime.whole_step": True})
+        assert_same_run(device_trainer(), expected, 1e-5)
+        assert expected.gradients.in_one_call
+
+    @pytest.mark.filterwarnings(FALLBACK)
+    def test_in_bfloat16_as_loss_in(self):
+        """Casts to copies at fixed addresses instead of new tensors: the same bits, if the loop computes in bfloat16 too."""
+        trainers = [device_trainer(**{"train.steps": 4}), host_trainer(**{"train.steps": 4})]
+        for trainer in trainers:
+            trainer.precision = trainer.precision._replace(tensors=torch.bfloat16)
+        trainers[1].gradients.dtype = torch.bfloat16
+        with ops.use("auto"):
+            assert_same_run(*trainers, 1e-6)
+        losses = [report.loss for report, _ in reports(device_trainer(**{"train.steps": 4}))]
+        assert losses[0] != pytest.approx(reports(host_bfloat16())[0][0].loss, rel=1e-7), "it did compute in bfloat16"
+
+    def test_batches_in_several_loads(self, monkeypatch):
+        """3 places for 10 steps."""
+        trainer = device_trainer()
+        monkeypatch.setattr(runtime, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
+        places = len(trainer.steps().step.batches.rows)
+        assert 3 <= places < 5
+        assert_same_run(trainer, host_trainer(), 1e-6)
+
+
+def host_bfloat16() -> Trainer:
+    trainer = host_trainer(**{"train.steps": 1})
+    trainer.gradients.dtype = torch.bfloat16
+    return trainer
+
+
+class TestTheLoop:
+    def test_writes_what_the_cpu_loop_writes(self, tmp_path, capsys):
+        folders = {}
+        for name, make in (("host", host_trainer), ("device", device_trainer)):
+            trainer = make(tmp_path / name, **{"train.checkpoint_every": 4})
+            result = trainer.train()
+            lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            assert [line["loss"] for line in lines] == result.losses
+            printed = [line.split(" tokens/s")[0].rsplit("  ", 1)[0] for line in capsys.readouterr().out.splitlines()]
+            kept = sorted(path.name for path in (tmp_path / name).iterdir())
+            folders[name] = (lines, printed, kept, [(result.steps, result.skipped_steps, result.checkpoint.name)])
+        assert folders["host"][1:] == folders["device"][1:]
+        for a, b in zip(folders["host"][0], folders["device"][0], strict=True):
+            assert a.keys() == b.keys()
+            exactly = ("step", "lr", "skipped", "expert_load")
+            assert [a[name] for name in exactly] == [b[name] for name in exactly]
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    def test_resumes_bit_for_bit(self, tmp_path, kind):
+        changes = {"train.optimizer": kind, "train.checkpoint_every": 4}
+        whole = device_trainer(tmp_path / "whole", **changes)
+        whole.train(quiet=True)
+        rest = device_trainer(**changes)
+        result = rest.train(tmp_path / "whole" / "step-000004", quiet=True)
+        assert (result.steps, len(result.losses)) == (10, 6)
+        expected = state(whole)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state(rest).items())
+        assert rest.optimizer.updates == 10
+
+    def test_a_signal_ends_it_at_the_next_log_line(self, tmp_path):
+        trainer = device_trainer(tmp_path / "run", partial(signalling, at=3))
+        former = signal.getsignal(signal.SIGINT)
+        with pytest.raises(Interrupted, match=r"stopped after step 5 of 10; saved as .*step-000005"):
+            trainer.train(quiet=True)
+        assert signal.getsignal(signal.SIGINT) is former
+        model, _, _ = load_checkpoint(tmp_path / "run")
+        assert all(torch.equal(x, trainer.model.state_dict()[name]) for name, x in model.state_dict().items())
+
+    def test_ids_out_of_range_are_noticed_when_batches_are_loaded(self):
+        data = tiny_dataset()
+        stream = data.rows.stream.copy()
+        stream[5] = 300
+        trainer = device_trainer()
+        trainer.dataset = replace(data, rows=replace(data.rows, stream=stream))
+        with pytest.raises(UserError, match=r"expected 0 .. 299, got 300"):
+            reports(trainer)
+
+    def test_the_cpu_has_its_own_steps(self):
+        assert isinstance(host_trainer().steps(), HostSteps)
+
+
+def signalling(step, at: int):
+    """The step, which at its call number `at` sends this process SIGINT."""
+    calls = []
+
+    def call():
+        calls.append(None)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        step()
+
+    return call
+
+
+def poisoned(values: dict[int, float], trainer: Trainer) -> None:
+    """Multiply one gradient by values[step] (from 0), the step counted on the device."""
+    factors = torch.tensor([values.get(step, 1.0) for step in range(trainer.config.train.steps)])
+    target = dict(trainer.model.named_parameters())["layers.1.self_attn.o_proj.weight"]
+    steps = trainer.steps()
+    trainer.steps = lambda: steps
+    target.register_hook(lambda grad: grad * factors.index_select(0, steps.step.place))
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    def test_nothing_is_updated_it_is_counted_and_the_run_goes_on(self, kind, tmp_path):
+        bad = {0: math.nan, 3: math.nan, 4: math.inf, 6: -math.inf}
+        trainer = device_trainer(**{"train.optimizer": kind, "train.log_every": 1})
+        poisoned(bad, trainer)
+        steps, skipped = trainer.steps(), []
+        for step in range(10):
+            before, biases = state(trainer), [r.e_score_correction_bias.clone() for r in trainer.model.routers()]
+            ((report, _),) = steps.run()
+            after = state(trainer)
+            assert all(torch.equal(before[n], after[n]) for n in before) == (step in bad)
+            same = [
+                torch.equal(b, r.e_score_correction_bias) for b, r in zip(biases, trainer.model.routers(), strict=True)
+            ]
+            assert all(same) or step not in bad
+            assert int(steps.step.updates) == trainer.optimizer.updates == int(after["adamw.updates"])
+            skipped += [report.step] if report.skipped else []
+        assert skipped == [1, 4, 5, 7]
+        assert trainer.optimizer.updates == 6
+        assert not any(tensor.isnan().any() for tensor in state(trainer).values())
+
+    def test_a_loss_that_is_not_finite_with_gradients_that_are(self):
+        trainer = device_trainer(**{"train.log_every": 1})
+        steps = trainer.steps()
+        inner = steps.step.weights.loss_and_gradients
+        steps.step.weights.loss_and_gradients = lambda *a: (lambda loss, g: (loss * math.inf, g))(*inner(*a))
+        before = state(trainer)
+        ((report, _),) = steps.run()
+        assert (report.loss, report.skipped) == (math.inf, True)
+        assert math.isfinite(report.grad_norm)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state(trainer).items())
+
+    def test_the_same_run_as_the_cpu_loop(self):
+        bad = {0: math.nan, 5: math.inf}
+        found, expected = device_trainer(), host_trainer()
+        poisoned(bad, found)
+        target = dict(expected.model.named_parameters())["layers.1.self_attn.o_proj.weight"]
+        target.register_hook(lambda grad: grad * bad.get(expected.steps_done, 1.0))
+        for (a, _), (b, _) in zip(reports(found), reports(expected), strict=True):
+            assert (a.step, a.skipped, a.lr) == (b.step, b.skipped, b.lr)
+            assert a.loss == pytest.approx(b.loss, rel=1e-6)
+        assert found.optimizer.updates == expected.optimizer.updates == 8
+
+    def test_too_many_in_a_row_end_the_run_at_the_next_log_line(self):
+        trainer = device_trainer(**{"train.max_bad_steps": 2})
+        poisoned(dict.fromkeys(range(2, 10), math.inf), trainer)
+        with pytest.raises(
+            TrainingError, match=r"step 4: 2 steps in a row .*gradient of 'layers.1.self_attn.o_proj.weight'"
+        ):
+            trainer.train(quiet=True)
+
+
+def on_meta(kind: str, dtype: torch.dtype, monkeypatch) -> DeviceSteps:
+    """Steps whose tensors have no memory, every operator taking its GPU kernels' way (of which only the shapes are made)."""
+    monkeypatch.setitem(ops.dispatch._OF_DEVICE, "meta", "triton")
+    monkeypatch.setattr(triton, "available", lambda operator: (True, ""))
+    trainer = host_trainer(**{"train.optimizer": kind, "model.num_nextn_predict_layers": 1})
+    trainer.device, trainer.model = torch.device("meta"), trainer.model.to("meta")
+    trainer.optimizer = build_optimizer(trainer.model, trainer.config.train)
+    trainer.precision = trainer.precision._replace(tensors=dtype)
+    steps = DeviceSteps(trainer, eager)
+    steps._load()
+    return steps
+
+
+class TestWhatAGraphForbids:
+    """Run with the C++ kernels: what plain PyTorch does inside an operator is not what a GPU runs."""
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    @pytest.mark.parametrize("mtp", [0, 1])
+    def test_no_wait_no_shape_from_data_no_new_address(self, kind, mtp):
+        needs_native()
+        trainer = device_trainer(**{"train.optimizer": kind, "model.num_nextn_predict_layers": mtp})
+        steps = trainer.steps()
+        list(steps.run())
+        before, losses = addresses(steps.step), []
+        with trainer.kernels():
+            for _ in range(4):
+                with GraphGuard() as guard:
+                    steps.step()
+                assert {"dsfast::mla_attention_backward", "dsfast::grad_clip", "dsfast::adamw"} <= set(guard.seen)
+                assert addresses(steps.step) == before
+                place = int(steps.step.place)
+                losses.append(steps.step.measured[place - 1, 0].item())
+        assert len(set(losses)) == 4
+
+    @pytest.mark.parametrize("kind", ["adamw", "muon"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_on_a_device_without_memory(self, kind, dtype, monkeypatch):
+        """Torch's meta device stands for a GPU: no value can be read, and a number left on the host is of another device."""
+        steps = on_meta(kind, dtype, monkeypatch)
+        with steps.trainer.kernels():
+            steps.step()
+            with GraphGuard() as guard:
+                steps.step()
+        called = {name.split("::")[1].removesuffix("_backward") for name in guard.seen if name.startswith("dsfast::")}
+        assert set(ops.OPERATORS) - {"mla_decode"} <= called
+
+    def test_there_a_number_of_the_hosts_is_noticed(self, monkeypatch):
+        steps = on_meta("muon", torch.float32, monkeypatch)
+        measure = steps.step._measure
+        steps.step._measure = lambda loss, *rest: measure(torch.where(loss > 0, loss, torch.tensor(0.0)), *rest)
+        with steps.trainer.kernels():
+            steps.step()
+            with pytest.raises(NotCapturableError, match="takes a tensor from the host"), GraphGuard():
+                steps.step()
+
+    @pytest.mark.parametrize(
+        "forbidden",
+        [
+            lambda x: x.item(),
+            lambda x: float(x),
+            lambda x: bool(x > 0),
+            lambda x: x[None].tolist(),
+            lambda x: x[None].nonzero(),
+            lambda x: x[None][x[None] > 0],
+            lambda x: x[None].masked_select(x[None] > 0),
+            lambda x: x[None].unique(),
+            lambda x: x.to("cpu"),
+            lambda x: x.cpu(),
+            lambda x: x.numpy(),
+            lambda x: x.double().to(device="cpu", copy=True),
+            lambda x: torch.repeat_interleave(x[None], x[None].long()),
+            lambda x: torch.bincount(x[None].long()),
+            lambda x: torch.equal(x, x),
+        ],
+    )
+    def test_the_guard_notices(self, forbidden):
+        trainer = device_trainer()
+        steps = trainer.steps()
+        list(steps.run())
+        measure = steps.step._measure
+
+        def injected(loss, *rest):
+            forbidden(loss)
+            measure(loss, *rest)
+
+        steps.step._measure = injected
+        with trainer.kernels(), pytest.raises(NotCapturableError), GraphGuard():
+            steps.step()
+
+    def test_the_addresses_would_show_new_gradients(self):
+        steps = device_trainer().steps()
+        list(steps.run())
+        before = addresses(steps.step)
+        for parameter in steps.step.parameters:
+            parameter.grad = parameter.grad.clone()
+        assert addresses(steps.step) != before
+
+
+class TestCapture:
+    """Without a GPU: the stream and the recording are stood in for."""
+
+    @pytest.fixture(autouse=True)
+    def no_gpu(self, monkeypatch):
+        from contextlib import nullcontext
+
+        monkeypatch.setattr(runtime, "_side_stream", nullcontext)
+        monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
+
+    def test_warm_up_and_recording_change_nothing(self, monkeypatch):
+        calls = []
+
+        def record(step):
+            step()
+            return lambda: (calls.append(None), step())
+
+        monkeypatch.setattr(runtime, "_record", record)
+        trainer = device_trainer(launch=runtime.captured)
+        assert_same_run(trainer, host_trainer(), 1e-6)
+        assert len(calls) == 10
+        plain, warmed = device_trainer(), device_trainer(launch=runtime.captured)
+        assert [r.loss for r, _ in reports(plain)] == [r.loss for r, _ in reports(warmed)]
+        assert all(torch.equal(tensor, state(plain)[name]) for name, tensor in state(warmed).items())
+
+    def test_state_is_everything_that_a_step_changes(self):
+        steps = device_trainer().steps()
+        list(steps.run())
+        everything = {id(x): x for x in [*steps.step.state(), *steps.trainer.model.state_dict().values()]}
+        before = {key: x.clone() for key, x in everything.items()}
+        optimizer = state(steps.trainer)
+        with runtime.unchanged(steps.step.state()), steps.trainer.kernels():
+            steps.step()
+        assert all(torch.equal(x, before[key]) for key, x in everything.items())
+        assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
+
+    def test_where_it_fails_the_steps_are_launched_one_by_one_and_it_is_said(self, monkeypatch):
+        def record(step):
+            step()
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(runtime, "_record", record)
+        trainer = device_trainer(launch=runtime.captured)
+        with pytest.warns(
+            ops.FallbackWarning, match="train_step is launched operator by operator: capture as a CUDA graph"
+        ):
+            assert_same_run(trainer, host_trainer(), 1e-6)
+        (row,) = ops.fallbacks()
+        assert row["device"] == "cuda"
+        assert row["reason"].endswith("operation not permitted when stream is capturing")
+
+    def test_out_of_memory_is_no_reason_for_another_way(self, monkeypatch):
+        def record(step):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+        monkeypatch.setattr(runtime, "_record", record)
+        trainer = device_trainer(launch=runtime.captured)
+        expected = (
+            r"out of GPU memory after step 0 with train.batch_size 3 and data.sequence_length 16: lower one of them; no "
+            r"checkpoint was written \(CUDA out of memory. Tried to allocate 2.00 GiB.\)$"
+        )
+        with pytest.raises(UserError, match=expected):
+            trainer.train(quiet=True)
+
+
+class TestAGpuThatFails:
+    def failing(self, tmp_path, error: Exception) -> Trainer:
+        """At step 6, after a checkpoint at 5."""
+
+        def launch(step):
+            calls = []
+
+            def call():
+                calls.append(None)
+                if len(calls) == 7:
+                    raise error
+                step()
+
+            return call
+
+        return device_trainer(tmp_path / "run", launch, **{"train.checkpoint_every": 5})
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory.\n"), "out of GPU memory after step 5 with train.batch_size 3"),
+            (
+                torch.AcceleratorError("CUDA error: unspecified launch failure\nmore"),
+                "the GPU failed after step 5: CUDA error",
+            ),
+            (RuntimeError("CUDA error: device lost"), "the GPU failed after step 5: CUDA error: device lost"),
+        ],
+    )
+    def test_ends_with_one_line_and_leaves_the_checkpoint(self, tmp_path, error, message):
+        with pytest.raises(UserError) as caught:
+            self.failing(tmp_path, error).train(quiet=True)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+        assert f"the last checkpoint is {tmp_path / 'run' / 'step-000005'}" in str(caught.value)
+        assert [path.name for path in (tmp_path / "run").glob("*step-*")] == ["step-000005"]
+        assert device_trainer(tmp_path / "run").train(tmp_path / "run", quiet=True).steps == 10
+
+    def test_other_errors_are_not_the_gpus(self, tmp_path):
+        with pytest.raises(RuntimeError, match="a mistake in the program"):
+            self.failing(tmp_path, RuntimeError("a mistake in the program")).train(quiet=True)
+
+
+class TestBfloat16OnOldGpus:
+    @pytest.fixture(autouse=True)
+    def old_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+
+    def test_asked_for_is_one_line(self):
+        expected = (
+            r"^runtime.dtype is 'bfloat16', but Old GPU \(compute capability 7.5\) cannot multiply it, 8.0 or newer can"
+        )
+        with pytest.raises(UserError, match=expected):
+            runtime.prepare(tiny_config(**{"runtime.device": "cuda", "runtime.dtype": "bfloat16"}))
+
+    def test_auto_is_float32(self):
+        from dsfast.model import precision_of
+
+        config = tiny_config(**{"runtime.device": "cuda", "runtime.dtype": "auto"})
+        assert precision_of(config.runtime).tensors == torch.float32
+
+
+def test_most_segments_bounds_every_batch():
+    rows = tiny_dataset().rows
+    for size in (1, 3, 40):
+        found = [len(rows.batch(step, size).cu_seqlens) - 1 for step in range(2 * (40 // size))]
+        assert max(found) <= rows.most_segments(size)
+    assert rows.most_segments(40) == len(rows.batch(0, 40).cu_seqlens) - 1
+    assert learning_rate_scale(0, tiny_config().train) < 1
