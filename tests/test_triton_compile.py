@@ -68,8 +68,23 @@ def test_limits_find_what_breaks_them():
     launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, large=True)["forward_kernel"]
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
-    broken = type(kept)("k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0)
-    assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == ["8", "232449", "no", "the"]
+    broken = type(kept)("k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5)
+    assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == ["8", "232449", "no", "the", "1.50"]
+
+
+def test_products_computed_twice_are_found():
+    """The keys' kernel at DeepSeek-V3's widths has 8 warps for 64 rows: as a chain its products are laid out so that both warp
+    groups compute the same scores, 92 instructions instead of 52."""
+    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)["backward_kv_kernel"]
+    assert launch.options["num_warps"] == 8
+    assert launch.rows == 64
+    kept = compile_launch(launch, "sm_90")
+    assert kept.repeated == 1
+    launch.arguments["APART"] = False
+    chained = compile_launch(launch, "sm_90")
+    assert chained.repeated == 1.5
+    assert chained.matrix > kept.matrix
+    assert "1.50 times the products" in chained.faults(launch)[-1]
 
 
 def test_blocks_divide_tiles():

@@ -110,6 +110,12 @@ def test_widths(widths, dtype):
 
 
 @on_device
+def test_widest():
+    """All three kernels have tiles of their own there, half as long and with 8 warps: scores pass a condition."""
+    assert_as_good_as_eager(*make_inputs([70, 0, 59, 3], (136, 8, 136), torch.float16, heads=1))
+
+
+@on_device
 def test_more_heads_than_run_together():
     assert_as_good_as_eager(*make_inputs([33, 7], WIDTHS["500K model"], torch.float32, heads=11))
 

@@ -26,6 +26,9 @@ from dsfast.ops.triton import INTERPRETED
 
 pytest.importorskip("triton")
 
+# Deterministic algorithms make torch ask for it before cuBLAS runs on a GPU; cuBLAS reads it when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bf16 on a GPU alone: the interpreter's bf16 products are wrong.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)

@@ -34,6 +34,9 @@ class Compiled:
     shared: int  # bytes of a program
     matrix: int  # instructions of the matrix units
     copies: int | None  # asynchronous copies into shared memory; None where the assembly does not tell
+    repeated: (
+        float | None
+    )  # work of the warp groups' matrix instructions over that of the source's products; None without them
 
     def faults(self, launch: Launch) -> list[str]:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
@@ -47,6 +50,8 @@ class Compiled:
             found.append(f"no {chip.matrix} for tiles of {launch.rows} rows")
         if self.copies == 0 and launch.options["num_stages"] > 1:
             found.append("the loop is not pipelined: no asynchronous copies")
+        if self.repeated is not None and self.repeated > 1.01:
+            found.append(f"{self.repeated:.2f} times the products are computed: warp groups repeat each other's")
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
 
@@ -60,9 +65,21 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
     copies = len(re.findall(r"\bcp\.async\.c[ag]\b", assembly)) if cuda else None
-    return Compiled(
-        launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies
-    )
+    matrix, repeated = assembly.count(target.matrix), _repeated(kernel, launch.options["num_warps"])
+    return Compiled(launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, matrix, copies, repeated)
+
+
+def _repeated(kernel, warps: int) -> float | None:
+    """As in Compiled. Of 64 rows, a product's layout may give all to each of two warp groups: nothing else tells of it.
+
+    Loops count once in both; an instruction of sm_90's has its sizes in its name and is every warp group's.
+    """
+    sizes = re.findall(r"\bwgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\b", kernel.asm.get("ptx", ""))
+    if not sizes:
+        return None
+    products = re.findall(r"tt\.dot .*tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", kernel.asm["ttir"])
+    done, wanted = (sum(int(a) * int(b) * int(c) for a, b, c in found) for found in (sizes, products))
+    return done * (warps // 4) / wanted
 
 
 def _source(launch: Launch) -> ASTSource:

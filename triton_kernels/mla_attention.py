@@ -9,6 +9,11 @@ query tile concern only the rows of the document that the tile begins in: the lo
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
 The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
 the backward pass gets the maximum m and log2 of the sum l apart: rounding m + log2 l would show in float32 at large scores.
+
+APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
+parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
+chain it gives both warp groups the same 64 rows of scores: all of them would be computed twice. Where s < N does not hold,
+behind the last token, there is nothing to add.
 """
 
 from __future__ import annotations
@@ -19,22 +24,13 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.pieces import place
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
-
-
-@triton.jit
-def _place(tiles, H, G: tl.constexpr):
-    """(tile, head) of this program: all tiles of G heads, then of the next G."""
-    pid = tl.program_id(0)
-    first = pid // (G * tiles) * G
-    heads = tl.minimum(G, H - first)
-    rest = pid - first * tiles
-    return rest // heads, first + rest % heads
 
 
 @triton.jit
@@ -72,9 +68,12 @@ def _store(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl
 
 
 @triton.jit
-def _scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr):
+def _scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.constexpr):
     """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
     b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)
+    if APART:  # by fma: of a plain sum Triton makes a product that adds to the first one, a chain again
+        one = tl.full([a_nope.shape[0], b_nope.shape[0]], 1.0, tl.float32)
+        return tl.fma(tl.dot(a_rope, tl.trans(b_rope), input_precision=PRECISION), one, b_s)
     return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision=PRECISION)
 
 
@@ -86,33 +85,56 @@ def _load_softmax(softmax, i, h, N, H):
 
 
 @triton.jit
-def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
-    """exp2(s - m) / l, where m and log2 l are broadcast along the keys; 16 bits need no second subtraction."""
-    if EXACT:
-        return tl.exp2(b_s * factor - b_m - b_log_l)
-    return tl.exp2(b_s * factor - (b_m + b_log_l))
+def _probabilities(b_s, b_m, b_log_l, m_s, factor, EXACT: tl.constexpr):
+    """exp2(s - m) / l where the mask m_s says so, else 0; m_s None: everywhere. m and log2 l are broadcast along the keys;
+    16 bits need no second subtraction."""
+    b_p = tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
+    if m_s is not None:
+        b_p = tl.where(m_s, b_p, 0.0)
+    return b_p
+
+
+@triton.jit
+def _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, dtype: tl.constexpr):
+    """(p, p (dp - delta)) in `dtype`, the factors of dv and of dq and dk; as `_probabilities`."""
+    b_p = _probabilities(b_s, b_m, b_log_l, m_s, factor, dtype == tl.float32)
+    return b_p.to(dtype), (b_p * (b_dp - b_delta)).to(dtype)
+
+
+@triton.jit
+def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
+    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores; m_s as in `_probabilities`."""
+    if m_s is not None:
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_m = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_m[:, None])
+    return b_p.to(dtype), b_m, tl.sum(b_p, 1)
 
 
 @triton.jit
 def _attend(
     b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
     b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
     b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
-    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION)  # [BT, BS]
+    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    m_s = None
     if MASKED:
         j = s + tl.arange(0, BS)
         m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        b_s = tl.where(m_s, b_s, float("-inf"))
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
-    b_p = tl.exp2(b_s * factor - b_m_new[:, None])
+    if APART:
+        b_p, b_m_new, b_sum = tl.zeros([BT, BS], v.dtype.element_ty), b_m, tl.zeros([BT], tl.float32)
+        if s < N:
+            b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
+    else:
+        b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
     decay = tl.exp2(b_m - b_m_new)
     b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * decay[:, None], input_precision=PRECISION)
-    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1)
+    b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision=PRECISION)
+    return b_o, b_m_new, b_l * decay + b_sum
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -120,11 +142,11 @@ def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [2, H, N] for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
-    tile, h = _place(tiles, H, G)
+    h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT  # the last tile of a document is the longest: it goes first
     i = t + tl.arange(0, BT)  # [BT]
@@ -142,7 +164,7 @@ def forward_kernel(
     for s in range(tl.cdiv(first, BS) * BS, t, BS):
         b_o, b_m, b_l = _attend(
             b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, False,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
         )  # fmt: skip
     own = begin == first
     b_o = tl.where(own[:, None], b_o, 0.0)
@@ -155,7 +177,7 @@ def forward_kernel(
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_o, b_m, b_l = _attend(
             b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, True,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
     _store(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
@@ -169,20 +191,26 @@ def _attend_dq(
     b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
     k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys, from token s on, to the gradient of a tile of queries: [BT, DN] and [BT, DR]."""
     b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
     b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
     b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
-    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION)  # [BT, BS]
-    b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
+    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    b_m, b_log_l, b_delta, m_s = b_m[:, None], b_log_l[:, None], b_delta[:, None], None
     if MASKED:
         j = s + tl.arange(0, BS)
         m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        b_p = tl.where(m_s, b_p, 0.0)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
-    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_nope.dtype)
+    if APART:
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+        b_ds = tl.zeros([BT, BS], b_v.dtype)
+        if s < N:
+            _, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
+    else:  # not by `_weights`: s and dp at once are more registers
+        b_p = _probabilities(b_s, b_m, b_log_l, m_s, factor, b_v.dtype == tl.float32)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+        b_ds = (b_p * (b_dp - b_delta)).to(b_v.dtype)
     b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
 
@@ -192,11 +220,11 @@ def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, N] = sum of do o, for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
-    tile, h = _place(tiles, H, G)
+    h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT
     i = t + tl.arange(0, BT)  # [BT]
@@ -218,7 +246,7 @@ def backward_q_kernel(
     for s in range(tl.cdiv(first, BS) * BS, t, BS):
         b_dq_nope, b_dq_rope = _attend_dq(
             b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, False,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
         )  # fmt: skip
     own = (begin == first)[:, None]
     b_dq_nope = tl.where(own, b_dq_nope, 0.0)
@@ -229,7 +257,7 @@ def backward_q_kernel(
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_dq_nope, b_dq_rope = _attend_dq(
             b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BS, PRECISION, True,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
     _store(dq_nope + h * Dn, H * Dn, t, N, b_dq_nope * scale, BT, Dn, DN)
@@ -241,7 +269,7 @@ def _attend_dkv(
     b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end, s,
     h, do_n, q_nope_n, q_rope_n, factor, N, H,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
     b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED)  # [BT, DN]
@@ -250,13 +278,18 @@ def _attend_dkv(
     i = s + tl.arange(0, BT)
     b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
     b_delta = tl.load(delta + h * N + i, mask=i < N, other=0.0)
-    b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION)  # [BS, BT]
-    b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_do.dtype == tl.float32)
-    if MASKED:
-        b_p = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), b_p, 0.0)
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_nope.dtype)
+    b_m, b_log_l, b_delta, m_s = b_m[None, :], b_log_l[None, :], b_delta[None, :], None
+    if MASKED:
+        m_s = (j[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
+    if APART:
+        b_p, b_ds = tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
+        if s < N:
+            b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
+    else:
+        b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
+    b_dv = tl.dot(b_p, b_do, b_dv, input_precision=PRECISION)
     b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision=PRECISION)
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
@@ -266,10 +299,10 @@ def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, dk_rope, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's share of dk_rope [H, N, Dr], for one tile of keys and one head."""
-    tile, h = _place(tl.cdiv(N, BS), H, G)
+    h, tile = place(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
     j = t + tl.arange(0, BS)  # [BS]
@@ -291,7 +324,7 @@ def backward_kv_kernel(
     for s in range(t + BS, tail, BT):
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
             b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, PRECISION, False,
+            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
         )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
     b_dk_nope = tl.where(own, b_dk_nope, 0.0)
@@ -302,7 +335,7 @@ def backward_kv_kernel(
         s = tl.where(n < BS // BT, t + n * BT, tail)
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
             b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, PRECISION, True,
+            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
     _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
@@ -364,7 +397,7 @@ _SMALL = {
 }
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> Tiles:
+def tiles(kernel: str, dtype: torch.dtype, width: int, large: int) -> Tiles:
     """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at width DN + DR + DV. ValueError if none serves it."""
     by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
     if width > max(by_width):
@@ -411,7 +444,7 @@ def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softma
     return dq_nope, dq_rope, dk_nope, dk_rope.sum(0).to(k_rope.dtype), dv
 
 
-def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: bool) -> Launch:
+def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: int) -> Launch:
     """The launch that fills o and softmax; tensors may lie on the meta device."""
     inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
     return _launch("forward", forward_kernel, large, inputs, o=o, softmax=softmax)
@@ -434,7 +467,7 @@ def backward_launches(
     dk_nope,
     dk_rope,
     dv,
-    large: bool,
+    large: int,
 ) -> list[Launch]:
     """The kernel for the queries, which also fills delta, and then the one for the keys, which reads it."""
     (do,) = rows(do)
@@ -472,16 +505,20 @@ def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
     }  # fmt: skip
 
 
-def _launch(name: str, kernel, large: bool, inputs: dict, **outputs: Tensor) -> Launch:
+def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> Launch:
     padded = {letters.upper(): max(16, triton.next_power_of_2(inputs[letters])) for letters in ("Dn", "Dr", "Dv")}
     bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(padded.values()), large)
-    arguments = inputs | outputs | padded | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee"}
-    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     tile = bs if name == "backward_kv" else bt
+    itemsize = inputs["v"].dtype.itemsize
+    apart = large == 9 and itemsize == 2 and warps == 8 and tile == 64
+    arguments = (
+        inputs | outputs | padded | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
+    )
+    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
     # Fused multiply-add is the default up to triton 3.9 and is to be switched off after it.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return Launch(kernel, grid, arguments, options, inputs["v"].dtype.itemsize, tile)
+    return Launch(kernel, grid, arguments, options, itemsize, tile)
 
 
 EXAMPLES = {
@@ -493,7 +530,7 @@ EXAMPLES = {
 """Dn, Dr and Dv that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
 
     def empty(*shape, dtype=dtype):

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
 from dsfast.triton_kernels.moe_route import sort_slots
+from dsfast.triton_kernels.pieces import place
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -33,16 +34,6 @@ FULL = 264  # programs that fill a large chip twice
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
-
-
-@triton.jit
-def _place(tiles, blocks, G: tl.constexpr):
-    """(tile of rows, block of columns) of this program: all blocks for G tiles, then for the next G."""
-    pid = tl.program_id(0)
-    first = pid // (G * blocks) * G
-    together = tl.minimum(G, tiles - first)
-    rest = pid - first * blocks
-    return first + rest % together, rest // together
 
 
 @triton.jit
@@ -103,7 +94,7 @@ def up_kernel(
     FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, and there is no h.
     """
     blocks = tl.cdiv(I, BN)
-    tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
+    tile, block = place(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
         if FUSED:
@@ -151,7 +142,7 @@ def project_kernel(
     With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
     """
     blocks = tl.cdiv(WIDTH, BN)
-    tile, block = _place(tl.num_programs(0) // blocks, blocks, G)
+    tile, block = place(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)

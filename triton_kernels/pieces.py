@@ -26,6 +26,17 @@ def splits(tiles: int, steps: int) -> tuple[int, int]:
 
 
 @triton.jit
+def place(A, B, G: tl.constexpr):
+    """(a, b) of this program, a in 0 .. A - 1 and b in 0 .. B - 1: all b for G neighbouring a, these side by side, then for the
+    next G. What the programs of one a read is so still in the L2 cache for the next b."""
+    pid = tl.program_id(0)
+    first = pid // (G * B) * G
+    together = tl.minimum(G, A - first)
+    rest = pid - first * B
+    return first + rest % together, rest // together
+
+
+@triton.jit
 def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on."""
     row, col = tl.arange(0, ROWS)[:, None], d + tl.arange(0, COLS)[None, :]
