@@ -9,11 +9,12 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 suite: $(VENV)/installed
 	$(RUN) -m dsfast.suite $(ARGS)
 
+# Two at a time, by files; threads that wait must sleep then, or they take the cores from those that work.
 test: $(VENV)/installed-test
-	$(RUN) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/installed-test
-	$(RUN) -m pytest -m "not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
