@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.bench import timing
+from dsfast.bench.gpu.show import show_gpu
 from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
@@ -44,7 +47,7 @@ class Reporter:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
-            "compile": self._compile,
+            "compile": self._compile, "gpu": partial(show_gpu, self.console),
         }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 
@@ -215,6 +218,13 @@ class Reporter:
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)  # "dsfast[bench]" is no markup
+
+
+def plain(found: Json) -> str:
+    """A whole document as text, as `Reporter.show` prints it where the output is no terminal."""
+    text = io.StringIO()
+    Reporter(Console(file=text, width=PLAIN_WIDTH, highlight=False)).show(found)
+    return text.getvalue()
 
 
 def _times(spread: Json) -> Iterable[str]:
