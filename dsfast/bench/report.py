@@ -19,6 +19,7 @@ from dsfast.bench.gpu.show import show_gpu
 from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
+FILE_WIDTH = 150
 BAR = 12  # columns of the longest bar
 
 COMPILED = ("registers", "spills", "shared", "matrix")  # what `bench compile` shows of a kernel
@@ -221,9 +222,9 @@ class Reporter:
 
 
 def plain(found: Json) -> str:
-    """A whole document as text, as `Reporter.show` prints it where the output is no terminal."""
+    """A whole document as text, for a file."""
     text = io.StringIO()
-    Reporter(Console(file=text, width=PLAIN_WIDTH, highlight=False)).show(found)
+    Reporter(Console(file=text, width=FILE_WIDTH, highlight=False)).show(found)
     return text.getvalue()
 
 

@@ -43,7 +43,9 @@ class GpuClock:
 
         The median of REPLAYS. Raises what the capture raises, where `call` cannot be captured.
         """
-        with torch.cuda.stream(torch.cuda.Stream()):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
