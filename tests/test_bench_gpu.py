@@ -215,6 +215,18 @@ def test_sdpa_refuses_documents_of_unequal_lengths_and_says_why():
         peers._PEERS["attention"]["SDPA math"].prepare(arguments, ())
 
 
+@pytest.mark.parametrize("lengths", [(16, 16), (21, 1, 10)], ids=["equal", "mixed"])
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_masks_what_the_reference_masks(lengths, monkeypatch):
+    """Uncompiled, as it runs without a GPU: inputs, masks and the way back to the operator's shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = cases.cases.attention(lengths, "", 2, 16, 8, 16)[0]
+    arguments = cases.draw(case, "cpu", torch.float32)
+    prepared = peers._PEERS["attention"]["FlexAttention"].prepare(arguments, ())
+    with operators.ops.use("reference"):
+        torch.testing.assert_close(prepared.result(prepared.run()), case.function(*arguments), rtol=1e-4, atol=1e-5)
+
+
 def test_short_calls_are_also_timed_in_a_graph():
     class Clock(HostClock):
         on_gpu = True

@@ -90,13 +90,13 @@ def _documents(arguments: list) -> tuple[int, list[int]]:
     return (len(lengths) if len(set(lengths)) == 1 else 1), lengths
 
 
-def _heads(arguments: list, rows: int, width: int, value: int) -> list[Tensor]:
-    """q, k, v [rows, H, T, .], contiguous, padded with zeros to the widths; they want gradients."""
+def _heads(arguments: list, rows: int, width: int, value: int, wanted: bool) -> list[Tensor]:
+    """q, k, v [rows, H, T, .], contiguous, padded with zeros to the widths; wanted: their gradients."""
     q_nope, q_rope, k_nope, k_rope, v, _, _ = arguments
     q = torch.cat((q_nope, q_rope), -1)
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, q.size(1), -1)), -1)
     padded = (functional.pad(x, (0, to - x.size(-1))) for x, to in ((q, width), (k, width), (v, value)))
-    return [x.unflatten(0, (rows, -1)).transpose(1, 2).contiguous().requires_grad_() for x in padded]
+    return [x.unflatten(0, (rows, -1)).transpose(1, 2).contiguous().requires_grad_(wanted) for x in padded]
 
 
 def _first_taken(attempts: Sequence[Callable[[], Prepared]], differentiable: Sequence[int]) -> Prepared:
@@ -123,8 +123,10 @@ def _widths(arguments: list) -> tuple[int, int]:
     return arguments[0].size(-1) + arguments[1].size(-1), arguments[4].size(-1)
 
 
-def _prepared_heads(attend: Callable, arguments: list, rows: int, width: int, value: int) -> Prepared:
-    leaves = _heads(arguments, rows, width, value)
+def _prepared_heads(
+    attend: Callable, arguments: list, rows: int, wanted: bool, width: int, value: int
+) -> Prepared:  # fmt: skip
+    leaves = _heads(arguments, rows, width, value, wanted)
     own = arguments[4].size(-1)
     return Prepared(partial(attend, *leaves), tuple(leaves), lambda o: o.transpose(1, 2).flatten(0, 1)[..., :own])
 
@@ -139,7 +141,10 @@ def _sdpa(backend: SDPBackend, arguments: list, differentiable: Sequence[int]) -
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=arguments[6])
 
     width, value = _widths(arguments)
-    attempts = [partial(_prepared_heads, attend, arguments, rows, width, v) for v in dict.fromkeys((value, width))]
+    attempts = [
+        partial(_prepared_heads, attend, arguments, rows, bool(differentiable), width, v)
+        for v in dict.fromkeys((value, width))
+    ]
     return _first_taken(attempts, differentiable)
 
 
@@ -161,7 +166,10 @@ def _flex(arguments: list, differentiable: Sequence[int]) -> Prepared:
     width, value = _widths(arguments)
     power, value_power = (1 << (size - 1).bit_length() for size in (width, value))
     sizes = dict.fromkeys(((width, value), (power, value_power)))
-    return _first_taken([partial(_prepared_heads, attend, arguments, rows, w, v) for w, v in sizes], differentiable)
+    return _first_taken(
+        [partial(_prepared_heads, attend, arguments, rows, bool(differentiable), w, v) for w, v in sizes],
+        differentiable,
+    )
 
 
 # decode
