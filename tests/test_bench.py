@@ -705,13 +705,11 @@ def test_bad_input_is_one_line_and_2_before_anything_is_timed(arguments, complai
     assert complaint in line
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"runtime.device": "cuda"}, "got 'cuda'"),
-        ({"model.num_nextn_predict_layers": 1}, "the peers and the count of FLOPs have no MTP"),
-    ],
-)
-def test_what_the_peers_cannot_do_is_refused(changes: dict, complaint: str):
-    with pytest.raises(UserError, match=complaint):
-        comparable(tiny.tiny_config(**changes))
+def test_what_the_peers_cannot_do_is_refused():
+    with pytest.raises(UserError, match="the peers and the count of FLOPs have no MTP"):
+        comparable(tiny.tiny_config(**{"model.num_nextn_predict_layers": 1}))
+
+
+def test_step_is_for_the_cpu():
+    with pytest.raises(UserError, match="got 'cuda'; a GPU is timed by `bench gpu`"):
+        step.run_step(tiny.tiny_config(**{"runtime.device": "cuda"}), 2, 8, 1, {}, False, quiet)

@@ -1,5 +1,5 @@
-"""`python -m dsfast.bench <step|kernels|generate|growth|compile>`: how fast dsfast is here, beside peers timed in the same run;
-and what its GPU kernels take of chips that are not here."""
+"""`python -m dsfast.bench <step|kernels|generate|growth|compile|gpu>`: how fast dsfast is here, beside peers timed in the same
+run; and what its GPU kernels take of chips that are not here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from dsfast.bench import cases, results
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
 from dsfast.bench.generation import run_generate
+from dsfast.bench.gpu.run import BUDGET, PARTS, check_gpu, choose_parts, run_gpu
+from dsfast.bench.gpu.run import sound as gpu_is_sound
 from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
 from dsfast.bench.memory import check_measurable
-from dsfast.bench.report import Reporter
+from dsfast.bench.report import Reporter, plain
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, RuntimeConfig, default_config, load_config
-from dsfast.files import check_output_file, os_errors_as, write_json
+from dsfast.files import check_output_file, check_output_folder, os_errors_as, write_json, write_text
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
 from dsfast.triton_kernels.limits import CHIPS
@@ -35,6 +37,8 @@ Json = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Time (or compile), show, write; 0, or 1 where the results are not sound. Raises UserError before any timing."""
     arguments = _parser().parse_args(argv)
+    if arguments.bench == "gpu":
+        return _gpu(arguments, argv)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
     reporter = Reporter()
     settings, found = arguments.run(arguments, reporter)
@@ -59,7 +63,7 @@ def sound(found: Json) -> bool:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth|compile", required=True)
+    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth|compile|gpu", required=True)
 
     def command(name: str, run, purpose: str, repeats: int | None, timed: str = "pairs") -> CommandParser:
         sub = commands.add_parser(name, help=purpose, description=purpose)
@@ -95,7 +99,35 @@ def _parser() -> CommandParser:
     compiled.add_argument("--chip", metavar="CHIP", nargs="+", help=f"default: all, {', '.join(CHIPS)}")
     compiled.add_argument("--dtype", metavar="DTYPE", nargs="+", default=["bfloat16"], help="default: bfloat16")
     compiled.add_argument("--size", metavar="SIZE", nargs="+", help='default: all; for example "500K" DeepSeek-V3')
+    purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json and DIR/gpu.txt"
+    gpu = commands.add_parser("gpu", help=purpose, description=purpose)
+    gpu.add_path("--out", metavar="DIR", required=True, help="where the results go")
+    gpu.add_argument("--only", metavar="PART,...", type=_names, help=f"default: {','.join(PARTS)}")
+    gpu.add_argument("--seconds", metavar="N", type=_positive, default=BUDGET, help=f"default: {BUDGET}")
+    gpu.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json and .txt",
+    )
     return parser
+
+
+def _gpu(arguments: Namespace, argv: list[str]) -> int:
+    """The whole command: it writes into a folder, and its table as well."""
+    parts = choose_parts(arguments.only)
+    check_gpu(arguments.rehearse)
+    folder = check_output_folder(arguments.out, "--out")
+    reporter = Reporter()
+    found = run_gpu(parts, arguments.seconds, arguments.rehearse, reporter.progress)
+    settings = {"bench": "gpu", "parts": list(parts), "seconds": arguments.seconds, "rehearsal": arguments.rehearse}
+    written = results.document(argv, settings, found)
+    name = "rehearsal" if arguments.rehearse else "gpu"
+    with os_errors_as(f"--out {folder}: cannot be written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.json", written)
+        write_text(folder / f"{name}.txt", plain(written))
+    reporter.show(written)
+    return 0 if gpu_is_sound(found) else 1
 
 
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

@@ -13,7 +13,7 @@ I intermediate width, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,18 +73,28 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "v3": {"P": 22_000_000, "tensors": 3},
     },
 }
-_FLOAT, _INDEX = 4, 8  # bytes
+_INDEX = 8  # bytes
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass must do at least."""
+    """What a pass must do at least: FLOPs of matrix products, floats and indices (int64) read and written."""
 
     flops: int
-    bytes: int
+    floats: int
+    indices: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """In float32."""
+        return self.bytes_of(4)
+
+    def bytes_of(self, itemsize: int) -> int:
+        """With floats of so many bytes."""
+        return itemsize * self.floats + _INDEX * self.indices
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.floats + other.floats, self.indices + other.indices)
 
 
 @dataclass(frozen=True)
@@ -125,61 +135,66 @@ def build_case(operator: str, name: str, sizes: dict[str, int] | None = None) ->
 
 def _rms_norm(name: str, N: int, D: int):
     # Out: y and h. Back in: dy, dh and h; the gradients of x and of the residual are one tensor.
-    forward, backward = Work(0, _FLOAT * (4 * N * D + D)), Work(0, _FLOAT * (4 * N * D + 2 * D))
+    forward, backward = Work(0, 4 * N * D + D), Work(0, 4 * N * D + 2 * D)
     return cases.rms_norm_case(name, N, D), forward, backward
 
 
 def _rope(name: str, N: int, T: int, H: int, Dr: int):
-    work = Work(0, _FLOAT * (2 * N * H * Dr + T * Dr) + _INDEX * N)
+    work = Work(0, 2 * N * H * Dr + T * Dr, N)
     return cases.rope_case(name, N, H, Dr, T), work, work
 
 
 def _embedding(name: str, N: int, V: int, R: int, D: int):
     width = D or R
     taken = N * R if D else 0  # rows of the table, which the projection's gradient needs
-    forward = Work(2 * N * R * D, _FLOAT * (N * R + R * D + N * width) + _INDEX * N)
-    backward = Work(4 * N * R * D, _FLOAT * (N * width + taken + V * R + 2 * R * D) + _INDEX * N)
+    forward = Work(2 * N * R * D, N * R + R * D + N * width, N)
+    backward = Work(4 * N * R * D, N * width + taken + V * R + 2 * R * D, N)
     return cases.embedding_case(name, N, V, R, D or None), forward, backward
 
 
 def _mla_attention(name: str, N: int, T: int, H: int, Dn: int, Dr: int, Dv: int):
-    pairs = N * (T + 1) // 2 * H
-    read, values = _FLOAT * (N * H * (2 * Dn + Dr + Dv) + N * Dr), _FLOAT * N * H * Dv
+    return attention([T] * (N // T), name, H, Dn, Dr, Dv)
+
+
+def attention(lengths: Sequence[int], name: str, H: int, Dn: int, Dr: int, Dv: int) -> tuple[cases.Case, Work, Work]:
+    """Case, forward and backward work of documents of `lengths` tokens."""
+    N, pairs = sum(lengths), sum(T * (T + 1) // 2 for T in lengths) * H
+    read, values = N * H * (2 * Dn + Dr + Dv) + N * Dr, N * H * Dv
     forward = Work(2 * pairs * (Dn + Dr + Dv), read + values)
     backward = Work(2 * forward.flops, 2 * read + values)
-    return cases.mla_attention_case(name, [T] * (N // T), H, Dn, Dr, Dv), forward, backward
+    return cases.mla_attention_case(name, lengths, H, Dn, Dr, Dv), forward, backward
 
 
 def _mla_decode(name: str, B: int, C: int, H: int, R: int, Dn: int, Dr: int, Dv: int):
     products = H * (Dn * R + C * (R + Dr) + C * R + R * Dv)
     values = H * (Dn + Dr + Dv) + C * (R + Dr)
-    forward = Work(2 * B * products, _FLOAT * (B * values + H * (Dn + Dv) * R) + _INDEX * B)
+    forward = Work(2 * B * products, B * values + H * (Dn + Dv) * R, B)
     return cases.mla_decode_case(name, [C] * B, C, H, R, Dn, Dr, Dv), forward, None
 
 
 def _moe_route(name: str, N: int, E: int, K: int, G: int, kept: int):
-    forward = Work(0, _FLOAT * (N * E + E + N * K) + _INDEX * (N * K + E))
-    backward = Work(0, _FLOAT * (N * K + 2 * N * E) + _INDEX * N * K)
+    forward = Work(0, N * E + E + N * K, N * K + E)
+    backward = Work(0, N * K + 2 * N * E, N * K)
     return cases.moe_route_case(name, N, E, K, G, kept, norm_topk_prob=K > 1), forward, backward
 
 
 def _moe_experts(name: str, N: int, D: int, E: int, K: int, I: int):
-    matrices, choice = 3 * E * D * I, _INDEX * N * K
-    forward = Work(6 * N * K * D * I, _FLOAT * (2 * N * D + N * K + matrices) + choice)
-    backward = Work(2 * forward.flops, _FLOAT * (3 * N * D + 2 * N * K + 2 * matrices) + choice)
+    matrices, choice = 3 * E * D * I, N * K
+    forward = Work(6 * N * K * D * I, 2 * N * D + N * K + matrices, choice)
+    backward = Work(2 * forward.flops, 3 * N * D + 2 * N * K + 2 * matrices, choice)
     return cases.moe_experts_case(name, N, D, K, E, I), forward, backward
 
 
 def _swiglu_mlp(name: str, N: int, D: int, I: int):
-    forward = Work(6 * N * D * I, _FLOAT * (2 * N * D + 3 * D * I))
-    backward = Work(2 * forward.flops, _FLOAT * (3 * N * D + 6 * D * I))
+    forward = Work(6 * N * D * I, 2 * N * D + 3 * D * I)
+    backward = Work(2 * forward.flops, 3 * N * D + 6 * D * I)
     return cases.swiglu_mlp_case(name, N, D, I), forward, backward
 
 
 def _linear_cross_entropy(name: str, N: int, R: int, V: int):
-    read = _FLOAT * (N * R + V * R) + _INDEX * N
-    forward = Work(2 * N * R * V, read + _FLOAT)
-    backward = Work(2 * forward.flops, read + _FLOAT * (1 + N * R + V * R))
+    read = N * R + V * R
+    forward = Work(2 * N * R * V, read + 1, N)
+    backward = Work(2 * forward.flops, 2 * read + 1, N)
     return cases.linear_cross_entropy_case(name, N, R, V, counted=1.0), forward, backward
 
 
@@ -194,7 +209,7 @@ def _adamw(name: str, P: int, tensors: int):
         return *tensors, lrs[:1] * len(lrs), decays[:1] * len(decays), beta1, beta2, eps, step, 1.0
 
     # The norm reads g; the update reads p, g, m, v and writes p, m, v.
-    return replace(case, make_inputs=one_group), Work(0, 8 * _FLOAT * P), None
+    return replace(case, make_inputs=one_group), Work(0, 8 * P), None
 
 
 def _clip_and_update(params, grads, *arguments) -> None:

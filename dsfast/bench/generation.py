@@ -52,7 +52,7 @@ def _load_peer(model: DeepseekV3, prompts: Tensor) -> tuple[Any, str, str]:
     if huggingface.missing():
         return None, "missing", huggingface.missing()
     try:
-        peer = huggingface.from_dsfast(model).eval()
+        peer = huggingface.from_dsfast(model).eval().to(model.embed_tokens.weight.device)
         peer.generation_config.eos_token_id = None  # both sides go on to the last token
         difference = _difference(model, peer, prompts)
     except Exception as error:  # whatever stops the peer is its own; dsfast is still worth timing
@@ -63,7 +63,9 @@ def _load_peer(model: DeepseekV3, prompts: Tensor) -> tuple[Any, str, str]:
 def _prompts(model: DeepseekV3, batch: int) -> Tensor:
     """Random tokens [batch, PROMPT_TOKENS]."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (batch, PROMPT_TOKENS), generator=generator)
+    return torch.randint(model.config.vocab_size, (batch, PROMPT_TOKENS), generator=generator).to(
+        model.embed_tokens.weight.device
+    )
 
 
 @torch.inference_mode()
@@ -76,7 +78,8 @@ def _difference(model: DeepseekV3, peer: Any, prompts: Tensor) -> str:
 
 def _generate_theirs(peer: Any, prompts: Tensor, new_tokens: int) -> Tensor:
     mask = torch.ones_like(prompts)
-    return peer.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
+    new = peer.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
+    return new.cpu()  # dsfast's ids are on the host as well
 
 
 def _timed(ours: Callable, theirs: Callable | None, batch: int, tokens: int, repeats: int) -> Json:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -13,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.bench import timing
+from dsfast.bench.gpu.show import show_gpu
 from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
+FILE_WIDTH = 150
 BAR = 12  # columns of the longest bar
 
 COMPILED = ("registers", "spills", "shared", "matrix")  # what `bench compile` shows of a kernel
@@ -44,7 +48,7 @@ class Reporter:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
-            "compile": self._compile,
+            "compile": self._compile, "gpu": partial(show_gpu, self.console),
         }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 
@@ -215,6 +219,13 @@ class Reporter:
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)  # "dsfast[bench]" is no markup
+
+
+def plain(found: Json) -> str:
+    """A whole document as text, for a file."""
+    text = io.StringIO()
+    Reporter(Console(file=text, width=FILE_WIDTH, highlight=False)).show(found)
+    return text.getvalue()
 
 
 def _times(spread: Json) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.memory import peak_memory
-from dsfast.bench.peers import PEERS, PeerTraining
+from dsfast.bench.peers import PEERS, Peer, PeerTraining
 from dsfast.bench.split import split_by_operator
 from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
@@ -54,11 +54,14 @@ def run_step(
     "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory`
     (see memory).
     """
+    if config.runtime.device != "cpu":
+        got = f"got {config.runtime.device!r}; a GPU is timed by `bench gpu`"
+        raise UserError(f"bench step runs on the CPU; expected runtime.device 'cpu', {got}")
     config = comparable(config)
     rows = random_batch(config, batch, length)
     trainer = Trainer(config)
     ours = partial(trainer.step, *rows)
-    trainings, outcome = _first_steps(trainer, peers, rows, progress)
+    trainings, outcome = first_steps(trainer, PEERS, peers, rows, progress)
     progress(f"dsfast against {', '.join(trainings)}")
     others = {name: partial(training.step, *rows) for name, training in trainings.items()}
     for name, pair in compare(ours, others, repeats).items():
@@ -81,51 +84,51 @@ def _work(flops: int, median: float, ceilings: Ceilings) -> Json:
     return {"work": {"flops": flops, "flops_per_second": rate, "share_of": shares}, "ceilings": asdict(ceilings)}
 
 
-def _first_steps(
-    trainer: Trainer, peers: dict[str, str], rows: Batch, progress: Callable[[str], None]
+def first_steps(
+    trainer: Trainer, known: Mapping[str, Peer], peers: Mapping[str, str], rows: Batch, progress: Callable[[str], None]
 ) -> tuple[dict[str, PeerTraining], Json]:
-    """The peers whose first step gives dsfast's loss, and the outcome so far."""
+    """Those of `peers` (name in `known` -> why it is missing) whose first step gives dsfast's loss, and the outcome so far."""
     # All copies are made before dsfast's first step, which changes the weights.
     built = {
-        name: _attempt(partial(PeerTraining, PEERS[name], trainer.model, trainer.config.train))
+        name: attempt(partial(PeerTraining, known[name], trainer.model, trainer.config.train))
         for name, missing in peers.items()
         if not missing
     }
     expected = trainer.step(*rows)
-    rough = ROUNDED if trainer.precision.products == torch.bfloat16 else 0.0
+    rough = ROUNDED if torch.bfloat16 in trainer.precision else 0.0
     trainings, found = {}, {}
     for name, missing in peers.items():
         progress(f"first step of {name}")
         state = (
             {"status": "missing", "reason": missing}
             if missing
-            else _first_step(name, *built[name], rows, expected, rough)
+            else _first_step(known[name], *built[name], rows, expected, rough)
         )
-        found[name] = {"what": PEERS[name].what, **state}
+        found[name] = {"what": known[name].what, **state}
         if not state["reason"]:
             trainings[name] = built[name][0]
     return trainings, {"first_loss": expected, "peers": found}
 
 
 def _first_step(
-    name: str, training: PeerTraining | None, problem: str, rows: Batch, expected: float, rough: float
+    peer: Peer, training: PeerTraining | None, problem: str, rows: Batch, expected: float, rough: float
 ) -> Json:
     """Status and reason, both empty where the peer was built without a problem and its loss is the expected one.
 
     rough: how far dsfast's own loss may be off, relatively.
     """
     if training is not None:
-        loss, problem = _attempt(partial(training.step, *rows))
+        loss, problem = attempt(partial(training.step, *rows))
     if problem:
         return {"status": "failed", "reason": problem}
-    allowed = max(PEERS[name].tolerance, rough) * abs(expected)
+    allowed = max(peer.tolerance, rough) * abs(expected)
     if not abs(loss - expected) <= allowed:
         reason = f"its first loss is {loss:.6f}, dsfast's {expected:.6f}; they may differ by {allowed:.1e}"
         return {"status": "wrong", "reason": reason, "first_loss": loss}
     return {"status": "", "reason": "", "first_loss": loss}
 
 
-def _attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
     """(what a peer's code returns, ""), or (None, why it failed): the others are still worth timing."""
     try:
         with warnings.catch_warnings():  # what a peer has to say of itself at first is of use to nobody

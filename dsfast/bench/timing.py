@@ -51,18 +51,20 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def take_turns(
-    groups: Mapping[str, Sequence[Call]], repeats: int, budget: float = BUDGET
-) -> dict[str, list[tuple[float, ...]]]:
+    groups: Mapping[str, Sequence[Call]], repeats: int, budget: float = BUDGET,
+    timer: Callable[[Call], float] | None = None,
+) -> dict[str, list[tuple[float, ...]]]:  # fmt: skip
     """Seconds of the calls of each group, for each time it had its turn: a a' b b' ..., and that `repeats` times over.
 
-    A group that has taken `budget` seconds has no further turn, but for the first FEWEST.
+    A group that has taken `budget` seconds has no further turn, but for the first FEWEST. timer: in place of `seconds`.
     """
+    timer = timer or seconds
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in groups}
     spent = dict.fromkeys(groups, 0.0)
     for turn in range(repeats):
         for name, calls in groups.items():
             if turn < FEWEST or spent[name] < budget:
-                taken[name].append(tuple(seconds(call) for call in calls))
+                taken[name].append(tuple(timer(call) for call in calls))
                 spent[name] += sum(taken[name][-1])
     return taken
 

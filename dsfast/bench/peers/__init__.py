@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,28 +55,43 @@ class PeerTraining:
         return loss.item()
 
 
+def _module(model: DeepseekV3) -> EagerDeepseekV3:
+    return EagerDeepseekV3(model).to(_device(model))
+
+
+def _device(model: DeepseekV3) -> torch.device:
+    return model.embed_tokens.weight.device
+
+
 def _eager(model: DeepseekV3) -> tuple[nn.Module, Loss]:
-    module = EagerDeepseekV3(model)
+    module = _module(model)
     return module, module.loss
 
 
 def _compiled(model: DeepseekV3) -> tuple[nn.Module, Loss]:
-    module = EagerDeepseekV3(model)
+    module = _module(model)
     return module, torch.compile(module.loss)
 
 
-def _autocast(model: DeepseekV3) -> tuple[nn.Module, Loss]:
-    module = EagerDeepseekV3(model)
-    return module, torch.autocast("cpu", torch.bfloat16)(module.loss)
+def _autocast(model: DeepseekV3, mode: str | None = None) -> tuple[nn.Module, Loss]:
+    """mode: of torch.compile; None is eager."""
+    module = _module(model)
+    loss = torch.compile(module.loss, mode=mode) if mode else module.loss
+    return module, torch.autocast(_device(model).type, torch.bfloat16)(loss)
 
 
 def _transformers(model: DeepseekV3) -> tuple[nn.Module, Loss]:
-    module = huggingface.from_dsfast(model)
+    module = huggingface.from_dsfast(model).to(_device(model))
 
     def loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         return module(input_ids, labels=labels, shift_labels=labels, use_cache=False).loss
 
     return module, loss
+
+
+def _transformers_autocast(model: DeepseekV3) -> tuple[nn.Module, Loss]:
+    module, loss = _transformers(model)
+    return module, torch.autocast(_device(model).type, torch.bfloat16)(loss)
 
 
 def _no_compiler() -> str:
@@ -89,3 +105,20 @@ PEERS = {
     "autocast": Peer("the module under bfloat16 autocast", _autocast, tolerance=1e-2),
     "transformers": Peer("transformers DeepseekV3, full embedding, float32", _transformers, huggingface.missing),
 }
+
+_ROUGH = 1e-2  # losses in bfloat16
+
+GPU_PEERS = {
+    "eager": Peer("PyTorch module, bfloat16 autocast", _autocast, tolerance=_ROUGH),
+    "compile": Peer("torch.compile of it", partial(_autocast, mode="default"), _no_compiler, _ROUGH),
+    "reduce-overhead": Peer(
+        "torch.compile with CUDA graphs", partial(_autocast, mode="reduce-overhead"), _no_compiler, _ROUGH
+    ),
+    "transformers": Peer(
+        "transformers DeepseekV3, full embedding, bfloat16 autocast",
+        _transformers_autocast,
+        huggingface.missing,
+        _ROUGH,
+    ),
+}
+"""Those of `bench gpu`, in the precision that dsfast has there."""

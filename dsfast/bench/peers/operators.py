@@ -100,7 +100,7 @@ def adamw(
     """
     norm = torch.nn.utils.get_total_norm(grads)
     torch._foreach_mul_(grads, clip_scale)
-    steps = list(torch.full((len(params),), float(step)).unbind())
+    steps = list(torch.full((len(params),), float(step), device=params[0].device).unbind())
     torch._fused_adamw_(  # what torch.optim.AdamW(fused=True).step() calls
         params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lrs[0], beta1=beta1, beta2=beta2,
         weight_decay=weight_decays[0], eps=eps, amsgrad=False, maximize=False,

@@ -1,0 +1,173 @@
+"""What is timed on a GPU: each operator at the sizes that DeepSeek-V3 and the 500K model give it.
+
+Letters as in dsfast.bench.cases. Each size has a smaller one beside it, on which values and gradients are first checked: the
+reference in float64 at the full size would take memory or minutes. bfloat16, but for what a model runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.bench import cases
+from dsfast.bench.cases import Work
+from dsfast.ops.cases import Case
+from dsfast.ops.checks import IN_FLOAT32
+from dsfast.ops.dispatch import choose
+
+OPERATORS = {
+    "attention": "mla_attention",
+    "experts": "moe_experts",
+    "head": "linear_cross_entropy",
+    "decode": "mla_decode",
+    "route": "moe_route",
+    "norm": "rms_norm",
+    "rope": "rope",
+    "adamw": "adamw",
+    "mlp": "swiglu_mlp",
+    "embedding": "embedding",
+}
+"""Part -> the operator it times."""
+
+Sizes = dict[str, Any]
+_V3_HEAD, _SMALL_HEAD = {"Dn": 128, "Dr": 64, "Dv": 128}, {"Dn": 32, "Dr": 16, "Dv": 32}
+MIXED = (4096, 2048, 2048, 1024, 1024, 1024, 1024, 777, 700, 571, 512, 512, 256, 256, 128, 128, 100, 100, 56)
+"""Tokens of documents, 16,384 together."""
+
+# part -> name -> (timed, checked)
+SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
+    "attention": {
+        "V3": ({"N": 16384, "T": 4096, "H": 16, **_V3_HEAD}, {"N": 1024, "T": 512, "H": 4, **_V3_HEAD}),
+        "V3 mixed": ({"lengths": MIXED, "H": 16, **_V3_HEAD}, {"lengths": (777, 256, 100, 17, 1), "H": 4, **_V3_HEAD}),
+        "500K": ({"N": 8192, "T": 256, "H": 4, **_SMALL_HEAD}, {"N": 1024, "T": 256, "H": 4, **_SMALL_HEAD}),
+    },
+    "experts": {
+        "E128": ({"N": 32768, "D": 2048, "E": 128, "K": 8, "I": 768}, {"N": 512, "D": 2048, "E": 16, "K": 8, "I": 768}),
+        "500K": ({"N": 8192, "D": 128, "E": 2, "K": 1, "I": 64}, {"N": 2048, "D": 128, "E": 2, "K": 1, "I": 64}),
+    },
+    "head": {
+        "V3": ({"N": 2048, "R": 7168, "V": 129280}, {"N": 256, "R": 7168, "V": 4096}),
+        "500K": ({"N": 8192, "R": 32, "V": 8000}, {"N": 1024, "R": 32, "V": 8000}),
+    },
+    "decode": {
+        f"V3 H{h}": (
+            {"B": 128, "C": 4096, "H": h, "R": 512, **_V3_HEAD}, {"B": 4, "C": 1024, "H": h, "R": 512, **_V3_HEAD},
+        ) for h in (16, 128)
+    } | {"500K": ({"B": 256, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD}, {"B": 32, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD})},
+    "route": {  # checked on few: a near tie falls either way in float32
+        "V3": ({"N": 8192, "E": 256, "K": 8, "G": 8, "kept": 4}, {"N": 128, "E": 256, "K": 8, "G": 8, "kept": 4}),
+        "500K": ({"N": 8192, "E": 2, "K": 1, "G": 1, "kept": 1}, {"N": 512, "E": 2, "K": 1, "G": 1, "kept": 1}),
+    },
+    "norm": {"V3": ({"N": 8192, "D": 7168}, {"N": 512, "D": 7168}), "500K": ({"N": 8192, "D": 128}, {"N": 512, "D": 128})},
+    "rope": {
+        "V3": ({"N": 8192, "T": 4096, "H": 128, "Dr": 64}, {"N": 256, "T": 4096, "H": 128, "Dr": 64}),
+        "500K": ({"N": 8192, "T": 256, "H": 4, "Dr": 16}, {"N": 512, "T": 256, "H": 4, "Dr": 16}),
+    },
+    "adamw": {name: ({"P": 519_360, "tensors": 21}, {"P": 519_360, "tensors": 21}) for name in ("500K", "500K clip")},
+    "mlp": {
+        "V3": ({"N": 8192, "D": 7168, "I": 2048}, {"N": 512, "D": 7168, "I": 2048}),
+        "500K": ({"N": 8192, "D": 128, "I": 64}, {"N": 1024, "D": 128, "I": 64}),
+    },
+    "embedding": {
+        "V3": ({"N": 8192, "V": 129280, "R": 7168, "D": 0}, {"N": 512, "V": 2048, "R": 7168, "D": 0}),
+        "500K": ({"N": 8192, "V": 8000, "R": 32, "D": 128}, {"N": 1024, "V": 8000, "R": 32, "D": 128}),
+    },
+}  # fmt: skip
+
+_TINY = {
+    "attention": {"N": 32, "T": 16, "H": 2, "Dn": 16, "Dr": 16, "Dv": 16},
+    "experts": {"N": 12, "D": 16, "E": 3, "K": 2, "I": 16},
+    "head": {"N": 12, "R": 16, "V": 40},
+    "decode": {"B": 2, "C": 20, "H": 4, "R": 16, "Dn": 16, "Dr": 16, "Dv": 16},
+    "route": {"N": 12, "E": 8, "K": 2, "G": 2, "kept": 1},
+    "norm": {"N": 12, "D": 24},
+    "rope": {"N": 12, "T": 6, "H": 2, "Dr": 8},
+    "adamw": {"P": 50, "tensors": 4},
+    "mlp": {"N": 12, "D": 16, "I": 16},
+    "embedding": {"N": 12, "V": 19, "R": 8, "D": 16},
+}
+TINY: dict[str, dict[str, tuple[Sizes, Sizes]]] = {part: {"tiny": (sizes, sizes)} for part, sizes in _TINY.items()}
+"""For a rehearsal without a GPU."""
+
+
+def unchanged(outputs: Any) -> Any:
+    return outputs
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """`timed` and, smaller, `checked`: what `ours` runs on. canonical: what the results are compared as."""
+
+    part: str
+    name: str
+    sizes: Sizes
+    checked_sizes: Sizes
+    timed: Case
+    checked: Case
+    ours: Callable[..., Any]
+    forward: Work
+    backward: Work | None
+    dtype: torch.dtype
+    canonical: Callable[[Any], Any] = unchanged
+
+
+def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:
+    """The case of SIZES (of TINY in a rehearsal, which is in float32: the interpreter's bfloat16 is wrong)."""
+    sizes, smaller = (TINY if rehearsal else SIZES)[part][name]
+    timed, forward, backward = _case(part, name, sizes)
+    checked, _, _ = _case(part, name, smaller)
+    dtype = torch.float32 if rehearsal or OPERATORS[part] in IN_FLOAT32 else torch.bfloat16
+    case = GpuCase(part, name, sizes, smaller, timed, checked, timed.function, forward, backward, dtype)
+    if part == "route":
+        routed = {"timed": replace(timed, function=route), "checked": replace(checked, function=route)}
+        return replace(case, **routed, ours=route, canonical=_canonical_route)
+    if part == "adamw":
+        return replace(case, ours=clip_and_update if name.endswith("clip") else ops.adamw)
+    return case
+
+
+def _case(part: str, name: str, sizes: Sizes) -> tuple[Case, Work, Work | None]:
+    if "lengths" in sizes:
+        return cases.attention(sizes["lengths"], name, *(sizes[letter] for letter in ("H", "Dn", "Dr", "Dv")))
+    bench = cases.build_case(OPERATORS[part], name, sizes)
+    return bench.case, bench.forward, bench.backward
+
+
+def route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, ...]:
+    """`ops.moe_route` and the stable permutation of the slots by expert, int32 [N K]."""
+    weights, indices, counts = ops.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+    if choose("moe_route", logits) != "triton":
+        return weights, indices, counts, indices.flatten().argsort(stable=True).int()
+    from dsfast.triton_kernels.moe_route import sort_slots  # triton is not installed everywhere
+
+    return weights, indices, counts, sort_slots(indices, logits.size(1))[0]
+
+
+def _canonical_route(outputs: tuple) -> tuple:
+    """The weights by expert: peers leave the order of the chosen open."""
+    weights, indices, counts = outputs[:3]
+    return weights.new_zeros(weights.size(0), counts.size(0)).scatter(1, indices, weights), counts
+
+
+def clip_and_update(params, grads, exp_avgs, exp_avg_sqs, *settings) -> None:
+    """The norm, the clip and the update, without waiting for the device; settings as of `ops.adamw` from lrs on."""
+    _, scale = ops.grad_clip(grads, 1.0)
+    ops.adamw(params, grads, exp_avgs, exp_avg_sqs, *settings[:-1], scale)
+
+
+def draw(case: Case, device: str, dtype: torch.dtype) -> list:
+    """The inputs, drawn on the device (on the host the largest would take many seconds)."""
+    with torch.device(device):
+        arguments = case.make_inputs(torch.Generator(device).manual_seed(0))
+    return [_cast(x, dtype) for x in arguments]
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, list):
+        return [_cast(entry, dtype) for entry in x]
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,0 +1,62 @@
+"""One part of `bench gpu` in a process of its own: the request on standard input, each row into a file as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dsfast.bench.gpu import cases
+from dsfast.bench.gpu.bounds import Bounds, measure_bounds
+from dsfast.bench.gpu.clock import GpuClock, HostClock
+from dsfast.bench.gpu.operators import ROUNDS, run_case
+from dsfast.bench.gpu.suite import run_tests
+from dsfast.bench.gpu.whole import run_generation, run_step
+from dsfast.files import finite
+
+Json = dict[str, Any]
+OUT_OF_TIME = "not measured: out of time"
+
+
+def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> Iterator[Json]:
+    """The rows of `part`, none begun after `seconds`; "bounds" has one, what measure_bounds returns."""
+    end = time.perf_counter() + seconds
+    clock, device = (HostClock(), "cpu") if rehearsal else (GpuClock(), "cuda")
+    found = None if bounds is None else Bounds(**bounds)
+
+    def expired() -> bool:
+        return time.perf_counter() > end
+
+    if part == "bounds":
+        yield measure_bounds(clock, device, **({"copy_bytes": 4096, "size": 64} if rehearsal else {}))
+    elif part == "tests":
+        yield from run_tests(seconds)
+    elif part == "step":
+        yield run_step(clock, found, rehearsal)
+    elif part == "generate":
+        yield from run_generation(rehearsal)
+    else:
+        yield from _operator(part, rehearsal, lambda case: run_case(
+            case, clock, found, device, expired, 1 if rehearsal else ROUNDS), expired)  # fmt: skip
+
+
+def _operator(part: str, rehearsal: bool, run: Callable[[Any], Json], expired: Callable[[], bool]) -> Iterator[Json]:
+    for name in (cases.TINY if rehearsal else cases.SIZES)[part]:
+        if expired():
+            yield {"part": part, "case": name, "status": OUT_OF_TIME}
+        else:
+            yield run(cases.build(part, name, rehearsal))
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    with open(request.pop("file"), "w", encoding="utf-8") as file:
+        for row in rows_of(**request):
+            file.write(json.dumps(finite(row)) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

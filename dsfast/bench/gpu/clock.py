@@ -1,0 +1,71 @@
+"""How long a call takes on a GPU: by events, with the L2 cache flushed before; and by replay of a CUDA graph of many calls."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from dsfast.bench.timing import Call, seconds
+
+FLUSH_BYTES = 2**28
+"""Written before each timed call: several times any L2."""
+GRAPH_CALLS = 20
+REPLAYS = 5
+
+
+class GpuClock:
+    """event: makes what records a time on the stream; flush: empties the L2 of what is timed."""
+
+    on_gpu = True
+
+    def __init__(self, event: Callable | None = None, flush: Call | None = None):
+        self._event = event or partial(torch.cuda.Event, enable_timing=True)
+        self._flush = flush or torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
+
+    def seconds(self, call: Call) -> float:
+        """From the start of the first kernel of `call` to the end of its last.
+
+        While the flush runs the host is already launching, so that few launches cost nothing here, and many do.
+        """
+        begin, end = self._event(), self._event()
+        self._flush()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def graph_seconds(self, call: Call) -> float:
+        """A call's share of a graph of GRAPH_CALLS, which is launched at once: no launch overhead, caches warm.
+
+        The median of REPLAYS. Raises what the capture raises, where `call` cannot be captured.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                call()
+        graph.replay()
+        return statistics.median(self.seconds(graph.replay) for _ in range(REPLAYS)) / GRAPH_CALLS
+
+    def launches(self, call: Call) -> int:
+        """Kernels and copies that `call` starts."""
+        activity = torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[activity]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+class HostClock:
+    """Wall time on the CPU, for a rehearsal without a GPU: no figure of it is one of a GPU."""
+
+    on_gpu = False
+    seconds = staticmethod(seconds)

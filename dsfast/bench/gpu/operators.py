@@ -1,0 +1,247 @@
+"""One operator's case: checked against the reference, its peers checked and prepared, then all timed in turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.bench.cases import Work
+from dsfast.bench.gpu.bounds import Bounds
+from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
+from dsfast.bench.gpu.peers import GpuPeer, Prepared, direct, peers_of
+from dsfast.bench.step import attempt
+from dsfast.bench.timing import Call, spread, take_turns
+from dsfast.ops import checks, triton
+
+ROUNDS = 30
+BUDGET = 2.0  # seconds of each variant of a pass
+WARMUP = 3
+GRAPHED = 1e-3
+"""A call shorter than this many seconds is also timed in a CUDA graph."""
+PEER_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
+"""Of the largest value: a peer may round, but not compute something else."""
+
+Json = dict[str, Any]
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent; what was measured before stands."""
+
+
+def run_case(
+    case: GpuCase, clock: Any, bounds: Bounds | None, device: str, expired: Callable[[], bool], rounds: int = ROUNDS
+) -> Json:
+    """A row: part, case, sizes, checked_sizes, dtype, check ("" or what is wrong), peers (name -> what, status, reason) and
+    passes (name -> see `time_pass`). Where `expired()` becomes true the row ends there and has `cut`.
+    """
+    row = {
+        "part": case.part, "operator": OPERATORS[case.part], "case": case.name, "sizes": case.sizes,
+        "checked_sizes": case.checked_sizes, "dtype": str(case.dtype).removeprefix("torch."), "peers": {}, "passes": {},
+    }  # fmt: skip
+    row["check"] = check_ours(case, device)
+    if row["check"]:
+        return row
+    try:
+        _time_case(row, case, clock, bounds, device, expired, rounds)
+    except OutOfTimeError:
+        row["cut"] = "not measured: out of time"
+    return row
+
+
+def _time_case(row: Json, case: GpuCase, clock, bounds, device: str, expired, rounds: int) -> None:
+    positions = case.timed.differentiable
+    right = check_peers(case, device, row["peers"], expired)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # compiled for two shapes, a peer would get kernels for any
+    arguments = draw(case.timed, device, case.dtype)
+    prepared = {"dsfast": direct(case.ours, arguments, positions)}
+    for name, peer in right.items():
+        _stop(expired)
+        ready, problem = attempt(partial(peer.prepare, arguments, positions))
+        if problem:
+            row["peers"][name] |= _failed(problem)
+        else:
+            prepared[name] = ready
+    passes = {"update" if case.part == "adamw" else "forward": (case.forward, forward_call)}
+    if case.backward is not None:
+        passes["forward+backward"] = (case.forward + case.backward, backward_call)
+    for name, (work, make) in passes.items():
+        _stop(expired)
+        row["passes"][name] = time_pass(
+            {n: partial(make, p) for n, p in prepared.items()}, work, case.dtype, clock, bounds, rounds
+        )
+
+
+def _stop(expired: Callable[[], bool]) -> None:
+    if expired():
+        raise OutOfTimeError
+
+
+def _failed(problem: str) -> Json:
+    kind, _, reason = problem.partition(": ")
+    return (
+        {"status": "refused", "reason": reason} if kind == "RefusedError" else {"status": "failed", "reason": problem}
+    )
+
+
+def check_ours(case: GpuCase, device: str) -> str:
+    """What is wrong with dsfast's operator, values and gradients, at the smaller size; "" if nothing is."""
+    checked = case.checked
+
+    def check() -> list[Json]:
+        arguments = draw(checked, device, case.dtype)
+        own = "triton" if triton.runs_on(torch.empty(0, device=device)) else "native"
+        return checks.check(
+            checked.operator, checked.function, arguments, checked.differentiable, [own], case.dtype, checked.name
+        )
+
+    rows, problem = attempt(check)
+    wrong = [row for row in rows or () if not row["passed"]]
+    for row in wrong[:1]:
+        problem = (
+            f"{row['quantity']}: error {row['max_abs_error']:.2e}, at most {row['tolerance']:.2e} is right"
+            f" (eager's: {row['eager_error']:.2e})"
+        )
+    return problem
+
+
+def check_peers(case: GpuCase, device: str, found: Json, expired: Callable[[], bool]) -> dict[str, GpuPeer]:
+    """The peers that are there and right, at the smaller size; every peer's state goes into `found`."""
+    arguments = draw(case.checked, device, case.dtype)
+    with ops.use("reference", case.checked.operator):
+        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+        expected = None if case.part == "adamw" else case.canonical(_tuple(case.checked.function(*wide)))
+    right = {}
+    for name, peer in peers_of(case).items():
+        _stop(expired)
+        state = {"status": "missing", "reason": peer.missing()}
+        if not state["reason"]:
+            problem = attempt(partial(_check_peer, peer, case, arguments, expected))
+            state = (
+                _failed(problem[1])
+                if problem[1]
+                else {"status": "wrong" if problem[0] else "ready", "reason": problem[0]}
+            )
+        found[name] = {"what": peer.what, **state}
+        if state["status"] == "ready":
+            right[name] = peer
+    return right
+
+
+def _check_peer(peer: GpuPeer, case: GpuCase, arguments: list, expected: tuple | None) -> str:
+    if expected is None:
+        return _check_update(peer, case, arguments)
+    prepared = peer.prepare(arguments, ())
+    with torch.no_grad():
+        found = case.canonical(_tuple(prepared.result(prepared.run())))
+    return _difference(found, expected, PEER_TOLERANCE[case.dtype])
+
+
+def _check_update(peer: GpuPeer, case: GpuCase, arguments: list) -> str:
+    """AdamW works in place: the peer's and dsfast's parameters after one update each."""
+    sides = []
+    for run in (case.ours, None):
+        copy = [[x.clone() for x in entry] if entry and isinstance(entry, list) and isinstance(entry[0], Tensor) else entry
+                for entry in arguments]  # fmt: skip
+        prepared = direct(case.ours, copy, ()) if run else peer.prepare(copy, ())
+        prepared.run()
+        sides.append(tuple(copy[0]))
+    return _difference(*sides[::-1], PEER_TOLERANCE[case.dtype])
+
+
+def _difference(found: tuple, expected: tuple, tolerance: float) -> str:
+    for number, (x, y) in enumerate(zip(found, expected, strict=True)):
+        error, allowed = (x.double() - y.double()).abs().max().item(), tolerance * y.double().abs().max().item()
+        if not error <= allowed:
+            return f"output {number}: error {error:.2e}, at most {allowed:.2e} is right"
+    return ""
+
+
+def _tuple(outputs: Any) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def forward_call(prepared: Prepared) -> Call:
+    return torch.no_grad()(lambda: prepared.run())
+
+
+def backward_call(prepared: Prepared) -> Call:
+    """The call that also computes the gradient of every leaf, from gradients given for the results."""
+
+    def results() -> list[Tensor]:
+        return [x for x in _tuple(prepared.run()) if x.requires_grad]
+
+    given = [torch.ones_like(x) for x in results()]
+    return lambda: torch.autograd.grad(results(), prepared.leaves, given)
+
+
+def time_pass(
+    makes: dict[str, Callable[[], Call]], work: Work, dtype: torch.dtype, clock: Any, bounds: Bounds | None, rounds: int
+) -> Json:
+    """flops, bytes, ideal_seconds (what the bounds allow) and variants, taking turns round by round:
+
+    name -> seconds (median, quartiles), over_dsfast (its median over dsfast's), rates, bound_share; of short calls graph_seconds
+    or graph_reason, and of dsfast's launches; or `failed` alone.
+    """
+    variants, calls = {}, {}
+    for name, make in makes.items():
+        call, problem = attempt(partial(_warm, make))
+        if problem:
+            variants[name] = {"failed": problem}
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            calls[name] = call
+    taken = take_turns({name: (call,) for name, call in calls.items()}, rounds, BUDGET, clock.seconds)
+    ideal = bounds and bounds.ideal_seconds(work, dtype)
+    for name, call in calls.items():
+        median = spread([seconds for (seconds,) in taken[name]])
+        variants[name] = {"seconds": asdict(median), **rates(work, dtype, median.median, ideal)}
+        if clock.on_gpu and median.median < GRAPHED:
+            variants[name] |= _in_a_graph(clock, name, call)
+    return {
+        "flops": work.flops,
+        "bytes": work.bytes_of(dtype.itemsize),
+        "ideal_seconds": ideal,
+        "variants": related(variants),
+    }
+
+
+def rates(work: Work, dtype: torch.dtype, seconds: float, ideal: float | None) -> Json:
+    return {
+        "flops_per_second": work.flops / seconds,
+        "bytes_per_second": work.bytes_of(dtype.itemsize) / seconds,
+        "bound_share": ideal and ideal / seconds,
+    }
+
+
+def related(variants: Json) -> Json:
+    """`variants` with over_dsfast where dsfast was timed."""
+    if "seconds" in variants.get("dsfast", {}):
+        for variant in variants.values():
+            if "seconds" in variant:
+                variant["over_dsfast"] = variant["seconds"]["median"] / variants["dsfast"]["seconds"]["median"]
+    return variants
+
+
+def _warm(make: Callable[[], Call]) -> Call:
+    call = make()
+    for _ in range(WARMUP):
+        call()
+    return call
+
+
+def _in_a_graph(clock: Any, name: str, call: Call) -> Json:
+    seconds, problem = attempt(partial(clock.graph_seconds, call))
+    found = {"graph_reason": problem} if problem else {"graph_seconds": seconds}
+    if name == "dsfast":
+        launches, problem = attempt(partial(clock.launches, call))
+        found |= {} if problem else {"launches": launches}
+    return found

@@ -1,0 +1,166 @@
+"""The parts of `bench gpu` one after the other within a budget of seconds, the most important first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from dsfast.bench.gpu.figures import figures
+from dsfast.errors import UserError, choices
+from dsfast.ops import triton
+
+PARTS = (
+    "attention", "experts", "head", "decode", "route", "step", "generate", "norm", "rope", "adamw", "mlp", "embedding",
+    "tests",
+)  # fmt: skip
+"""In order of importance; "bounds" comes before them all. The tests take what is left."""
+BUDGET = 450
+"""Seconds: with what starting and writing take, below 8 minutes."""
+LEAST = 10.0  # seconds below which no part is started
+SHARE = 100.0  # seconds that one part may take, but for the tests
+GRACE = 15.0  # seconds between a part's own end and its process's
+OUT_OF_TIME = "not measured: out of time"
+NOT_ASKED = "not measured: not asked for (--only)"
+_ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
+
+Json = dict[str, Any]
+
+
+def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:
+    """`names` in the order of PARTS; None is all. Raises UserError for an unknown one."""
+    for name in names or ():
+        if name not in PARTS:
+            raise UserError(f"bench gpu: unknown part {name!r}; {choices(PARTS)}")
+    return PARTS if names is None else tuple(part for part in PARTS if part in names)
+
+
+def check_gpu(rehearsal: bool) -> None:
+    """Raises UserError where no GPU that the kernels run on is here; for a rehearsal, where Triton's interpreter is not on."""
+    if rehearsal:
+        if not triton.INTERPRETED or triton.missing():
+            reason = triton.missing() or "set TRITON_INTERPRET=1"
+            raise UserError(f"bench gpu --rehearse runs the kernels in Triton's interpreter: {reason}")
+        return
+    if triton.INTERPRETED:
+        raise UserError(
+            "bench gpu: TRITON_INTERPRET=1 is set, and nothing would run on the GPU; unset it or --rehearse"
+        )
+    if torch.cuda.is_available():
+        available, reason = triton.available("mla_attention")
+        if available:
+            return
+    else:
+        reason = "torch finds no GPU"
+    raise UserError(
+        f"bench gpu: {reason}; nothing is measured. Without a GPU: `python -m dsfast.bench compile` compiles the kernels for"
+        " their chips, and `make test` runs them in Triton's interpreter"
+    )
+
+
+def run_gpu(parts: Sequence[str], seconds: float, rehearsal: bool, progress: Callable[[str], None]) -> Json:
+    """Run `parts`, each in a process of its own, for `seconds` in all; `progress` is told what comes next.
+
+    Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, bounds, parts (name -> status,
+    seconds), rows and figures.
+    """
+    end = time.perf_counter() + seconds
+    progress("bounds")
+    bounds_state, found = run_part("bounds", None, rehearsal, min(SHARE, seconds))
+    bounds = found[0] if found else None
+    states, rows = {"bounds": bounds_state}, []
+    for part in PARTS:
+        left = end - time.perf_counter()
+        if part not in parts:
+            states[part] = {"status": NOT_ASKED, "seconds": 0.0}
+        elif left < LEAST:
+            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
+        else:
+            progress(f"{part}, {left:.0f} s left")
+            states[part], found = run_part(part, bounds, rehearsal, left if part == "tests" else min(SHARE, left))
+            rows += found
+    return {
+        "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+        "bounds": bounds, "parts": states, "rows": rows, "figures": figures([] if rehearsal else rows),
+    }  # fmt: skip
+
+
+def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json]]:
+    """(status and seconds, the rows that its process wrote before it ended or its time was up)."""
+    begin = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "rows"
+        own = max(seconds - GRACE, seconds / 2)
+        request = {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
+        status = _in_a_process([sys.executable, "-m", "dsfast.bench.gpu.child"], json.dumps(request), seconds)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
+    if status == OUT_OF_TIME and rows:
+        status = "cut: out of time, the rest is not measured"
+    return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows
+
+
+def _in_a_process(command: list[str], request: str, seconds: float) -> str:
+    """ "done", OUT_OF_TIME, or "failed: " and the last line of what it said."""
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = child.communicate(request, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return OUT_OF_TIME
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, 9)  # it and what it has started: compilers, pytest
+            child.communicate()
+    if child.returncode == 0:
+        return "done"
+    lines = errors.strip().splitlines() or [f"exit status {child.returncode}"]
+    return f"failed: {lines[-1]}"
+
+
+def gpu_facts() -> Json:
+    """Name, compute capability, memory, multiprocessors, driver and CUDA version of the GPU."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0].strip() if said else None
+
+
+def sound(found: Json) -> bool:
+    """Whether every part that ran ended by itself, every case passed its check, no peer was wrong and no test failed."""
+    failed = [state for state in found["parts"].values() if state["status"].startswith("failed")]
+    wrong = [row for row in found["rows"] if row.get("check") or row.get("status", "").startswith("failed")]
+    peers = [p for row in found["rows"] for p in row.get("peers", {}).values() if p["status"] == "wrong"]
+    ours = [v for row in found["rows"] for p in row.get("passes", {}).values() for n, v in p["variants"].items()
+            if n == "dsfast" and "failed" in v]  # fmt: skip
+    return not (failed or wrong or peers or ours)

@@ -1,0 +1,119 @@
+"""The results of `bench gpu` as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+Json = dict[str, Any]
+
+
+def show_gpu(console: Console, found: Json) -> None:
+    """Print everything in a document of `bench gpu`."""
+    results = found["results"]
+    gpu, bounds = results["gpu"], results["bounds"]
+    if gpu is None:
+        _say(
+            console,
+            "REHEARSAL on the CPU, in Triton's interpreter, at tiny sizes: no time below is one of a GPU.",
+            "bold",
+        )
+    else:
+        _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
+                      f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
+    if bounds is not None:
+        _say(console, f"Bounds: copy {bounds['bandwidth'] / 1e12:.2f} TB/s; torch.mm at {bounds['size']}: bfloat16"
+                      f" {bounds['bfloat16'] / 1e12:,.0f}, tf32 {bounds['tf32'] / 1e12:,.0f}, float32"
+                      f" {bounds['float32'] / 1e12:,.0f} TFLOP/s.")  # fmt: skip
+    for row in results["rows"]:
+        if row["part"] == "tests":
+            _tests(console, row)
+        elif "passes" in row:
+            _row(console, row)
+        else:
+            _say(console, f"{row['part']} {row['case']}: {row['status']}", "yellow")
+    for name, state in results["parts"].items():
+        if state["status"] != "done":
+            _say(console, f"{name}: {state['status']}", "red" if state["status"].startswith("failed") else "yellow")
+    _figures(console, results["figures"])
+
+
+def _row(console: Console, row: Json) -> None:
+    sizes = " ".join(f"{k}={'mixed' if isinstance(v, list | tuple) else v}" for k, v in row["sizes"].items())
+    title = f"{row['part']} {row['case']}  {sizes}  {row['dtype']}"
+    columns = ("pass", "variant", "us", "quartiles", "in a graph", "TB/s", "TFLOP/s", "of bound", "over dsfast")
+    table = _table(title, *columns)
+    for run, timed in row["passes"].items():
+        for name, variant in timed["variants"].items():
+            if "failed" in variant:
+                table.add_row(run, name, "failed")
+            else:
+                table.add_row(run, name, *_cells(variant, timed))
+        if timed["ideal_seconds"]:
+            table.add_row(run, "the bound", f"{timed['ideal_seconds'] * 1e6:,.1f}")
+        table.add_section()
+    if row["passes"]:
+        console.print(table)
+    if row["check"]:
+        _say(console, f"not timed: {title}: dsfast: {row['check']}", "red")
+    for name, peer in row["peers"].items():
+        if peer["status"] != "ready":
+            _say(console, f"{peer['status']}: {row['part']} {row['case']}: {name}: {peer['reason']}", "yellow")
+    for run, timed in row["passes"].items():
+        for name, variant in timed["variants"].items():
+            for key in ("failed", "graph_reason"):
+                if key in variant:
+                    _say(
+                        console,
+                        f"{key.replace('graph_reason', 'not captured')}: {run}: {name}: {variant[key]}",
+                        "yellow",
+                    )
+    if "cut" in row:
+        _say(console, f"{row['part']} {row['case']}, the rest: {row['cut']}", "yellow")
+
+
+def _cells(variant: Json, timed: Json) -> list[str]:
+    seconds, micro = variant["seconds"], 1e6
+    moved, flops, share = (variant.get(key) for key in ("bytes_per_second", "flops_per_second", "bound_share"))
+    return [
+        f"{seconds['median'] * micro:,.1f}",
+        f"{seconds['lower'] * micro:,.1f} .. {seconds['upper'] * micro:,.1f}",
+        f"{variant['graph_seconds'] * micro:,.1f}" if "graph_seconds" in variant else "",
+        f"{moved / 1e12:.2f}" if moved else "",
+        f"{flops / 1e12:,.1f}" if timed["flops"] and flops else "",
+        f"{share:.0%}" if share else "",
+        f"{variant['over_dsfast']:.2f} x" if "over_dsfast" in variant else "",
+    ]
+
+
+def _tests(console: Console, row: Json) -> None:
+    counts = ", ".join(f"{count} {name}" for name, count in row["counts"].items())
+    said = " ".join(part for part in (row["status"], row["reason"], counts) if part)
+    _say(console, f"tests, {row['case']}: {said}", None if row["status"] == "passed" else "yellow")
+    for failure in row["failures"]:
+        _say(console, f"failed: {failure}", "red")
+
+
+def _figures(console: Console, rows: list[Json]) -> None:
+    table = _table("Figures asked for on an H200", "figure", "asked", "stretch", "got", "met?")
+    for row in rows:
+        got = "-" if row["got"] is None else f"{row['got']:,.2f} {row['unit']}".rstrip()
+        table.add_row(row["what"], row["asked"], row["stretch"], got, row["met"])
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for column in columns:
+        words = column in ("pass", "variant", "figure", "asked", "stretch", "met?")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    return table
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False)

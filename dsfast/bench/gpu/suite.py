@@ -1,0 +1,62 @@
+"""The part "tests": pytest of what needs a GPU and of every Triton kernel on it, where the source tree is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[3]
+NOT_ON_A_GPU = ("test_triton_compile.py",)  # compiles for chips that are not there
+
+Json = dict[str, Any]
+
+
+def run_tests(seconds: float, root: Path = ROOT) -> list[Json]:
+    """A row for the kernels' tests and one for the others marked gpu, together within `seconds`."""
+    kernels = sorted(p for p in (root / "tests").glob("test_triton_*.py") if p.name not in NOT_ON_A_GPU)
+    others = sorted(p for p in (root / "tests").glob("test_*.py") if not p.name.startswith("test_triton_"))
+    if not kernels:
+        return [_row("kernels", "missing", "no source tree with tests here")]
+    if importlib.util.find_spec("pytest") is None:
+        return [_row("kernels", "missing", "pytest is not installed")]
+    marked = run_pytest("marked gpu", ["-m", "gpu", *map(str, others)], seconds / 3, root)
+    chosen = ["-m", "not slow", "-k", "not in_the_interpreter", *map(str, kernels)]
+    return [marked, run_pytest("kernels", chosen, seconds * 2 / 3, root)]
+
+
+def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> Json:
+    """The row of one run: status "passed", "failed", "failed to run" or "not measured: out of time", counts, failures."""
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        try:
+            child = subprocess.run(
+                command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return _row(name, "not measured: out of time", f"stopped after {seconds:.0f} s")
+        if not report.exists():
+            lines = (child.stderr.strip() or child.stdout.strip()).splitlines() or [""]
+            return _row(name, "failed to run", lines[-1])
+        return _counted(name, ElementTree.parse(report).getroot().find("testsuite"))
+
+
+def _counted(name: str, suite: ElementTree.Element) -> Json:
+    failures = [
+        f"{case.get('classname')}::{case.get('name')}: {' '.join((bad.get('message') or '').split())[:200]}"
+        for case in suite.iter("testcase")
+        for bad in (*case.findall("failure"), *case.findall("error"))
+    ]
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    return {**_row(name, "failed" if failures else "passed", ""), "counts": counts, "failures": failures}
+
+
+def _row(name: str, status: str, reason: str) -> Json:
+    return {"part": "tests", "case": name, "status": status, "reason": reason, "counts": {}, "failures": []}

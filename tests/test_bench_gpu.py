@@ -1,0 +1,493 @@
+"""`bench gpu` as far as it goes without a GPU: its logic with clocks and peers of the tests' own, and a rehearsal in Triton's
+interpreter. No time is judged here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsfast.bench import __main__ as bench
+from dsfast.bench import timing
+from dsfast.bench.cases import Work
+from dsfast.bench.gpu import cases, operators, peers, run, suite, whole
+from dsfast.bench.gpu.bounds import Bounds, measure_bounds
+from dsfast.bench.gpu.child import rows_of
+from dsfast.bench.gpu.clock import GpuClock, HostClock
+from dsfast.bench.gpu.figures import FIGURES, Figure, figures
+from dsfast.bench.gpu.peers import GpuPeer, Prepared, RefusedError
+from dsfast.bench.report import plain
+from dsfast.command import run_command
+from dsfast.ops import native, triton
+
+BOUNDS = Bounds(bandwidth=4e12, bfloat16=8e14, tf32=4e14, float32=5e13, size=8192)
+needs_native = pytest.mark.skipif(native.status()[0] is None, reason="the C++ kernels stand in for Triton's here")
+
+
+def never() -> bool:
+    return False
+
+
+def run_tiny(part: str, expired=never) -> dict:
+    return operators.run_case(cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1)
+
+
+# clock, bounds
+
+
+class Events:
+    """Stands for a GPU: an event recorded takes the time of a clock that the calls move on."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def event(self):
+        events = self
+
+        class Event:
+            def record(self):
+                self.at = events.now
+                events.log.append("event")
+
+            def synchronize(self):
+                events.log.append("wait")
+
+            def elapsed_time(self, end):
+                return end.at - self.at  # milliseconds
+
+        return Event()
+
+    def take(self, name: str, milliseconds: float) -> None:
+        self.log.append(name)
+        self.now += milliseconds
+
+
+def test_a_call_is_timed_between_two_events_after_the_flush():
+    events = Events()
+    clock = GpuClock(events.event, lambda: events.take("flush", 50.0))
+    assert clock.seconds(lambda: events.take("call", 3.0)) == pytest.approx(3e-3)
+    assert events.log == ["flush", "event", "call", "event", "wait"]
+
+
+def test_variants_take_turns_by_the_clock():
+    events = Events()
+    clock = GpuClock(events.event, lambda: None)
+    calls = {name: (lambda name=name, ms=ms: events.take(name, ms),) for name, ms in (("a", 1.0), ("b", 2.0))}
+    taken = timing.take_turns(calls, 3, 10.0, clock.seconds)
+    assert taken == {"a": [(pytest.approx(1e-3),)] * 3, "b": [(pytest.approx(2e-3),)] * 3}
+    assert [name for name in events.log if name in calls] == ["a", "b"] * 3
+
+
+def test_bounds_are_the_best_of_what_was_reached():
+    found = measure_bounds(HostClock(), "cpu", copy_bytes=4096, size=16)
+    assert set(found) == {field.name for field in dataclasses.fields(Bounds)}
+    assert found["size"] == 16
+    assert all(value > 0 for value in found.values())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_ideal_time_is_that_of_the_narrower_bound():
+    assert BOUNDS.ideal_seconds(Work(8 * 10**14, 1), torch.bfloat16) == 1.0
+    assert BOUNDS.ideal_seconds(Work(5 * 10**13, 1), torch.float32) == 1.0
+    assert BOUNDS.ideal_seconds(Work(1, 10**12), torch.bfloat16) == 0.5  # 2 bytes each
+    assert BOUNDS.ideal_seconds(Work(1, 10**12), torch.float32) == 1.0
+
+
+# cases
+
+
+@pytest.mark.parametrize("part", cases.SIZES)
+def test_every_size_can_be_built_and_is_checked_no_larger(part):
+    assert set(cases.SIZES) == set(cases.TINY) == set(cases.OPERATORS)
+    for name in cases.SIZES[part]:
+        case = cases.build(part, name)
+        assert case.forward.bytes_of(2) > 0
+        assert case.dtype == (torch.float32 if part in ("route", "adamw") else torch.bfloat16)
+        for letter, size in case.checked_sizes.items():
+            assert (sum(size) <= sum(case.sizes[letter])) if letter == "lengths" else size <= case.sizes[letter]
+
+
+def test_mixed_documents_have_as_many_tokens_as_the_dense_ones():
+    assert sum(cases.MIXED) == cases.SIZES["attention"]["V3"][0]["N"]
+
+
+def test_work_of_the_500k_norm_is_counted_by_hand():
+    case = cases.build("norm", "500K")
+    assert case.forward.bytes_of(2) == 2 * (4 * 8192 * 128 + 128)  # x, residual, y, h, and the weight
+
+
+# one case
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", cases.TINY)
+def test_a_case_is_checked_and_timed_with_the_peers_that_run_here(part):
+    row = run_tiny(part)
+    assert row["check"] == ""
+    ready = [name for name, peer in row["peers"].items() if peer["status"] == "ready"]
+    assert ready, row["peers"]
+    assert {peer["status"] for peer in row["peers"].values()} <= {"ready", "missing", "refused", "failed"}
+    assert all(peer["reason"] for peer in row["peers"].values() if peer["status"] != "ready")
+    assert list(row["passes"]) == {"adamw": ["update"], "decode": ["forward"]}.get(
+        part, ["forward", "forward+backward"]
+    )
+    for timed in row["passes"].values():
+        assert set(timed["variants"]) == {"dsfast", *ready}
+        for variant in timed["variants"].values():
+            median = variant["seconds"]["median"]
+            assert variant["bytes_per_second"] == timed["bytes"] / median
+            assert variant["bound_share"] == timed["ideal_seconds"] / median
+            assert variant["over_dsfast"] == median / timed["variants"]["dsfast"]["seconds"]["median"]
+
+
+def peer(what: str, function, missing=lambda: "") -> GpuPeer:
+    return GpuPeer(what, lambda arguments, positions: peers.direct(function, arguments, positions), missing)
+
+
+def broken(*arguments):
+    raise RuntimeError("no kernel\nfor this")
+
+
+def refusing(arguments, positions) -> Prepared:
+    raise RefusedError("heads of 48")
+
+
+def forward_only(x, weight, eps, residual):
+    y, h = peers.eager.rms_norm(x, weight, eps, residual)
+    return y.detach(), h.detach()
+
+
+@needs_native
+def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch):
+    others = {
+        "right": peer("it", peers.eager.rms_norm),
+        "wrong": peer("1% off", lambda *a: tuple(x * 1.01 for x in peers.eager.rms_norm(*a))),
+        "broken": peer("raises", broken),
+        "missing": peer("not here", broken, lambda: "not installed"),
+        "refusing": GpuPeer("refuses", refusing),
+        "no backward": peer("no derivative", forward_only),
+    }
+    monkeypatch.setitem(peers._PEERS, "norm", others)
+    row = run_tiny("norm")
+    found = {name: (state["status"], state["reason"]) for name, state in row["peers"].items()}
+    assert found["right"] == found["no backward"] == ("ready", "")
+    assert found["wrong"][0] == "wrong"
+    assert found["wrong"][1].startswith("output 0: error")
+    assert found["broken"] == ("failed", "RuntimeError: no kernel")
+    assert found["missing"] == ("missing", "not installed")
+    assert found["refusing"] == ("refused", "heads of 48")
+    both = row["passes"]["forward+backward"]["variants"]
+    assert set(both) == {"dsfast", "right", "no backward"}
+    assert "failed" in both["no backward"]
+    assert "seconds" in both["right"]
+
+
+@needs_native
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = operators.checks.check
+    monkeypatch.setattr(operators.checks, "check", lambda *a, **o: [{**row, "passed": False} for row in right(*a, **o)])
+    row = run_tiny("rope")
+    assert row["check"].startswith("output: error")
+    assert row["passes"] == {}
+    assert not run.sound({"parts": {}, "rows": [row]})
+
+
+@needs_native
+def test_a_case_ends_where_the_time_does():
+    turns = iter([False, False, True])
+    row = run_tiny("mlp", lambda: next(turns))
+    assert row["cut"] == "not measured: out of time"
+    assert row["passes"] == {}
+
+
+def test_sdpa_refuses_documents_of_unequal_lengths_and_says_why():
+    arguments = cases.draw(cases.cases.attention((3, 5), "", 2, 8, 8, 8)[0], "cpu", torch.float32)
+    with pytest.raises(RefusedError, match="a mask of 8 x 8"):
+        peers._PEERS["attention"]["SDPA math"].prepare(arguments, ())
+
+
+@pytest.mark.parametrize("lengths", [(16, 16), (21, 1, 10)], ids=["equal", "mixed"])
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_masks_what_the_reference_masks(lengths, monkeypatch):
+    """Uncompiled, as it runs without a GPU: inputs, masks and the way back to the operator's shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = cases.cases.attention(lengths, "", 2, 16, 8, 16)[0]
+    arguments = cases.draw(case, "cpu", torch.float32)
+    prepared = peers._PEERS["attention"]["FlexAttention"].prepare(arguments, ())
+    with operators.ops.use("reference"):
+        torch.testing.assert_close(prepared.result(prepared.run()), case.function(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_short_calls_are_also_timed_in_a_graph():
+    class Clock(HostClock):
+        on_gpu = True
+
+        def graph_seconds(self, call):
+            if call() == "cannot":
+                raise RuntimeError("capture: waits for the host")
+            return 2e-6
+
+        def launches(self, call):
+            return 1
+
+    makes = {
+        "dsfast": lambda: lambda: "fine",
+        "other": lambda: lambda: "cannot",
+        "long": lambda: lambda: time.sleep(2e-3),
+    }
+    found = operators.time_pass(makes, Work(0, 10), torch.float32, Clock(), BOUNDS, 3)["variants"]
+    assert found["dsfast"]["graph_seconds"] == 2e-6
+    assert found["dsfast"]["launches"] == 1
+    assert found["other"]["graph_reason"] == "RuntimeError: capture: waits for the host"
+    assert "launches" not in found["other"]
+    assert not {"graph_seconds", "graph_reason"} & set(found["long"])
+
+
+# figures
+
+
+def variants(**over: float) -> dict:
+    ours = {"seconds": {"median": 1e-3}, "over_dsfast": 1.0, "flops_per_second": 4e14, "bytes_per_second": 3.5e12,
+            "bound_share": 0.9, "graph_seconds": 1e-5, "launches": 1, "tokens_per_second": 6000.0}  # fmt: skip
+    return {"dsfast": ours} | {name: {"over_dsfast": ratio} for name, ratio in over.items()}
+
+
+def row(part: str, case: str, run: str, **over: float) -> dict:
+    return {"part": part, "case": case, "passes": {run: {"variants": variants(**over)}}}
+
+
+def test_nothing_is_claimed_where_nothing_was_measured():
+    found = figures([])
+    assert len(found) == len(FIGURES) > 20
+    assert {(figure["got"], figure["met"]) for figure in found} == {(None, "not measured")}
+
+
+def test_figures_follow_from_the_rows():
+    rows = [
+        row("attention", "V3", "forward+backward", **{"FlexAttention": 1.3, "SDPA flash": 2.0, "SDPA cudnn": 0.8}),
+        row("attention", "V3 mixed", "forward+backward"),
+        row("decode", "V3 H16", "forward"), row("decode", "V3 H128", "forward"),
+        row("route", "V3", "forward", transformers=30.0), row("norm", "V3", "forward"),
+        row("adamw", "500K", "update"), row("generate", "batch 1", "64 tokens"),
+        {"part": "tests", "case": "kernels", "status": "passed"},
+    ]  # fmt: skip
+    found = {figure["what"]: (figure["got"], figure["met"]) for figure in figures(rows)}
+    assert found["mla_attention 192/128 over FlexAttention"] == (1.3, "yes")
+    assert found["mla_attention 192/128 over the fastest SDPA"] == (0.8, "no")
+    assert found["documents of mixed length, rate over dense"] == (1.0, "stretch")
+    assert found["mla_decode B128 S4096, 16 heads"] == (3.5, "yes")
+    assert found["mla_decode B128 S4096, 128 heads"] == (400.0, "yes")
+    assert found["moe_route with permutation over transformers"] == (30.0, "yes")
+    assert found["moe_route 8192 x 256, permutation"] == (pytest.approx(10.0), "stretch")  # in a graph
+    assert found["rms_norm, share of copy bandwidth"] == (90.0, "yes")
+    assert found["adamw 500K"] == (pytest.approx(10.0), "no")
+    assert found["adamw 500K, launches"] == (1, "yes")
+    assert found["generation, one stream"] == (6000.0, "yes")
+    assert found["moe_experts E128 over liger"] == (None, "not measured")
+
+
+def test_every_figure_names_what_the_parts_measure():
+    """A figure whose case, pass or peer no part has would stay "not measured" for ever."""
+    rows = [
+        row(part, name, run, **dict.fromkeys(peers.peers_of(cases.build(part, name)), 1.0))
+        for part in cases.SIZES for name in cases.SIZES[part] for run in ("forward", "forward+backward", "update")
+    ]  # fmt: skip
+    by_run = {}
+    for one in rows:
+        by_run.setdefault((one["part"], one["case"]), {**one, "passes": {}})["passes"] |= one["passes"]
+    config = whole.comparable(whole.whole_config(False))
+    size = f"{config.train.batch_size} x {config.data.sequence_length}"
+    steps = row("step", size, "step", **dict.fromkeys(whole.GPU_PEERS, 1.0))
+    generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
+    assert [f["what"] for f in figures([*by_run.values(), steps, *generated]) if f["got"] is None] == []
+
+
+def test_at_most_and_at_least():
+    at_most = Figure("", "us", 20, 12, lambda rows: None, at_most=True)
+    assert [run_met(at_most, got) for got in (12, 13, 21)] == ["stretch", "yes", "no"]
+    assert [run_met(Figure("", "x", 1, None, lambda rows: None), got) for got in (0.9, 1)] == ["no", "yes"]
+
+
+def run_met(figure: Figure, got: float) -> str:
+    from dsfast.bench.gpu.figures import _met
+
+    return _met(figure, got)
+
+
+# the run
+
+
+@pytest.fixture
+def parts_run(monkeypatch):
+    """What was run, for how long; every part takes 30 seconds of a clock of its own."""
+    now, asked = [0.0], []
+
+    def run_part(part, bounds, rehearsal, seconds):
+        asked.append((part, seconds))
+        now[0] += 30.0
+        if part == "bounds":
+            return {"status": "done", "seconds": 1.0}, [dataclasses.asdict(BOUNDS)]
+        return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}]
+
+    monkeypatch.setattr(run, "run_part", run_part)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
+    return asked
+
+
+def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
+    found = run.run_gpu(run.PARTS, 130, False, lambda text: None)
+    assert parts_run == [("bounds", 100.0), ("attention", 100.0), ("experts", 70.0), ("head", 40.0), ("decode", 10.0)]
+    assert found["parts"]["route"]["status"] == "not measured: out of time"
+    assert found["bounds"]["bandwidth"] == 4e12
+    assert found["measured_on"] == "GPU"
+    assert run.sound(found)
+
+
+def test_what_was_not_asked_for_is_said(parts_run):
+    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    assert [part for part, _ in parts_run] == ["bounds", "norm"]
+    assert found["parts"]["attention"]["status"] == "not measured: not asked for (--only)"
+
+
+def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
+    begin = time.perf_counter()
+    assert run._in_a_process([sys.executable, "-c", "import time; time.sleep(60)"], "", 0.5) == run.OUT_OF_TIME
+    assert time.perf_counter() - begin < 30
+    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('boom')"], "", 30) == "failed: boom"
+    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == "done"
+
+
+def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
+    def cut(command, request, seconds):
+        Path(json.loads(request)["file"]).write_text('{"part": "norm", "case": "V3"}\n{"part": "no', encoding="utf-8")
+        return run.OUT_OF_TIME
+
+    monkeypatch.setattr(run, "_in_a_process", cut)
+    state, rows = run.run_part("norm", None, False, 20.0)
+    assert rows == [{"part": "norm", "case": "V3"}]
+    assert state["status"] == "cut: out of time, the rest is not measured"
+
+
+def test_cases_that_are_not_begun_are_rows_as_well():
+    found = list(rows_of("norm", True, None, -1.0))
+    assert found == [{"part": "norm", "case": "tiny", "status": "not measured: out of time"}]
+
+
+def document(found: dict) -> dict:
+    return {
+        "machine": {"processor": "P", "threads": 2}, "versions": {"torch": "2", "triton": "3"}, "native": {"reason": ""},
+        "fallbacks": [], "commit": {"hash": "abc"}, "settings": {"bench": "gpu"}, "results": found,
+    }  # fmt: skip
+
+
+@needs_native
+def test_everything_found_is_shown(parts_run, monkeypatch):
+    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    timed = run_tiny("norm")
+    timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
+    timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
+    failing = suite._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
+    found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}, "cut": "out of time"}]
+    shown = plain(document(found))
+    for text in ("copy 4.00 TB/s", "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
+                 "missing: norm tiny: liger: liger-kernel is not installed", "failed: a::b: c", "dsfast: output: error 1",
+                 "attention: not measured: not asked for (--only)", "Figures asked for on an H200"):  # fmt: skip
+        assert text in shown
+    assert "REHEARSAL" not in shown
+
+
+# the tests as a part
+
+
+def test_tests_are_counted_and_failures_named(tmp_path):
+    (tmp_path / "test_a.py").write_text("def test_good(): pass\n\ndef test_bad(): assert 1 == 2\n", encoding="utf-8")
+    found = suite.run_pytest("kernels", [str(tmp_path)], 60, tmp_path)
+    assert found["status"] == "failed"
+    assert found["counts"] == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
+    [failure] = found["failures"]
+    assert "::test_bad: " in failure
+    assert not run.sound({"parts": {}, "rows": [found]})
+
+
+def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
+    (tmp_path / "test_a.py").write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
+    assert suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)["status"] == "not measured: out of time"
+    assert suite.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
+    assert suite.run_tests(60, tmp_path)[0]["status"] == "missing"
+
+
+# the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "DIR", "--only", "attn"], "unknown part 'attn'; known: adamw, attention, decode, "),
+        (["--out", "DIR", "--seconds", "0"], "expected a whole number"),
+        (["--out", "/proc/no/such"], "--out /proc/no/such: cannot be written to"),
+        (["--out", "DIR"], "torch finds no GPU; nothing is measured. Without a GPU: `python -m dsfast.bench compile`"),
+        (["--out", "DIR", "--rehearse"], "set TRITON_INTERPRET=1"),
+    ],
+)
+def test_bad_input_is_one_line_and_2_and_nothing_is_written(arguments, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "/proc/no/such" in arguments)
+    monkeypatch.setattr(triton, "available", lambda operator: (True, ""))
+    out = tmp_path / "out"
+    assert run_command(bench.main, ["gpu", *(str(out) if a == "DIR" else a for a in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert complaint in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "reason", ["the GPU has compute capability 7.5, 8.0 or newer is needed", "triton is not installed"]
+)
+def test_a_gpu_that_cannot_be_used_is_one_line_and_2(reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "available", lambda operator: (False, reason))
+    assert run_command(bench.main, ["gpu", "--out", str(tmp_path / "out")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: bench gpu: {reason}; nothing is measured.")
+
+
+def test_the_interpreter_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    with pytest.raises(run.UserError, match="TRITON_INTERPRET=1 is set, and nothing would run on the GPU"):
+        run.check_gpu(rehearsal=False)
+
+
+@pytest.mark.skipif(bool(triton.missing()), reason="needs triton")
+@pytest.mark.parametrize("parts", ["norm", pytest.param(",".join(run.PARTS[:-1]), marks=pytest.mark.slow)])
+def test_a_rehearsal_runs_the_whole_command_and_claims_nothing(parts, tmp_path):
+    command = [sys.executable, "-m", "dsfast.bench", "gpu", "--out", str(tmp_path), "--rehearse", "--only", parts]
+    child = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rehearsal.json", "rehearsal.txt"]
+    written = json.loads((tmp_path / "rehearsal.json").read_text(encoding="utf-8"))
+    results = written["results"]
+    assert results["measured_on"] == "CPU (rehearsal)"
+    assert results["gpu"] is None
+    assert results["environment"]["TRITON_INTERPRET"] == "1"
+    assert {figure["met"] for figure in results["figures"]} == {"not measured"}
+    assert {row["part"] for row in results["rows"]} == set(parts.split(","))
+    assert all("seconds" in timed["variants"]["dsfast"] for row in results["rows"] for timed in row["passes"].values())
+    text = (tmp_path / "rehearsal.txt").read_text(encoding="utf-8")
+    assert "REHEARSAL on the CPU" in text
+    assert "REHEARSAL on the CPU" in child.stdout
