@@ -50,8 +50,6 @@ class Compiled:
             found.append(f"no {chip.matrix} for tiles of {launch.rows} rows")
         if self.copies == 0 and launch.options["num_stages"] > 1:
             found.append("the loop is not pipelined: no asynchronous copies")
-        if self.repeated is not None and self.repeated > 1.01:
-            found.append(f"{self.repeated:.2f} times the products are computed: warp groups repeat each other's")
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
 

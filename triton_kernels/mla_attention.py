@@ -198,19 +198,22 @@ def _attend_dq(
     b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
     b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
     b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
-    b_m, b_log_l, b_delta, m_s = b_m[:, None], b_log_l[:, None], b_delta[:, None], None
-    if MASKED:
-        j = s + tl.arange(0, BS)
-        m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
     if APART:
+        m_s = None
+        if MASKED:
+            j = s + tl.arange(0, BS)
+            m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
         b_ds = tl.zeros([BT, BS], b_v.dtype)
         if s < N:
-            _, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
-    else:  # not by `_weights`: s and dp at once are more registers
-        b_p = _probabilities(b_s, b_m, b_log_l, m_s, factor, b_v.dtype == tl.float32)
+            _, b_ds = _weights(b_s, b_dp, b_m[:, None], b_log_l[:, None], b_delta[:, None], m_s, factor, b_v.dtype)
+    else:  # in this order: with dp or the mask made earlier not all fits the registers of sm_90
+        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], None, factor, b_v.dtype == tl.float32)
+        if MASKED:
+            j = s + tl.arange(0, BS)
+            b_p = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None]), b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
-        b_ds = (b_p * (b_dp - b_delta)).to(b_v.dtype)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
     b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
 
