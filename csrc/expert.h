@@ -16,6 +16,9 @@ struct Expert {
   // Floats of working memory for `forward` and `backward`.
   int64_t forward_memory() const { return block() * I; }
   int64_t backward_memory() const { return block() * 4 * I; }
+  // Floats from one expert's weights to the next one's, in a forward pass.
+  int64_t up_size() const { return up_column == 1 ? D * up_row : 2 * I * up_column; }
+  int64_t down_size() const { return down_column == 1 ? I * down_row : D * down_column; }
   Matrix up(const float* w) const { return {w, up_row, up_column}; }
   Matrix down(const float* w) const { return {w, down_row, down_column}; }
   int64_t gradient_size() const { return 3 * I * D; }

@@ -76,7 +76,7 @@ void experts_forward(const Experts& z, const float* x, int64_t x_row, const floa
   float *in = memory + z.each.forward_memory(), *out = in + z.each.block() * D;
   for_blocks(z, offsets, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
     gather(x, x_row, order + first, rows, z.K, D, in);
-    expert_forward(z.each, rows, {in, D, 1}, gate_up_t + e * D * z.each.up_row, down_t + e * I * z.each.down_row,
+    expert_forward(z.each, rows, {in, D, 1}, gate_up_t + e * z.each.up_size(), down_t + e * z.each.down_size(),
                    gu + first * 2 * I, out, memory);
     scatter(out, order + first, rows, D, weights, slots);
   });

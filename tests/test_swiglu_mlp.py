@@ -17,6 +17,8 @@ class TestSwigluMlp(OperatorContract):
         swiglu_mlp_case("no tokens", 0, 5, 3),
         swiglu_mlp_case("sums over 641 tokens", 641, 7, 5),
         swiglu_mlp_case("primes above every block", 101, 37, 53),
+        swiglu_mlp_case("wide: read transposed as they lie, more tokens than a block", 801, 270, 260),
+        swiglu_mlp_case("wide: rows more than a page apart", 61, 67, 1031),
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     summed_over_threads = frozenset({"grad gate_up", "grad down"})
