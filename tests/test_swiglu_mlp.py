@@ -14,11 +14,12 @@ class TestSwigluMlp(OperatorContract):
         *edges(swiglu_mlp_case, "n", d=5, i=3),
         *edges(swiglu_mlp_case, "d", n=29, i=3),
         *edges(swiglu_mlp_case, "i", n=29, d=3),
+        swiglu_mlp_case("wide: read transposed as they lie, rows more than a page apart", 61, 1031, 67),
+        swiglu_mlp_case("wide: more tokens than a block", 801, 270, 260),
+        swiglu_mlp_case("wide: as the first, the other way round", 61, 67, 1031),
         swiglu_mlp_case("no tokens", 0, 5, 3),
         swiglu_mlp_case("sums over 641 tokens", 641, 7, 5),
         swiglu_mlp_case("primes above every block", 101, 37, 53),
-        swiglu_mlp_case("wide: read transposed as they lie, more tokens than a block", 801, 270, 260),
-        swiglu_mlp_case("wide: rows more than a page apart", 61, 67, 1031),
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     summed_over_threads = frozenset({"grad gate_up", "grad down"})
