@@ -16,13 +16,13 @@ class TestMoeExperts(OperatorContract):
         moe_experts_case("one expert", 13, 7, 1, 1, 5),
         moe_experts_case("all tokens to the last expert", 113, 7, 1, 4, 5, used=(3,)),
         moe_experts_case("all tokens to the first expert", 113, 7, 1, 4, 5, used=(0,)),
+        moe_experts_case("wide: read transposed as they lie", 29, 270, 2, 3, 260),
+        moe_experts_case("wide: rows more than a page apart", 61, 1031, 1, 3, 67),
+        moe_experts_case("wide: more tokens than a block", 801, 270, 1, 2, 260, used=(1,)),
         moe_experts_case("experts without a token, first, last and between", 37, 7, 1, 6, 5, used=(1, 4)),
         moe_experts_case("every expert chosen by every token", 29, 11, 4, 4, 6),
         moe_experts_case("many experts, a token or none each", 17, 6, 3, 61, 4),
         moe_experts_case("sums over 641 tokens", 641, 7, 1, 2, 5),
-        moe_experts_case("wide: read transposed as they lie", 29, 270, 2, 3, 260),
-        moe_experts_case("wide: rows more than a page apart", 61, 1031, 1, 3, 67),
-        moe_experts_case("wide: more tokens than a block", 801, 270, 1, 2, 260, used=(1,)),
     )
     tiny = moe_experts_case("tiny", 4, 3, 2, 3, 2)
     summed_over_threads = frozenset({"grad gate_up", "grad down"})
