@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, multiprocessors
+from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
 BLOCK = 2048  # elements of a block: sixteen for each thread of four warps. Nobody has measured it
@@ -221,7 +222,7 @@ def adamw_launch(
         "correction1": 1 - beta1**step, "correction2": 1 - beta2**step, "clip_scale": clip_scale, **numbers,
         "log2_beta1": _log2(beta1), "log2_beta2": _log2(beta2), "COLUMNS": COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned,
     }  # fmt: skip
-    return Launch(adamw_kernel, (blocks,), arguments, _OPTIONS, 4, 0)
+    return Launch(adamw_kernel, (blocks,), arguments, options(4), 4, 0)
 
 
 def grad_clip_launches(table, blocks, aligned, max_norm: float, parts, norm, scale) -> list[Launch]:
@@ -230,8 +231,8 @@ def grad_clip_launches(table, blocks, aligned, max_norm: float, parts, norm, sca
     clip = {
         "parts": parts, "norm": norm, "scale": scale, "max_norm": float(max_norm), "P": parts.size(0), "BP": MOST_PARTS,
     }  # fmt: skip
-    launches = [Launch(norm_kernel, (parts.size(0),), sums, _OPTIONS, 4, 0)] if blocks else []
-    return [*launches, Launch(clip_kernel, (1,), clip, _OPTIONS, 4, 0)]
+    launches = [Launch(norm_kernel, (parts.size(0),), sums, options(4), 4, 0)] if blocks else []
+    return [*launches, Launch(clip_kernel, (1,), clip, options(4), 4, 0)]
 
 
 def _check(tensors: Sequence[Tensor]) -> None:
@@ -270,8 +271,6 @@ def build_table(addresses: Sequence[Sequence[int]], sizes: Sequence[int], decays
 def _log2(beta: float) -> float:
     return math.log2(beta) if beta > 0 else -math.inf
 
-
-_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 EXAMPLES = {
     "500K": ((8000 * 32, 32 * 128, *[128] * 5, 128 * 192, 128 * 48, 32 * 256, 128 * 128, 2 * 128 * 192), True),

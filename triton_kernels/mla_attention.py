@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
-from dsfast.triton_kernels.pieces import place
+from dsfast.triton_kernels.pieces import options, padded, place
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
@@ -509,19 +509,17 @@ def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
 
 
 def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> Launch:
-    padded = {letters.upper(): max(16, triton.next_power_of_2(inputs[letters])) for letters in ("Dn", "Dr", "Dv")}
-    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(padded.values()), large)
+    widths = {letters.upper(): padded(inputs[letters]) for letters in ("Dn", "Dr", "Dv")}
+    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(widths.values()), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = inputs["v"].dtype.itemsize
     apart = large == 9 and itemsize == 2 and warps == 8 and tile == 64
     arguments = (
-        inputs | outputs | padded | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
+        inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
     )
     arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
-    # Fused multiply-add is the default up to triton 3.9 and is to be switched off after it.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return Launch(kernel, grid, arguments, options, itemsize, tile)
+    return Launch(kernel, grid, arguments, options(warps, stages), itemsize, tile)
 
 
 EXAMPLES = {

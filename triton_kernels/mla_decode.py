@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
+from dsfast.triton_kernels.pieces import options, padded
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -319,7 +320,7 @@ def plan(
     """
     r, dn, dr, dv = widths
     by_rows = _FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL
-    width = _padded(r) + _padded(dr)
+    width = padded(r) + padded(dr)
     widest = max(max(by_width) for by_width in by_rows.values())
     if width > widest:
         raise ValueError(
@@ -343,10 +344,6 @@ def _splits(programs: int, c: int, slots: int) -> int:
         return triton.cdiv(programs * n, slots) * (triton.cdiv(c, n) + SPLIT_COST) + (COMBINE_COST if n > 1 else 0)
 
     return min(range(1, max(1, min(MOST_SPLITS, c // LEAST_SHARE)) + 1), key=cost)
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
 
 
 def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, splits=None) -> Tensor:
@@ -395,7 +392,7 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
     pages = lengths.contiguous()[:, None] if pages is None else _readable(pages)
     dn = q.size(2) if absorb else 0
     dv = out.size(2) if absorb else 0
-    rp = _padded(r)
+    rp = padded(r)
     shared = {
         "lengths": lengths.contiguous(), "up": up, "up_h": up.stride(0), "up_n": up.stride(1), "H": h,
         "C": c * (pages.size(1) if page else 1), "SPLITS": splits, "Dn": dn, "Dv": dv, "R": r, "RP": rp, "BN": tiles.bn,
@@ -407,23 +404,22 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
         "q": q, "q_b": q.stride(0), "q_h": q.stride(1), "q_rope": q_rope, "q_rope_b": q_rope.stride(0),
         "q_rope_h": q_rope.stride(1), "latent": latent, "latent_p": latent.stride(0), "latent_c": latent.stride(1),
         "k_rope": k_rope, "k_rope_p": k_rope.stride(0), "k_rope_c": k_rope.stride(1), "pages": pages,
-        "pages_b": pages.stride(0), "PAGES": latent.size(0), "PAGE": page, "scale": scale, "Dr": dr, "DR": _padded(dr),
+        "pages_b": pages.stride(0), "PAGES": latent.size(0), "PAGE": page, "scale": scale, "Dr": dr, "DR": padded(dr),
         "BH": bh, "SLICE": tiles.slice, "BU": max(1, 8192 // (bh * rp)), "SPLIT": splits > 1, "PRECISION": "ieee",
         "out": part, "out_b": part.stride(0), "out_h": part.stride(-2), "out_s": part.stride(1), "sums": sums,
     }  # fmt: skip
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     grid = (b * splits * triton.cdiv(h, bh),)
-    found = [Launch(attend_kernel, grid, _ordered(attend_kernel, attend), options, q.dtype.itemsize, bh)]
+    compiler = options(tiles.warps, tiles.stages)
+    found = [Launch(attend_kernel, grid, _ordered(attend_kernel, attend), compiler, q.dtype.itemsize, bh)]
     if splits > 1:
         sp = triton.next_power_of_2(splits)
         br = rp if absorb else min(rp, 8192 // sp)
         combine = shared | {
             "part": part, "part_b": part.stride(0), "part_s": part.stride(1), "part_h": part.stride(2), "sums": sums,
-            "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": _padded(dv),
+            "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": padded(dv),
         }  # fmt: skip
         grid = (b * h * triton.cdiv(rp, br),)
-        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        found.append(Launch(combine_kernel, grid, _ordered(combine_kernel, combine), options, 4, 0))
+        found.append(Launch(combine_kernel, grid, _ordered(combine_kernel, combine), options(4), 4, 0))
     return found
 
 

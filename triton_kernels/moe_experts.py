@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
 from dsfast.triton_kernels.moe_route import sort_slots
-from dsfast.triton_kernels.pieces import place
+from dsfast.triton_kernels.pieces import options, padded, place
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -285,7 +285,7 @@ def _tiles(kernel: str, dtype: torch.dtype, large: bool, size: int, width: int, 
     """Those with the most rows up to `size`, no wider and no deeper than the matrix."""
     by_rows = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
     bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
-    bn, bk = (min(block, max(16, triton.next_power_of_2(n))) for block, n in ((bn, width), (bk, depth)))
+    bn, bk = (min(block, padded(n)) for block, n in ((bn, width), (bk, depth)))
     return Tiles(bm, bn, bk, warps, min(stages, max(1, triton.cdiv(depth, bk))))
 
 
@@ -380,10 +380,9 @@ class _Launches:
     def launch(self, kernel, programs: int, tiles: Tiles, arguments: dict) -> Launch:
         arguments = self.shared | {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk} | arguments
         arguments = {name: arguments[name] for name in kernel.arg_names}
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
-        return Launch(
-            kernel, (programs,), arguments, options, self.x.element_size(), tiles.bm if "BK" in arguments else 0
-        )
+        rows_in_products = tiles.bm if "BK" in arguments else 0
+        compiler = options(tiles.warps, tiles.stages)
+        return Launch(kernel, (programs,), arguments, compiler, self.x.element_size(), rows_in_products)
 
     def tiles(self, name: str, width: int, depth: int) -> Tiles:
         return _tiles(name, self.x.dtype, self.large, _size(self.places, self.e, width), width, depth)
@@ -417,7 +416,7 @@ class _Launches:
         if self.e * triton.cdiv(width_p, 128) * triton.cdiv(width_q, 128) < FULL // 4:
             size = 64
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
-        tiles = tiles._replace(bm=min(tiles.bm, max(16, triton.next_power_of_2(width_p))))
+        tiles = tiles._replace(bm=min(tiles.bm, padded(width_p)))
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:

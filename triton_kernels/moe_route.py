@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, rows
+from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -267,10 +268,6 @@ def _tile(places: int, together: int) -> int:
     return max(1, min(64, together // places))
 
 
-def _options(warps: int) -> dict:
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
 def forward_launches(
     logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
 ) -> list[Launch]:
@@ -292,8 +289,8 @@ def forward_launches(
     be = min(32, triton.next_power_of_2(e))
     counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
     return [
-        Launch(forward_kernel, (blocks,), arguments, _options(1), 4, 0),
-        Launch(count_kernel, (triton.cdiv(e, be),), counting, _options(8), 4, 0),
+        Launch(forward_kernel, (blocks,), arguments, options(1), 4, 0),
+        Launch(count_kernel, (triton.cdiv(e, be),), counting, options(8), 4, 0),
     ]
 
 
@@ -308,7 +305,7 @@ def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits)
         "scaling": float(scaling), "dweights_n": dweights.stride(0), "logits_n": logits.stride(0), "N": n, "E": e,
         "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
     }  # fmt: skip
-    return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, _options(4), 4, 0)
+    return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, options(4), 4, 0)
 
 
 def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -342,7 +339,7 @@ def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor)
     }  # fmt: skip
 
     def launch(kernel, programs, warps):
-        return Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, _options(warps), 4, 0)
+        return Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, options(warps), 4, 0)
 
     histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
     before = [] if blocks == 1 else [histogram] if blocks <= together else [histogram, scan]

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, rows
+from dsfast.triton_kernels.pieces import options, padded
 from torch import Tensor
 
 WIDEST = 8192
@@ -115,7 +116,7 @@ def tiles(d: int) -> Tiles:
     """Tiles for rows of `d` columns. Starting values: nobody has measured them. ValueError where no tile serves it."""
     if not 0 < d <= WIDEST:
         raise ValueError(f"rms_norm: the Triton kernels take D from 1 to {WIDEST}, got {d}")
-    bd = max(16, triton.next_power_of_2(d))
+    bd = padded(d)
     return Tiles(max(1, min(128, ELEMENTS // bd)), bd, max(4, bd // 1024), max(4, bd // 512))
 
 
@@ -165,8 +166,7 @@ def forward_launch(x, weight, eps, residual, y, h, rstd) -> Launch:
         "x": x, "residual": residual, "weight": weight, "y": y, "h": h, "rstd": rstd, "eps": eps, "x_n": x.stride(0),
         "residual_n": 0 if residual is None else residual.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
     }  # fmt: skip
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options, x.dtype.itemsize, 0)
+    return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), x.dtype.itemsize, 0)
 
 
 def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) -> list[Launch]:
@@ -181,11 +181,9 @@ def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) 
         "STAGES": stages,
     }  # fmt: skip
     add = {"parts": parts, "dweight": dweight, "P": programs, "D": d, "BP": _PARTS, "BD": _COLUMNS}
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    add_options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return [
-        Launch(backward_kernel, (programs,), arguments, options, h.dtype.itemsize, 0),
-        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, add_options, h.dtype.itemsize, 0),
+        Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
+        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, options(4), h.dtype.itemsize, 0),
     ]
 
 

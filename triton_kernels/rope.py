@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, rows
+from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
 ELEMENTS = 2048  # of a tile, for four warps
@@ -73,9 +74,7 @@ def rope_launch(x, cos, sin, positions, inverse: bool, y) -> Launch:
         "H": h, "P": cos.size(0), "Dr": dr, "DR": padded, "BT": bt, "BH": bh, "INVERSE": inverse,
     }  # fmt: skip
     grid = (triton.cdiv(n, bt) * triton.cdiv(h, bh),)
-    return Launch(
-        rope_kernel, grid, arguments, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, x.dtype.itemsize, 0
-    )
+    return Launch(rope_kernel, grid, arguments, options(4), x.dtype.itemsize, 0)
 
 
 EXAMPLES = {
