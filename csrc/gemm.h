@@ -80,7 +80,11 @@ DSFAST_INLINE void for_row_blocks(int64_t M, F f) {
     i += 8;
   }
   for (; i + 4 <= M; i += 4) f(Rows<4>{}, i);
-  for (; i < M; ++i) f(Rows<1>{}, i);
+  if (i + 2 <= M) {
+    f(Rows<2>{}, i);
+    i += 2;
+  }
+  if (i < M) f(Rows<1>{}, i);
 }
 
 // K terms. B's rows are ldb apart; its panels of NR columns stand side by side in them, or if PACKED one after the
@@ -187,6 +191,39 @@ inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, flo
       }
     }
   }
+}
+
+// B made into terms once, for many products: slices of KC numbers along K, one after the other, each as `pack_b` makes
+// it.
+struct PackedB {
+  const BuildTerm* terms;
+  int64_t N, K;
+  static int64_t panels(int64_t N) { return (N + NR - 1) / NR * NR; }
+  // Terms that [K, N] takes.
+  static int64_t size(int64_t N, int64_t K) { return panels(N) * ((K + PER_BUILD_TERM - 1) / PER_BUILD_TERM); }
+};
+
+inline PackedB packed_b(int64_t N, int64_t K, Matrix b, BuildTerm* memory) {
+  for (int64_t k = 0; k < K; k += KC) pack_b(N, least(K - k, KC), b.rows_from(k), memory + PackedB::size(N, k));
+  return {memory, N, K};
+}
+
+// A given as numbers.
+inline void gemm(int64_t M, Matrix a, PackedB b, float* c, int64_t ldc, bool accumulate = false) {
+  for (int64_t k = 0; k < b.K || k == 0; k += KC) {
+    const int64_t depth = least(b.K - k, KC), terms = PackedB::size(1, depth) / NR, rows = rows_at_once(terms);
+    auto memory = reinterpret_cast<BuildTerm*>(dsfast::scratch((rows + W) * (terms + 1), dsfast::PRODUCTS));
+    for (int64_t i = 0; i < M; i += rows) {
+      const int64_t m = least(M - i, rows);
+      gemm_slice<true, BuildTerm>(m, b.N, terms, packed_a(m, depth, a.rows_from(i).columns_from(k), memory),
+                                  b.terms + PackedB::size(b.N, k), NR, c + i * ldc, ldc, accumulate || k > 0);
+    }
+  }
+}
+
+// A given as terms, at most KC numbers along K.
+inline void gemm_of_terms(int64_t M, Terms<BuildTerm> a, PackedB b, float* c, int64_t ldc, bool accumulate) {
+  gemm_slice<true, BuildTerm>(M, b.N, PackedB::size(1, b.K) / NR, a, b.terms, NR, c, ldc, accumulate);
 }
 
 using Product = void(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);

@@ -1,9 +1,9 @@
 // The head's loss and gradients from blocks of logits; see dsfast/ops/linear_cross_entropy.py.
 //
 // A block of tokens meets the vocabulary chunk by chunk. Logits are kept transposed, [words][TOKENS]: the tokens lie in
-// the lanes, so that maximum, exp and sum need no work across lanes and all three products (logits, dhidden, dweight)
-// read every operand as it lies in memory. While a chunk is in the first-level cache its logits become exponentials and
-// give their part of dhidden; kept for the whole vocabulary, they give dweight once their sum is known.
+// the lanes, so that maximum, exp and sum need no work across lanes. While a chunk is in the first-level cache its
+// logits become exponentials and give their part of dhidden; kept for the whole vocabulary, they give dweight once their
+// sum is known. They are made into terms of these two products as they come.
 #include <cmath>
 
 #include "gemm.h"
@@ -16,6 +16,8 @@ namespace {
 
 constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
 constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
+constexpr int64_t PER = PER_BUILD_TERM;
+static_assert(CHUNK % PER == 0 && TOKENS % PER == 0 && CHUNK <= KC && TOKENS <= KC, "sums of whole terms, one slice");
 // A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp:
 // far from overflow, also summed over the words.
 constexpr float FAR = 2e17f;
@@ -23,90 +25,120 @@ constexpr float FAR = 2e17f;
 struct Head {
   const float* weight;
   int64_t R, V;
+  Matrix words(int64_t v) const { return {weight + v * R, R, 1}; }
+};
+
+// exp(logit - reference) of a chunk of words, as the terms of the products they go into.
+struct Chunk {
+  BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens
+  BuildTerm* by_word;   // [words / PER][TOKENS], terms along the words
+  float* logits;        // [words][TOKENS]
 };
 
 struct Block {
-  float* exps;    // [V][TOKENS], exp(logit - reference); without gradients one chunk's, [CHUNK][TOKENS]
-  float* hidden;  // [R][TOKENS], transposed
-  float* scaled;  // [TOKENS][R], hidden times the token's gradient scale
-  float* grad;    // [TOKENS][R], sum of exps times weight
+  BuildTerm* by_token;  // [V][TOKENS / PER], the exponentials of all words; without gradients of one chunk
+  Chunk passing;        // memory for what is kept of one chunk only
+  float* hidden;        // [R][TOKENS], transposed
+  float* scaled;        // [TOKENS][R], hidden times the token's gradient scale
+  float* grad;          // [TOKENS][R], sum of exps times weight
+  BuildTerm *hidden_terms, *weight_terms, *scaled_terms;  // second factors
+  PackedB factor;       // hidden_terms
   float reference[TOKENS], total[TOKENS];
+
+  Block(const Head& head, bool with_grads) {
+    const int64_t words = with_grads ? (head.V + PER - 1) / PER * PER : CHUNK, block = head.R * TOKENS;
+    const int64_t of_hidden = PackedB::size(TOKENS, head.R), of_weight = PackedB::size(head.R, CHUNK);
+    const int64_t of_scaled = PackedB::size(head.R, TOKENS);
+    const int64_t terms = (words + CHUNK) * TOKENS / PER + of_hidden + of_weight + of_scaled;
+    float* next = dsfast::scratch(terms + CHUNK * TOKENS + 3 * block);
+    auto carve = [&](int64_t count) { return (next += count) - count; };
+    auto carve_terms = [&](int64_t count) { return reinterpret_cast<BuildTerm*>(carve(count)); };
+    by_token = carve_terms(words * TOKENS / PER);
+    passing = {nullptr, carve_terms(CHUNK * TOKENS / PER), carve(CHUNK * TOKENS)};
+    hidden = carve(block), scaled = carve(block), grad = carve(block);
+    hidden_terms = carve_terms(of_hidden), weight_terms = carve_terms(of_weight), scaled_terms = carve_terms(of_scaled);
+  }
+
+  // The words from v on. Floats have one place from logit to term.
+  Chunk chunk(int64_t v) const {
+    BuildTerm* own = by_token + v * (TOKENS / PER);
+    if (PER == 1) return {own, own, reinterpret_cast<float*>(own)};
+    return {own, passing.by_word, passing.logits};
+  }
 };
+
+DSFAST_INLINE void keep(const vfloat (&exps)[1], float* by_token, float*) { store(by_token, exps[0]); }
+DSFAST_INLINE void keep(const vfloat (&exps)[2], Pair* by_token, Pair* by_word) {
+  store_pairs(by_token, exps[0]);
+  store_pairs(by_token + TOKENS / 2, exps[1]);
+  store(by_word, pairs(exps[0], exps[1]));
+}
 
 void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t tokens, Block& b) {
   for (int64_t r = 0; r < head.R; ++r)
     for (int64_t i = 0; i < TOKENS; ++i) b.hidden[r * TOKENS + i] = i < tokens ? hidden[i * row + r] : 0.0f;
+  b.factor = packed_b(TOKENS, head.R, {b.hidden, TOKENS, 1}, b.hidden_terms);
 }
 
-// The first chunk's largest logits become the reference, and what is to be summed starts at nothing.
-void set_reference(const float* chunk, int64_t words, Block& b) {
-  for (int64_t t = 0; t < TOKENS; t += W) {
-    vfloat top = splat(-INFINITY);
-    for (int64_t i = 0; i < words; ++i) top = maximum(top, load(chunk + i * TOKENS + t));
-    store(b.reference + t, top);
-    store(b.total + t, vfloat{});
+void make_logits(const Head& head, int64_t v, int64_t words, const Block& b, float* logits) {
+  gemm(words, head.words(v), b.factor, logits, TOKENS);
+}
+
+// The largest logits of the first `words` words become what is subtracted before exp.
+void set_reference(const Head& head, int64_t words, Block& b) {
+  for (int64_t t = 0; t < TOKENS; ++t) b.reference[t] = -INFINITY;
+  float* logits = b.chunk(0).logits;
+  for (int64_t v = 0; v < words; v += CHUNK) {
+    const int64_t count = least(words - v, CHUNK);
+    make_logits(head, v, count, b, logits);
+    for (int64_t t = 0; t < TOKENS; t += W) {
+      vfloat top = load(b.reference + t);
+      for (int64_t i = 0; i < count; ++i) top = maximum(top, load(logits + i * TOKENS + t));
+      store(b.reference + t, top);
+    }
   }
 }
 
-// Raises the reference to this chunk's largest logits where they lie above it, and with it all that was made so far.
-void raise_reference(const Head& head, const float* chunk, int64_t words, int64_t before, bool with_grads, Block& b) {
-  for (int64_t t = 0; t < TOKENS; t += W) {
-    vfloat top = load(b.reference + t);
-    const vfloat old = top;
-    for (int64_t i = 0; i < words; ++i) top = maximum(top, load(chunk + i * TOKENS + t));
-    const vfloat factor = exp(old - top);
-    store(b.reference + t, top);
-    store(b.total + t, load(b.total + t) * factor);
-    if (!with_grads) continue;
-    for (int64_t v = 0; v < before; ++v) store(b.exps + v * TOKENS + t, load(b.exps + v * TOKENS + t) * factor);
-    for (int64_t i = 0; i < W; ++i)
-      for (int64_t r = 0; r < head.R; ++r) b.grad[(t + i) * head.R + r] *= factor[i];
-  }
-}
-
-// Logits of a chunk -> their exponentials, in place, summed by chunk first: fewer roundings than one long sum. False,
-// and nothing added to the totals, where the sum says that a logit lies far above the reference.
-bool exponentials(float* chunk, int64_t words, Block& b) {
-  vfloat parts[TOKENS / W];
+// Logits of a chunk -> their exponentials, summed by chunk first: fewer roundings than one long sum. False where the
+// sum says that a logit lies far above the reference.
+bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
   vint far = {};
   for (int64_t t = 0; t < TOKENS; t += W) {
     const vfloat reference = load(b.reference + t);
     vfloat part = {};
-    for (int64_t i = 0; i < words; ++i) {
-      const vfloat e = exp(load(chunk + i * TOKENS + t) - reference);
-      store(chunk + i * TOKENS + t, e);
-      part += e;
+    for (int64_t i = 0; i < words; i += PER) {
+      vfloat exps[PER] = {};
+      for (int64_t p = 0; p < PER && i + p < words; ++p) {
+        exps[p] = exp(load(chunk.logits + (i + p) * TOKENS + t) - reference);
+        part += exps[p];
+      }
+      keep(exps, chunk.by_token + (i * TOKENS + t) / PER, chunk.by_word + i / PER * TOKENS + t);
     }
-    parts[t / W] = part;
     far |= part > FAR;
+    store(b.total + t, load(b.total + t) + part);
   }
-  if (any(far)) return false;
-  for (int64_t t = 0; t < TOKENS; t += W) store(b.total + t, load(b.total + t) + parts[t / W]);
+  return !any(far);
+}
+
+// All words: exps, their total and, if wanted, grad. False as soon as a logit lies far above the reference.
+bool meet_vocabulary(const Head& head, bool with_grads, Block& b) {
+  clear(b.total, TOKENS);
+  for (int64_t v = 0; v < head.V; v += CHUNK) {
+    const int64_t words = least(head.V - v, CHUNK);
+    const Chunk chunk = b.chunk(with_grads ? v : 0);
+    make_logits(head, v, words, b, chunk.logits);
+    if (!exponentials(chunk, words, b)) return false;
+    if (with_grads)
+      gemm_of_terms(TOKENS, {chunk.by_word, 1, TOKENS}, packed_b(head.R, words, head.words(v), b.weight_terms), b.grad,
+                    head.R, v > 0);
+  }
   return true;
 }
 
-// All words: exps, their total and, if wanted, grad.
-void meet_vocabulary(const Head& head, bool with_grads, Block& b) {
-  for (int64_t v = 0; v < head.V; v += CHUNK) {
-    const int64_t words = least(head.V - v, CHUNK);
-    float* chunk = with_grads ? b.exps + v * TOKENS : b.exps;
-    const float* weight = head.weight + v * head.R;
-    const auto logits = [&] { gemm(words, TOKENS, head.R, {weight, head.R, 1}, {b.hidden, TOKENS, 1}, chunk, TOKENS); };
-    logits();
-    if (v == 0) set_reference(chunk, words, b);
-    if (!exponentials(chunk, words, b)) {  // rare: the reference of the first chunk is seldom far from the maximum
-      logits();
-      raise_reference(head, chunk, words, v, with_grads, b);
-      exponentials(chunk, words, b);
-    }
-    if (with_grads) gemm(TOKENS, head.R, words, {chunk, 1, TOKENS}, {weight, head.R, 1}, b.grad, head.R, v > 0);
-  }
-}
-
-// A token's logit of its label, summed in the same order as in `meet_vocabulary`: the same bits.
+// A token's logit of its label, summed in the same order as in `make_logits`: the same bits.
 float label_logit(const Head& head, const Block& b, int64_t token, int64_t label) {
   float logit;
-  gemm(1, 1, head.R, {head.weight + label * head.R, head.R, 1}, {b.hidden + token, TOKENS, 1}, &logit, 1);
+  gemm(1, 1, head.R, head.words(label), {b.hidden + token, TOKENS, 1}, &logit, 1);
   return logit;
 }
 
@@ -124,9 +156,9 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
     for (int64_t r = 0; r < R; ++r)
       dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
   }
+  const PackedB scaled = packed_b(R, TOKENS, {b.scaled, R, 1}, b.scaled_terms);
   for (int64_t v = 0; v < head.V; v += CHUNK)
-    gemm(least(head.V - v, CHUNK), R, TOKENS, {b.exps + v * TOKENS, TOKENS, 1}, {b.scaled, R, 1}, dweight + v * R, R,
-         !first);
+    gemm_of_terms(least(head.V - v, CHUNK), {b.chunk(v).by_token, TOKENS / PER, 1}, scaled, dweight + v * R, R, !first);
   for (int64_t i = 0; i < tokens; ++i)
     if (labels[i] != ignore_index)
       for (int64_t r = 0; r < R; ++r) dweight[labels[i] * R + r] -= b.hidden[r * TOKENS + i] * share;
@@ -139,14 +171,16 @@ double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const 
                                  int64_t N, int64_t R, int64_t V) {
   const Head head = {weight, R, V};
   const bool with_grads = dhidden != nullptr;
-  const int64_t exps = (with_grads ? V : CHUNK) * TOKENS, block = R * TOKENS;
-  float *memory = dsfast::scratch(exps + 3 * block), *transposed = memory + exps;
-  Block b = {memory, transposed, transposed + block, transposed + 2 * block, {}, {}};
+  Block b(head, with_grads);
   double loss = 0;
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t tokens = least(N - n, TOKENS);
     load_hidden(head, hidden + n * hidden_row, hidden_row, tokens, b);
-    meet_vocabulary(head, with_grads, b);
+    set_reference(head, least(V, CHUNK), b);
+    if (!meet_vocabulary(head, with_grads, b)) {  // rare: the first chunk's largest logit is seldom far from the largest
+      set_reference(head, V, b);
+      meet_vocabulary(head, with_grads, b);
+    }
     for (int64_t i = 0; i < tokens; ++i)
       if (labels[n + i] != ignore_index)
         loss += double(b.reference[i] - label_logit(head, b, i, labels[n + i])) + std::log(double(b.total[i]));

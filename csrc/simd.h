@@ -48,14 +48,27 @@ DSFAST_INLINE bool any(vint holds) {
 }
 
 // The first `count` (< W) floats; the other lanes are zero.
+#if defined(__AVX512F__)
 DSFAST_INLINE vfloat load_part(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), p);
+}
+DSFAST_INLINE void store_part(float* p, vfloat x, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1 << count) - 1), x);
+}
+#else
+DSFAST_INLINE vfloat load_part(const float* p, int64_t count) {
+#if defined(__AVX2__)
+  return _mm256_maskload_ps(p, (__m256i)(vint{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(count)));
+#else
   vfloat x = {};
   for (int64_t i = 0; i < count; ++i) x[i] = p[i];
   return x;
+#endif
 }
 DSFAST_INLINE void store_part(float* p, vfloat x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = x[i];
 }
+#endif
 DSFAST_INLINE float sum(vfloat x) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += x[i];

@@ -22,6 +22,14 @@ constexpr int64_t PER_TERM = 1;  // numbers along K
 template <>
 inline constexpr int64_t PER_TERM<Pair> = 2;
 
+// What this build multiplies.
+#if defined(DSFAST_BFLOAT16)
+using BuildTerm = Pair;
+#else
+using BuildTerm = float;
+#endif
+constexpr int64_t PER_BUILD_TERM = PER_TERM<BuildTerm>;
+
 DSFAST_INLINE vint load(const Pair* p) {
   typedef int32_t vint_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
   return *reinterpret_cast<const vint_unaligned*>(p);
@@ -52,9 +60,11 @@ DSFAST_INLINE vint rounded(vfloat x) {
 // Pair i holds first[i] and second[i].
 DSFAST_INLINE vint pairs(vfloat first, vfloat second) {
 #if defined(__AVX512BF16__)
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-  return (vint)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  typedef uint16_t halves __attribute__((vector_size(4 * W)));
+  const halves one_after_the_other = (halves)_mm512_cvtne2ps_pbh(second, first);
+  constexpr halves TURNS = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vint)_mm512_permutexvar_epi16((__m512i)TURNS, (__m512i)one_after_the_other);
 #else
   return ((rounded(first) >> 16) & 0xffff) | (rounded(second) & HIGH_HALF);
 #endif
