@@ -4,11 +4,13 @@
 //
 // A and C are float32, and so is B; the operands are rounded to bfloat16 first in a build for bfloat16 products
 // (DSFAST_BFLOAT16, see terms.h). A may have any strides (so A or A^T), and so may B: where its rows are not
-// contiguous, or far apart, it is packed first. The rows of C are contiguous. M rows are taken MR at a time, columns in
-// panels of two vectors; the MR x 2W sums stay in registers over the whole of K.
+// contiguous, or far apart, it is packed first. What goes into several products can be made into terms, A, or packed,
+// B, beforehand. The rows of C are contiguous. M rows are taken MR at a time, columns in panels of two vectors; the MR
+// x 2W sums stay in registers over the whole of K.
 #pragma once
 #include "scratch.h"
 #include "terms.h"
+#include "transpose.h"
 
 namespace DSFAST_ISA {
 
@@ -87,12 +89,10 @@ DSFAST_INLINE void for_row_blocks(int64_t M, F f) {
   if (i < M) f(Rows<1>{}, i);
 }
 
-// K terms. B's rows are ldb apart; its panels of NR columns stand side by side in them, or if PACKED one after the
-// other.
+// K terms. B's rows are ldb apart, its panels of NR columns `panel`; PACKED: its last vector is filled up.
 template <bool PACKED, class Term>
 __attribute__((noinline)) inline void gemm_slice(int64_t M, int64_t N, int64_t K, Terms<Term> a, const Term* b,
-                                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  const int64_t panel = PACKED ? K * NR : NR;
+                                                 int64_t ldb, int64_t panel, float* c, int64_t ldc, bool accumulate) {
   // Panels outside, rows inside: one panel of B stays in the first-level cache while A streams past.
   int64_t j = 0;
   for (; j + NR <= N; j += NR, b += panel)
@@ -132,26 +132,77 @@ DSFAST_INLINE vfloat load_row(Matrix b, int64_t j, int64_t count) {
   return x;
 }
 
-// B [K, N] -> panels of NR columns one after the other, each [terms][NR], filled up with zeros.
-inline void pack_b(int64_t N, int64_t K, Matrix b, float* out) {
-  for (int64_t j = 0; j < N; j += NR)
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t v = 0; v < NR; v += W, out += W) store(out, load_row(b.rows_from(k), j + v, least(N - j - v, W)));
+// B [K, N] as terms: panels of NR columns, each [terms of K][NR]; where the columns end a vector is filled up with
+// zeros.
+template <class Term>
+struct Packed {
+  const Term* terms;
+  int64_t N, K;
+  int64_t panel;  // terms from one panel to the next
+  // Rows k .. k + depth, k a multiple of PER_TERM; columns from j on, a multiple of NR.
+  Packed rows(int64_t k, int64_t depth) const { return {terms + k / PER_TERM<Term> * NR, N, depth, panel}; }
+  Packed columns_from(int64_t j) const { return {terms + j / NR * panel, N - j, K, panel}; }
+};
+using PackedB = Packed<BuildTerm>;
+
+template <class Term>
+DSFAST_INLINE int64_t panel_size(int64_t K) {
+  return terms_of<Term>(K) * NR;
 }
-inline void pack_b(int64_t N, int64_t K, Matrix b, Pair* out) {
-  for (int64_t j = 0; j < N; j += NR)
-    for (int64_t k = 0; k < K; k += 2)
-      for (int64_t v = 0; v < NR; v += W, out += W) {
-        const int64_t count = least(N - j - v, W);
-        const vfloat first = load_row(b.rows_from(k), j + v, count);
-        store(out, pairs(first, k + 1 < K ? load_row(b.rows_from(k + 1), j + v, count) : vfloat{}));
-      }
+// Terms that [K, N] takes.
+template <class Term>
+DSFAST_INLINE int64_t packed_size(int64_t N, int64_t K) {
+  return (N + NR - 1) / NR * panel_size<Term>(K);
 }
 
-// A [M, K] as terms: floats are taken where they lie, pairs are made in `memory`.
+// A panel's W columns from j on, out [terms of K][NR].
+inline void pack_columns(int64_t K, int64_t count, Matrix b, int64_t j, float* out) {
+  for (int64_t k = 0; k < K; ++k, out += NR) store(out, load_row(b.rows_from(k), j, count));
+}
+inline void pack_columns(int64_t K, int64_t count, Matrix b, int64_t j, Pair* out) {
+  for (int64_t k = 0; k < K; k += 2, out += NR) {
+    const vfloat first = load_row(b.rows_from(k), j, count);
+    store(out, pairs(first, k + 1 < K ? load_row(b.rows_from(k + 1), j, count) : vfloat{}));
+  }
+}
+
+// The same where columns are contiguous: W terms of W columns, turned.
+template <class Term>
+inline void pack_turned(int64_t K, int64_t count, Matrix b, int64_t j, Term* out) {
+  constexpr int64_t DEPTH = W * PER_TERM<Term>;
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    vfloat terms[W];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i)
+      terms[i] = i < count ? neighbours(b.data + (j + i) * b.column + k, least(K - k, DEPTH), Term()) : vfloat{};
+    transpose(terms);
+    const int64_t rows = terms_of<Term>(least(K - k, DEPTH));
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i)
+      if (i < rows) store(reinterpret_cast<float*>(out + i * NR), terms[column(int(i))]);
+    out += W * NR;
+  }
+}
+
+template <class Term>
+inline Packed<Term> pack_b(int64_t N, int64_t K, Matrix b, Term* memory) {
+  const int64_t panel = panel_size<Term>(K);
+  for (int64_t j = 0; j < N; j += W) {
+    Term* out = memory + j / NR * panel + j % NR;
+    const int64_t count = least(N - j, W);
+    if (b.row == 1 && b.column != 1)
+      pack_turned(K, count, b, j, out);
+    else
+      pack_columns(K, count, b, j, out);
+  }
+  return {memory, N, K, panel};
+}
+
+// A [M, K] as terms: floats are taken where they lie, pairs are made in `memory`, of packed_a_size.
+DSFAST_INLINE int64_t packed_a_size(int64_t M, int64_t K) { return (M + W) * terms_of<BuildTerm>(K + 1); }
 DSFAST_INLINE Matrix packed_a(int64_t, int64_t, Matrix a, float*) { return a; }
 inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
-  const int64_t terms = (K + 1) / 2;
+  const int64_t terms = terms_of<Pair>(K);
   if (a.row == 1) {  // A^T: pairs of rows, W columns at a time
     const int64_t row = (M + W - 1) / W * W;
     for (int64_t k = 0; k < K; k += 2)
@@ -174,56 +225,41 @@ inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
   return {memory, terms, 1};
 }
 
+// Rows i .. i + M and columns k .. k + K of A as terms, made in `memory` if need be.
+DSFAST_INLINE Matrix part_of_a(Matrix a, int64_t i, int64_t, int64_t k, int64_t, float*) {
+  return a.rows_from(i).columns_from(k);
+}
+DSFAST_INLINE Terms<Pair> part_of_a(Terms<Pair> a, int64_t i, int64_t, int64_t k, int64_t, Pair*) {
+  return a.rows_from(i).columns_from(k / 2);
+}
+DSFAST_INLINE Terms<Pair> part_of_a(Matrix a, int64_t i, int64_t M, int64_t k, int64_t K, Pair* memory) {
+  return packed_a(M, K, a.rows_from(i).columns_from(k), memory);
+}
+
+// A as numbers or as terms, B packed.
+template <class A, class Term>
+inline void gemm(int64_t M, A a, Packed<Term> b, float* c, int64_t ldc, bool accumulate = false) {
+  for (int64_t k = 0; k < b.K || k == 0; k += KC) {
+    const int64_t depth = least(b.K - k, KC), terms = terms_of<Term>(depth), rows = rows_at_once(terms);
+    Term* memory = reinterpret_cast<Term*>(dsfast::scratch((rows + W) * (terms + 1), dsfast::FIRST_FACTORS));
+    for (int64_t i = 0; i < M; i += rows) {
+      const int64_t m = least(M - i, rows);
+      gemm_slice<true, Term>(m, b.N, terms, part_of_a(a, i, m, k, depth, memory), b.rows(k, depth).terms, NR, b.panel,
+                             c + i * ldc, ldc, accumulate || k > 0);
+    }
+  }
+}
+
 template <class Term>
 inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
   for (int64_t k = 0; k < K || k == 0; k += KC) {
-    const int64_t depth = least(K - k, KC), terms = (depth + PER_TERM<Term> - 1) / PER_TERM<Term>;
-    const int64_t columns = largest(B_BLOCK / (terms + 1) / NR * NR, NR), rows = rows_at_once(terms);
-    const int64_t panels = (least(N, columns) + NR - 1) / NR * NR * terms;
-    Term* memory = reinterpret_cast<Term*>(dsfast::scratch(panels + (rows + W) * (terms + 1), dsfast::PRODUCTS));
-    for (int64_t j = 0; j < N; j += columns) {
-      const int64_t n = least(N - j, columns);
-      pack_b(n, depth, b.rows_from(k).columns_from(j), memory);
-      for (int64_t i = 0; i < M; i += rows) {
-        const int64_t m = least(M - i, rows);
-        gemm_slice<true, Term>(m, n, terms, packed_a(m, depth, a.rows_from(i).columns_from(k), memory + panels), memory,
-                               NR, c + i * ldc + j, ldc, accumulate || k > 0);
-      }
-    }
+    const int64_t depth = least(K - k, KC), columns = largest(B_BLOCK / (terms_of<Term>(depth) + 1) / NR * NR, NR);
+    const int64_t size = packed_size<Term>(least(N, columns), depth);
+    Term* memory = reinterpret_cast<Term*>(dsfast::scratch(size, dsfast::SECOND_FACTORS));
+    for (int64_t j = 0; j < N; j += columns)
+      gemm(M, a.columns_from(k), pack_b(least(N - j, columns), depth, b.rows_from(k).columns_from(j), memory), c + j,
+           ldc, accumulate || k > 0);
   }
-}
-
-// B made into terms once, for many products: slices of KC numbers along K, one after the other, each as `pack_b` makes
-// it.
-struct PackedB {
-  const BuildTerm* terms;
-  int64_t N, K;
-  static int64_t panels(int64_t N) { return (N + NR - 1) / NR * NR; }
-  // Terms that [K, N] takes.
-  static int64_t size(int64_t N, int64_t K) { return panels(N) * ((K + PER_BUILD_TERM - 1) / PER_BUILD_TERM); }
-};
-
-inline PackedB packed_b(int64_t N, int64_t K, Matrix b, BuildTerm* memory) {
-  for (int64_t k = 0; k < K; k += KC) pack_b(N, least(K - k, KC), b.rows_from(k), memory + PackedB::size(N, k));
-  return {memory, N, K};
-}
-
-// A given as numbers.
-inline void gemm(int64_t M, Matrix a, PackedB b, float* c, int64_t ldc, bool accumulate = false) {
-  for (int64_t k = 0; k < b.K || k == 0; k += KC) {
-    const int64_t depth = least(b.K - k, KC), terms = PackedB::size(1, depth) / NR, rows = rows_at_once(terms);
-    auto memory = reinterpret_cast<BuildTerm*>(dsfast::scratch((rows + W) * (terms + 1), dsfast::PRODUCTS));
-    for (int64_t i = 0; i < M; i += rows) {
-      const int64_t m = least(M - i, rows);
-      gemm_slice<true, BuildTerm>(m, b.N, terms, packed_a(m, depth, a.rows_from(i).columns_from(k), memory),
-                                  b.terms + PackedB::size(b.N, k), NR, c + i * ldc, ldc, accumulate || k > 0);
-    }
-  }
-}
-
-// A given as terms, at most KC numbers along K.
-inline void gemm_of_terms(int64_t M, Terms<BuildTerm> a, PackedB b, float* c, int64_t ldc, bool accumulate) {
-  gemm_slice<true, BuildTerm>(M, b.N, PackedB::size(1, b.K) / NR, a, b.terms, NR, c, ldc, accumulate);
 }
 
 using Product = void(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);
@@ -234,7 +270,7 @@ inline void gemm_float32(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, fl
   for (int64_t k = 0; k < K || k == 0; k += KC) {
     const int64_t terms = least(K - k, KC), rows = rows_at_once(terms);
     for (int64_t i = 0; i < M; i += rows)
-      gemm_slice<false>(least(M - i, rows), N, terms, a.rows_from(i).columns_from(k), b.data + k * b.row, b.row,
+      gemm_slice<false>(least(M - i, rows), N, terms, a.rows_from(i).columns_from(k), b.data + k * b.row, b.row, NR,
                         c + i * ldc, ldc, accumulate || k > 0);
   }
 }

@@ -1,10 +1,9 @@
 // y = x w^T, as PyTorch's linear layers keep w: [O, D]; and its derivative.
 #pragma once
+#include "carver.h"
 #include "gemm.h"
 
 namespace DSFAST_ISA {
-
-constexpr int64_t LINE = 16;  // floats of a cache line
 
 // A row length of at least `width` floats and an odd number of cache lines: rows a power of two apart share few sets of
 // the first-level cache, and a product that goes down a column throws out what it has just read.

@@ -2,8 +2,8 @@
 //
 // A block of tokens meets the vocabulary chunk by chunk. Logits are kept transposed, [words][TOKENS]: the tokens lie in
 // the lanes, so that maximum, exp and sum need no work across lanes. While a chunk is in the first-level cache its
-// logits become exponentials and give their part of dhidden; kept for the whole vocabulary, they give dweight once their
-// sum is known. They are made into terms of these two products as they come.
+// logits become exponentials and give their part of dhidden; kept for the whole vocabulary, they give dweight once
+// their sum is known. They are made into terms of these two products as they come.
 #include <cmath>
 
 #include "gemm.h"
@@ -42,13 +42,13 @@ struct Block {
   float* scaled;        // [TOKENS][R], hidden times the token's gradient scale
   float* grad;          // [TOKENS][R], sum of exps times weight
   BuildTerm *hidden_terms, *weight_terms, *scaled_terms;  // second factors
-  PackedB factor;       // hidden_terms
+  PackedB packed_hidden;
   float reference[TOKENS], total[TOKENS];
 
   Block(const Head& head, bool with_grads) {
     const int64_t words = with_grads ? (head.V + PER - 1) / PER * PER : CHUNK, block = head.R * TOKENS;
-    const int64_t of_hidden = PackedB::size(TOKENS, head.R), of_weight = PackedB::size(head.R, CHUNK);
-    const int64_t of_scaled = PackedB::size(head.R, TOKENS);
+    const int64_t of_hidden = packed_size<BuildTerm>(TOKENS, head.R), of_weight = packed_size<BuildTerm>(head.R, CHUNK);
+    const int64_t of_scaled = packed_size<BuildTerm>(head.R, TOKENS);
     const int64_t terms = (words + CHUNK) * TOKENS / PER + of_hidden + of_weight + of_scaled;
     float* next = dsfast::scratch(terms + CHUNK * TOKENS + 3 * block);
     auto carve = [&](int64_t count) { return (next += count) - count; };
@@ -67,21 +67,14 @@ struct Block {
   }
 };
 
-DSFAST_INLINE void keep(const vfloat (&exps)[1], float* by_token, float*) { store(by_token, exps[0]); }
-DSFAST_INLINE void keep(const vfloat (&exps)[2], Pair* by_token, Pair* by_word) {
-  store_pairs(by_token, exps[0]);
-  store_pairs(by_token + TOKENS / 2, exps[1]);
-  store(by_word, pairs(exps[0], exps[1]));
-}
-
 void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t tokens, Block& b) {
   for (int64_t r = 0; r < head.R; ++r)
     for (int64_t i = 0; i < TOKENS; ++i) b.hidden[r * TOKENS + i] = i < tokens ? hidden[i * row + r] : 0.0f;
-  b.factor = packed_b(TOKENS, head.R, {b.hidden, TOKENS, 1}, b.hidden_terms);
+  b.packed_hidden = pack_b(TOKENS, head.R, {b.hidden, TOKENS, 1}, b.hidden_terms);
 }
 
 void make_logits(const Head& head, int64_t v, int64_t words, const Block& b, float* logits) {
-  gemm(words, head.words(v), b.factor, logits, TOKENS);
+  gemm(words, head.words(v), b.packed_hidden, logits, TOKENS);
 }
 
 // The largest logits of the first `words` words become what is subtracted before exp.
@@ -112,7 +105,7 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
         exps[p] = exp(load(chunk.logits + (i + p) * TOKENS + t) - reference);
         part += exps[p];
       }
-      keep(exps, chunk.by_token + (i * TOKENS + t) / PER, chunk.by_word + i / PER * TOKENS + t);
+      store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
     }
     far |= part > FAR;
     store(b.total + t, load(b.total + t) + part);
@@ -129,8 +122,8 @@ bool meet_vocabulary(const Head& head, bool with_grads, Block& b) {
     make_logits(head, v, words, b, chunk.logits);
     if (!exponentials(chunk, words, b)) return false;
     if (with_grads)
-      gemm_of_terms(TOKENS, {chunk.by_word, 1, TOKENS}, packed_b(head.R, words, head.words(v), b.weight_terms), b.grad,
-                    head.R, v > 0);
+      gemm(TOKENS, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, pack_b(head.R, words, head.words(v), b.weight_terms),
+           b.grad, head.R, v > 0);
   }
   return true;
 }
@@ -156,9 +149,10 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
     for (int64_t r = 0; r < R; ++r)
       dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
   }
-  const PackedB scaled = packed_b(R, TOKENS, {b.scaled, R, 1}, b.scaled_terms);
+  const PackedB scaled = pack_b(R, TOKENS, {b.scaled, R, 1}, b.scaled_terms);
   for (int64_t v = 0; v < head.V; v += CHUNK)
-    gemm_of_terms(least(head.V - v, CHUNK), {b.chunk(v).by_token, TOKENS / PER, 1}, scaled, dweight + v * R, R, !first);
+    gemm(least(head.V - v, CHUNK), Terms<BuildTerm>{b.chunk(v).by_token, TOKENS / PER, 1}, scaled, dweight + v * R, R,
+         !first);
   for (int64_t i = 0; i < tokens; ++i)
     if (labels[i] != ignore_index)
       for (int64_t r = 0; r < R; ++r) dweight[labels[i] * R + r] -= b.hidden[r * TOKENS + i] * share;
@@ -177,7 +171,8 @@ double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const 
     const int64_t tokens = least(N - n, TOKENS);
     load_hidden(head, hidden + n * hidden_row, hidden_row, tokens, b);
     set_reference(head, least(V, CHUNK), b);
-    if (!meet_vocabulary(head, with_grads, b)) {  // rare: the first chunk's largest logit is seldom far from the largest
+    if (!meet_vocabulary(head, with_grads,
+                         b)) {  // rare: the first chunk's largest logit is seldom far from the largest
       set_reference(head, V, b);
       meet_vocabulary(head, with_grads, b);
     }

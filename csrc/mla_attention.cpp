@@ -2,20 +2,25 @@
 //
 // One task is one head of one document. Its keys and values are packed once; scores of a block of queries are kept
 // transposed, [keys][lanes]: the queries lie in the lanes, so that the softmax needs no work across lanes and no
-// product a transposition.
+// product a transposition. What goes into several products is made into their terms once.
 #include <cmath>
 
+#include "carver.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "pieces.h"
-#include "softmax.h"
 
 namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t QUERIES = 48;  // whole vectors as columns and whole blocks of MR as rows in every instruction set
-constexpr int64_t STEP = 16;     // queries that are taken to see the same keys; what they do not is masked
-static_assert(QUERIES % W == 0 && QUERIES % MR == 0 && STEP % W == 0, "a block must fill the lanes and rows of a tile");
+constexpr int64_t STEP = NR > 16 ? NR : 16;  // queries that are taken to see the same keys; what they do not is masked
+static_assert(QUERIES % W == 0 && QUERIES % MR == 0 && STEP % NR == 0,
+              "a block must fill the lanes and rows of a tile");
+
+using Term = BuildTerm;
+using Factor = Terms<Term>;
+constexpr int64_t PER = PER_TERM<Term>;
 
 // A block of queries: their first position in the document, how many, and the lanes they take.
 struct Block {
@@ -36,6 +41,13 @@ struct Block {
     for (int64_t j = 1; j < rows; ++j)
       for (int64_t i = 0; i < j; ++i) scores[(first + j) * lanes + i] = value;
   }
+};
+
+// What belongs to a key and a query, [keys][lanes], as first factors: terms along the keys, and along the queries.
+struct Weighed {
+  Term *down, *along;  // [keys / PER][lanes] and [keys][lanes / PER]; floats lie in one place
+  Factor by_keys(const Block& b) const { return {down, 1, b.lanes}; }
+  Factor by_queries(const Block& b) const { return {along, b.lanes / PER, 1}; }
 };
 
 bool rises(const int32_t* cu_seqlens, int64_t S, int64_t N) {
@@ -61,41 +73,57 @@ void pack(View x, int64_t head, int64_t count, int64_t width, float* out) {
   for (int64_t i = 0; i < count; ++i) copy_scaled(x.at(i, head), out + i * width, width, 1.0f);
 }
 
-// [rows][width] -> [width][lanes], lanes past the rows zero
-void transpose(const float* in, const Block& b, int64_t width, float* out) {
-  if (b.rows < b.lanes) clear(out, width * b.lanes);
-  for (int64_t i = 0; i < b.rows; ++i)
-    for (int64_t d = 0; d < width; ++d) out[d * b.lanes + i] = in[i * width + d];
+// The block's rows [rows][width] turned, [width][lanes]; lanes past the rows are zero
+PackedB pack_lanes(const Block& b, const float* rows, int64_t width, Term* memory) {
+  PackedB packed = pack_b(b.rows, width, {rows, 1, width}, memory);
+  packed.N = b.lanes;
+  return packed;
 }
 
 // x [keys, width] times y [width][lanes]
-void products(const Block& b, const float* x, int64_t width, const float* y, float* scores) {
+void products(const Block& b, Factor x, const PackedB& y, float* scores) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(keys, b.lanes - query, width, {x + key * width, width, 1}, {y + query, b.lanes, 1},
-         scores + key * b.lanes + query, b.lanes);
+    gemm(keys, x.rows_from(key), y.columns_from(query), scores + key * b.lanes + query, b.lanes);
   });
 }
 
 // out [rows][width] = scores^T x, x [keys, width]
-void weighted(const Block& b, const float* scores, const float* x, int64_t width, float* out, int64_t out_row) {
+void weighted(const Block& b, const Weighed& scores, const PackedB& x, float* out, int64_t out_row) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(b.rows - query, width, keys, {scores + key * b.lanes + query, 1, b.lanes}, {x + key * width, width, 1},
+    gemm(b.rows - query, scores.by_keys(b).rows_from(query).columns_from(key / PER), x.rows(key, keys),
          out + query * out_row, out_row, query > 0);
   });
 }
 
 // sums [keys][width] += scores y, y [rows][width]
-void gather_gradient(const Block& b, const float* scores, const float* y, int64_t width, float* sums) {
+void gather_gradient(const Block& b, const Weighed& scores, const PackedB& y, float* sums) {
   b.for_seen([&](int64_t key, int64_t keys, int64_t query) {
-    gemm(keys, width, b.rows - query, {scores + key * b.lanes + query, b.lanes, 1}, {y + query * width, width, 1},
-         sums + key * width, width, true);
+    gemm(keys, scores.by_queries(b).rows_from(key).columns_from(query / PER), y.rows(query, b.rows - query),
+         sums + key * y.N, y.N, true);
   });
 }
 
-// p = exp(score - top) / sum, ds = p (dp - sum p dp) where ds holds dp on entry. Sum and delta are made anew from the
+// scores -> exp(score - top); top and total [lanes], the maximum and the sum of each query
+void exponentials(const Block& b, const float* scores, const Weighed& exps, float* top, float* total) {
+  for (int64_t part = 0; part < b.lanes; part += W) {
+    vfloat high = splat(-INFINITY), added = {};
+    for (int64_t j = 0; j < b.keys(); ++j) high = maximum(high, load(scores + j * b.lanes + part));
+    for (int64_t j = 0; j < b.keys(); j += PER) {
+      vfloat e[PER] = {};
+      for (int64_t p = 0; p < PER && j + p < b.keys(); ++p)
+        added += e[p] = exp(load(scores + (j + p) * b.lanes + part) - high);
+      store_terms(e, nullptr, 0, exps.down + j / PER * b.lanes + part);
+    }
+    store(top + part, high);
+    store(total + part, added);
+  }
+}
+
+// p = exp(score - top) / sum, ds = p (dp - sum p dp); on entry p holds the scores. Sum and delta are made anew from the
 // same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
 // itself.
-void softmax_backward(const Block& b, const float* tops, float* p, float* ds) {
+void softmax_backward(const Block& b, const float* tops, float* p, const float* dp, const Weighed& weights,
+                      const Weighed& ds) {
   for (int64_t part = 0; part < b.lanes; part += W) {
     const vfloat top = load(tops + part);
     vfloat total = {}, delta = {};
@@ -103,33 +131,55 @@ void softmax_backward(const Block& b, const float* tops, float* p, float* ds) {
       const vfloat e = exp(load(p + j * b.lanes + part) - top);
       store(p + j * b.lanes + part, e);
       total += e;
-      delta += e * load(ds + j * b.lanes + part);
+      delta += e * load(dp + j * b.lanes + part);
     }
     const vfloat share = 1.0f / total;
     delta *= share;
-    for (int64_t j = 0; j < b.keys(); ++j) {
-      const vfloat weight = load(p + j * b.lanes + part) * share;
-      store(p + j * b.lanes + part, weight);
-      store(ds + j * b.lanes + part, weight * (load(ds + j * b.lanes + part) - delta));
+    for (int64_t j = 0; j < b.keys(); j += PER) {
+      vfloat weight[PER] = {}, grad[PER] = {};
+      for (int64_t i = 0; i < PER && j + i < b.keys(); ++i) {
+        weight[i] = load(p + (j + i) * b.lanes + part) * share;
+        grad[i] = weight[i] * (load(dp + (j + i) * b.lanes + part) - delta);
+      }
+      const int64_t along = (j * b.lanes + part) / PER, down = j / PER * b.lanes + part;
+      store_terms(weight, weights.along + along, b.lanes / PER, weights.down + down);
+      store_terms(grad, ds.along + along, b.lanes / PER, ds.down + down);
     }
   }
 }
 
-// What the backward pass of a head keeps in this thread's working memory.
+// A head's working memory, of this thread: for the document, and for a block of queries.
 struct Work {
   float *keys, *values, *dkeys, *dvalues;  // [length][...]
-  float *p, *ds;                           // [length][lanes]
-  float *q, *q_t, *d_o, *do_t, *dq;        // [QUERIES][...] and [...][lanes]
+  float *scores, *dscores;                 // [length][lanes]
+  Weighed p, ds;
+  float *q, *d_o, *dq;  // [QUERIES][...]
+  Term *key_terms, *value_terms, *packed_keys, *packed_values, *packed_q, *packed_do, *turned_q, *turned_do;
 
   Work(int64_t length, const AttentionSizes& z) {
-    const int64_t width = z.Dk() + z.Dv;
-    float* next = dsfast::scratch(length * 2 * (width + QUERIES) + QUERIES * (3 * z.Dk() + 2 * z.Dv));
-    auto carve = [&](int64_t count) { return (next += count) - count; };
-    keys = carve(length * z.Dk()), dkeys = carve(length * z.Dk());
-    values = carve(length * z.Dv), dvalues = carve(length * z.Dv);
-    p = carve(length * QUERIES), ds = carve(length * QUERIES);
-    q = carve(QUERIES * z.Dk()), q_t = carve(QUERIES * z.Dk()), dq = carve(QUERIES * z.Dk());
-    d_o = carve(QUERIES * z.Dv), do_t = carve(QUERIES * z.Dv);
+    Carver count = {nullptr};
+    carve(count, length, z.Dk(), z.Dv);
+    Carver carver = {dsfast::scratch(count.size)};
+    carve(carver, length, z.Dk(), z.Dv);
+  }
+
+ private:
+  void carve(Carver& c, int64_t length, int64_t Dk, int64_t Dv) {
+    keys = c.floats(length * Dk), dkeys = c.floats(length * Dk);
+    values = c.floats(length * Dv), dvalues = c.floats(length * Dv);
+    scores = c.floats(length * QUERIES), dscores = c.floats(length * QUERIES);
+    p = weighed(c, length, scores), ds = weighed(c, length, dscores);
+    q = c.floats(QUERIES * Dk), d_o = c.floats(QUERIES * Dv), dq = c.floats(QUERIES * Dk);
+    key_terms = c.of<Term>(packed_a_size(length, Dk)), value_terms = c.of<Term>(packed_a_size(length, Dv));
+    packed_keys = c.of<Term>(packed_size<Term>(Dk, length)), packed_values = c.of<Term>(packed_size<Term>(Dv, length));
+    packed_q = c.of<Term>(packed_size<Term>(Dk, QUERIES)), packed_do = c.of<Term>(packed_size<Term>(Dv, QUERIES));
+    turned_q = c.of<Term>(packed_size<Term>(QUERIES, Dk)), turned_do = c.of<Term>(packed_size<Term>(QUERIES, Dv));
+  }
+  static Weighed weighed(Carver& c, int64_t length, float* numbers) {
+    Term* place = reinterpret_cast<Term*>(numbers);
+    if (PER == 1) return {place, place};
+    const int64_t terms = terms_of<Term>(length) * QUERIES;
+    return {c.of<Term>(terms), c.of<Term>(terms)};
   }
 };
 
@@ -138,20 +188,19 @@ struct Work {
 void attend(const AttentionParts<const float>& in, int64_t length, int64_t head, const AttentionSizes& z, Slots o,
             float* tops) {
   const int64_t Dk = z.Dk();
-  float* keys = dsfast::scratch(length * (Dk + z.Dv + QUERIES) + 2 * Dk * QUERIES);
-  float *values = keys + length * Dk, *scores = values + length * z.Dv;
-  float *q = scores + length * QUERIES, *q_t = q + Dk * QUERIES;
-  pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, keys);
-  pack(in.v, head, length, z.Dv, values);
+  const Work w(length, z);
+  pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, w.keys);
+  pack(in.v, head, length, z.Dv, w.values);
+  const Factor keys = packed_a(length, Dk, {w.keys, Dk, 1}, w.key_terms);
+  const PackedB values = pack_b(z.Dv, length, {w.values, z.Dv, 1}, w.packed_values);
   for (int64_t first = 0; first < length; first += QUERIES) {
     const Block b(first, length);
-    pack_keyed(in.q_nope.from(first), in.q_rope.from(first), head, b.rows, z, z.scale, q);
-    transpose(q, b, Dk, q_t);
-    products(b, keys, Dk, q_t, scores);
-    b.mask(scores, -INFINITY);
+    pack_keyed(in.q_nope.from(first), in.q_rope.from(first), head, b.rows, z, z.scale, w.q);
+    products(b, keys, pack_lanes(b, w.q, Dk, w.turned_q), w.scores);
+    b.mask(w.scores, -INFINITY);
     float top[QUERIES], total[QUERIES];
-    exponentials(scores, b.keys(), b.lanes, top, total);
-    weighted(b, scores, values, z.Dv, o.at(first, head), o.token);
+    exponentials(b, w.scores, w.p, top, total);
+    weighted(b, w.p, values, o.at(first, head), o.token);
     for (int64_t i = 0; i < b.rows; ++i) {
       copy_scaled(o.at(first + i, head), o.at(first + i, head), z.Dv, 1.0f / total[i]);
       tops[first + i] = top[i];
@@ -161,28 +210,29 @@ void attend(const AttentionParts<const float>& in, int64_t length, int64_t head,
 
 void attend_backward(const AttentionParts<const float>& in, View d_o, const float* tops, int64_t length, int64_t head,
                      const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope) {
-  const int64_t Dk = z.Dk();
-  Work w(length, z);
+  const int64_t Dk = z.Dk(), Dv = z.Dv;
+  const Work w(length, z);
   pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, w.keys);
-  pack(in.v, head, length, z.Dv, w.values);
+  pack(in.v, head, length, Dv, w.values);
+  const Factor keys = packed_a(length, Dk, {w.keys, Dk, 1}, w.key_terms);
+  const Factor values = packed_a(length, Dv, {w.values, Dv, 1}, w.value_terms);
+  const PackedB packed_keys = pack_b(Dk, length, {w.keys, Dk, 1}, w.packed_keys);
   clear(w.dkeys, length * Dk);
-  clear(w.dvalues, length * z.Dv);
+  clear(w.dvalues, length * Dv);
   for (int64_t first = 0; first < length; first += QUERIES) {
     const Block b(first, length);
     pack_keyed(in.q_nope.from(first), in.q_rope.from(first), head, b.rows, z, z.scale, w.q);
-    transpose(w.q, b, Dk, w.q_t);
-    pack(d_o.from(first), head, b.rows, z.Dv, w.d_o);
-    transpose(w.d_o, b, z.Dv, w.do_t);
+    pack(d_o.from(first), head, b.rows, Dv, w.d_o);
     float top[QUERIES];
     for (int64_t i = 0; i < b.lanes; ++i) top[i] = i < b.rows ? tops[first + i] : 0.0f;
-    products(b, w.keys, Dk, w.q_t, w.p);
-    products(b, w.values, z.Dv, w.do_t, w.ds);
-    b.mask(w.p, -INFINITY);
-    b.mask(w.ds, 0.0f);
-    softmax_backward(b, top, w.p, w.ds);
-    gather_gradient(b, w.p, w.d_o, z.Dv, w.dvalues);
-    gather_gradient(b, w.ds, w.q, Dk, w.dkeys);
-    weighted(b, w.ds, w.keys, Dk, w.dq, Dk);
+    products(b, keys, pack_lanes(b, w.q, Dk, w.turned_q), w.scores);
+    products(b, values, pack_lanes(b, w.d_o, Dv, w.turned_do), w.dscores);
+    b.mask(w.scores, -INFINITY);
+    b.mask(w.dscores, 0.0f);
+    softmax_backward(b, top, w.scores, w.dscores, w.p, w.ds);
+    gather_gradient(b, w.p, pack_b(Dv, b.rows, {w.d_o, Dv, 1}, w.packed_do), w.dvalues);
+    gather_gradient(b, w.ds, pack_b(Dk, b.rows, {w.q, Dk, 1}, w.packed_q), w.dkeys);
+    weighted(b, w.ds, packed_keys, w.dq, Dk);
     for (int64_t i = 0; i < b.rows; ++i) {
       copy_scaled(w.dq + i * Dk, grads.q_nope.at(first + i, head), z.Dn, z.scale);
       copy_scaled(w.dq + i * Dk + z.Dn, grads.q_rope.at(first + i, head), z.Dr, z.scale);
@@ -191,7 +241,7 @@ void attend_backward(const AttentionParts<const float>& in, View d_o, const floa
   for (int64_t j = 0; j < length; ++j) {
     const float* dkey = w.dkeys + j * Dk;
     copy_scaled(dkey, grads.k_nope.at(j, head), z.Dn, 1.0f);
-    copy_scaled(w.dvalues + j * z.Dv, grads.v.at(j, head), z.Dv, 1.0f);
+    copy_scaled(w.dvalues + j * Dv, grads.v.at(j, head), Dv, 1.0f);
     if (add_k_rope)
       add(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr);
     else

@@ -22,6 +22,12 @@ constexpr int64_t PER_TERM = 1;  // numbers along K
 template <>
 inline constexpr int64_t PER_TERM<Pair> = 2;
 
+// Terms that K numbers make; the last may be half empty.
+template <class Term>
+DSFAST_INLINE int64_t terms_of(int64_t K) {
+  return (K + PER_TERM<Term> - 1) / PER_TERM<Term>;
+}
+
 // What this build multiplies.
 #if defined(DSFAST_BFLOAT16)
 using BuildTerm = Pair;
@@ -70,6 +76,11 @@ DSFAST_INLINE vint pairs(vfloat first, vfloat second) {
 #endif
 }
 
+// The terms of W PER_TERM neighbours, of which `count` are there; the others are zero. As bits of a vfloat.
+DSFAST_INLINE vfloat neighbours(const float* from, int64_t count, float) {
+  return count >= W ? load(from) : load_part(from, largest(count, 0));
+}
+
 // W / 2 pairs of the W neighbours in x.
 DSFAST_INLINE void store_pairs(Pair* to, vfloat x) {
   typedef int32_t half __attribute__((vector_size(2 * W)));
@@ -84,6 +95,31 @@ DSFAST_INLINE void store_pairs(Pair* to, vfloat x) {
 #endif
 }
 
+DSFAST_INLINE vfloat neighbours(const float* from, int64_t count, Pair) {
+  const vfloat first = neighbours(from, count, 0.0f), second = neighbours(from + W, count - W, 0.0f);
+#if defined(__AVX512BF16__)
+  return (vfloat)_mm512_cvtne2ps_pbh(second, first);
+#else
+  Pair both[W];
+  store_pairs(both, first);
+  store_pairs(both + W / 2, second);
+  return (vfloat)load(both);
+#endif
+}
+
 DSFAST_INLINE Pair pair(float first, float second) { return pairs(splat(first), splat(second))[0]; }
+
+// PER_TERM rows of numbers, W of each, as terms two ways: along the rows, which are `row` terms apart (null: not
+// wanted), and down the rows. Floats are the same number either way and go to `along`, else to `down`.
+DSFAST_INLINE void store_terms(const vfloat (&rows)[1], float* along, int64_t, float* down) {
+  store(along != nullptr ? along : down, rows[0]);
+}
+DSFAST_INLINE void store_terms(const vfloat (&rows)[2], Pair* along, int64_t row, Pair* down) {
+  if (along != nullptr) {
+    store_pairs(along, rows[0]);
+    store_pairs(along + row, rows[1]);
+  }
+  store(down, pairs(rows[0], rows[1]));
+}
 
 }  // namespace DSFAST_ISA

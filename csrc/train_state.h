@@ -32,21 +32,6 @@ struct Clock {
   }
 };
 
-// Hands out parts of one block of memory; with no block yet it only counts.
-struct Carver {
-  float* base;
-  int64_t size = 0;
-  float* floats(int64_t count) {
-    float* part = base == nullptr ? nullptr : base + size;
-    size += (count + LINE - 1) / LINE * LINE;
-    return part;
-  }
-  template <class T>
-  T* of(int64_t count) {
-    return reinterpret_cast<T*>(floats(count * int64_t(sizeof(T)) / 4 + 1));
-  }
-};
-
 inline int64_t query_width(const Model& m) { return m.query_rank > 0 ? m.query_rank : m.width; }
 inline int64_t head_inputs(const Model& m) { return m.heads * m.value; }
 inline int64_t queries_width(const Model& m) { return m.heads * (m.nope + m.rope); }

@@ -1,0 +1,24 @@
+// Parts of one block of memory.
+#pragma once
+#include <cstdint>
+
+namespace DSFAST_ISA {
+
+constexpr int64_t LINE = 16;  // floats of a cache line
+
+// Hands out parts of one block of memory; with no block yet it only counts.
+struct Carver {
+  float* base;
+  int64_t size = 0;
+  float* floats(int64_t count) {
+    float* part = base == nullptr ? nullptr : base + size;
+    size += (count + LINE - 1) / LINE * LINE;
+    return part;
+  }
+  template <class T>
+  T* of(int64_t count) {
+    return reinterpret_cast<T*>(floats(count * int64_t(sizeof(T)) / 4 + 1));
+  }
+};
+
+}  // namespace DSFAST_ISA
