@@ -95,7 +95,7 @@ class DeviceDecoder:
         self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator,
         launch: Callable[[DecodeStep], Callable[[], None]] = captured,
     ):  # fmt: skip
-        places = min(max(LEAST_PLACES, 1 << (capacity - 1).bit_length()), model.config.max_position_embeddings)
+        places = places_for(model, capacity)
 
         def make() -> tuple[DecodeStep, Callable[[], None]]:
             step = DecodeStep(model, batch, places, temperature)
@@ -136,6 +136,11 @@ class DeviceDecoder:
     def _check_user(self) -> None:
         if self._step.user is not self:
             raise RuntimeError("another generation has begun on this model: on a GPU it has one at a time")
+
+
+def places_for(model: DeepseekV3, capacity: int) -> int:
+    """Of a cache that holds `capacity` tokens and few more: a power of two, at least LEAST_PLACES; at most the context."""
+    return min(max(LEAST_PLACES, 1 << (capacity - 1).bit_length()), model.config.max_position_embeddings)
 
 
 def _made_of(model: DeepseekV3) -> Hashable:
