@@ -25,7 +25,7 @@ from tiny_models import MORE_VARIANTS, random_ids, random_model
 from triton_contract import INTERPRETED
 
 from dsfast import ops
-from dsfast.config import OPERATORS
+from dsfast.config import OPERATORS, default_config
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, generate_ids, gpu
 from dsfast.model.decode import OperatorDecoder, Prompts
@@ -260,6 +260,26 @@ class TestWhatAGraphForbids:
             step()
         called = {name.split("::")[1] for name in guard.seen if name.startswith("dsfast::")}
         assert called == set(OPERATORS) - {"mla_attention", "linear_cross_entropy", "adamw"}
+
+    @torch.inference_mode()
+    def test_how_many_operators_a_step_of_the_500k_model_calls(self, monkeypatch):
+        """Launches bound it: each is a few microseconds of a GPU that has little to do in between."""
+        monkeypatch.setitem(ops.dispatch._OF_DEVICE, "meta", "triton")
+        monkeypatch.setattr(triton, "available", lambda operator: (True, ""))
+        step = DecodeStep(DeepseekV3(default_config("gpu").model).eval().to("meta"), 1, 256, 0.0)
+        with GraphGuard() as guard:
+            step()
+        views = {
+            "to",
+            "unflatten",
+            "split_with_sizes",
+            "unsqueeze",
+            "squeeze",
+            "select",
+            "view",
+            "flatten",
+        }  # none casts
+        assert len([name for name in guard.seen if name.split("::")[1].split(".")[0] not in views]) == 16 * 2 + 9
 
     @torch.inference_mode()
     def test_the_guard_would_notice(self):
