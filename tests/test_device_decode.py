@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, generate_ids, gpu
 from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.device_decode import BLOCK, LEAST_PLACES, DecodeStep, DeviceDecoder
+from dsfast.model.generate import _own_decoder
 from dsfast.model.gpu import captured
 from dsfast.ops import triton
 
@@ -139,6 +141,13 @@ class TestWhereItEnds:
     def test_ids_outside_the_vocabulary(self):
         with pytest.raises(UserError, match=r"input_ids: expected 0 .. 60, got 61"):
             by_device(random_model(), [[1, 61]], 1)
+
+
+def test_it_is_the_gpus_own_and_no_other_devices():
+    weight = SimpleNamespace(is_cuda=True)
+    assert _own_decoder(SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))) is DeviceDecoder
+    with ops.use("reference"):
+        assert _own_decoder(random_model()) is OperatorDecoder
 
 
 class TestWhatIsKept:
