@@ -22,8 +22,9 @@ from triton_contract import INTERPRETED
 
 from dsfast import ops
 from dsfast.config import OPERATORS
+from dsfast.model.gpu import unchanged
 from dsfast.train import Trainer
-from dsfast.train.runtime import DeviceSteps, unchanged
+from dsfast.train.runtime import DeviceSteps
 
 STEPS = 3
 RUNS = {
