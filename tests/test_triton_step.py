@@ -23,6 +23,7 @@ from triton_contract import INTERPRETED
 from dsfast import ops
 from dsfast.config import OPERATORS
 from dsfast.train import Trainer
+from dsfast.train.device_step import read
 from dsfast.train.runtime import DeviceSteps, unchanged
 
 STEPS = 3
@@ -56,7 +57,7 @@ def interpreted(run: str) -> dict:
             places.append(addresses(steps.step))
     assert all(place == places[0] for place in places[1:]), "an address changed"
     missing = [op for op in OPERATORS if op not in ("mla_decode",) and f"dsfast::{op}" not in seen]
-    measured = steps.step.read(0, STEPS)
+    measured = read(*steps.step.sent(0, STEPS))
     return {
         "losses": [m.loss for m in measured],
         "norms": [m.grad_norm for m in measured],

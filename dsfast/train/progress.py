@@ -36,6 +36,12 @@ class TrainingProgress:
         if self.bar is not None:
             self.bar.stop()
 
+    def prepared(self, seconds: float | None) -> None:
+        """What had to be done before the first step is done; None where that was nothing."""
+        if seconds is not None and not self.quiet:
+            what = "batches loaded, kernels compiled or read from the cache, the step recorded"
+            self._print(f"prepared in {seconds:.1f} s: {what}")
+
     def update(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
         """`step` steps are done (counted from 1)."""
         if self.quiet:
@@ -43,12 +49,18 @@ class TrainingProgress:
         now = time.perf_counter()
         if self.bar is None:
             if step % self.log_every == 0 or step == self.steps:
-                print(self.line(step, loss, lr, tokens_per_second, now), flush=True)
+                self._print(self.line(step, loss, lr, tokens_per_second, now))
         else:
             due = now - self.drawn >= _REFRESH_SECONDS or step == self.steps
             self.drawn = now if due else self.drawn
             description = self.line(step, loss, lr, tokens_per_second, now)
             self.bar.update(self.task, completed=step, description=description, refresh=due)
+
+    def _print(self, text: str) -> None:
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.console.print(text)
 
     def line(self, step: int, loss: float, lr: float, tokens_per_second: float, now: float) -> str:
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
