@@ -250,6 +250,10 @@ class TestRunningAhead:
         assert self.log_of(monkeypatch) == [*first, *rest, "wait", "report 7", "report 8"]
         assert self.result.busy_seconds == 4.0  # a second for each block
 
+    def test_steps_launched_kernel_by_kernel_tell_of_no_busy_device(self, monkeypatch):
+        monkeypatch.setattr(runtime, "mark", lambda device: Mark([]))
+        assert device_trainer().train(quiet=True).busy_seconds is None
+
     def test_not_beyond_a_checkpoint(self, monkeypatch):
         log = self.log_of(monkeypatch, **{"train.checkpoint_every": 4})
         assert log.index("report 4") < log.index("call 5")

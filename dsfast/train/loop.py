@@ -56,7 +56,7 @@ class TrainResult:
 
     seconds: wall time, checkpoints written included, preparation not. On a GPU, and None on a CPU: preparation_seconds before
     that, in which batches were loaded, kernels compiled or read from the cache and the step recorded; busy_seconds, those of
-    `seconds` in which the GPU had steps to do, by its own clock (waits between kernels launched one by one are not seen).
+    `seconds` in which the GPU had steps to do, by its own clock (None too where steps are launched kernel by kernel).
     """
 
     steps: int

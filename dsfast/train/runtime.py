@@ -122,7 +122,7 @@ class DeviceSteps:
         self.trainer, self._make_call, self._call = trainer, launch, None
         self.preparation_seconds = 0.0
         self.busy_seconds: float | None = None
-        """Seconds, by a GPU's own clock, from the first to the last work of each block that was read, added up."""
+        """By a GPU's own clock, from the first to the last work of each block that was read; None where that would not tell."""
         self.tokens = config.train.batch_size * config.data.sequence_length
         segments = rows.most_segments(config.train.batch_size)
         fit = RESIDENT_BYTES // (8 * row_elements(self.tokens, segments))
@@ -170,7 +170,8 @@ class DeviceSteps:
     def _read(self, block: Block) -> Iterator[Done]:
         if block.done is not None:
             block.done.synchronize()
-            self.busy_seconds = (self.busy_seconds or 0.0) + block.begin.elapsed_time(block.done) / 1e3
+            if self._call is not self.step:  # launched one by one, kernels may leave the device idle in between
+                self.busy_seconds = (self.busy_seconds or 0.0) + block.begin.elapsed_time(block.done) / 1e3
         measured, now = read(*block.sent), perf_counter()
         seconds = (now - max(block.since, self._last_read)) / len(measured)
         self._last_read = now
@@ -288,9 +289,12 @@ def _first_line(error: Exception) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the process, resident, on the CPU; of torch's allocator on a GPU."""
+    """The most memory held so far: of the process, resident, on the CPU; what torch has taken of a GPU's.
+
+    That is more than its tensors need: a recorded step keeps memory of its own. The driver's own is not in it.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
     if status.exists():  # not getrusage, whose peak survives exec: a child of a large process would show its parent's
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
