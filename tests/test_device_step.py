@@ -259,6 +259,12 @@ class TestRunningAhead:
         assert log.index("report 4") < log.index("call 5")
         assert log.index("call 3") < log.index("report 1")
 
+    def test_a_checkpoint_holds_the_weights_of_its_step(self, tmp_path):
+        device_trainer(tmp_path / "run", **{"train.log_every": 2, "train.checkpoint_every": 6}).train(quiet=True)
+        saved, _, _ = load_checkpoint(tmp_path / "run" / "step-000006")
+        expected = stopped_after(6).model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.state_dict().items())
+
     def test_not_beyond_the_batches_that_are_loaded(self, monkeypatch):
         monkeypatch.setattr(runtime, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
         places = len(device_trainer().steps().step.batches.rows)

@@ -547,6 +547,35 @@ class TestRehearsedOnAGpu:
         assert "Speedup of training with it:" in console
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_both_its_tests_run_to_their_end(tmp_path):
+    """20 steps of the 500K model teach it nothing, but all else is as it is to be."""
+    values = load_config(CONFIGS / "deepseek_v3_test_run_gpu.json").to_dict()
+    values["train"]["steps"], values["suite"]["full_training_steps"] = 20, 30
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    arguments = [
+        "--gpu-only",
+        "--full-training",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--output-dir",
+        str(tmp_path),
+    ]
+    suite.main(arguments)
+    [path] = tmp_path.glob("test_results_*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["tests"]["cpu"]["status"] == "skipped"
+    for name in ("gpu", "full"):
+        details = {phase["name"]: phase.get("details") for phase in results["tests"][name]["phases"]}
+        assert None not in details.values(), results["errors"]
+        assert details["kernels"]["failed"] == details["propagation"]["failed"] == 0
+        assert details["training"]["fallbacks"] == []
+        assert details["training"]["preparation_seconds"] > 0
+        assert 0 < details["performance"]["utilisation"] <= 1
+        assert details["performance"]["memory_gb"] < 2.0
+
+
 @pytest.fixture(scope="module")
 def failing_run(tmp_path_factory) -> tuple[int, str, dict]:
     """Exit code, console and results of a run on random text that is far too short to learn anything."""
