@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -309,6 +310,31 @@ def test_every_figure_names_what_the_parts_measure():
     steps = row("step", size, "step", **dict.fromkeys(whole.GPU_PEERS, 1.0))
     generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
     assert [f["what"] for f in figures([*by_run.values(), steps, *generated]) if f["got"] is None] == []
+
+
+class TestTheStep:
+    """What is timed is what a GPU's trainer launches for a step, here on CPU tensors."""
+
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        monkeypatch.setattr(whole, "GPU_PEERS", {})
+
+    def test_is_the_one_that_is_recorded(self, monkeypatch):
+        launched = []
+        make = whole.DeviceSteps
+        monkeypatch.setattr(
+            whole, "DeviceSteps", lambda trainer, launch: make(trainer, lambda step: lambda: launched.append(step()))
+        )
+        found = whole.run_step(HostClock(), None, True)
+        assert len(launched) == 1 + whole.WARM_CALLS + 1  # checked, warm, timed
+        assert found["check"] == ""
+        assert found["preparation_seconds"] > 0
+        assert found["passes"]["step"]["variants"]["dsfast"]["seconds"]["count"] == 1
+
+    def test_is_held_against_the_models_loss(self, monkeypatch):
+        monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
+        check = whole.run_step(HostClock(), None, True)["check"]
+        assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
 
 
 def test_at_most_and_at_least():

@@ -119,7 +119,7 @@ class DeviceSteps:
 
     def __init__(self, trainer: Trainer, launch: Callable[[DeviceStep], Callable[[], None]]):
         config, rows = trainer.config, trainer.dataset.rows
-        self.trainer, self._make_call, self._call = trainer, launch, None
+        self.trainer, self._make_call = trainer, launch
         self.preparation_seconds = 0.0
         self.busy_seconds: float | None = None
         """By a GPU's own clock, from the first to the last work of each block that was read; None where that would not tell."""
@@ -129,6 +129,8 @@ class DeviceSteps:
         places = max(1, min(config.train.steps - trainer.steps_done, fit))
         batches = Batches(places, self.tokens, segments, trainer.device)
         self.step = DeviceStep(trainer.model, trainer.optimizer, config.train, trainer.precision.tensors, batches)
+        self.call: Callable[[], None] | None = None
+        """Launches the next step whose batch is loaded; `prepare` makes it."""
         self.first = self.loaded = self.launched = trainer.steps_done
         """Steps first .. loaded - 1 (from 0) have their batches in device memory; those before `launched` are launched."""
         self._ahead: Block | None = None
@@ -140,7 +142,7 @@ class DeviceSteps:
         with self.trainer.kernels():
             self._load()
             self.trainer.model.train()
-            self._call = self._make_call(self.step)
+            self.call = self._make_call(self.step)
         self.preparation_seconds = perf_counter() - started
 
     def run(self) -> Iterator[Done]:
@@ -163,14 +165,14 @@ class DeviceSteps:
         begin, self.launched = self.launched, self._pause()
         first = mark(self.trainer.device)
         for _ in range(begin, self.launched):
-            self._call()
+            self.call()
         sent = self.step.sent(begin - self.first, self.launched - self.first)
         return Block(self.launched, since, first, mark(self.trainer.device), sent)
 
     def _read(self, block: Block) -> Iterator[Done]:
         if block.done is not None:
             block.done.synchronize()
-            if self._call is not self.step:  # launched one by one, kernels may leave the device idle in between
+            if self.call is not self.step:  # launched one by one, kernels may leave the device idle in between
                 self.busy_seconds = (self.busy_seconds or 0.0) + block.begin.elapsed_time(block.done) / 1e3
         measured, now = read(*block.sent), perf_counter()
         seconds = (now - max(block.since, self._last_read)) / len(measured)
