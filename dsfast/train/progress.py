@@ -8,6 +8,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn
 
+from dsfast.ops.triton import kernel_cache
+
 _REFRESH_SECONDS = 0.25
 
 
@@ -39,8 +41,8 @@ class TrainingProgress:
     def prepared(self, seconds: float | None) -> None:
         """What had to be done before the first step is done; None where that was nothing."""
         if seconds is not None and not self.quiet:
-            what = "batches loaded, kernels compiled or read from the cache, the step recorded"
-            self._print(f"prepared in {seconds:.1f} s: {what}")
+            kernels = f"kernels compiled or read from {kernel_cache()}"
+            self._print(f"prepared in {seconds:.1f} s: batches loaded, {kernels}, the step recorded")
 
     def update(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
         """`step` steps are done (counted from 1)."""
@@ -60,7 +62,7 @@ class TrainingProgress:
         if self.bar is None:
             print(text, flush=True)
         else:
-            self.bar.console.print(text)
+            self.bar.console.print(text, markup=False, highlight=False)
 
     def line(self, step: int, loss: float, lr: float, tokens_per_second: float, now: float) -> str:
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
