@@ -48,7 +48,7 @@ def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Json:
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
-    trainer = trainer_on(config, *rows, calls=1 + WARM_CALLS + ROUNDS)
+    trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + ROUNDS)
     rows = [x.to(trainer.device) for x in rows]
     here = {name: peer.missing() or (no_gpu() if name in _COMPILED else "") for name, peer in GPU_PEERS.items()}
     trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
@@ -89,10 +89,10 @@ class SameRows:
         return batch_size
 
 
-def trainer_on(config: Config, input_ids: Tensor, labels: Tensor, calls: int) -> Trainer:
-    """A trainer whose every batch is input_ids, labels [B, T], with a step to come before `calls` of those recorded."""
+def trainer_on(config: Config, input_ids: Tensor, labels: Tensor, steps: int) -> Trainer:
+    """A trainer of `steps` steps, whose every batch is input_ids, labels [B, T]."""
     batch, length = input_ids.shape
-    sizes = {"train.batch_size": batch, "data.sequence_length": length, "train.steps": 1 + calls}
+    sizes = {"train.batch_size": batch, "data.sequence_length": length, "train.steps": steps}
     return Trainer(config.replace(**sizes), None, Dataset(None, SameRows(input_ids, labels), {}, []))
 
 
