@@ -345,7 +345,7 @@ class TestTheStep:
 
 
 TOOK = {
-    "seconds": 0.08, "preparation_seconds": 11.0, "busy_seconds": 0.07, "tokens_per_second": 2e7, "memory_gb": 0.4,
+    "seconds": 0.08, "preparation_seconds": 11.0, "utilisation": 0.9, "tokens_per_second": 2e7, "memory_gb": 0.4,
     "losses": [9.0, 0.7], "fallbacks": [], "dtype": "bfloat16",
 }  # fmt: skip
 

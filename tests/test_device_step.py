@@ -159,7 +159,7 @@ class TestTheLoop:
                 name == "device"
             )
             assert (result.preparation_seconds is None) == (name == "host")
-            assert result.busy_seconds is None, "there is no other clock on a CPU"
+            assert result.utilisation is None, "there is no other clock on a CPU"
             printed = [line.split(" tokens/s")[0].rsplit("  ", 1)[0] for line in shown if line.startswith("step ")]
             kept = sorted(path.name for path in (tmp_path / name).iterdir())
             folders[name] = (lines, printed, kept, [(result.steps, result.skipped_steps, result.checkpoint.name)])
@@ -238,8 +238,14 @@ class TestRunningAhead:
             return call
 
         trainer = device_trainer(None, launch, **{"train.steps": 8, "train.log_every": 2, **changes})
-        count = trainer.count_step
-        trainer.count_step = lambda *values: (log.append(f"report {trainer.steps_done + 1}"), count(*values))[1]
+        count, self.steps, self.seconds = trainer.count_step, trainer.steps(), []
+
+        def count_step(*values):
+            log.append(f"report {trainer.steps_done + 1}")
+            self.seconds.append(values[-1])
+            return count(*values)
+
+        trainer.count_step, trainer.steps = count_step, lambda: self.steps
         self.result = trainer.train(quiet=True)
         return [entry for entry in log if entry != "mark"]
 
@@ -248,11 +254,12 @@ class TestRunningAhead:
         for step in (3, 5, 7):
             rest += [f"call {step}", f"call {step + 1}", "wait", f"report {step - 2}", f"report {step - 1}"]
         assert self.log_of(monkeypatch) == [*first, *rest, "wait", "report 7", "report 8"]
-        assert self.result.busy_seconds == 4.0  # a second for each block
+        assert self.steps.busy_seconds == 4.0  # a second for each block
+        assert self.result.utilisation == pytest.approx(4.0 / sum(self.seconds))
 
     def test_steps_launched_kernel_by_kernel_tell_of_no_busy_device(self, monkeypatch):
         monkeypatch.setattr(runtime, "mark", lambda device: Mark([]))
-        assert device_trainer().train(quiet=True).busy_seconds is None
+        assert device_trainer().train(quiet=True).utilisation is None
 
     def test_not_beyond_a_checkpoint(self, monkeypatch):
         log = self.log_of(monkeypatch, **{"train.checkpoint_every": 4})

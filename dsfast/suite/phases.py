@@ -110,7 +110,7 @@ def kernels(session: Session) -> Details:
 def training(session: Session) -> Details:
     """The run itself. Tokens per second are those of the whole run; the losses are one per step.
 
-    preparation_seconds and busy_seconds: as in `TrainResult`; whole_step: the last step was one native call.
+    preparation_seconds and utilisation: as in `TrainResult`; whole_step: the last step was one native call.
     """
     device = session.plan.config.runtime.device
     if device == "cuda":  # the kernels' comparisons, and a test before this one, are not the run's memory
@@ -121,7 +121,7 @@ def training(session: Session) -> Details:
         "steps": result.steps,
         "seconds": result.seconds,
         "preparation_seconds": result.preparation_seconds,
-        "busy_seconds": result.busy_seconds,
+        "utilisation": result.utilisation,
         "tokens_per_second": result.tokens_per_second,
         "skipped_steps": result.skipped_steps,
         "checkpoint": str(result.checkpoint),
@@ -189,16 +189,13 @@ def recall(session: Session) -> Details:
 
 
 def performance(session: Session) -> Details:
-    """Training time against its target, generation speed, peak memory in 1e9 bytes (of the process, or of the GPU).
-
-    utilisation: the share of the training time in which the GPU had steps to do; None where that is not known.
-    """
+    """Training time against its target, generation speed, peak memory in 1e9 bytes (of the process, or of the GPU)."""
     result, target = session.result, session.plan.config.suite.target_seconds
     return {
         "device": session.plan.device,
         "training_seconds": result.seconds,
         "preparation_seconds": result.preparation_seconds,
-        "utilisation": None if result.busy_seconds is None else result.busy_seconds / result.seconds,
+        "utilisation": result.utilisation,
         "target_seconds": target,
         "times_target": result.seconds / target,
         "tokens_per_second": result.tokens_per_second,

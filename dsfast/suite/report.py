@@ -18,7 +18,7 @@ from dsfast.suite.verdict import THRESHOLDS, Check, show
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 SHOWN = 48  # characters of a generated answer in a table
-BUSY = 0.5  # share of the training time from which a GPU is used well enough
+BUSY = 0.5  # share of the steps' time from which a GPU is used well enough
 PASSED, FAILED = "✓ ALL TESTS PASSED", "✗ SOME TESTS FAILED"
 _MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "error": ("✗", "red"), "warning": ("⚠", "yellow")}
 _STATUS_STYLES = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
@@ -197,7 +197,7 @@ def utilisation(share: float | None) -> str:
     if share is None:
         return "utilisation not known (steps launched kernel by kernel): see nvidia-smi"
     hint = "" if share >= BUSY else ", a larger train.batch_size or train.log_every would use it better"
-    return f"busy {share:.0%} of the training time{hint}"
+    return f"busy {share:.0%} of the steps' time{hint}"
 
 
 def _label(test: str) -> str:

@@ -55,15 +55,15 @@ class TrainResult:
     """What `Trainer.train` did in this call; `steps` is the run's total, `losses` one per step.
 
     seconds: wall time, checkpoints written included, preparation not. On a GPU, and None on a CPU: preparation_seconds before
-    that, in which batches were loaded, kernels compiled or read from the cache and the step recorded; busy_seconds, those of
-    `seconds` in which the GPU had steps to do, by its own clock (None too where steps are launched kernel by kernel).
+    that, in which batches were loaded, kernels compiled or read from the cache and the step recorded; utilisation, the share of
+    the steps' own seconds in which the GPU, by its clock, had steps to do (None too where they are launched kernel by kernel).
     """
 
     steps: int
     final_loss: float
     seconds: float
     preparation_seconds: float | None
-    busy_seconds: float | None
+    utilisation: float | None
     tokens_per_second: float
     peak_memory_bytes: int
     skipped_steps: int
@@ -213,12 +213,13 @@ class Trainer:
     def _result(
         self, reports: list[StepReport], seconds: float, steps: HostSteps | DeviceSteps, saved: Path | None
     ) -> TrainResult:
+        busy, took = steps.busy_seconds, sum(report.seconds for report in reports)
         return TrainResult(
             steps=self.steps_done,
             final_loss=reports[-1].loss,
             seconds=seconds,
             preparation_seconds=steps.preparation_seconds,
-            busy_seconds=steps.busy_seconds,
+            utilisation=None if busy is None else busy / took,
             tokens_per_second=sum(report.tokens for report in reports) / seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
             skipped_steps=sum(report.skipped for report in reports),

@@ -58,7 +58,7 @@ def row(case: str, steps: int, seconds: float, found: Json) -> Json:
     first, last = found["losses"]
     times = {"process": seconds, "preparation": found["preparation_seconds"], "training": found["seconds"]}
     variants = {name: {"seconds": asdict(spread([taken]))} for name, taken in times.items() if taken is not None}
-    variants["training"] |= {key: found[key] for key in ("tokens_per_second", "memory_gb", "busy_seconds")}
+    variants["training"] |= {key: found[key] for key in ("tokens_per_second", "memory_gb", "utilisation")}
     passes = {
         name: {"flops": 0, "bytes": None, "ideal_seconds": None, "variants": {"dsfast": variant}}
         for name, variant in variants.items()
@@ -73,7 +73,7 @@ def train(trainer: Trainer) -> Json:
     """What a run of `trainer` took: its seconds as in `TrainResult`, memory in 1e9 bytes, the first and the last loss."""
     result = trainer.train(quiet=True)
     return {
-        "seconds": result.seconds, "preparation_seconds": result.preparation_seconds, "busy_seconds": result.busy_seconds,
+        "seconds": result.seconds, "preparation_seconds": result.preparation_seconds, "utilisation": result.utilisation,
         "tokens_per_second": result.tokens_per_second, "memory_gb": result.peak_memory_bytes / 1e9,
         "losses": [result.losses[0], result.losses[-1]], "fallbacks": ops.fallbacks(),
         "dtype": str(trainer.precision.tensors).removeprefix("torch."),
