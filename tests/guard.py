@@ -1,4 +1,4 @@
-"""A guard over a training step: what a CUDA graph cannot record is an error, on a CPU too."""
+"""A guard over a step of training or generation: what a CUDA graph cannot record is an error, on a CPU too."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.command import run_command
 from dsfast.config import default_config
 from dsfast.errors import UserError
+from dsfast.model import generate_ids
+from dsfast.model.decode import OperatorDecoder
 from dsfast.train import Trainer
 
 # Small, and no two letters of an operator alike.
@@ -453,6 +456,15 @@ def test_generation_without_transformers_is_timed_alone(monkeypatch):
     assert "pip install" in found["reason"]
     assert found["batches"][0]["tokens"] == 6
     assert "comparison" not in found["batches"][0]
+
+
+def test_other_ways_of_generating_are_timed_beside_and_other_tokens_noticed(monkeypatch):
+    monkeypatch.setattr(huggingface, "missing", lambda: huggingface.INSTALL)
+    others = {"by operators": partial(generate_ids, decoder_type=OperatorDecoder), "wrong": lambda *_: [[1, 1, 1]]}
+    found = run_generate(tiny_models.random_model(), [1], 3, 1, quiet, others=others)
+    assert found["batches"][0]["different"] == ["wrong"]
+    assert found["batches"][0]["others"].keys() == others.keys()
+    assert found["batches"][0]["others"]["by operators"]["first"]["count"] == 1
 
 
 def test_another_model_in_transformers_is_wrong_and_not_timed(monkeypatch):

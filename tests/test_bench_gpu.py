@@ -266,6 +266,34 @@ def row(part: str, case: str, run: str, **over: float) -> dict:
     return {"part": part, "case": case, "passes": {run: {"variants": variants(**over)}}}
 
 
+def test_generation_with_other_tokens_than_launched_one_by_one_is_not_timed(monkeypatch):
+    right, clock = whole.OperatorDecoder.step, HostClock()
+    [*rows] = whole.run_generation(clock, rehearsal=True)
+    assert [list(row["passes"]) for row in rows] == [["2 tokens", "one step"]] * 2
+    assert {"dsfast", whole.UNCAPTURED} <= set(rows[0]["passes"]["2 tokens"]["variants"])
+    assert run.sound({"parts": {}, "rows": rows})
+    monkeypatch.setattr(whole.OperatorDecoder, "step", lambda self: [token + 1 for token in right(self)])
+    rows = list(whole.run_generation(clock, rehearsal=True))
+    assert [(row["check"], row["passes"]) for row in rows] == [(f"other tokens than {whole.UNCAPTURED}", {})] * 2
+    assert not run.sound({"parts": {}, "rows": rows})
+
+
+def test_a_step_is_also_timed_in_a_graph_and_its_launches_counted():
+    class Clock(HostClock):
+        on_gpu = True
+
+        def graph_seconds(self, call):
+            call()
+            return 1e-4
+
+        def launches(self, call):
+            return 40
+
+    row = next(whole.run_generation(Clock(), rehearsal=True))
+    variant = row["passes"]["one step"]["variants"]["dsfast"]
+    assert (variant["graph_seconds"], variant["launches"]) == (1e-4, 40)
+
+
 def test_nothing_is_claimed_where_nothing_was_measured():
     found = figures([])
     assert len(found) == len(FIGURES) > 20
@@ -496,10 +524,12 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
     timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
     timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
     failing = suite._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
+    timed["fallbacks"] = [{"operator": "decode_step", "device": "cuda", "reason": "capture failed"}]
     found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}, "cut": "out of time"}]
     shown = plain(document(found))
     for text in ("copy 4.00 TB/s", "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
-                 "missing: norm tiny: liger: liger-kernel is not installed", "failed: a::b: c", "dsfast: output: error 1",
+                 "missing: norm tiny: liger: liger-kernel is not installed", "failed: a::b: c",
+                 "fell back: norm tiny: decode_step: capture failed", "dsfast: output: error 1",
                  "attention: not measured: not asked for (--only)", "Figures asked for on an H200"):  # fmt: skip
         assert text in shown
     assert "REHEARSAL" not in shown

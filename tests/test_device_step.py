@@ -17,6 +17,7 @@ from tiny import tiny_config, tiny_dataset
 
 from dsfast import ops
 from dsfast.errors import UserError
+from dsfast.model import captured, gpu
 from dsfast.ops import triton
 from dsfast.train import (
     Interrupted,
@@ -484,7 +485,7 @@ class TestCapture:
     def no_gpu(self, monkeypatch):
         from contextlib import nullcontext
 
-        monkeypatch.setattr(runtime, "_side_stream", nullcontext)
+        monkeypatch.setattr(gpu, "_side_stream", nullcontext)
         monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
 
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
@@ -494,11 +495,11 @@ class TestCapture:
             step()
             return lambda: (calls.append(None), step())
 
-        monkeypatch.setattr(runtime, "_record", record)
-        trainer = device_trainer(launch=runtime.captured)
+        monkeypatch.setattr(gpu, "_record", record)
+        trainer = device_trainer(launch=captured)
         assert_same_run(trainer, host_trainer(), 1e-6)
         assert len(calls) == 10
-        plain, warmed = device_trainer(), device_trainer(launch=runtime.captured)
+        plain, warmed = device_trainer(), device_trainer(launch=captured)
         assert [r.loss for r, _ in reports(plain)] == [r.loss for r, _ in reports(warmed)]
         assert all(torch.equal(tensor, state(plain)[name]) for name, tensor in state(warmed).items())
 
@@ -507,7 +508,7 @@ class TestCapture:
         everything = {id(x): x for x in [*steps.step.state(), *steps.trainer.model.state_dict().values()]}
         before = {key: x.clone() for key, x in everything.items()}
         optimizer = state(steps.trainer)
-        with runtime.unchanged(steps.step.state()), steps.trainer.kernels():
+        with gpu.unchanged(steps.step.state()), steps.trainer.kernels():
             steps.step()
         assert all(torch.equal(x, before[key]) for key, x in everything.items())
         assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
@@ -517,8 +518,8 @@ class TestCapture:
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        monkeypatch.setattr(runtime, "_record", record)
-        trainer = device_trainer(launch=runtime.captured)
+        monkeypatch.setattr(gpu, "_record", record)
+        trainer = device_trainer(launch=captured)
         with pytest.warns(
             ops.FallbackWarning, match="train_step is launched operator by operator: capture as a CUDA graph"
         ):
@@ -531,8 +532,8 @@ class TestCapture:
         def record(step):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-        monkeypatch.setattr(runtime, "_record", record)
-        trainer = device_trainer(launch=runtime.captured)
+        monkeypatch.setattr(gpu, "_record", record)
+        trainer = device_trainer(launch=captured)
         expected = (
             r"out of GPU memory after step 0 with train.batch_size 3 and data.sequence_length 16: lower one of them; no "
             r"checkpoint was written \(CUDA out of memory. Tried to allocate 2.00 GiB.\)$"

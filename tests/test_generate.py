@@ -66,7 +66,7 @@ def decoder_for(model, batch: int, capacity: int, temperature: float = 0.0, seed
 
 
 def packed(rows: torch.Tensor, lengths: list[int]) -> Prompts:
-    return Prompts.pack([row[:n].tolist() for row, n in zip(rows, lengths, strict=True)], torch.device("cpu"))
+    return Prompts.pack([row[:n].tolist() for row, n in zip(rows, lengths, strict=True)])
 
 
 @torch.no_grad()

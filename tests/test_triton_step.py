@@ -22,9 +22,10 @@ from triton_contract import INTERPRETED
 
 from dsfast import ops
 from dsfast.config import OPERATORS
+from dsfast.model.gpu import unchanged
 from dsfast.train import Trainer, load_checkpoint
 from dsfast.train.device_step import read
-from dsfast.train.runtime import DeviceSteps, unchanged
+from dsfast.train.runtime import DeviceSteps
 
 STEPS = 3
 RUNS = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ Json = dict[str, Any]
 
 
 def run_generate(
-    model: DeepseekV3, batches: Sequence[int], new_tokens: int, repeats: int, progress: Callable[[str], None]
-) -> Json:
+    model: DeepseekV3, batches: Sequence[int], new_tokens: int, repeats: int, progress: Callable[[str], None],
+    ours: Callable = generate_ids, others: Mapping[str, Callable] = MappingProxyType({}),
+) -> Json:  # fmt: skip
     """Time `new_tokens` tokens for each batch size; `progress` is told what comes next.
 
+    ours: what is timed as dsfast; others: what it is timed against beside the peer, each called as `generate_ids`.
     Returns `status` ("timed", "missing", "failed" or "wrong", of the peer), `reason` and `batches`, a list of batch, tokens,
-    seconds, tokens_per_second and, where the peer was timed, comparison (first: dsfast).
+    seconds, tokens_per_second, others (name -> comparison; first: dsfast), different (those of them that gave other tokens
+    than dsfast) and, where the peer was timed, comparison.
     Raises UserError where prompt and new tokens do not fit the context.
     """
     limit = model.config.max_position_embeddings
@@ -42,8 +46,11 @@ def run_generate(
         progress(f"generate, batch {batch}")
         prompts = _prompts(model, batch)
         theirs = None if peer is None else partial(_generate_theirs, peer, prompts, new_tokens)
-        ours = partial(generate_ids, model, prompts.tolist(), new_tokens)
-        rows.append(_timed(ours, theirs, batch, batch * new_tokens, repeats))
+        calls = [partial(call, model, prompts.tolist(), new_tokens) for call in (ours, *others.values())]
+        expected = calls[0]() if others else None
+        different = [name for name, call in zip(others, calls[1:], strict=True) if call() != expected]
+        timed = _timed(calls[0], theirs, dict(zip(others, calls[1:], strict=True)), batch, batch * new_tokens, repeats)
+        rows.append(timed | {"different": different})
     return {"status": status, "reason": reason, "batches": rows}
 
 
@@ -82,14 +89,18 @@ def _generate_theirs(peer: Any, prompts: Tensor, new_tokens: int) -> Tensor:
     return new.cpu()  # dsfast's ids are on the host as well
 
 
-def _timed(ours: Callable, theirs: Callable | None, batch: int, tokens: int, repeats: int) -> Json:
+def _timed(
+    ours: Callable, theirs: Callable | None, others: Mapping[str, Callable], batch: int, tokens: int, repeats: int
+) -> Json:
     # Without a peer dsfast takes turns with itself: the same code, half the samples unused.
-    pair = compare(ours, {"transformers": theirs or ours}, repeats, warmup=1)["transformers"]
+    pairs = compare(ours, {"transformers": theirs or ours, **others}, repeats, warmup=1)
+    pair = pairs.pop("transformers")
     row = {
         "batch": batch,
         "tokens": tokens,
         "seconds": asdict(pair.first),
         "tokens_per_second": tokens / pair.first.median,
+        "others": {name: asdict(comparison) for name, comparison in pairs.items()},
     }
     if theirs is not None:
         row |= {"comparison": asdict(pair), "peer_tokens_per_second": tokens / pair.other.median}

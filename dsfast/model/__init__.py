@@ -2,6 +2,7 @@
 
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
+from dsfast.model.gpu import captured
 from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import FixedWeights, Precision, gpu_has_bfloat16, loss_in, precision_of
 
@@ -10,6 +11,7 @@ __all__ = [
     "FixedWeights",
     "NativeStep",
     "Precision",
+    "captured",
     "generate",
     "generate_ids",
     "gpu_has_bfloat16",

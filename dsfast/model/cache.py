@@ -9,9 +9,9 @@ from dsfast.config import ModelConfig
 
 
 class LatentCache:
-    """Room for `capacity` tokens of each of `batch` sequences in every layer of a model.
+    """Room for `capacity` tokens of each of `batch` sequences in every layer of a model, always in the same memory.
 
-    A forward pass is announced with `place`, which says where its tokens go; each layer then writes its own.
+    A forward pass is announced with `place` or `append`, which say where its tokens go; each layer then writes its own.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -20,14 +20,21 @@ class LatentCache:
         self.k_rope = torch.empty(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
+        self._sequences = torch.arange(batch, device=device)
 
     def place(self, rows: Tensor, positions: Tensor) -> None:
         """Announce N tokens: token n is number `positions[n]`, counted from 0, of sequence `rows[n]`."""
         self._rows, self._positions = rows, positions
-        self.lengths = self.lengths.scatter_reduce(0, rows, positions + 1, "amax")
+        self.lengths.scatter_reduce_(0, rows, positions + 1, "amax")
+
+    def append(self) -> Tensor:
+        """Announce one token more for each sequence; their positions [B]. A full sequence gets its last place again."""
+        self._rows, self._positions = self._sequences, self.lengths.clamp(max=self.capacity - 1)
+        torch.add(self._positions, 1, out=self.lengths)
+        return self._positions
 
     def write(self, layer: int, latent: Tensor, k_rope: Tensor) -> None:
-        """latent [N, R], k_rope [N, Dr] of the tokens last placed."""
+        """latent [N, R], k_rope [N, Dr] of the tokens last announced."""
         self.latent[layer, self._rows, self._positions] = latent
         self.k_rope[layer, self._rows, self._positions] = k_rope
 

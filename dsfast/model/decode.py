@@ -27,51 +27,72 @@ class Prompts:
     lengths: Tensor
 
     @classmethod
-    def pack(cls, prompts: list[list[int]], device: torch.device) -> Prompts:
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), lengths)
+    def pack(cls, prompts: list[list[int]]) -> Prompts:
+        """On the CPU."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
         begins = lengths.cumsum(0) - lengths
-        return cls(ids, rows, torch.arange(len(ids), device=device) - begins[rows], lengths)
+        return cls(ids, rows, torch.arange(len(ids)) - begins[rows], lengths)
+
+    def to(self, device: torch.device) -> Prompts:
+        return Prompts(*(x.to(device) for x in (self.ids, self.rows, self.positions, self.lengths)))
+
+
+def prompt_logits(model: DeepseekV3, cache: LatentCache, prompts: Prompts) -> Tensor:
+    """Fill the empty `cache` with `prompts`, which lie on its device; the logits [B, V] after the last token of each."""
+    ends = prompts.lengths.cumsum(0)
+    cache.place(prompts.rows, prompts.positions)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+    hidden = model.hidden(model.embed_tokens(prompts.ids), prompts.positions, cu_seqlens, cache)
+    return model.logits(hidden[ends - 1])
+
+
+def next_logits(model: DeepseekV3, cache: LatentCache, chosen: Tensor) -> Tensor:
+    """Append `chosen` [B], a token of each sequence; the logits [B, V] after them."""
+    positions = cache.append()
+    return model.logits(model.hidden(model.embed_tokens(chosen), positions, None, cache))
+
+
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens [B], whether [B] there was something to sample from) by logits [B, V] and uniform numbers [B], float64.
+
+    The first token whose probability, added to those before it, exceeds the uniform number.
+    """
+    below_best = logits.double() - logits.amax(-1, keepdim=True)  # no temperature, however small, makes 0 overflow
+    reached = (below_best / temperature).exp().cumsum(-1)
+    total = reached[:, -1:]
+    chosen = (reached <= uniform[:, None] * total).sum(-1).clamp(max=logits.size(-1) - 1)
+    return chosen, total.isfinite().squeeze(1)
 
 
 class OperatorDecoder:
-    """One operator after the other, on any device and in any dtype; what NativeDecoder is held against.
+    """One operator after the other, on any device and in any dtype; what the other decoders are held against.
 
     `start` fills the cache with the prompts, each `step` appends `chosen` [B], the tokens chosen last. Both return the next
-    choice, made from `logits` [B, V]: with temperature 0 the likeliest token, the lowest of equals; above, the first whose
-    probability, added to those before it, exceeds a uniform number, one drawn for each sequence at each step. They raise
-    UserError where there is nothing to sample from. A sequence that has filled its `capacity` overwrites its last place.
+    choice, made from `logits` [B, V]: with temperature 0 the likeliest token, the lowest of equals; above, as `sample` does,
+    with one uniform number drawn for each sequence at each step. They raise UserError where there is nothing to sample from.
+    A sequence that has filled its `capacity` overwrites its last place.
     """
 
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator):
         weight = model.embed_tokens.weight
         self._model, self._temperature, self._generator = model, temperature, generator
         self._cache = LatentCache(model.config, batch, capacity, weight.device, weight.dtype)
-        self._rows = torch.arange(batch, device=weight.device)
 
     def start(self, prompts: Prompts) -> list[int]:
-        model, ends = self._model, prompts.lengths.cumsum(0)
-        self._cache.place(prompts.rows, prompts.positions)
-        cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-        hidden = model.hidden(model.embed_tokens(prompts.ids), prompts.positions, cu_seqlens, self._cache)
-        return self._choose(model.logits(hidden[ends - 1]))
+        return self._choose(prompt_logits(self._model, self._cache, prompts.to(self._cache.lengths.device)))
 
     def step(self) -> list[int]:
-        model, positions = self._model, self._cache.lengths.clamp(max=self._cache.capacity - 1)
-        self._cache.place(self._rows, positions)
-        return self._choose(model.logits(model.hidden(model.embed_tokens(self.chosen), positions, None, self._cache)))
+        return self._choose(next_logits(self._model, self._cache, self.chosen))
 
     def _choose(self, logits: Tensor) -> list[int]:
         self.logits = logits
         if self._temperature == 0:
             self.chosen = logits.argmax(-1)
-            return self.chosen.tolist()
-        below_best = logits.double() - logits.amax(-1, keepdim=True)  # no temperature, however small, makes 0 overflow
-        reached = (below_best / self._temperature).exp().cumsum(-1)
-        total = reached[:, -1:]
-        uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=self._generator)
-        if not total.isfinite().all():
-            raise UserError(NOT_FINITE)
-        self.chosen = (reached <= uniform[:, None] * total).sum(-1).clamp(max=logits.size(-1) - 1)
+        else:
+            uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=self._generator)
+            self.chosen, finite = sample(logits, self._temperature, uniform)
+            if not finite.all():
+                raise UserError(NOT_FINITE)
         return self.chosen.tolist()

@@ -15,6 +15,7 @@ from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
 from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.embedding import Embedding
+from dsfast.model.gpu import Kept
 from dsfast.model.initialise import initialise
 from dsfast.model.layers import RMSNorm
 from dsfast.model.moe import Experts, Router
@@ -37,6 +38,8 @@ class DeepseekV3(nn.Module):
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(c, c.num_hidden_layers + k) for k in range(c.num_nextn_predict_layers)
         )
+        self.kept = Kept()
+        """What generation on a GPU keeps between calls."""
         initialise(self, c)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tokenizers import Tokenizer
 
 from dsfast.errors import UserError
 from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.device_decode import DeviceDecoder
+from dsfast.model.gpu import gpu_errors
 from dsfast.model.native_decode import NativeDecoder
 from dsfast.model.native_model import runs_natively
 from dsfast.tokens import BOS, EOS
+
+Decoder = OperatorDecoder | NativeDecoder | DeviceDecoder
 
 
 def generate(
@@ -41,34 +47,46 @@ def generate_ids(
     temperature: float = 0.0,
     seed: int = 0,
     eos_id: int | None = None,
+    decoder_type: Callable[..., Decoder] | None = None,
 ) -> list[list[int]]:
     """Continue each of `prompts` (token ids, any lengths from 1 on); the new ids alone, without `eos_id`.
 
-    Greedy continuations do not depend on which prompts share the batch. Otherwise as `generate`.
+    Greedy continuations do not depend on which prompts share the batch. `decoder_type`: in place of the device's own. On a GPU
+    a model generates for one call at a time, and keeps the memory of the last for the next. Otherwise as `generate`; raises
+    UserError also where a GPU fails or has too little memory.
     """
     _check(model, prompts, max_new_tokens, temperature, seed)
-    device = model.embed_tokens.weight.device
-    packed = Prompts.pack(prompts, device)
+    packed = Prompts.pack(prompts)
     model.check_ids(packed.ids)
-    limit = model.config.max_position_embeddings
+    limit, batch = model.config.max_position_embeddings, len(prompts)
     room = [min(max_new_tokens, limit - len(prompt) + 1) for prompt in prompts]  # the last token is never read back
     capacity = max(len(prompt) + n - 1 for prompt, n in zip(prompts, room, strict=True))
-    decoder_type = NativeDecoder if runs_natively(model) else OperatorDecoder
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     was_training = model.training
     if was_training:
         model.eval()
     try:
-        decoder = decoder_type(model, len(prompts), capacity, temperature, generator)
-        return _collect(decoder, packed, room, eos_id)
+        with gpu_errors(
+            lambda said: (
+                f"out of GPU memory with {batch} prompts at once and {capacity} tokens each: lower one ({said})"
+            ),
+            lambda said: f"the GPU failed while generating: {said}",
+        ):
+            decoder = (decoder_type or _own_decoder(model))(model, batch, capacity, temperature, generator)
+            return _collect(decoder, packed, room, eos_id)
     finally:
         if was_training:
             model.train()
 
 
-def _collect(
-    decoder: OperatorDecoder | NativeDecoder, prompts: Prompts, room: list[int], eos_id: int | None
-) -> list[list[int]]:
+def _own_decoder(model: DeepseekV3) -> Callable[..., Decoder]:
+    """What generates on the model's device."""
+    if model.embed_tokens.weight.is_cuda:
+        return DeviceDecoder
+    return NativeDecoder if runs_natively(model) else OperatorDecoder
+
+
+def _collect(decoder: Decoder, prompts: Prompts, room: list[int], eos_id: int | None) -> list[list[int]]:
     """Each row's new tokens, until it ends with `eos_id` or has `room[row]` of them."""
     new: list[list[int]] = [[] for _ in room]
     running = set(range(len(room)))

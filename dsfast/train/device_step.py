@@ -73,6 +73,8 @@ class DeviceStep:
     as in `Trainer.train_batch`. The model lies on its device already; call within `Trainer.kernels()`.
     """
 
+    name = "train_step"
+
     def __init__(
         self, model: DeepseekV3, optimizer: Optimizer, train: TrainConfig, dtype: torch.dtype, batches: Batches
     ):

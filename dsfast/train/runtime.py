@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import Config
 from dsfast.errors import UserError
-from dsfast.model import gpu_has_bfloat16, precision_of
+from dsfast.model import captured, gpu, gpu_has_bfloat16, precision_of
 from dsfast.ops import native
 from dsfast.train.device_step import Batches, DeviceStep, read, row_elements
 from dsfast.train.optimizer import learning_rate_scale
@@ -27,8 +27,6 @@ from dsfast.train.optimizer import learning_rate_scale
 if TYPE_CHECKING:
     from dsfast.train.loop import StepReport, Trainer
 
-WARM_UP = 3
-"""Calls before a capture: kernels are compiled, libraries allocate their working memory."""
 RESIDENT_BYTES = 2**28
 """So much device memory, and no more, may hold batches; a longer run loads the next ones in between."""
 
@@ -210,84 +208,20 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def captured(step: DeviceStep) -> Callable[[], None]:
-    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
-
-    Kernels are compiled on the way, and nothing that a step changes is changed.
-    """
-    with unchanged(step.state()) as restore, _side_stream():
-        for _ in range(WARM_UP):
-            step()
-            restore()
-    with unchanged(step.state()):
-        try:
-            return _record(step)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = f"capture as a CUDA graph failed: {_first_line(error)}"
-            ops.note_fallback("train_step", "cuda", "is launched operator by operator", reason)
-    return step
-
-
-@contextmanager
-def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts back the tensors' present values; it is called at the end in any case."""
-    before = [tensor.clone() for tensor in tensors]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
-
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-@contextmanager
-def _side_stream() -> Iterator[None]:
-    """Work inside runs on another stream than the default one, which cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def _record(step: Callable[[], None]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-@contextmanager
-def gpu_errors(trainer: Trainer) -> Iterator[None]:
+def gpu_errors(trainer: Trainer) -> AbstractContextManager[None]:
     """Make one line of what a GPU cannot do: UserError for memory that is not there, and for a GPU that fails."""
     train, data = trainer.config.train, trainer.config.data
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
+    return gpu.gpu_errors(
+        lambda said: (
             f"out of GPU memory after step {trainer.steps_done} with train.batch_size {train.batch_size} and "
-            f"data.sequence_length {data.sequence_length}: lower one of them; {_kept(trainer)} ({_first_line(error)})"
-        ) from error
-    except RuntimeError as error:
-        lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-        if not lost:
-            raise
-        message = f"the GPU failed after step {trainer.steps_done}: {_first_line(error)}; {_kept(trainer)}"
-        raise UserError(message) from error
+            f"data.sequence_length {data.sequence_length}: lower one of them; {_kept(trainer)} ({said})"
+        ),
+        lambda said: f"the GPU failed after step {trainer.steps_done}: {said}; {_kept(trainer)}",
+    )
 
 
 def _kept(trainer: Trainer) -> str:
     return f"the last checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def peak_memory_bytes(device: torch.device) -> int:

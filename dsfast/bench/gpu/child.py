@@ -39,7 +39,7 @@ def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> 
     elif part == "training":
         yield from run_training(rehearsal)
     elif part == "generate":
-        yield from run_generation(rehearsal)
+        yield from run_generation(clock, rehearsal)
     else:
         yield from _operator(part, rehearsal, lambda case: run_case(
             case, clock, found, device, expired, 1 if rehearsal else ROUNDS), expired)  # fmt: skip

@@ -205,7 +205,7 @@ def time_pass(
         median = spread([seconds for (seconds,) in taken[name]])
         variants[name] = {"seconds": asdict(median), **rates(work, dtype, median.median, ideal)}
         if clock.on_gpu and median.median < GRAPHED:
-            variants[name] |= _in_a_graph(clock, name, call)
+            variants[name] |= in_a_graph(clock, name, call)
     return {
         "flops": work.flops,
         "bytes": work.bytes_of(dtype.itemsize),
@@ -238,7 +238,8 @@ def _warm(make: Callable[[], Call]) -> Call:
     return call
 
 
-def _in_a_graph(clock: Any, name: str, call: Call) -> Json:
+def in_a_graph(clock: Any, name: str, call: Call) -> Json:
+    """graph_seconds, or graph_reason where `call` cannot be captured; for dsfast also launches."""
     seconds, problem = attempt(partial(clock.graph_seconds, call))
     found = {"graph_reason": problem} if problem else {"graph_seconds": seconds}
     if name == "dsfast":

@@ -10,6 +10,10 @@ from rich.table import Table
 
 Json = dict[str, Any]
 
+_COLUMNS = (
+    "pass", "variant", "us", "quartiles", "in a graph", "launches", "TB/s", "TFLOP/s", "of bound", "tokens/s", "over dsfast",
+)  # fmt: skip
+
 
 def show_gpu(console: Console, found: Json) -> None:
     """Print everything in a document of `bench gpu`."""
@@ -44,19 +48,8 @@ def show_gpu(console: Console, found: Json) -> None:
 def _row(console: Console, row: Json) -> None:
     sizes = " ".join(f"{k}={'mixed' if isinstance(v, list | tuple) else v}" for k, v in row["sizes"].items())
     title = f"{row['part']} {row['case']}  {sizes}  {row['dtype']}"
-    columns = ("pass", "variant", "us", "quartiles", "in a graph", "TB/s", "TFLOP/s", "of bound", "over dsfast")
-    table = _table(title, *columns)
-    for run, timed in row["passes"].items():
-        for name, variant in timed["variants"].items():
-            if "failed" in variant:
-                table.add_row(run, name, "failed")
-            else:
-                table.add_row(run, name, *_cells(variant, timed))
-        if timed["ideal_seconds"]:
-            table.add_row(run, "the bound", f"{timed['ideal_seconds'] * 1e6:,.1f}")
-        table.add_section()
     if row["passes"]:
-        console.print(table)
+        console.print(_passes(title, row["passes"]))
     if row["check"]:
         _say(console, f"not timed: {title}: dsfast: {row['check']}", "red")
     for name, peer in row["peers"].items():
@@ -71,22 +64,46 @@ def _row(console: Console, row: Json) -> None:
                         f"{key.replace('graph_reason', 'not captured')}: {run}: {name}: {variant[key]}",
                         "yellow",
                     )
+    for fallback in row.get("fallbacks", ()):
+        _say(console, f"fell back: {row['part']} {row['case']}: {fallback['operator']}: {fallback['reason']}", "yellow")
     if "cut" in row:
         _say(console, f"{row['part']} {row['case']}, the rest: {row['cut']}", "yellow")
 
 
-def _cells(variant: Json, timed: Json) -> list[str]:
+def _passes(title: str, passes: Json) -> Table:
+    """A row for each variant of each pass, without the columns that all of them leave empty."""
+    groups = []
+    for run, timed in passes.items():
+        lines = [
+            {"pass": run, "variant": name} | ({"us": "failed"} if "failed" in variant else _cells(variant, timed))
+            for name, variant in timed["variants"].items()
+        ]
+        if timed["ideal_seconds"]:
+            lines.append({"pass": run, "variant": "the bound", "us": f"{timed['ideal_seconds'] * 1e6:,.1f}"})
+        groups.append(lines)
+    columns = [name for name in _COLUMNS if any(line.get(name) for lines in groups for line in lines)]
+    table = _table(title, *columns)
+    for lines in groups:
+        for line in lines:
+            table.add_row(*(line.get(name, "") for name in columns))
+        table.add_section()
+    return table
+
+
+def _cells(variant: Json, timed: Json) -> dict[str, str]:
     seconds, micro = variant["seconds"], 1e6
     moved, flops, share = (variant.get(key) for key in ("bytes_per_second", "flops_per_second", "bound_share"))
-    return [
-        f"{seconds['median'] * micro:,.1f}",
-        f"{seconds['lower'] * micro:,.1f} .. {seconds['upper'] * micro:,.1f}",
-        f"{variant['graph_seconds'] * micro:,.1f}" if "graph_seconds" in variant else "",
-        f"{moved / 1e12:.2f}" if moved else "",
-        f"{flops / 1e12:,.1f}" if timed["flops"] and flops else "",
-        f"{share:.0%}" if share else "",
-        f"{variant['over_dsfast']:.2f} x" if "over_dsfast" in variant else "",
-    ]
+    return {
+        "us": f"{seconds['median'] * micro:,.1f}",
+        "quartiles": f"{seconds['lower'] * micro:,.1f} .. {seconds['upper'] * micro:,.1f}",
+        "in a graph": f"{variant['graph_seconds'] * micro:,.1f}" if "graph_seconds" in variant else "",
+        "launches": f"{variant['launches']}" if "launches" in variant else "",
+        "TB/s": f"{moved / 1e12:.2f}" if moved else "",
+        "TFLOP/s": f"{flops / 1e12:,.1f}" if timed["flops"] and flops else "",
+        "of bound": f"{share:.0%}" if share else "",
+        "tokens/s": f"{variant['tokens_per_second']:,.0f}" if "tokens_per_second" in variant else "",
+        "over dsfast": f"{variant['over_dsfast']:.2f} x" if "over_dsfast" in variant else "",
+    }
 
 
 def _tests(console: Console, row: Json) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.bench.generation import run_generate
 from dsfast.bench.gpu.bounds import Bounds
-from dsfast.bench.gpu.operators import BUDGET, ROUNDS, related
+from dsfast.bench.gpu.operators import BUDGET, ROUNDS, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
 from dsfast.bench.peers import GPU_PEERS
 from dsfast.bench.step import first_steps
@@ -20,13 +21,16 @@ from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
-from dsfast.model import DeepseekV3, loss_in, precision_of
+from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
+from dsfast.model.decode import OperatorDecoder
+from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
 from dsfast.train import Trainer
 from dsfast.train.runtime import DeviceSteps
 
 Json = dict[str, Any]
 
-NEW_TOKENS, BATCHES, REPEATS = 64, (1, 256), 5
+NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
+UNCAPTURED = "dsfast, uncaptured"
 WARM_CALLS = 5
 """Untimed: CUDA graphs are recorded on the way."""
 AGREEMENT = 1e-3
@@ -109,27 +113,59 @@ def recorded_steps(trainer: Trainer, rows: list[Tensor], on_gpu: bool) -> tuple[
     return steps, f"the recorded step's loss is {found:.6f}, the model's {expected:.6f}"
 
 
-def run_generation(rehearsal: bool) -> list[Json]:
-    """Greedy tokens in float32, one row for each batch; the whole call, prompt included, by the host's clock."""
+def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
+    """Greedy tokens in float32, one row for each batch, against transformers and our own steps launched one by one.
+
+    Two passes: the whole call, prompt included, by the host's clock; and one step, by `clock`.
+    """
     config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
     torch.manual_seed(config.seed)
     model = DeepseekV3(config.model).to(config.runtime.device)
     batches, tokens, repeats = ((1, 2), 2, 1) if rehearsal else (BATCHES, NEW_TOKENS, REPEATS)
-    found = run_generate(model, batches, tokens, repeats, lambda text: None)
-    peer = {"what": "transformers generate, float32", "status": found["status"], "reason": found["reason"]}
-    return [_generation_row(row, tokens, peer) for row in found["batches"]]
+    launch = {"launch": lambda step: step} if rehearsal else {}
+    ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
+    uncaptured = {UNCAPTURED: partial(generate_ids, decoder_type=OperatorDecoder)}
+    for batch in batches:
+        found = run_generate(model, [batch], tokens, repeats, lambda text: None, ours, uncaptured)
+        peer = {"what": "transformers generate, float32", "status": found["status"], "reason": found["reason"]}
+        row = _generation_row(found["batches"][0], tokens, peer)
+        if not row["check"]:
+            row["passes"]["one step"] = _one_step(clock, model, batch, tokens)
+        yield row
 
 
 def _generation_row(found: Json, tokens: int, peer: Json) -> Json:
-    variants = {"dsfast": {"seconds": found["seconds"], "tokens_per_second": found["tokens_per_second"]}}
+    count = found["tokens"]
+    seconds = {"dsfast": found["seconds"]} | {name: pair["other"] for name, pair in found["others"].items()}
     if "comparison" in found:
-        theirs = {"seconds": found["comparison"]["other"], "tokens_per_second": found["peer_tokens_per_second"]}
-        variants["transformers"] = theirs
-    passes = {f"{tokens} tokens": {"flops": 0, "bytes": None, "ideal_seconds": None, "variants": related(variants)}}
+        seconds["transformers"] = found["comparison"]["other"]
+    variants = {name: {"seconds": s, "tokens_per_second": count / s["median"]} for name, s in seconds.items()}
+    check = "".join(f"other tokens than {name}" for name in found["different"])
     return {
         "part": "generate", "case": f"batch {found['batch']}", "sizes": {"batch": found["batch"], "tokens": tokens},
-        "dtype": "float32", "check": "", "peers": _ready({"transformers": peer}), "passes": passes,
+        "dtype": "float32", "check": check, "peers": _ready({"transformers": peer}), "fallbacks": ops.fallbacks(),
+        "passes": {} if check else {f"{tokens} tokens": _pass(variants)},
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int) -> Json:
+    """A step as it is captured, launched one operator after the other and in a graph; with it, its place set back."""
+    step = DecodeStep(model, batch, places_for(model, tokens), temperature=0.0)
+
+    def call() -> None:
+        step.place.zero_()
+        step()
+
+    call()
+    taken = take_turns({"": (call,)}, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)[""]
+    median = spread([seconds for (seconds,) in taken])
+    variant = {"seconds": asdict(median), "tokens_per_second": batch / median.median}
+    return _pass({"dsfast": variant | (in_a_graph(clock, "dsfast", call) if clock.on_gpu else {})})
+
+
+def _pass(variants: Json) -> Json:
+    return {"flops": 0, "bytes": None, "ideal_seconds": None, "variants": related(variants)}
 
 
 def _ready(peers: Json) -> Json:

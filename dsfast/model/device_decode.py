@@ -1,0 +1,152 @@
+"""Generation on a GPU: the decode step as a function of device memory alone, recorded once and replayed for every token.
+
+Nothing in a step waits for the host, no shape depends on data, and what one leaves to the next stands at an address that does
+not change. The host launches a block of steps and then reads what all of them chose.
+Shapes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from itertools import chain
+
+import torch
+from torch import Generator, Tensor
+
+from dsfast import ops
+from dsfast.errors import UserError
+from dsfast.model.cache import LatentCache
+from dsfast.model.decode import NOT_FINITE, Prompts, next_logits, prompt_logits, sample
+from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.gpu import captured
+
+BLOCK = 16
+"""Steps between two looks of the host: a look waits for the device, and steps of a block behind the last <|eos|> are in vain."""
+LEAST_PLACES = 256
+"""Of a cache, where the context is not shorter: answers of different lengths then share one recording."""
+NOTHING = -1
+"""What is said in place of a token where there is nothing to sample from."""
+
+
+class DecodeStep:
+    """One token more for each of `batch` sequences of `model`, chosen as OperatorDecoder does.
+
+    A call takes the tokens `chosen` [B] last and the uniform numbers at `place` of `uniforms` [BLOCK, B], and leaves its choice
+    in `chosen` and at `place` of `tokens` [BLOCK, B], there NOTHING where it has none; `place` [1] moves on.
+    """
+
+    name = "decode_step"
+
+    def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float):
+        weight = model.embed_tokens.weight
+        self.model, self.temperature = model, temperature
+        self.cache = LatentCache(model.config, batch, capacity, weight.device, weight.dtype)
+        self.chosen = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.tokens = torch.zeros(BLOCK, batch, dtype=torch.int64, device=weight.device)
+        self.uniforms = torch.zeros(BLOCK, batch, dtype=torch.float64, device=weight.device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.user: object = None
+        """Whoever began last: the memory is one generation's at a time."""
+
+    def start(self, prompts: Prompts) -> None:
+        """The first choice, after `prompts`; what earlier sequences left is forgotten."""
+        self.cache.lengths.zero_()
+        self._choose(prompt_logits(self.model, self.cache, prompts.to(self.place.device)))
+
+    def __call__(self) -> None:
+        self._choose(next_logits(self.model, self.cache, self.chosen))
+
+    def draw(self, count: int, generator: Generator) -> None:
+        """Uniform numbers for the next `count` choices, which begin at place 0."""
+        self.place.zero_()
+        if self.temperature > 0:
+            for uniform in self.uniforms[:count]:  # one by one, as OperatorDecoder draws them
+                uniform.uniform_(generator=generator)
+
+    def read(self, count: int) -> list[list[int]]:
+        """What the last `count` choices were; waits for them."""
+        return self.tokens[:count].tolist()
+
+    def state(self) -> list[Tensor]:
+        """But for the cache: nothing is read there that was not written after `lengths` said so."""
+        return [self.cache.lengths, self.chosen, self.tokens, self.place]
+
+    def _choose(self, logits: Tensor) -> None:
+        if self.temperature == 0:
+            said = torch.argmax(logits, -1, out=self.chosen)
+        else:
+            uniform = self.uniforms.index_select(0, self.place).squeeze(0)
+            chosen, finite = sample(logits, self.temperature, uniform)
+            self.chosen.copy_(chosen)
+            said = chosen.masked_fill(~finite, NOTHING)
+        self.tokens.index_copy_(0, self.place, said[None])
+        self.place.add_(1)
+
+
+class DeviceDecoder:
+    """OperatorDecoder for a GPU: the same tokens, its steps launched in blocks and a step captured as one CUDA graph.
+
+    launch: makes of a DecodeStep what is called for each token. Step and recording are kept beside the model for the next
+    decoder with the same batch and temperature, the same weights in the same memory, and a capacity that rounds to the same.
+    Used within torch.inference_mode. A decoder is at an end where another of its model begins: then it raises RuntimeError.
+    """
+
+    def __init__(
+        self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator,
+        launch: Callable[[DecodeStep], Callable[[], None]] = captured,
+    ):  # fmt: skip
+        places = places_for(model, capacity)
+
+        def make() -> tuple[DecodeStep, Callable[[], None]]:
+            step = DecodeStep(model, batch, places, temperature)
+            return step, launch(step)
+
+        self._step, self._call = model.kept.get((batch, places, temperature, launch, _made_of(model)), make)
+        self._step.user = self
+        self._capacity, self._generator = capacity, generator
+        self._unread: list[list[int]] = []  # the last is next
+
+    def start(self, prompts: Prompts) -> list[int]:
+        """The first choice after `prompts`, which lie on the CPU."""
+        self._check_user()
+        self._left = self._capacity - int(prompts.lengths.min())  # steps until the longest answer is full
+        self._step.draw(1, self._generator)
+        self._step.start(prompts)
+        self._unread = self._step.read(1)
+        return self._next()
+
+    def step(self) -> list[int]:
+        """The next choice, from the block that was read last or, where that is at its end, from a new one."""
+        if not self._unread:
+            self._check_user()
+            count = max(1, min(BLOCK, self._left))
+            self._left -= count
+            self._step.draw(count, self._generator)
+            for _ in range(count):
+                self._call()
+            self._unread = self._step.read(count)[::-1]
+        return self._next()
+
+    def _next(self) -> list[int]:
+        chosen = self._unread.pop()
+        if min(chosen) == NOTHING:
+            raise UserError(NOT_FINITE)
+        return chosen
+
+    def _check_user(self) -> None:
+        if self._step.user is not self:
+            raise RuntimeError("another generation has begun on this model: on a GPU it has one at a time")
+
+
+def places_for(model: DeepseekV3, capacity: int) -> int:
+    """Of a cache that holds `capacity` tokens and few more: a power of two, at least LEAST_PLACES; at most the context."""
+    return min(max(LEAST_PLACES, 1 << (capacity - 1).bit_length()), model.config.max_position_embeddings)
+
+
+def _made_of(model: DeepseekV3) -> Hashable:
+    """What a recording holds on to: where the model's tensors lie and how, and which kernels run."""
+    tensors = chain(model.parameters(), model.buffers())
+    weight = model.embed_tokens.weight
+    kernels = ops.report(weight.device.type, weight.dtype)
+    memory = tuple((x.data_ptr(), x.dtype, x.stride()) for x in tensors)
+    return memory, tuple(row["implementation"] for row in kernels)

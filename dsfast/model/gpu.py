@@ -1,0 +1,117 @@
+"""A GPU beyond its kernels: a step recorded as one CUDA graph, what is kept for the next use, its failures in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.errors import UserError
+
+WARM_UP = 3
+"""Calls before a capture: kernels are compiled, libraries allocate their working memory."""
+
+
+class Step(Protocol):
+    """A function of device memory alone. `state`: every tensor that a call changes for later ones to see."""
+
+    name: str
+
+    def __call__(self) -> None: ...
+
+    def state(self) -> list[Tensor]: ...
+
+
+def captured(step: Step) -> Callable[[], None]:
+    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
+
+    Kernels are compiled on the way, and nothing that a step changes is changed.
+    """
+    with unchanged(step.state()) as restore, _side_stream():
+        for _ in range(WARM_UP):
+            step()
+            restore()
+    with unchanged(step.state()):
+        try:
+            return _record(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = f"capture as a CUDA graph failed: {_first_line(error)}"
+            ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
+    return step
+
+
+@contextmanager
+def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Yields a function that puts back the tensors' present values; it is called at the end in any case."""
+    before = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    """Work inside runs on another stream than the default one, which cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _record(step: Callable[[], None]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class Kept:
+    """One value, and the key that says what it was made of: for a module to keep what is dear to make again.
+
+    A copy of it, as the copy of a module makes, is empty.
+    """
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._value: Any = None
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value kept by an equal key, or else, in its place, what `make` returns."""
+        if self._value is None or self._key != key:
+            self._value = None  # its memory first
+            self._value, self._key = make(), key
+        return self._value
+
+    def __reduce__(self):
+        return Kept, ()
+
+
+@contextmanager
+def gpu_errors(out_of_memory: Callable[[str], str], failed: Callable[[str], str]) -> Iterator[None]:
+    """Make a UserError of memory that is not there and of a GPU that fails; both are given the first line of what was said."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(_first_line(error))) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error):
+            raise
+        raise UserError(failed(_first_line(error))) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
