@@ -18,6 +18,8 @@ constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the w
 constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
 constexpr int64_t PER = PER_BUILD_TERM;
 static_assert(CHUNK % PER == 0 && TOKENS % PER == 0 && CHUNK <= KC && TOKENS <= KC, "sums of whole terms, one slice");
+// Exponentials are made as 2^(logit / ln 2 - reference): the factor and the difference are one instruction.
+constexpr float PER_LN2 = 1.44269504f;
 // A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp:
 // far from overflow, also summed over the words.
 constexpr float FAR = 2e17f;
@@ -28,7 +30,7 @@ struct Head {
   Matrix words(int64_t v) const { return {weight + v * R, R, 1}; }
 };
 
-// exp(logit - reference) of a chunk of words, as the terms of the products they go into.
+// 2^(logit / ln 2 - reference) of a chunk of words, as the terms of the products they go into.
 struct Chunk {
   BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens
   BuildTerm* by_word;   // [words / PER][TOKENS], terms along the words
@@ -43,7 +45,7 @@ struct Block {
   float* grad;          // [TOKENS][R], sum of exps times weight
   BuildTerm *hidden_terms, *weight_terms, *scaled_terms;  // second factors
   PackedB packed_hidden;
-  float reference[TOKENS], total[TOKENS];
+  float reference[TOKENS], total[TOKENS];  // what is subtracted, in base 2; the sum of the exponentials
 
   Block(const Head& head, bool with_grads) {
     const int64_t words = with_grads ? (head.V + PER - 1) / PER * PER : CHUNK, block = head.R * TOKENS;
@@ -86,7 +88,7 @@ void set_reference(const Head& head, int64_t words, Block& b) {
     make_logits(head, v, count, b, logits);
     for (int64_t t = 0; t < TOKENS; t += W) {
       vfloat top = load(b.reference + t);
-      for (int64_t i = 0; i < count; ++i) top = maximum(top, load(logits + i * TOKENS + t));
+      for (int64_t i = 0; i < count; ++i) top = maximum(top, load(logits + i * TOKENS + t) * PER_LN2);
       store(b.reference + t, top);
     }
   }
@@ -102,7 +104,7 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
     for (int64_t i = 0; i < words; i += PER) {
       vfloat exps[PER] = {};
       for (int64_t p = 0; p < PER && i + p < words; ++p) {
-        exps[p] = exp(load(chunk.logits + (i + p) * TOKENS + t) - reference);
+        exps[p] = exp2(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
         part += exps[p];
       }
       store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
@@ -178,7 +180,8 @@ double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const 
     }
     for (int64_t i = 0; i < tokens; ++i)
       if (labels[n + i] != ignore_index)
-        loss += double(b.reference[i] - label_logit(head, b, i, labels[n + i])) + std::log(double(b.total[i]));
+        loss += double(b.reference[i]) / PER_LN2 + std::log(double(b.total[i])) -
+                double(label_logit(head, b, i, labels[n + i]));
     if (with_grads)
       gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * R, dweight, first && n == 0, b);
   }
