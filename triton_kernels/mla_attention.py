@@ -383,6 +383,8 @@ _LARGE = {
         576: Tiles(16, 32, 8, 2),
     },
 }
+# Where sums lie in tensor memory there is room for 128 keys; with 64 the compiler keeps to 128 registers, and not all fit.
+_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {192: Tiles(64, 128, 8, 2)}}
 _SMALL = {
     "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
     "backward_q": {
@@ -402,7 +404,7 @@ _SMALL = {
 
 def tiles(kernel: str, dtype: torch.dtype, width: int, large: int) -> Tiles:
     """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at width DN + DR + DV. ValueError if none serves it."""
-    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
     if width > max(by_width):
         raise ValueError(
             f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {max(by_width)} in "
