@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
 from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
 from torch import Tensor
 
@@ -267,9 +267,13 @@ _FLOAT32 = {
     "forward": {16: Tiles(64, 32, 4, 1), 32: Tiles(32, 16, 4, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
     "dweight": {32: Tiles(64, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 8, 1)},
 }
-_LARGE = {
+_LARGE = {  # 128 rows: of 64 both warp groups of sm_90 would compute all logits
+    "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
+    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+}
+_SM_100 = {  # its warp groups share rows out as they should
     "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
 }
 _SMALL = {
     "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 2)},
@@ -286,9 +290,9 @@ def narrow(r: int, dtype: torch.dtype) -> bool:
     return r <= NARROW[dtype.itemsize]
 
 
-def tiles(kernel: str, dtype: torch.dtype, rp: int, large: bool) -> Tiles:
+def tiles(kernel: str, dtype: torch.dtype, rp: int, large: int) -> Tiles:
     """Tiles for `kernel` ("forward", "dweight") at padded width rp."""
-    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
     return by_width[min(width for width in by_width if width >= rp)]
 
 
@@ -348,7 +352,7 @@ def _narrow(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden
 
 
 def narrow_launches(
-    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: bool
+    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: int
 ) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill losses and, unless dweight is empty, dhidden and dweight. Any device."""
     (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
@@ -384,8 +388,7 @@ def narrow_launches(
 
 
 def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) -> Launch:
-    arguments = {name: (inputs | others)[name] for name in kernel.arg_names}
-    return Launch(kernel, grid, arguments, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
+    return Launch(kernel, grid, inputs | others, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
 
 
 def _wide(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
@@ -473,15 +476,12 @@ EXAMPLES = {
 """N, R and V that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     n, r, v = EXAMPLES[size]
     hidden, weight, labels = empty(n, r), empty(v, r), empty(n, dtype=torch.int64)
-    count, losses, loss = (empty(*shape, dtype=torch.float32) for shape in ((1,), (n,), ()))
+    count, losses, loss = (empty(shape, dtype=torch.float32) for shape in (1, n, ()))
     launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
     launches["scale"] = scale_launch(gradients(hidden, weight, True)[1], loss, weight)
     if narrow(r, dtype):

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
-from dsfast.triton_kernels.pieces import options, padded, place
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
+from dsfast.triton_kernels.pieces import options, padded, place, sum_launch
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
@@ -299,12 +299,12 @@ def _attend_dkv(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_kv_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, dk_rope, dv, scale,
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's share of dk_rope [H, N, Dr], for one tile of keys and one head."""
+    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head."""
     h, tile = place(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
@@ -342,7 +342,7 @@ def backward_kv_kernel(
         )  # fmt: skip
 
     _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
-    _store(dk_rope + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
+    _store(shares + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
     _store(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
 
 
@@ -438,15 +438,17 @@ def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softma
     n, h, dr = q_rope.shape
     dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, v))
     delta = torch.empty_like(softmax[0])
-    dk_rope = q_rope.new_empty(h, n, dr, dtype=torch.float32)  # the rope key is shared: each head's share, summed below
-    if o.numel():
+    dk_rope, shares = k_rope.new_empty(k_rope.shape), q_rope.new_empty(h, n, dr, dtype=torch.float32)
+    if not o.numel():
+        dk_rope.zero_()
+    else:
         with torch.cuda.device_of(q_nope):
             for launch in backward_launches(
                 do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, delta, dq_nope, dq_rope, dk_nope,
-                dk_rope, dv, large_tiles(o.device),
+                shares, dk_rope, dv, large_tiles(o.device),
             ):  # fmt: skip
                 launch.run()
-    return dq_nope, dq_rope, dk_nope, dk_rope.sum(0).to(k_rope.dtype), dv
+    return dq_nope, dq_rope, dk_nope, dk_rope, dv
 
 
 def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: int) -> Launch:
@@ -470,17 +472,20 @@ def backward_launches(
     dq_nope,
     dq_rope,
     dk_nope,
+    shares,
     dk_rope,
     dv,
     large: int,
 ) -> list[Launch]:
-    """The kernel for the queries, which also fills delta, and then the one for the keys, which reads it."""
+    """The kernel for the queries, which also fills delta, the one for the keys, which reads it, and the sum of the heads' shares
+    [H, N, Dr] of dk_rope: the rope key is one for all of them."""
     (do,) = rows(do)
     inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
     inputs |= {"do": do, "do_n": do.stride(0), "do_h": do.stride(1), "softmax": softmax, "delta": delta}
     return [
         _launch("backward_q", backward_q_kernel, large, inputs, o=o, dq_nope=dq_nope, dq_rope=dq_rope),
-        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, dk_rope=dk_rope, dv=dv),
+        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, shares=shares, dv=dv),
+        sum_launch(shares, dk_rope),
     ]
 
 
@@ -519,7 +524,6 @@ def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> L
     arguments = (
         inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
     )
-    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
     return Launch(kernel, grid, arguments, options(warps, stages), itemsize, tile)
 
@@ -535,15 +539,12 @@ EXAMPLES = {
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     (dn, dr, dv), n, h = EXAMPLES[size], 4096, 16
     k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
     inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
     o, softmax = empty(n, h, dv), empty(2, h, n, dtype=torch.float32)
-    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32))
+    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32), empty(n, dr))
     launches = [
         forward_launch(*inputs, o, softmax, large),
         *backward_launches(o, *inputs, o, softmax, softmax[0], *gradients, empty(n, h, dv), large),

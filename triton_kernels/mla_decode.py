@@ -16,13 +16,12 @@ have torch.bmm before and after.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta
 from dsfast.triton_kernels.pieces import options, padded
 from torch import Tensor
 
@@ -358,7 +357,7 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     page = 0 if pages is None else latent.size(1)
     c = page * pages.size(1) if page else latent.size(1)
     device = q_nope.device
-    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), _processors(device))
+    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), multiprocessors(device))
     chosen = chosen if splits is None else chosen._replace(splits=splits)
     o = q_nope.new_empty(b, h, dv)
     if not o.numel():
@@ -374,12 +373,6 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     if not chosen.absorb:
         torch.bmm(out.transpose(0, 1), up[:, dn:].mT, out=by_head)
     return o
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of `device`; without one (Triton's interpreter) those of an H200."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages, out) -> list[Launch]:
@@ -410,7 +403,7 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
     }  # fmt: skip
     grid = (b * splits * triton.cdiv(h, bh),)
     compiler = options(tiles.warps, tiles.stages)
-    found = [Launch(attend_kernel, grid, _ordered(attend_kernel, attend), compiler, q.dtype.itemsize, bh)]
+    found = [Launch(attend_kernel, grid, attend, compiler, q.dtype.itemsize, bh)]
     if splits > 1:
         sp = triton.next_power_of_2(splits)
         br = rp if absorb else min(rp, 8192 // sp)
@@ -419,12 +412,8 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
             "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": padded(dv),
         }  # fmt: skip
         grid = (b * h * triton.cdiv(rp, br),)
-        found.append(Launch(combine_kernel, grid, _ordered(combine_kernel, combine), options(4), 4, 0))
+        found.append(Launch(combine_kernel, grid, combine, options(4), 4, 0))
     return found
-
-
-def _ordered(kernel, arguments: dict) -> dict:
-    return {parameter: arguments[parameter] for parameter in kernel.arg_names}
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -449,10 +438,7 @@ EXAMPLES = {
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device: all of a contiguous cache at once, and a paged one in splits.
     The cache and the queries are views of one tensor each."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     b, c, h, (r, dn, dr, dv), page = EXAMPLES[size]
     q, q_rope = empty(b, h, dn + dr).split([dn, dr], -1)
     out = empty(b, h, dv)
