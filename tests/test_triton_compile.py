@@ -75,7 +75,7 @@ def test_limits_find_what_breaks_them():
 
 def test_products_computed_twice_are_found():
     """The keys' kernel at DeepSeek-V3's widths has 8 warps for 64 rows: as a chain its products are laid out so that both warp
-    groups compute the same scores, 92 instructions instead of 52."""
+    groups compute the same scores, 104 instructions instead of 64."""
     launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)["backward_kv_kernel"]
     assert launch.options["num_warps"] == 8
     assert launch.rows == 64

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.pieces import options, padded, place, sum_launch
+from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
@@ -49,10 +49,18 @@ def _documents(cu_seqlens, i, S, STEPS):
 
 
 @triton.jit
-def _load(x, stride, start, N, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on."""
+def _load(
+    x, stride, start, N,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
+):  # fmt: skip
+    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
+
+    ANEW, with a start from `again`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    """
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
     p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    if ANEW:
+        p_x = x + (start + row).to(tl.int64) * stride + d
     if MASKED:
         return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
     if D < DP:
@@ -85,25 +93,15 @@ def _load_softmax(softmax, i, h, N, H):
 
 
 @triton.jit
-def _probabilities(b_s, b_m, b_log_l, m_s, factor, EXACT: tl.constexpr):
-    """exp2(s - m) / l where the mask m_s says so, else 0; m_s None: everywhere. m and log2 l are broadcast along the keys;
-    16 bits need no second subtraction."""
-    b_p = tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
-    if m_s is not None:
-        b_p = tl.where(m_s, b_p, 0.0)
-    return b_p
-
-
-@triton.jit
-def _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, dtype: tl.constexpr):
-    """(p, p (dp - delta)) in `dtype`, the factors of dv and of dq and dk; as `_probabilities`."""
-    b_p = _probabilities(b_s, b_m, b_log_l, m_s, factor, dtype == tl.float32)
-    return b_p.to(dtype), (b_p * (b_dp - b_delta)).to(dtype)
+def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
+    """exp2(s - m) / l; m and log2 l are broadcast along the keys. 16 bits need no second subtraction."""
+    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
 
 
 @triton.jit
 def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
-    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores; m_s as in `_probabilities`."""
+    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores, those where the mask m_s
+    says so; None: all."""
     if m_s is not None:
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_m = tl.maximum(b_m, tl.max(b_s, 1) * factor)
@@ -198,21 +196,15 @@ def _attend_dq(
     b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
     b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
     b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
-    if APART:
-        m_s = None
-        if MASKED:
-            j = s + tl.arange(0, BS)
-            m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
-        b_ds = tl.zeros([BT, BS], b_v.dtype)
-        if s < N:
-            _, b_ds = _weights(b_s, b_dp, b_m[:, None], b_log_l[:, None], b_delta[:, None], m_s, factor, b_v.dtype)
-    else:  # in this order: with dp or the mask made earlier not all fits the registers of sm_90
-        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], None, factor, b_v.dtype == tl.float32)
+    # In this order: with dp or the mask made earlier not all fits the registers of sm_90.
+    b_p, b_ds = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], b_v.dtype)
+    if not APART or s < N:
+        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
         if MASKED:
             j = s + tl.arange(0, BS)
             b_p = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None]), b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
     b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
@@ -275,24 +267,24 @@ def _attend_dkv(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
-    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED)  # [BT, DN]
-    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED)  # [BT, DR]
-    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED)  # [BT, DV]
+    s = again(s, N + BS)  # a block of the keys' own tile may lie behind the last token
+    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
+    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
+    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
     b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
     b_delta = tl.load(delta + h * N + i, mask=i < N, other=0.0)
     b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
+    b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
+    if not APART or s < N:
+        b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
+        if MASKED:
+            b_p = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), b_p, 0.0)
+        b_left = b_p.to(b_v.dtype)
+    b_dv = tl.dot(b_left, b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
-    b_m, b_log_l, b_delta, m_s = b_m[None, :], b_log_l[None, :], b_delta[None, :], None
-    if MASKED:
-        m_s = (j[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
-    if APART:
-        b_p, b_ds = tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
-        if s < N:
-            b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
-    else:
-        b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
-    b_dv = tl.dot(b_p, b_do, b_dv, input_precision=PRECISION)
+    if not APART or s < N:
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
     b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision=PRECISION)
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
@@ -378,13 +370,13 @@ _LARGE = {
     },
     "backward_kv": {
         96: Tiles(64, 64, 4, 2),
-        192: Tiles(64, 64, 8, 2),
-        320: Tiles(32, 64, 8, 2),
+        192: Tiles(64, 128, 8, 2),
+        320: Tiles(64, 64, 8, 2),
         576: Tiles(16, 32, 8, 2),
     },
 }
-# Where sums lie in tensor memory there is room for 128 keys; with 64 the compiler keeps to 128 registers, and not all fit.
-_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {192: Tiles(64, 128, 8, 2)}}
+# Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster.
+_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {320: Tiles(64, 128, 8, 2)}}
 _SMALL = {
     "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
     "backward_q": {

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta
-from dsfast.triton_kernels.pieces import options, padded
+from dsfast.triton_kernels.pieces import again, options, padded
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,16 +42,6 @@ def _length(lengths, b, C):
 def _share(length, SPLITS, BN: tl.constexpr):
     """Places of each split, whole tiles; the last splits may get fewer or none."""
     return tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
-
-
-@triton.jit
-def _again(x, bound):
-    """x itself, which lies in 0 .. bound - 1, in a way that the compiler does not see through.
-
-    LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
-    after it: some 80 registers beside the 128 of a tile's sums, which spill.
-    """
-    return x % bound
 
 
 @triton.jit
@@ -158,7 +148,7 @@ def attend_kernel(
     begin = split * share
     end = tl.minimum(begin + share, length)
     if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
-        if _again(split, SPLITS) * share >= length:
+        if again(split, SPLITS) * share >= length:
             return
     b = b.to(tl.int64)
     h = block * BH + tl.arange(0, BH)  # [BH]
@@ -175,7 +165,7 @@ def attend_kernel(
     ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
 
     for start in range(begin, end, BN):
-        s = _again(start, C)
+        s = again(start, C)
         j = s + tl.arange(0, BN)  # [BN]
         m_j = j < length
         page, place, m_c = b, j, m_j
@@ -207,7 +197,7 @@ def attend_kernel(
         b_m = b_m_new
 
     out += b * out_b
-    h = _again(block, H) * BH + tl.arange(0, BH)
+    h = again(block, H) * BH + tl.arange(0, BH)
     if SPLIT:
         p_sums = sums + b * sums_b + split * H + h
         tl.store(p_sums, b_m, mask=h < H)

@@ -37,6 +37,16 @@ def place(A, B, G: tl.constexpr):
 
 
 @triton.jit
+def again(x, bound):
+    """x itself, where it lies in 0 .. bound - 1, in a way that the compiler does not see through.
+
+    LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
+    after it: some 80 registers beside the sums of a wide tile, which spill.
+    """
+    return x % bound
+
+
+@triton.jit
 def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on."""
     row, col = tl.arange(0, ROWS)[:, None], d + tl.arange(0, COLS)[None, :]
