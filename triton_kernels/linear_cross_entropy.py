@@ -161,7 +161,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
     softmax_parts, o_parts, weight, labels, count, losses, softmax, dhidden, z_loss, weight_v, N, V, S, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """losses [N], and where GRADS softmax [2, N] (m, factor) and dhidden [N, R], from the shares, for one tile of tokens.
 
@@ -176,7 +176,7 @@ def combine_kernel(
     b_o = tl.zeros([BT, RP], tl.float32)
     row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     m_o = (row < N) & (d < R)
-    for s in range(S):
+    for s in tl.range(0, S, num_stages=STAGES):
         part = tl.cast(s, tl.int64) * N
         p_softmax = softmax_parts + part + i
         b_m_part = tl.load(p_softmax, mask=i < N, other=0.0)
@@ -422,8 +422,10 @@ def narrow_launches(
     grid = (triton.cdiv(n, bt), parts)
     launches[name] = _launch(forward_kernel, grid, inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
     name = "combine" if grads else "combine without gradients"
-    block = max(1, _COMBINED // rp)
-    launches[name] = _launch(combine_kernel, (triton.cdiv(n, block),), inputs, (4, 1), 0, S=parts, BT=block)
+    block, stages = max(1, _COMBINED // rp), 3 if parts > 2 else 1  # else a program waits for the parts one by one
+    launches[name] = _launch(
+        combine_kernel, (triton.cdiv(n, block),), inputs, (4, stages), 0, S=parts, BT=block, STAGES=stages
+    )
     if grads:
         bv, bt, *resources = tiles("dweight", hidden.dtype, rp, large)
         parts, steps = splits(triton.cdiv(v, bv), triton.cdiv(n, bt))

@@ -400,6 +400,8 @@ class _Launches:
             size = 64
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
         tiles = tiles._replace(bm=min(tiles.bm, padded(width_p)))
+        if self.order is not None:  # a gathered tile waits for its indices: Triton gives every second stage to these
+            tiles = tiles._replace(stages=2 * tiles.stages - 1)
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
