@@ -13,7 +13,10 @@ the backward pass gets the maximum m and log2 of the sum l apart: rounding m + l
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
 chain it gives both warp groups the same 64 rows of scores: all of them would be computed twice. Where s < N does not hold,
-behind the last token, there is nothing to add.
+behind the last token, there is nothing to add. Triton 3.6 cannot pipeline such loops of the backward pass: there are none in it.
+
+The loops without a mask stand under a condition that they have a round at all. Else sums that were never begun would meet those
+of the loop's last products, which are still under way there, and ptxas would make every product wait for the one before it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch import Tensor
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+_CAN_PART = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)  # whether loops may be APART
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -159,11 +163,13 @@ def forward_kernel(
     b_l = tl.zeros([BT], tl.float32)
     factor = scale * LOG2E
 
-    for s in range(tl.cdiv(first, BS) * BS, t, BS):
-        b_o, b_m, b_l = _attend(
-            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    whole = tl.cdiv(first, BS) * BS
+    if whole < t:
+        for s in range(whole, t, BS):
+            b_o, b_m, b_l = _attend(
+                b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = begin == first
     b_o = tl.where(own[:, None], b_o, 0.0)
     b_m = tl.where(own, b_m, UNSEEN)
@@ -238,11 +244,13 @@ def backward_q_kernel(
     b_dq_rope = tl.zeros([BT, DR], tl.float32)
     factor = scale * LOG2E
 
-    for s in range(tl.cdiv(first, BS) * BS, t, BS):
-        b_dq_nope, b_dq_rope = _attend_dq(
-            b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    whole = tl.cdiv(first, BS) * BS
+    if whole < t:
+        for s in range(whole, t, BS):
+            b_dq_nope, b_dq_rope = _attend_dq(
+                b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = (begin == first)[:, None]
     b_dq_nope = tl.where(own, b_dq_nope, 0.0)
     b_dq_rope = tl.where(own, b_dq_rope, 0.0)
@@ -316,11 +324,12 @@ def backward_kv_kernel(
     factor = scale * LOG2E
 
     tail = last // BT * BT  # the block the last document ends in, if it ends inside one
-    for s in range(t + BS, tail, BT):
-        b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
-            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    if t + BS < tail:
+        for s in range(t + BS, tail, BT):
+            b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
+                b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+                s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
     b_dk_nope = tl.where(own, b_dk_nope, 0.0)
     b_dk_rope = tl.where(own, b_dk_rope, 0.0)
@@ -371,17 +380,17 @@ _LARGE = {
     "backward_kv": {
         96: Tiles(64, 64, 4, 2),
         192: Tiles(64, 128, 8, 2),
-        320: Tiles(64, 64, 8, 2),
+        320: Tiles(64, 64, 8, 2) if _CAN_PART else Tiles(32, 128, 8, 2),
         576: Tiles(16, 32, 8, 2),
     },
 }
 # Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster.
-_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {320: Tiles(64, 128, 8, 2)}}
+_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)}}
 _SMALL = {
     "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
     "backward_q": {
         96: Tiles(64, 32, 4, 2),
-        192: Tiles(64, 32, 4, 2),
+        192: Tiles(64, 32, 8, 2),
         320: Tiles(32, 32, 4, 2),
         576: Tiles(16, 16, 4, 1),
     },
@@ -512,7 +521,7 @@ def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> L
     bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(widths.values()), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = inputs["v"].dtype.itemsize
-    apart = large == 9 and itemsize == 2 and warps == 8 and tile == 64
+    apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
     arguments = (
         inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
     )

@@ -164,37 +164,41 @@ def attend_kernel(
     factor = scale * LOG2E
     ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
 
-    for start in range(begin, end, BN):
-        s = again(start, C)
-        j = s + tl.arange(0, BN)  # [BN]
-        m_j = j < length
-        page, place, m_c = b, j, m_j
-        if PAGE:
-            if ONE:
-                page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
-            else:
-                page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
-            m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
-        b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
-        b_s_latent = _scores(
-            q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
-        )
-        b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
-        b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
-        b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
-        b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
-        # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
-        # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
-        if s < length:
-            b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
-            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-            b_e = tl.exp2(b_s - b_m_new[:, None])
-            b_sum = tl.sum(b_e, 1)
-            b_p = b_e.to(b_c.dtype)
-        decay = tl.exp2(b_m - b_m_new)
-        b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
-        b_l = b_l * decay + b_sum
-        b_m = b_m_new
+    if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
+        for start in range(begin, end, BN):
+            s = again(start, C)
+            j = s + tl.arange(0, BN)  # [BN]
+            m_j = j < length
+            page, place, m_c = b, j, m_j
+            if PAGE:
+                if ONE:
+                    page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
+                else:
+                    page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
+                m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
+            b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
+            b_s_latent = _scores(
+                q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+            )
+            b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
+            b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
+            b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
+            b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
+            # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
+            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
+            if s < length:
+                if PAGE:
+                    b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
+                else:
+                    b_s = tl.where(m_j[None, :], b_s, float("-inf"))
+                b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+                b_e = tl.exp2(b_s - b_m_new[:, None])
+                b_sum = tl.sum(b_e, 1)
+                b_p = b_e.to(b_c.dtype)
+            decay = tl.exp2(b_m - b_m_new)
+            b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
+            b_l = b_l * decay + b_sum
+            b_m = b_m_new
 
     out += b * out_b
     h = again(block, H) * BH + tl.arange(0, BH)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
 from dsfast.triton_kernels.moe_route import sort_slots
-from dsfast.triton_kernels.pieces import options, padded, place, sum_launch
+from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -160,6 +160,8 @@ def project_kernel(
         b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
         b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
+    if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
+        slot = tl.load(order + again(first, R) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
