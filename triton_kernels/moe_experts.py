@@ -161,7 +161,7 @@ def project_kernel(
         b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
-        slot = tl.load(order + again(first, R) + m, mask=m_r, other=0).to(tl.int64)
+        slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
