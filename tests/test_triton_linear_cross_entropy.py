@@ -97,11 +97,12 @@ def test_several_blocks_in_a_row(words, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("tokens", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12))])
 def test_chunks(tokens, dtype, monkeypatch):
-    """A chunk that does not divide the tokens; of one token; all but one; strips that do not divide the words."""
+    """A chunk that does not divide the tokens; of one token; all but one; strips and blocks that do not divide the words."""
     from dsfast.triton_kernels import linear_cross_entropy as kernels
 
     monkeypatch.setattr(kernels, "WORKSPACE", tokens * 80 * dtype.itemsize)
     monkeypatch.setattr(kernels, "_STRIP", 32)
+    monkeypatch.setattr(kernels, "_WORDS", 32)
     assert kernels.chunk_shape(13, 67, dtype.itemsize)[0] <= tokens
     with poisoned():
         case = linear_cross_entropy_case("chunks", 13, WIDE, 67)
@@ -221,9 +222,10 @@ def test_forward_alone_gives_the_same_loss(dtype, width):
 
 
 @on_device
-def test_loss_scale():
-    """In float16 a narrow head's gradients are not rounded before they are scaled; 2^17 is itself no float16."""
-    hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("scaled", 33, 8, 67)))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_loss_scale(width):
+    """In float16 gradients are not rounded before they are scaled; 2^17 is itself no float16."""
+    hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("scaled", 33, width, 67)))
     leaves = [hidden.half().requires_grad_(), weight.half().mul(2**-14).requires_grad_()]
     gradients = {}
     for implementation in ("triton", "reference"):
@@ -232,6 +234,18 @@ def test_loss_scale():
         gradients[implementation] = torch.autograd.grad(loss * 2.0**17, leaves)
     for found, expected in zip(gradients["triton"], gradients["reference"], strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_second_backward_pass_gives_the_same_bits(width):
+    """What is kept for it is not written over."""
+    hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("twice", 11, width, 67)))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    with ops.use("triton", "linear_cross_entropy"):
+        loss = 3 * ops.linear_cross_entropy(*leaves, labels)
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @on_device

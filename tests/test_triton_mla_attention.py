@@ -110,6 +110,13 @@ def test_widths(widths, dtype):
 
 
 @on_device
+@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 64, 64)], ids=str)
+def test_several_tiles_of_keys(widths):
+    """On large chips these widths have tiles of their own, of 64 and 128 keys; they meet blocks of queries without a mask."""
+    assert_as_good_as_eager(*make_inputs([210, 3, 60], widths, torch.float16, heads=1))
+
+
+@on_device
 def test_widest():
     """All three kernels have tiles of their own there, half as long and with 8 warps: scores pass a condition."""
     assert_as_good_as_eager(*make_inputs([70, 0, 59, 3], (136, 8, 136), torch.float16, heads=1))

@@ -23,11 +23,11 @@ class TestMlaDecode(TritonContract):
         mla_decode_case("no sequence", (), 5, **SMALL),
         mla_decode_case("a cache without a place", (0, 0), 0, **SMALL),
         mla_decode_case("empty, one token, around a tile, full", (0, 1, 64, 65), 65, **SMALL),
-        mla_decode_case("several splits, some empty", (70,), 640, **SMALL),
+        mla_decode_case("several splits, some empty", (70,), 768, **SMALL),
         mla_decode_case("one head, widths that are no power of two", (33,), 40, 1, 24, 20, 6, 17),
         mla_decode_case("one head more than a tile's rows", (9,), 9, 17, 20, 8, 16, 8),
         mla_decode_case("products outside", (0, 33), 33, **WIDE),
-        mla_decode_case("products outside, several splits", (70,), 640, **WIDE),
+        mla_decode_case("products outside, several splits", (70,), 768, **WIDE),
         mla_decode_case("no part with position", (7,), 7, 3, 20, 8, 0, 8),
         mla_decode_case("DeepSeek-V3's widths", (17,), 17, **DEEPSEEK_V3),
     )
@@ -40,7 +40,7 @@ class TestPagedMlaDecode(TritonContract):
         mla_decode_case("pages of whole tiles", (65,), 128, **SMALL, page=64),
         mla_decode_case("pages smaller than a tile", (16, 47), 48, **SMALL, page=16),
         mla_decode_case("pages of a prime's places, products outside", (0, 40), 42, **WIDE, page=7),
-        mla_decode_case("several splits", (70,), 640, **WIDE, page=128),
+        mla_decode_case("several splits", (70,), 768, **WIDE, page=128),
     )
     tiny = mla_decode_case("tiny", (2, 0, 11), 12, 2, 3, 3, 2, 2, page=3)
     registered = ("mla_decode",)
@@ -221,10 +221,10 @@ class TestPlan:
     """What is launched, from sizes alone; 132 multiprocessors as on an H200."""
 
     @staticmethod
-    def plan(b, c, h, widths, dtype=torch.bfloat16):
+    def plan(b, c, h, widths, dtype=torch.bfloat16, processors=132):
         from dsfast.triton_kernels import mla_decode as kernels
 
-        return kernels.plan(b, h, c, tuple(widths[name] for name in ("r", "dn", "dr", "dv")), 0, dtype, 9, 132)
+        return kernels.plan(b, h, c, tuple(widths[name] for name in ("r", "dn", "dr", "dv")), 0, dtype, 9, processors)
 
     @pytest.mark.parametrize("b", [1, 8, 32, 256])
     def test_500k_model_takes_one_kernel(self, b):
@@ -244,6 +244,13 @@ class TestPlan:
         assert self.plan(1, 0, 16, DEEPSEEK_V3).splits == 1
         assert self.plan(1, 255, 16, DEEPSEEK_V3).splits == 1
         assert self.plan(1, 10**6, 16, DEEPSEEK_V3).splits == 64
+
+    @pytest.mark.parametrize("widths", [SMALL, WIDE], ids=["inside", "outside"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_cases_of_several_splits_have_them(self, widths, dtype):
+        """On the interpreter's two multiprocessors too; the sequence ends in the first of them."""
+        for processors in (2, 132):
+            assert self.plan(1, 768, 4, widths, dtype, processors).splits > 1
 
     def test_long_cache_is_not_copied(self):
         from dsfast.triton_kernels.mla_decode import _readable

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, multiprocessors
+from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
 from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
@@ -282,16 +282,13 @@ EXAMPLES = {
 
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device; float32 whatever the dtype."""
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(torch.float32)
     sizes, aligned = EXAMPLES[size]
     blocks, settings = sum(triton.cdiv(n, BLOCK) for n in sizes), (0.9, 0.95, 1e-8)
     table, lrs = empty(blocks, COLUMNS, dtype=torch.int64), empty(len(sizes))
-    parts, norm = empty(min(blocks, 8 * 132), dtype=torch.float64), empty(dtype=torch.float64)
+    parts, norm = empty(min(blocks, 8 * 132), dtype=torch.float64), empty((), dtype=torch.float64)
     numbers = adamw_launch(table, blocks, aligned, lrs, *settings, 3, None, 0.7, None)
-    tensors = adamw_launch(table, blocks, aligned, lrs, *settings, 1, empty(dtype=torch.int64), 1.0, empty())
-    others = grad_clip_launches(table, blocks, aligned, 1.0, parts, norm, empty())
+    tensors = adamw_launch(table, blocks, aligned, lrs, *settings, 1, empty((), dtype=torch.int64), 1.0, empty(()))
+    others = grad_clip_launches(table, blocks, aligned, 1.0, parts, norm, empty(()))
     found = {"adamw_kernel": numbers, "adamw_kernel, step and clip on the device": tensors}
     return found | {launch.kernel.__name__: launch for launch in others}

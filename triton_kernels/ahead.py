@@ -14,6 +14,7 @@ from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 _POINTERS = {
@@ -37,6 +38,7 @@ class Compiled:
     repeated: (
         float | None
     )  # work of the warp groups' matrix instructions over that of the source's products; None without them
+    serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
 
     def faults(self, launch: Launch) -> list[str]:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
@@ -50,6 +52,8 @@ class Compiled:
             found.append(f"no {chip.matrix} for tiles of {launch.rows} rows")
         if self.copies == 0 and launch.options["num_stages"] > 1:
             found.append("the loop is not pipelined: no asynchronous copies")
+        if self.serialized:
+            found.append("each matrix instruction waits for the one before it (ptxas calls them serialized)")
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
 
@@ -63,18 +67,28 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
     copies = len(re.findall(r"\bcp\.async\.c[ag]\b", assembly)) if cuda else None
-    matrix, repeated = assembly.count(target.matrix), _repeated(kernel, launch.options["num_warps"])
-    return Compiled(launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, matrix, copies, repeated)
+    groups = "wgmma.mma_async" in kernel.asm.get("ptx", "")
+    return Compiled(
+        launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies,
+        _repeated(kernel, launch.options["num_warps"]) if groups else None, _serialized(kernel, target.arch) if groups else None,
+    )  # fmt: skip
 
 
-def _repeated(kernel, warps: int) -> float | None:
+def _serialized(kernel, arch: int) -> bool:
+    """As in Compiled. ptxas says so when it assembles; Triton asks it too, but keeps what it says to itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(arch).path, f"--gpu-name=sm_{arch}a", ptx, "-o", ptx.with_suffix(".cubin")]
+        return "serialized" in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _repeated(kernel, warps: int) -> float:
     """As in Compiled. Of 64 rows, a product's layout may give all to each of two warp groups: nothing else tells of it.
 
     Loops count once in both; an instruction of sm_90's has its sizes in its name and is every warp group's.
     """
-    sizes = re.findall(r"\bwgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\b", kernel.asm.get("ptx", ""))
-    if not sizes:
-        return None
+    sizes = re.findall(r"\bwgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\b", kernel.asm["ptx"])
     products = re.findall(r"tt\.dot .*tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", kernel.asm["ttir"])
     done, wanted = (sum(int(a) * int(b) * int(c) for a, b, c in found) for found in (sizes, products))
     return done * (warps // 4) / wanted

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
 from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
 from torch import Tensor
 
@@ -233,7 +233,6 @@ def _stages(steps: int) -> int:
 
 
 def _launch(kernel, grid, arguments: dict, resources, itemsize: int, rows_in_products: int = 0) -> Launch:
-    arguments = {name: arguments[name] for name in kernel.arg_names}
     return Launch(kernel, grid, arguments, options(*resources), itemsize, rows_in_products)
 
 
@@ -334,10 +333,7 @@ EXAMPLES = {
 
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     n, v, r, d = EXAMPLES[size]
     input_ids, table = empty(n, dtype=torch.int64), empty(v, r)
     projection = None if d is None else empty(r, d)

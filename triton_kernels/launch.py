@@ -3,7 +3,9 @@ chip that is not here. So what is checked without a GPU is what runs on one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Launch:
-    """`kernel` over `grid` programs with `arguments` by name and the compiler's `options`."""
+    """`kernel` over `grid` programs with `arguments` by name, others of them left out, and the compiler's `options`."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -26,7 +28,7 @@ class Launch:
     def run(self) -> None:
         """Start it, if there is a program to start."""
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
 
 
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:
@@ -56,6 +58,12 @@ def large_tiles(device: torch.device) -> int:
     return major if major in (9, 10) else 0
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many of them `device` has. Without a device (Triton's interpreter) few, so that loops over tiles go round."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def on_meta(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """torch.empty on the meta device, of `dtype` if no other is given: for launches that are only compiled."""
+    return partial(torch.empty, dtype=dtype, device="meta")

@@ -10,9 +10,10 @@ Two ways, by R and dtype alone:
   is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
   logit in all. Both sweeps are split over programs until these fill a chip; a second kernel adds up the parts, always in
   the same order.
-- Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. Tokens are taken in chunks whose logits
-  take up WORKSPACE bytes at most; the three products are cuBLAS's, and one kernel turns logits into their gradient in place.
-  Beside the chunk there is, where 16-bit inputs need several chunks, a float32 sum [V, R] of their parts of dweight.
+- Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. The three products are cuBLAS's. Logits
+  of up to WORKSPACE bytes are kept for the backward pass, and one kernel turns them into their gradient, times dloss. More
+  tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
+  chunk there is, for 16-bit inputs, a float32 sum [V, R] of the chunks' parts of dweight.
 
 Of each token's softmax the second sweep gets the maximum m and a factor, (1 + 2 z_loss logsumexp) / sum of exp(z - m), apart:
 rounding m + log sum would show in float32 at large logits.
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
 from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
 from torch import Tensor
 
@@ -84,11 +85,20 @@ def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(x, dloss, y, SIZE, BLOCK: tl.constexpr):
-    """y [SIZE] = x dloss, the product in float32."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _scale(x, dloss, y, block, SIZE, BLOCK: tl.constexpr):
+    i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
     tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
+
+
+@triton.jit
+def scale_kernel(x_1, x_2, dloss, y_1, y_2, SIZE_1, SIZE_2, BLOCK: tl.constexpr):
+    """y_1 [SIZE_1] = x_1 dloss and y_2 [SIZE_2] = x_2 dloss, the products in float32."""
+    block, blocks = tl.program_id(0), tl.cdiv(SIZE_1, BLOCK)
+    if block < blocks:
+        _scale(x_1, dloss, y_1, block, SIZE_1, BLOCK)
+    else:
+        _scale(x_2, dloss, y_2, block - blocks, SIZE_2, BLOCK)
 
 
 @triton.jit
@@ -151,7 +161,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
     softmax_parts, o_parts, weight, labels, count, losses, softmax, dhidden, z_loss, weight_v, N, V, S, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """losses [N], and where GRADS softmax [2, N] (m, factor) and dhidden [N, R], from the shares, for one tile of tokens.
 
@@ -166,7 +176,7 @@ def combine_kernel(
     b_o = tl.zeros([BT, RP], tl.float32)
     row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     m_o = (row < N) & (d < R)
-    for s in range(S):
+    for s in tl.range(0, S, num_stages=STAGES):
         part = tl.cast(s, tl.int64) * N
         p_softmax = softmax_parts + part + i
         b_m_part = tl.load(p_softmax, mask=i < N, other=0.0)
@@ -217,23 +227,31 @@ def dweight_kernel(
 
 
 @triton.jit
-def _write_gradient(z, m, factor, word, count, V, BLOCK: tl.constexpr):
-    """Replace a row of logits by its gradient, the words last read first: they are still in the L2 cache."""
-    scale = 1 / count
-    blocks = tl.cdiv(V, BLOCK)
-    for k in range(blocks):
-        v = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
-        b_z = tl.load(z + v, mask=v < V, other=0.0).to(tl.float32)
-        b_g = tl.exp(b_z - m) * factor
-        b_g = tl.where(v == word, b_g - 1, b_g) * scale
-        tl.store(z + v, b_g.to(z.dtype.element_ty), mask=v < V)
+def _write_gradient(z, g, v, m, factor, word, scale, V):
+    """g, the gradient of words v of one token's logits z; g may be z."""
+    b_z = tl.load(z + v, mask=v < V, other=0.0).to(tl.float32)
+    b_g = tl.exp(b_z - m) * factor
+    b_g = tl.where(v == word, b_g - 1, b_g) * scale
+    tl.store(g + v, b_g.to(g.dtype.element_ty), mask=v < V)
 
 
-@triton.jit(do_not_specialize=("ignore_index",))
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def softmax_kernel(
-    logits, labels, count, losses, z_loss, logits_n, V, ignore_index, BLOCK: tl.constexpr, GRADS: tl.constexpr
+    logits,
+    labels,
+    count,
+    losses,
+    softmax,
+    z_loss,
+    logits_n,
+    N,
+    V,
+    ignore_index,
+    BLOCK: tl.constexpr,
+    GRADS: tl.constexpr,
 ):
-    """losses of one token, and where GRADS the gradient in place of its logits. One maximum a block, one sum at the end."""
+    """losses of one token; softmax [3, N] (m, factor, 1 / count) if there is one; where GRADS the gradient in place of its
+    logits. One maximum a block, one sum at the end."""
     i = tl.program_id(0)
     z = logits + tl.cast(i, tl.int64) * logits_n
     word = _words(labels, i, i + 1, V, ignore_index)
@@ -248,8 +266,26 @@ def softmax_kernel(
         m = m_new
     loss, factor = _of_token(m, tl.sum(b_l, 0), z_label, word, z_loss)
     tl.store(losses + i, loss)
+    scale = 1 / tl.load(count)
+    if softmax is not None:
+        tl.store(softmax + i, m)
+        tl.store(softmax + N + i, factor)
+        tl.store(softmax + 2 * N + i, scale)
     if GRADS:
-        _write_gradient(z, m, factor, word, tl.load(count), V, BLOCK)
+        blocks = tl.cdiv(V, BLOCK)
+        for k in range(blocks):  # the words last read first: they are still in the L2 cache
+            v = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
+            _write_gradient(z, z, v, m, factor, word, scale, V)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def gradient_kernel(logits, labels, softmax, dloss, dlogits, logits_n, N, V, ignore_index, BLOCK: tl.constexpr):
+    """dlogits [N, V], with the strides of logits, for one block of words of one token."""
+    i, v = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    word = _words(labels, i, N, V, ignore_index)
+    m, factor, scale = tl.load(softmax + i), tl.load(softmax + N + i), tl.load(softmax + 2 * N + i)
+    row = tl.cast(i, tl.int64) * logits_n
+    _write_gradient(logits + row, dlogits + row, v, m, factor, word, scale * tl.load(dloss), V)
 
 
 class Tiles(NamedTuple):
@@ -267,9 +303,13 @@ _FLOAT32 = {
     "forward": {16: Tiles(64, 32, 4, 1), 32: Tiles(32, 16, 4, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
     "dweight": {32: Tiles(64, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 8, 1)},
 }
-_LARGE = {
+_LARGE = {  # 128 rows: of 64 both warp groups of sm_90 would compute all logits
+    "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
+    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+}
+_SM_100 = {  # its warp groups share rows out as they should
     "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
 }
 _SMALL = {
     "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 2)},
@@ -286,15 +326,21 @@ def narrow(r: int, dtype: torch.dtype) -> bool:
     return r <= NARROW[dtype.itemsize]
 
 
-def tiles(kernel: str, dtype: torch.dtype, rp: int, large: bool) -> Tiles:
+def tiles(kernel: str, dtype: torch.dtype, rp: int, large: int) -> Tiles:
     """Tiles for `kernel` ("forward", "dweight") at padded width rp."""
-    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
     return by_width[min(width for width in by_width if width >= rp)]
 
 
+def at_once(hidden, weight) -> bool:
+    """Whether the logits of a wide head are kept for the backward pass. Else, and for a narrow one, what is kept are gradients:
+    dweight, for few tokens the largest of all tensors, is then read and written once more to be multiplied by dloss."""
+    n, v = hidden.size(0), weight.size(0)
+    return not narrow(hidden.size(1), hidden.dtype) and n * _aligned(v) * hidden.dtype.itemsize <= WORKSPACE
+
+
 def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and its gradients dhidden [N, R], dweight [V, R] as
-    `gradients` has them.
+    """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and what `backward` needs, as `kept` has it.
 
     A label outside 0..V-1 that is not ignore_index cannot raise here: the host does not wait. The loss becomes NaN, and so do
     its token's row of dhidden and all of dweight. Deterministic: no atomics. Raises TypeError for other dtypes than float32,
@@ -305,36 +351,44 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
     if 0 in (r, v):
         raise ValueError(f"linear_cross_entropy: the Triton kernels take R and V from 1 on, got {r} and {v}")
     hidden, weight, labels = *rows(hidden, weight), labels.contiguous()
-    dhidden, dweight = gradients(hidden, weight, with_grads)
+    kept_1, kept_2 = kept(hidden, weight, with_grads)
     if not n:
-        return hidden.new_zeros((), dtype=torch.float32), dhidden, dweight.zero_()
+        return hidden.new_zeros((), dtype=torch.float32), kept_1, kept_2.zero_()
     loss, count, losses = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), 1, n))
     with torch.cuda.device_of(hidden):
         count_launch(labels, ignore_index, count).run()
-        way = _narrow if narrow(r, hidden.dtype) else _wide
-        way(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight)
+        way = _narrow if narrow(r, hidden.dtype) else _at_once if with_grads and at_once(hidden, weight) else _by_chunks
+        way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
         loss_launch(losses, count, loss).run()
-    return loss, dhidden, dweight
+    return loss, kept_1, kept_2
 
 
-def backward(dloss, dhidden, dweight, dtype) -> tuple[Tensor, Tensor]:
-    """The gradients that `forward` made, times dloss, a float32 scalar, in `dtype`.
+def backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and weight from dloss, a float32 scalar, and what `forward` kept.
 
-    dloss is not known when they are made: in float16 and the second way, what is too small for it there stays lost, however
-    large a loss scale.
+    By chunks they were made when dloss was not known: in float16, what is too small for it there stays lost, however large a
+    loss scale.
     """
-    scaled = dhidden.new_empty(dhidden.shape, dtype=dtype), dweight.new_empty(dweight.shape, dtype=dtype)
-    with torch.cuda.device_of(dhidden):
-        for x, y in zip((dhidden, dweight), scaled, strict=True):
-            if x.numel():
-                scale_launch(x, dloss, y).run()
+    with torch.cuda.device_of(hidden):
+        if at_once(hidden, weight):
+            dlogits = torch.empty_like(kept_1)
+            if dlogits.numel():
+                gradient_launch(kept_1, labels.contiguous(), ignore_index, kept_2, dloss, dlogits, weight.size(0)).run()
+            dlogits = dlogits[:, : weight.size(0)]
+            return torch.mm(dlogits, weight), torch.mm(dlogits.t(), hidden)
+        scaled = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+        scale_launch((kept_1, kept_2), dloss, scaled).run()
     return scaled
 
 
-def gradients(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
-    """dhidden and dweight as `forward` returns them, yet to be filled. Narrow ones are float32: `backward` rounds them."""
+def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
+    """What `forward` keeps, yet to be filled: if `at_once` logits [N, V and padding] and softmax [3, N] in float32, else dhidden
+    [N, R] and dweight [V, R]. Narrow heads' gradients are float32: `backward` rounds them."""
     if not with_grads:
         return hidden.new_empty(0, 0), weight.new_empty(0, 0)
+    if at_once(hidden, weight):
+        n = hidden.size(0)
+        return hidden.new_empty(n, _aligned(weight.size(0))), hidden.new_empty(3, n, dtype=torch.float32)
     dtype = torch.float32 if narrow(hidden.size(1), hidden.dtype) else hidden.dtype
     return hidden.new_empty(hidden.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)
 
@@ -348,7 +402,7 @@ def _narrow(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden
 
 
 def narrow_launches(
-    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: bool
+    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: int
 ) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill losses and, unless dweight is empty, dhidden and dweight. Any device."""
     (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
@@ -368,8 +422,10 @@ def narrow_launches(
     grid = (triton.cdiv(n, bt), parts)
     launches[name] = _launch(forward_kernel, grid, inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
     name = "combine" if grads else "combine without gradients"
-    block = max(1, _COMBINED // rp)
-    launches[name] = _launch(combine_kernel, (triton.cdiv(n, block),), inputs, (4, 1), 0, S=parts, BT=block)
+    block, stages = max(1, _COMBINED // rp), 3 if parts > 2 else 1  # else a program waits for the parts one by one
+    launches[name] = _launch(
+        combine_kernel, (triton.cdiv(n, block),), inputs, (4, stages), 0, S=parts, BT=block, STAGES=stages
+    )
     if grads:
         bv, bt, *resources = tiles("dweight", hidden.dtype, rp, large)
         parts, steps = splits(triton.cdiv(v, bv), triton.cdiv(n, bt))
@@ -384,11 +440,16 @@ def narrow_launches(
 
 
 def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) -> Launch:
-    arguments = {name: (inputs | others)[name] for name in kernel.arg_names}
-    return Launch(kernel, grid, arguments, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
+    return Launch(kernel, grid, inputs | others, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
 
 
-def _wide(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
+def _at_once(hidden, weight, labels, ignore_index, z_loss, count, losses, logits, softmax) -> None:
+    z = logits[:, : weight.size(0)]
+    torch.mm(hidden, weight.t(), out=z)
+    softmax_launch(z, labels, ignore_index, z_loss, count, losses, softmax, False).run()
+
+
+def _by_chunks(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
     n, v, grads = hidden.size(0), weight.size(0), dweight.numel() > 0
     chunk, width = chunk_shape(n, v, hidden.dtype.itemsize)
     logits = hidden.new_empty(chunk, width)[:, :v]
@@ -398,7 +459,7 @@ def _wide(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, 
         part = slice(start, start + chunk)
         z = logits[: min(chunk, n - start)]
         torch.mm(hidden[part], weight.t(), out=z)
-        softmax_launch(z, labels[part], ignore_index, z_loss, count, losses[part], grads).run()
+        softmax_launch(z, labels[part], ignore_index, z_loss, count, losses[part], None, grads).run()
         if grads:
             torch.mm(z, weight, out=dhidden[part])
             _add_product(total, z, hidden[part], first=start == 0)
@@ -426,20 +487,41 @@ def _add_product(total: Tensor, z: Tensor, hidden: Tensor, first: bool) -> None:
 
 def chunk_shape(n: int, v: int, itemsize: int) -> tuple[int, int]:
     """(tokens of a chunk, elements from one row of its logits to the next): equal chunks of WORKSPACE bytes at most."""
-    width = triton.cdiv(v, _ALIGNMENT) * _ALIGNMENT
+    width = _aligned(v)
     most = max(1, WORKSPACE // (width * itemsize))
     return triton.cdiv(n, triton.cdiv(n, most)), width
 
 
-def softmax_launch(logits, labels, ignore_index, z_loss, count, losses, grads: bool) -> Launch:
-    """The launch that fills losses [N] and where `grads` turns logits [N, V] into their gradient."""
-    n, v = logits.shape
-    arguments = {
-        "logits": logits, "labels": labels, "count": count, "losses": losses, "z_loss": z_loss,
-        "logits_n": logits.stride(0), "V": v, "ignore_index": ignore_index, "GRADS": grads,
-        "BLOCK": min(_WORDS, triton.next_power_of_2(v)),
+def _aligned(v: int) -> int:
+    return (v + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+def softmax_launch(logits, labels, ignore_index, z_loss, count, losses, softmax, grads: bool) -> Launch:
+    """The launch that fills losses [N] and softmax [3, N], if there is one, and where `grads` turns logits [N, V] into their
+    gradient."""
+    arguments = _row_arguments(logits, labels, ignore_index, logits.size(1)) | {
+        "count": count, "losses": losses, "softmax": softmax, "z_loss": z_loss, "GRADS": grads,
     }  # fmt: skip
-    return Launch(softmax_kernel, (n,), arguments, options(16), logits.dtype.itemsize, 0)
+    return Launch(softmax_kernel, (len(logits),), arguments, options(16), logits.dtype.itemsize, 0)
+
+
+def gradient_launch(logits, labels, ignore_index, softmax, dloss, dlogits, v: int) -> Launch:
+    """The launch that fills the first v columns of dlogits [N, v and padding] from logits of that shape."""
+    arguments = _row_arguments(logits, labels, ignore_index, v) | {
+        "softmax": softmax,
+        "dloss": dloss,
+        "dlogits": dlogits,
+    }
+    grid = (len(logits), triton.cdiv(v, arguments["BLOCK"]))
+    return Launch(gradient_kernel, grid, arguments, options(16), logits.dtype.itemsize, 0)
+
+
+def _row_arguments(logits, labels, ignore_index, v: int) -> dict:
+    """Those of the kernels that go along rows of v logits."""
+    return {
+        "logits": logits, "labels": labels, "logits_n": logits.stride(0), "N": len(logits), "V": v,
+        "ignore_index": ignore_index, "BLOCK": min(_WORDS, triton.next_power_of_2(v)),
+    }  # fmt: skip
 
 
 def count_launch(labels, ignore_index, count) -> Launch:
@@ -457,10 +539,14 @@ def loss_launch(losses, count, loss) -> Launch:
 
 
 def scale_launch(x, dloss, y) -> Launch:
-    """The launch that fills y, contiguous as x is."""
-    arguments = {"x": x, "dloss": dloss, "y": y, "SIZE": x.numel(), "BLOCK": _SCALED}
-    grid = (triton.cdiv(x.numel(), _SCALED),)
-    return Launch(scale_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)
+    """The launch that fills the two tensors y, contiguous as the two x are."""
+    sizes = [part.numel() for part in x]
+    arguments = {
+        "x_1": x[0], "x_2": x[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "SIZE_1": sizes[0], "SIZE_2": sizes[1],
+        "BLOCK": _SCALED,
+    }  # fmt: skip
+    grid = (sum(triton.cdiv(size, _SCALED) for size in sizes),)
+    return Launch(scale_kernel, grid, arguments, options(4), y[0].dtype.itemsize, 0)
 
 
 EXAMPLES = {
@@ -473,22 +559,27 @@ EXAMPLES = {
 """N, R and V that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     n, r, v = EXAMPLES[size]
     hidden, weight, labels = empty(n, r), empty(v, r), empty(n, dtype=torch.int64)
-    count, losses, loss = (empty(*shape, dtype=torch.float32) for shape in ((1,), (n,), ()))
+    count, losses, loss = (empty(shape, dtype=torch.float32) for shape in (1, n, ()))
     launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
-    launches["scale"] = scale_launch(gradients(hidden, weight, True)[1], loss, weight)
     if narrow(r, dtype):
         for grads in (True, False):
-            dhidden, dweight = gradients(hidden, weight, grads)
-            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, dhidden, dweight, large)
+            gradients = kept(hidden, weight, grads)
+            if grads:
+                launches["scale"] = scale_launch(gradients, loss, (hidden, weight))
+            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, *gradients, large)
         return launches
-    for name, grads in (("softmax", True), ("softmax without gradients", False)):
-        launches[name] = softmax_launch(empty(n, v), labels, -100, 0.0, count, losses, grads)
+    logits, softmax = empty(n, v), empty(3, n, dtype=torch.float32)
+    launches["scale"] = scale_launch((hidden, weight), loss, (hidden, weight))
+    for name, *wanted in (
+        ("softmax", softmax, False),
+        ("softmax by chunks", None, True),
+        ("softmax alone", None, False),
+    ):
+        launches[name] = softmax_launch(logits, labels, -100, 0.0, count, losses, *wanted)
+    launches["gradient"] = gradient_launch(logits, labels, -100, softmax, loss, logits, v)
     return launches

@@ -13,7 +13,10 @@ the backward pass gets the maximum m and log2 of the sum l apart: rounding m + l
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
 chain it gives both warp groups the same 64 rows of scores: all of them would be computed twice. Where s < N does not hold,
-behind the last token, there is nothing to add.
+behind the last token, there is nothing to add. Triton 3.6 cannot pipeline such loops of the backward pass: there are none in it.
+
+The loops without a mask stand under a condition that they have a round at all. Else sums that were never begun would meet those
+of the loop's last products, which are still under way there, and ptxas would make every product wait for the one before it.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
-from dsfast.triton_kernels.pieces import options, padded, place
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
+from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+_CAN_PART = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)  # whether loops may be APART
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -49,10 +53,18 @@ def _documents(cu_seqlens, i, S, STEPS):
 
 
 @triton.jit
-def _load(x, stride, start, N, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on."""
+def _load(
+    x, stride, start, N,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
+):  # fmt: skip
+    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
+
+    ANEW, with a start from `again`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    """
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
     p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    if ANEW:
+        p_x = x + (start + row).to(tl.int64) * stride + d
     if MASKED:
         return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
     if D < DP:
@@ -85,25 +97,15 @@ def _load_softmax(softmax, i, h, N, H):
 
 
 @triton.jit
-def _probabilities(b_s, b_m, b_log_l, m_s, factor, EXACT: tl.constexpr):
-    """exp2(s - m) / l where the mask m_s says so, else 0; m_s None: everywhere. m and log2 l are broadcast along the keys;
-    16 bits need no second subtraction."""
-    b_p = tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
-    if m_s is not None:
-        b_p = tl.where(m_s, b_p, 0.0)
-    return b_p
-
-
-@triton.jit
-def _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, dtype: tl.constexpr):
-    """(p, p (dp - delta)) in `dtype`, the factors of dv and of dq and dk; as `_probabilities`."""
-    b_p = _probabilities(b_s, b_m, b_log_l, m_s, factor, dtype == tl.float32)
-    return b_p.to(dtype), (b_p * (b_dp - b_delta)).to(dtype)
+def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
+    """exp2(s - m) / l; m and log2 l are broadcast along the keys. 16 bits need no second subtraction."""
+    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
 
 
 @triton.jit
 def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
-    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores; m_s as in `_probabilities`."""
+    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores, those where the mask m_s
+    says so; None: all."""
     if m_s is not None:
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_m = tl.maximum(b_m, tl.max(b_s, 1) * factor)
@@ -161,11 +163,13 @@ def forward_kernel(
     b_l = tl.zeros([BT], tl.float32)
     factor = scale * LOG2E
 
-    for s in range(tl.cdiv(first, BS) * BS, t, BS):
-        b_o, b_m, b_l = _attend(
-            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    whole = tl.cdiv(first, BS) * BS
+    if whole < t:
+        for s in range(whole, t, BS):
+            b_o, b_m, b_l = _attend(
+                b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = begin == first
     b_o = tl.where(own[:, None], b_o, 0.0)
     b_m = tl.where(own, b_m, UNSEEN)
@@ -198,21 +202,15 @@ def _attend_dq(
     b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
     b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
     b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
-    if APART:
-        m_s = None
-        if MASKED:
-            j = s + tl.arange(0, BS)
-            m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
-        b_ds = tl.zeros([BT, BS], b_v.dtype)
-        if s < N:
-            _, b_ds = _weights(b_s, b_dp, b_m[:, None], b_log_l[:, None], b_delta[:, None], m_s, factor, b_v.dtype)
-    else:  # in this order: with dp or the mask made earlier not all fits the registers of sm_90
-        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], None, factor, b_v.dtype == tl.float32)
+    # In this order: with dp or the mask made earlier not all fits the registers of sm_90.
+    b_p, b_ds = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], b_v.dtype)
+    if not APART or s < N:
+        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
         if MASKED:
             j = s + tl.arange(0, BS)
             b_p = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None]), b_p, 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
     b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
@@ -246,11 +244,13 @@ def backward_q_kernel(
     b_dq_rope = tl.zeros([BT, DR], tl.float32)
     factor = scale * LOG2E
 
-    for s in range(tl.cdiv(first, BS) * BS, t, BS):
-        b_dq_nope, b_dq_rope = _attend_dq(
-            b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    whole = tl.cdiv(first, BS) * BS
+    if whole < t:
+        for s in range(whole, t, BS):
+            b_dq_nope, b_dq_rope = _attend_dq(
+                b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = (begin == first)[:, None]
     b_dq_nope = tl.where(own, b_dq_nope, 0.0)
     b_dq_rope = tl.where(own, b_dq_rope, 0.0)
@@ -275,36 +275,36 @@ def _attend_dkv(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
-    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED)  # [BT, DN]
-    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED)  # [BT, DR]
-    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED)  # [BT, DV]
+    s = again(s, N + BS)  # a block of the keys' own tile may lie behind the last token
+    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
+    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
+    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
     b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
     b_delta = tl.load(delta + h * N + i, mask=i < N, other=0.0)
     b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
+    b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
+    if not APART or s < N:
+        b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
+        if MASKED:
+            b_p = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), b_p, 0.0)
+        b_left = b_p.to(b_v.dtype)
+    b_dv = tl.dot(b_left, b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
-    b_m, b_log_l, b_delta, m_s = b_m[None, :], b_log_l[None, :], b_delta[None, :], None
-    if MASKED:
-        m_s = (j[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
-    if APART:
-        b_p, b_ds = tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
-        if s < N:
-            b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
-    else:
-        b_p, b_ds = _weights(b_s, b_dp, b_m, b_log_l, b_delta, m_s, factor, b_v.dtype)
-    b_dv = tl.dot(b_p, b_do, b_dv, input_precision=PRECISION)
+    if not APART or s < N:
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
     b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision=PRECISION)
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_kv_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, dk_rope, dv, scale,
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's share of dk_rope [H, N, Dr], for one tile of keys and one head."""
+    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head."""
     h, tile = place(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
@@ -324,11 +324,12 @@ def backward_kv_kernel(
     factor = scale * LOG2E
 
     tail = last // BT * BT  # the block the last document ends in, if it ends inside one
-    for s in range(t + BS, tail, BT):
-        b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
-            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-        )  # fmt: skip
+    if t + BS < tail:
+        for s in range(t + BS, tail, BT):
+            b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
+                b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+                s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
     b_dk_nope = tl.where(own, b_dk_nope, 0.0)
     b_dk_rope = tl.where(own, b_dk_rope, 0.0)
@@ -342,7 +343,7 @@ def backward_kv_kernel(
         )  # fmt: skip
 
     _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
-    _store(dk_rope + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
+    _store(shares + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
     _store(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
 
 
@@ -378,16 +379,18 @@ _LARGE = {
     },
     "backward_kv": {
         96: Tiles(64, 64, 4, 2),
-        192: Tiles(64, 64, 8, 2),
-        320: Tiles(32, 64, 8, 2),
+        192: Tiles(64, 128, 8, 2),
+        320: Tiles(64, 64, 8, 2) if _CAN_PART else Tiles(32, 128, 8, 2),
         576: Tiles(16, 32, 8, 2),
     },
 }
+# Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster.
+_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)}}
 _SMALL = {
     "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
     "backward_q": {
         96: Tiles(64, 32, 4, 2),
-        192: Tiles(64, 32, 4, 2),
+        192: Tiles(64, 32, 8, 2),
         320: Tiles(32, 32, 4, 2),
         576: Tiles(16, 16, 4, 1),
     },
@@ -402,7 +405,7 @@ _SMALL = {
 
 def tiles(kernel: str, dtype: torch.dtype, width: int, large: int) -> Tiles:
     """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at width DN + DR + DV. ValueError if none serves it."""
-    by_width = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    by_width = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
     if width > max(by_width):
         raise ValueError(
             f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {max(by_width)} in "
@@ -436,15 +439,17 @@ def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softma
     n, h, dr = q_rope.shape
     dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, v))
     delta = torch.empty_like(softmax[0])
-    dk_rope = q_rope.new_empty(h, n, dr, dtype=torch.float32)  # the rope key is shared: each head's share, summed below
-    if o.numel():
+    dk_rope, shares = k_rope.new_empty(k_rope.shape), q_rope.new_empty(h, n, dr, dtype=torch.float32)
+    if not o.numel():
+        dk_rope.zero_()
+    else:
         with torch.cuda.device_of(q_nope):
             for launch in backward_launches(
                 do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, delta, dq_nope, dq_rope, dk_nope,
-                dk_rope, dv, large_tiles(o.device),
+                shares, dk_rope, dv, large_tiles(o.device),
             ):  # fmt: skip
                 launch.run()
-    return dq_nope, dq_rope, dk_nope, dk_rope.sum(0).to(k_rope.dtype), dv
+    return dq_nope, dq_rope, dk_nope, dk_rope, dv
 
 
 def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: int) -> Launch:
@@ -468,17 +473,20 @@ def backward_launches(
     dq_nope,
     dq_rope,
     dk_nope,
+    shares,
     dk_rope,
     dv,
     large: int,
 ) -> list[Launch]:
-    """The kernel for the queries, which also fills delta, and then the one for the keys, which reads it."""
+    """The kernel for the queries, which also fills delta, the one for the keys, which reads it, and the sum of the heads' shares
+    [H, N, Dr] of dk_rope: the rope key is one for all of them."""
     (do,) = rows(do)
     inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
     inputs |= {"do": do, "do_n": do.stride(0), "do_h": do.stride(1), "softmax": softmax, "delta": delta}
     return [
         _launch("backward_q", backward_q_kernel, large, inputs, o=o, dq_nope=dq_nope, dq_rope=dq_rope),
-        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, dk_rope=dk_rope, dv=dv),
+        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, shares=shares, dv=dv),
+        sum_launch(shares, dk_rope),
     ]
 
 
@@ -513,11 +521,10 @@ def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> L
     bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(widths.values()), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = inputs["v"].dtype.itemsize
-    apart = large == 9 and itemsize == 2 and warps == 8 and tile == 64
+    apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
     arguments = (
         inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
     )
-    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
     return Launch(kernel, grid, arguments, options(warps, stages), itemsize, tile)
 
@@ -533,15 +540,12 @@ EXAMPLES = {
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     (dn, dr, dv), n, h = EXAMPLES[size], 4096, 16
     k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
     inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
     o, softmax = empty(n, h, dv), empty(2, h, n, dtype=torch.float32)
-    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32))
+    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32), empty(n, dr))
     launches = [
         forward_launch(*inputs, o, softmax, large),
         *backward_launches(o, *inputs, o, softmax, softmax[0], *gradients, empty(n, h, dv), large),

@@ -16,14 +16,13 @@ have torch.bmm before and after.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
-from dsfast.triton_kernels.pieces import options, padded
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta
+from dsfast.triton_kernels.pieces import again, options, padded
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -43,16 +42,6 @@ def _length(lengths, b, C):
 def _share(length, SPLITS, BN: tl.constexpr):
     """Places of each split, whole tiles; the last splits may get fewer or none."""
     return tl.cdiv(tl.cdiv(length, BN), SPLITS) * BN
-
-
-@triton.jit
-def _again(x, bound):
-    """x itself, which lies in 0 .. bound - 1, in a way that the compiler does not see through.
-
-    LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
-    after it: some 80 registers beside the 128 of a tile's sums, which spill.
-    """
-    return x % bound
 
 
 @triton.jit
@@ -159,7 +148,7 @@ def attend_kernel(
     begin = split * share
     end = tl.minimum(begin + share, length)
     if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
-        if _again(split, SPLITS) * share >= length:
+        if again(split, SPLITS) * share >= length:
             return
     b = b.to(tl.int64)
     h = block * BH + tl.arange(0, BH)  # [BH]
@@ -175,40 +164,44 @@ def attend_kernel(
     factor = scale * LOG2E
     ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
 
-    for start in range(begin, end, BN):
-        s = _again(start, C)
-        j = s + tl.arange(0, BN)  # [BN]
-        m_j = j < length
-        page, place, m_c = b, j, m_j
-        if PAGE:
-            if ONE:
-                page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
-            else:
-                page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
-            m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
-        b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
-        b_s_latent = _scores(
-            q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
-        )
-        b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
-        b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
-        b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
-        b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
-        # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
-        # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
-        if s < length:
-            b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
-            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-            b_e = tl.exp2(b_s - b_m_new[:, None])
-            b_sum = tl.sum(b_e, 1)
-            b_p = b_e.to(b_c.dtype)
-        decay = tl.exp2(b_m - b_m_new)
-        b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
-        b_l = b_l * decay + b_sum
-        b_m = b_m_new
+    if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
+        for start in range(begin, end, BN):
+            s = again(start, C)
+            j = s + tl.arange(0, BN)  # [BN]
+            m_j = j < length
+            page, place, m_c = b, j, m_j
+            if PAGE:
+                if ONE:
+                    page, place = tl.load(pages + b * pages_b + s // PAGE), s % PAGE + tl.arange(0, BN)
+                else:
+                    page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
+                m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
+            b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
+            b_s_latent = _scores(
+                q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+            )
+            b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
+            b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
+            b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
+            b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
+            # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
+            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
+            if s < length:
+                if PAGE:
+                    b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
+                else:
+                    b_s = tl.where(m_j[None, :], b_s, float("-inf"))
+                b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+                b_e = tl.exp2(b_s - b_m_new[:, None])
+                b_sum = tl.sum(b_e, 1)
+                b_p = b_e.to(b_c.dtype)
+            decay = tl.exp2(b_m - b_m_new)
+            b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
+            b_l = b_l * decay + b_sum
+            b_m = b_m_new
 
     out += b * out_b
-    h = _again(block, H) * BH + tl.arange(0, BH)
+    h = again(block, H) * BH + tl.arange(0, BH)
     if SPLIT:
         p_sums = sums + b * sums_b + split * H + h
         tl.store(p_sums, b_m, mask=h < H)
@@ -358,7 +351,7 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     page = 0 if pages is None else latent.size(1)
     c = page * pages.size(1) if page else latent.size(1)
     device = q_nope.device
-    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), _processors(device))
+    chosen = plan(b, h, c, (r, dn, dr, dv), page, q_nope.dtype, large_tiles(device), multiprocessors(device))
     chosen = chosen if splits is None else chosen._replace(splits=splits)
     o = q_nope.new_empty(b, h, dv)
     if not o.numel():
@@ -374,12 +367,6 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     if not chosen.absorb:
         torch.bmm(out.transpose(0, 1), up[:, dn:].mT, out=by_head)
     return o
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of `device`; without one (Triton's interpreter) those of an H200."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages, out) -> list[Launch]:
@@ -410,7 +397,7 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
     }  # fmt: skip
     grid = (b * splits * triton.cdiv(h, bh),)
     compiler = options(tiles.warps, tiles.stages)
-    found = [Launch(attend_kernel, grid, _ordered(attend_kernel, attend), compiler, q.dtype.itemsize, bh)]
+    found = [Launch(attend_kernel, grid, attend, compiler, q.dtype.itemsize, bh)]
     if splits > 1:
         sp = triton.next_power_of_2(splits)
         br = rp if absorb else min(rp, 8192 // sp)
@@ -419,12 +406,8 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
             "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": padded(dv),
         }  # fmt: skip
         grid = (b * h * triton.cdiv(rp, br),)
-        found.append(Launch(combine_kernel, grid, _ordered(combine_kernel, combine), options(4), 4, 0))
+        found.append(Launch(combine_kernel, grid, combine, options(4), 4, 0))
     return found
-
-
-def _ordered(kernel, arguments: dict) -> dict:
-    return {parameter: arguments[parameter] for parameter in kernel.arg_names}
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -449,10 +432,7 @@ EXAMPLES = {
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device: all of a contiguous cache at once, and a paged one in splits.
     The cache and the queries are views of one tensor each."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     b, c, h, (r, dn, dr, dv), page = EXAMPLES[size]
     q, q_rope = empty(b, h, dn + dr).split([dn, dr], -1)
     out = empty(b, h, dv)

@@ -10,7 +10,7 @@ that expert's matrix or, for the gradients of the matrices, rows transposed time
                      dh = dy[n] down                                 rows gathered from the tokens
     swiglu_backward  dgu, w h and dw from dh and gu                  not in the product before it, whose tiles would get smaller
     matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
-    add_up           y = sum over k of y_slot                        and whatever else lies in parts
+    sum              y = sum over k of y_slot                        and over the parts of a split sum
 
 With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
 its token and there is one expert. An index that names no expert makes everything of its slot NaN: the token's row of y and of
@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, rows
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
 from dsfast.triton_kernels.moe_route import sort_slots
-from dsfast.triton_kernels.pieces import options, padded, place
+from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -160,6 +160,8 @@ def project_kernel(
         b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
         b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
+    if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
+        slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
@@ -233,22 +235,6 @@ def matrix_kernel(
         b_out = tl.dot(tl.trans(b_p), b_q, b_out, input_precision="ieee")
     p_out = out + (split * E + e).to(tl.int64) * (P * Q) + i[:, None] * out_p + j[None, :] * out_q
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def add_up_kernel(
-    parts, out, part_stride, row_stride, R,
-    D: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """out [R, D] = the sum over k of the D numbers at parts + k part_stride + r row_stride, in float32 and in that order."""
-    r = (tl.program_id(0) // tl.cdiv(D, BN) * BM + tl.arange(0, BM))[:, None]
-    d = (tl.program_id(0) % tl.cdiv(D, BN) * BN + tl.arange(0, BN))[None, :]
-    m_out = (r < R) & (d < D)
-    b_sum = tl.zeros([BM, BN], tl.float32)
-    for k in tl.static_range(PARTS):
-        p_part = parts + tl.cast(part_stride, tl.int64) * k + r.to(tl.int64) * row_stride + d
-        b_sum += tl.load(p_part, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(out + r.to(tl.int64) * D + d, b_sum.to(out.dtype.element_ty), mask=m_out)
 
 
 class Tiles(NamedTuple):
@@ -379,8 +365,7 @@ class _Launches:
 
     def launch(self, kernel, programs: int, tiles: Tiles, arguments: dict) -> Launch:
         arguments = self.shared | {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk} | arguments
-        arguments = {name: arguments[name] for name in kernel.arg_names}
-        rows_in_products = tiles.bm if "BK" in arguments else 0
+        rows_in_products = tiles.bm if "BK" in kernel.arg_names else 0
         compiler = options(tiles.warps, tiles.stages)
         return Launch(kernel, (programs,), arguments, compiler, self.x.element_size(), rows_in_products)
 
@@ -408,7 +393,7 @@ class _Launches:
 
     def combine(self, slots, out) -> list[Launch]:
         """The sum over each token's slots; none where a slot is its token."""
-        return [self.add_up(slots, out, self.d, self.k * self.d, len(out), self.d, self.k)] if self.k != 1 else []
+        return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out)] if self.k != 1 else []
 
     def matrix(self, p, q, out, out_p: int, out_q: int) -> list[Launch]:
         """The gradient of a matrix of every expert: split over the places where its tiles are few, then added up."""
@@ -417,6 +402,8 @@ class _Launches:
             size = 64
         tiles = _tiles("matrix", self.x.dtype, self.large, size, width_q, self.places)
         tiles = tiles._replace(bm=min(tiles.bm, padded(width_p)))
+        if self.order is not None:  # a gathered tile waits for its indices: Triton gives every second stage to these
+            tiles = tiles._replace(stages=2 * tiles.stages - 1)
         programs = self.e * triton.cdiv(width_p, tiles.bm) * triton.cdiv(width_q, tiles.bn)
         splits = 1
         while 2 * splits * programs <= FULL and 2 * splits * SHARE * self.e <= self.places:
@@ -433,24 +420,7 @@ class _Launches:
             "out_q": out_q,
         }
         launch = self.launch(matrix_kernel, programs * splits, tiles, arguments | {"SPLITS": splits})
-        length = out.size(-1)
-        return [launch] + [self.add_up(parts, out, out.numel(), length, out.numel() // length, length, splits)] * (
-            splits > 1
-        )
-
-    def add_up(self, parts, out, part_stride: int, row_stride: int, count: int, length: int, number: int) -> Launch:
-        bn = min(1024, triton.next_power_of_2(length))
-        tiles = Tiles(1024 // bn, bn, 0, 4, 1)
-        arguments = {
-            "parts": parts,
-            "out": out,
-            "part_stride": part_stride,
-            "row_stride": row_stride,
-            "R": count,
-            "D": length,
-        }
-        programs = triton.cdiv(count, tiles.bm) * triton.cdiv(length, bn)
-        return self.launch(add_up_kernel, programs, tiles, arguments | {"PARTS": number})
+        return [launch] if splits == 1 else [launch, sum_launch(parts, out)]
 
 
 EXAMPLES = {
@@ -465,10 +435,7 @@ EXAMPLES = {
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel, with what it computes where that is not its name, -> launch at EXAMPLES[size], on the meta device."""
     n, d, k, e, i = EXAMPLES[size]
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(dtype)
     x, weights, gate_up, down, gu = empty(n, d), empty(n, k), empty(e, 2 * i, d), empty(e, d, i), empty(n * k, 2 * i)
     places = (empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32))
     inputs = (x, weights, gate_up, down)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, rows
+from dsfast.triton_kernels.launch import Launch, on_meta, rows
 from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
@@ -339,7 +339,7 @@ def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor)
     }  # fmt: skip
 
     def launch(kernel, programs, warps):
-        return Launch(kernel, (programs,), {name: arguments[name] for name in kernel.arg_names}, options(warps), 4, 0)
+        return Launch(kernel, (programs,), arguments, options(warps), 4, 0)
 
     histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
     before = [] if blocks == 1 else [histogram] if blocks <= together else [histogram, scan]
@@ -358,10 +358,7 @@ EXAMPLES = {
 
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles and float32, whatever `dtype` and `large`."""
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = on_meta(torch.float32)
     n, e, k, *choice = EXAMPLES[size]
     logits, weights = empty(n, e), empty(n, k)
     indices, counts = empty(n, k, dtype=torch.int64), empty(e, dtype=torch.int64)

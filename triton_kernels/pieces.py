@@ -8,7 +8,7 @@ from dsfast.triton_kernels.launch import Launch
 from torch import Tensor
 
 PROGRAMS = 528  # at most, that a launch is split into where its tiles are fewer: 4 for each of 132 processors
-_SUMMED = (16, 64)  # parts and elements in a step of sum_kernel
+_SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
 
 
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
@@ -37,6 +37,16 @@ def place(A, B, G: tl.constexpr):
 
 
 @triton.jit
+def again(x, bound):
+    """x itself, where it lies in 0 .. bound - 1, in a way that the compiler does not see through.
+
+    LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
+    after it: some 80 registers beside the sums of a wide tile, which spill.
+    """
+    return x % bound
+
+
+@triton.jit
 def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on."""
     row, col = tl.arange(0, ROWS)[:, None], d + tl.arange(0, COLS)[None, :]
@@ -48,23 +58,39 @@ def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS:
     return tl.load(p_x)
 
 
-@triton.jit(do_not_specialize=("S",))
-def sum_kernel(parts, y, S, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
-    """y [SIZE] = sum over s of parts [S, SIZE], BS of them at a time, always in the same order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    b_y = tl.zeros([BS, BLOCK], tl.float32)
-    for k in range(tl.cdiv(S, BS)):
-        s = k * BS + tl.arange(0, BS)[:, None]
-        b_y += tl.load(parts + s.to(tl.int64) * SIZE + i, mask=(s < S) & (i < SIZE), other=0.0)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.sum(b_y, 0).to(y.dtype.element_ty), mask=i < SIZE)
+@triton.jit(do_not_specialize=("S", "R"))
+def sum_kernel(parts, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1. In float32, BS of them at a time,
+    always in the same order."""
+    blocks = tl.cdiv(D, BN)
+    r = (tl.program_id(0) // blocks).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    d = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)[None, :]
+    m_y = (r < R) & (d < D)
+    s, p_parts = tl.arange(0, BS)[:, None, None], parts + (r * parts_r + d)[None, :, :]
+    b_y = tl.zeros([BS, BM, BN], tl.float32)
+    for k in range(0, S, BS):
+        m_parts = (k + s < S) & m_y[None, :, :]
+        b_y += tl.load(p_parts + (k + s).to(tl.int64) * parts_s, mask=m_parts, other=0.0).to(tl.float32)
+    tl.store(y + r * D + d, tl.sum(b_y, 0).to(y.dtype.element_ty), mask=m_y)
 
 
 def sum_launch(parts: Tensor, y: Tensor) -> Launch:
-    """The launch that fills y, contiguous, with the sum of parts [S, *y.shape], contiguous and float32."""
-    bs, block = _SUMMED
-    arguments = {"parts": parts, "y": y, "S": parts.size(0), "SIZE": y.numel(), "BS": bs, "BLOCK": block}
-    return Launch(sum_kernel, (triton.cdiv(y.numel(), block),), arguments, options(4), y.dtype.itemsize, 0)
+    """The launch that fills y, contiguous, with the sum of parts [S, *y.shape]: contiguous, or [S, R, D] with contiguous rows."""
+    if parts.is_contiguous():
+        parts = parts.flatten(1)[:, None]
+    s, r, d = parts.shape
+    bs, bm, bn = (triton.next_power_of_2(max(1, n)) for n in (s, r, d))
+    bs = min(128, bs)
+    bn = min(1024, bn, _SUMMED // bs)
+    bm = min(bm, _SUMMED // (bs * bn))
+    while bn > 16 and triton.cdiv(r, bm) * triton.cdiv(d, bn) < PROGRAMS:
+        bn //= 2
+    arguments = {
+        "parts": parts, "y": y, "parts_s": parts.stride(0), "parts_r": parts.stride(1), "S": s, "R": r, "D": d, "BS": bs,
+        "BM": bm, "BN": bn,
+    }  # fmt: skip
+    grid = (triton.cdiv(r, bm) * triton.cdiv(d, bn),)
+    return Launch(sum_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)
 
 
 def padded(width: int) -> int:

@@ -9,7 +9,7 @@ x^ = h rstd and g = dy weight, the gradients are
 
 The backward pass has as many programs as the chip takes at once. Each goes through its share of the tiles, the next tile on
 its way while one is summed, keeps its part of dweight in registers and writes it once, as float32; a second kernel adds the
-parts up in the order of the programs.
+parts up.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, rows
-from dsfast.triton_kernels.pieces import options, padded
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, rows
+from dsfast.triton_kernels.pieces import options, padded, sum_launch
 from torch import Tensor
 
 WIDEST = 8192
-_PARTS, _COLUMNS = 128, 16  # tile of the kernel that adds up dweight
 
 
 @triton.jit
@@ -86,17 +85,6 @@ def backward_kernel(
             b_dx += _load(dh, dh_n, start, N, BN, D, BD).to(tl.float32)
         _store(dx, start, N, b_dx, BN, D, BD)
     tl.store(parts + p * D + d, tl.sum(b_dweight, 0), mask=d < D)
-
-
-@triton.jit(do_not_specialize=["P"])
-def reduce_kernel(parts, dweight, P, D: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
-    """dweight [D] from parts [P, D], for one tile of columns."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    b_sum = tl.zeros([BP, BD], tl.float32)
-    for t in range(tl.cdiv(P, BP)):
-        p = t * BP + tl.arange(0, BP)
-        b_sum += tl.load(parts + p[:, None] * D + d[None, :], mask=(p < P)[:, None] & (d < D)[None, :], other=0.0)
-    tl.store(dweight + d, tl.sum(b_sum, 0).to(dweight.dtype.element_ty), mask=d < D)
 
 
 class Tiles(NamedTuple):
@@ -180,10 +168,9 @@ def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) 
         "dh_n": 0 if dh is None else dh.stride(0), "h_n": h.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
         "STAGES": stages,
     }  # fmt: skip
-    add = {"parts": parts, "dweight": dweight, "P": programs, "D": d, "BP": _PARTS, "BD": _COLUMNS}
     return [
         Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
-        Launch(reduce_kernel, (triton.cdiv(d, _COLUMNS),), add, options(4), h.dtype.itemsize, 0),
+        sum_launch(parts, dweight),
     ]
 
 
@@ -194,8 +181,8 @@ EXAMPLES = {"500K": (8192, 128), "DeepSeek-V3": (4096, 7168), "DeepSeek-V3 laten
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device."""
     n, d = EXAMPLES[size]
-    x, weight = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(d, dtype=dtype, device="meta")
-    rstd = torch.empty(n, dtype=torch.float32, device="meta")
+    empty = on_meta(dtype)
+    x, weight, rstd = empty(n, d), empty(d), empty(n, dtype=torch.float32)
     parts = x.new_empty(backward_programs(x, 132), d, dtype=torch.float32)
     launches = [forward_launch(x, weight, 1e-6, x, x, x, rstd)]
     launches += backward_launches(x, x, x, weight, rstd, x, weight, parts, large)

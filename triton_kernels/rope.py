@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, rows
+from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, rows
 from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
@@ -89,9 +89,9 @@ EXAMPLES = {
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
     n, h, dr = EXAMPLES[size]
-    x = torch.empty(n, h, 3 * dr, dtype=dtype, device="meta")[..., 2 * dr :]
-    table = torch.empty(4096, dr // 2, dtype=dtype, device="meta")
-    positions, y = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, h, dr, dtype=dtype, device="meta")
+    empty = on_meta(dtype)
+    x, table = empty(n, h, 3 * dr)[..., 2 * dr :], empty(4096, dr // 2)
+    positions, y = empty(n, dtype=torch.int64), empty(n, h, dr)
     return {
         "rope_kernel": rope_launch(x, table, table, positions, False, y),
         "rope_kernel, inverse": rope_launch(y, table, table, positions, True, y),

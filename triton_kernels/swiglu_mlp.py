@@ -6,7 +6,7 @@ Without a permutation a place is its token, so nothing is gathered, scattered, w
 from __future__ import annotations
 
 import torch
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta
 from dsfast.triton_kernels.moe_experts import backward_launches, forward_launches, named
 from torch import Tensor
 
@@ -46,9 +46,7 @@ EXAMPLES = {
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel, with its pass and its number there, -> launch at EXAMPLES[size], on the meta device."""
     n, d, i = EXAMPLES[size]
-    x, gate_up, down, gu = (
-        torch.empty(shape, dtype=dtype, device="meta") for shape in ((n, d), (2 * i, d), (d, i), (n, 2 * i))
-    )
+    x, gate_up, down, gu = map(on_meta(dtype), ((n, d), (2 * i, d), (d, i), (n, 2 * i)))
     return named(
         forward_launches(x, None, gate_up, down, None, None, x, gu, large),
         backward_launches(x, x, None, gate_up, down, gu, None, None, x, None, gate_up, down, large),

@@ -5,7 +5,8 @@
 
 The last term, off by default, keeps the logits from drifting (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, section 5).
 N tokens, R width of the head's input, V vocabulary. Only a strip of logits for a few rows exists at any time; where
-gradients are wanted they are made while the strip is at hand, so that it is neither stored nor computed again.
+gradients are wanted they are made while the strip is at hand, so that it is neither stored nor computed again. For wide heads a
+GPU has strips of a gigabyte: where one holds all logits, it is kept for the backward pass instead.
 """
 
 from __future__ import annotations
@@ -80,25 +81,29 @@ def _gradients(hidden, weight, with_grads):
 
 
 def _fake(hidden, weight, labels, ignore_index, with_grads, z_loss):
-    gradients = triton.launcher("linear_cross_entropy", "gradients") if triton.runs_on(hidden) else _gradients
+    kept = triton.launcher("linear_cross_entropy", "kept") if triton.runs_on(hidden) else _gradients
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return loss, *gradients(hidden, weight, with_grads)
+    return loss, *kept(hidden, weight, with_grads)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(*output[1:])
+    *tensors, ctx.ignore_index, _, _ = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.dtype)
+    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index)
     return *gradients, None, None, None, None
 
 
-def _scale(dloss, dhidden, dweight, dtype):
-    return (dloss * dhidden).to(dtype), (dloss * dweight).to(dtype)
+def _cpu_backward(dloss, dhidden, dweight, hidden, weight, labels, ignore_index):
+    return (dloss * dhidden).to(hidden.dtype), (dloss * dweight).to(weight.dtype)
+
+
+def _fake_backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index):
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 define(
@@ -109,9 +114,10 @@ define(
     cuda=triton.launcher("linear_cross_entropy", "forward"),
 )
 define(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor dhidden, Tensor dweight, ScalarType dtype) -> (Tensor, Tensor)",
-    cpu=_scale,
-    fake=_scale,
+    "linear_cross_entropy_backward(Tensor dloss, Tensor kept_1, Tensor kept_2, Tensor hidden, Tensor weight, Tensor labels,"
+    " int ignore_index) -> (Tensor, Tensor)",
+    cpu=_cpu_backward,
+    fake=_fake_backward,
     cuda=triton.launcher("linear_cross_entropy", "backward"),
 )
 autograd("linear_cross_entropy", _backward, _setup_context)
