@@ -114,7 +114,7 @@ __attribute__((noinline)) inline void gemm_slice(int64_t M, int64_t N, int64_t K
 
 // Numbers along K that are summed in registers before they are added to C: bounds the rounding, and B's panel in the
 // cache.
-constexpr int64_t KC = 512;
+constexpr int64_t KC = 256;
 // Terms of A that meet all of B before the next rows do: with a panel of B they fit the first-level cache.
 constexpr int64_t A_BLOCK = 6144;
 // Terms of packed B: a part of the second-level cache.

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import OperatorContract, assert_passed, bad, drawn, edges, needs_native
+from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, edges, expanded, needs_native
 
 from dsfast import ops
 from dsfast.ops.cases import swiglu_mlp_case
-from dsfast.ops.checks import check
+from dsfast.ops.checks import check, check_draws
 
 
 class TestSwigluMlp(OperatorContract):
@@ -44,3 +44,10 @@ def test_saturated_gates(size):
     needs_native()
     x, gate_up, down = drawn(swiglu_mlp_case("large", 13, 5, 7))
     assert_passed(check("swiglu_mlp", ops.swiglu_mlp, (x, gate_up * size, down), (0, 1, 2), ["native"]))
+
+
+def test_long_sums_of_equal_terms():
+    """All rows of an argument are one row: terms that are equal round the same way, the more of them in a chain the further."""
+    needs_native()
+    draws = [[expanded(x) for x in drawn(swiglu_mlp_case("equal", 19, 1024, 520), seed)] for seed in range(DRAWS)]
+    assert_passed(check_draws("swiglu_mlp", ops.swiglu_mlp, draws, (0, 1, 2), ["native"]))
