@@ -21,6 +21,7 @@ from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
+from dsfast.ops.newton_schulz import Shape, newton_schulz
 from dsfast.ops.rms_norm import rms_norm
 from dsfast.ops.rope import rope
 from dsfast.ops.swiglu_mlp import swiglu_mlp
@@ -131,6 +132,13 @@ def linear_cross_entropy_case(name: str, n: int, r: int, v: int, counted: float 
         return _normal(g, n, r), _normal(g, v, r, scale=2 * r**-0.5), labels
 
     return Case("linear_cross_entropy", name, linear_cross_entropy, make_inputs, (0, 1))
+
+
+def newton_schulz_case(name: str, *shapes: Shape) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        return _normal(g, sum(n * rows * cols for n, rows, cols in shapes)), shapes
+
+    return Case("newton_schulz", name, newton_schulz, make_inputs)
 
 
 def adamw_case(name: str, shapes: Sequence[tuple[int, ...]], step: int) -> Case:
