@@ -10,7 +10,6 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from dsfast import ops
-from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3
 from dsfast.train.muon import Matrix, Muon

@@ -26,7 +26,8 @@ ITERATIONS = 5
 EPS = 1e-7
 
 ON_CHIP = {2: 128, 4: 32}
-"""Rows of the largest matrix that the Triton kernel takes, by bytes of a number: all of X X^T lies in one program's registers."""
+"""Rows of the largest matrix that the Triton kernel takes, by bytes of a number: all of X X^T lies in one program's registers,
+and for float32's products both operands as well."""
 
 Shape = tuple[int, int, int]
 
@@ -65,7 +66,8 @@ def newton_schulz(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
 
 def _too_large(x: Tensor, shapes: Sequence[Shape]) -> str:
     """Why the Triton kernel does not take them, or ""."""
-    rows, most = max([0, *(shape[1] for shape in shapes)]), ON_CHIP.get(x.element_size(), 0)
+    rows = max([0, *(shape[1] for shape in shapes)])
+    most = ON_CHIP.get(x.element_size(), rows)
     return f"the Triton kernel takes up to {most} rows of {x.dtype}, a matrix has {rows}" if rows > most else ""
 
 
