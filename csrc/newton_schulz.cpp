@@ -9,6 +9,7 @@ namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t SQUARES = 1024;  // numbers whose squares are summed in float32
+constexpr int64_t TERMS = 64;      // of X X^T, likewise: sums of squares do not cancel, and a long chain shows
 
 float norm(const float* x, int64_t size) {
   double total = 0;
@@ -39,7 +40,8 @@ void orthogonalise(const float* x, float* out, int64_t R, int64_t C, float a, fl
   const float size = norm(x, R * C), divisor = size < eps ? eps : size;  // of NaN it is NaN
   for_rows(R, C, x, C, now, row, [&](vfloat v) { return v / divisor; });
   for (int64_t k = 1; k <= iterations; ++k) {
-    gemm(R, R, C, {now, row, 1}, {now, 1, row}, gram, short_row);
+    for (int64_t i = 0; i < C; i += TERMS)
+      gemm(R, R, least(C - i, TERMS), {now + i, row, 1}, {now + i, 1, row}, gram, short_row, i > 0);
     gemm(R, R, R, {gram, short_row, 1}, {gram, short_row, 1}, poly, short_row);
     for (int64_t r = 0; r < R; ++r)
       for_vectors(R, [&](int64_t i, int64_t n) {
