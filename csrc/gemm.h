@@ -225,39 +225,50 @@ inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
   return {memory, terms, 1};
 }
 
-// Rows i .. i + M and columns k .. k + K of A as terms, made in `memory` if need be.
-DSFAST_INLINE Matrix part_of_a(Matrix a, int64_t i, int64_t, int64_t k, int64_t, float*) {
-  return a.rows_from(i).columns_from(k);
+// A from column k on, counted in numbers, a multiple of PER_TERM.
+template <class Term>
+DSFAST_INLINE Terms<Term> from_number(Terms<Term> a, int64_t k) {
+  return a.columns_from(k / PER_TERM<Term>);
 }
-DSFAST_INLINE Terms<Pair> part_of_a(Terms<Pair> a, int64_t i, int64_t, int64_t k, int64_t, Pair*) {
-  return a.rows_from(i).columns_from(k / 2);
+
+// Rows i .. i + M and columns k .. k + K of A as terms, made in `memory` if need be.
+template <class Term>
+DSFAST_INLINE Terms<Term> part_of_a(Terms<Term> a, int64_t i, int64_t, int64_t k, int64_t, Term*) {
+  return from_number(a.rows_from(i), k);
 }
 DSFAST_INLINE Terms<Pair> part_of_a(Matrix a, int64_t i, int64_t M, int64_t k, int64_t K, Pair* memory) {
   return packed_a(M, K, a.rows_from(i).columns_from(k), memory);
 }
 
+// Columns of B whose terms stay in the second-level cache.
+DSFAST_INLINE int64_t columns_at_once(int64_t terms) { return largest(B_BLOCK / (terms + 1) / NR * NR, NR); }
+
 // A as numbers or as terms, B packed.
 template <class A, class Term>
 inline void gemm(int64_t M, A a, Packed<Term> b, float* c, int64_t ldc, bool accumulate = false) {
   for (int64_t k = 0; k < b.K || k == 0; k += KC) {
-    const int64_t depth = least(b.K - k, KC), terms = terms_of<Term>(depth), rows = rows_at_once(terms);
+    const int64_t depth = least(b.K - k, KC), terms = terms_of<Term>(depth);
+    const int64_t rows = rows_at_once(terms), columns = columns_at_once(terms);
     Term* memory = reinterpret_cast<Term*>(dsfast::scratch((rows + W) * (terms + 1), dsfast::FIRST_FACTORS));
-    for (int64_t i = 0; i < M; i += rows) {
-      const int64_t m = least(M - i, rows);
-      gemm_slice<true, Term>(m, b.N, terms, part_of_a(a, i, m, k, depth, memory), b.rows(k, depth).terms, NR, b.panel,
-                             c + i * ldc, ldc, accumulate || k > 0);
-    }
+    for (int64_t j = 0; j < b.N; j += columns)
+      for (int64_t i = 0; i < M; i += rows) {
+        const int64_t m = least(M - i, rows);
+        gemm_slice<true, Term>(m, least(b.N - j, columns), terms, part_of_a(a, i, m, k, depth, memory),
+                               b.rows(k, depth).columns_from(j).terms, NR, b.panel, c + i * ldc + j, ldc,
+                               accumulate || k > 0);
+      }
   }
 }
 
-template <class Term>
-inline void gemm_packed(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
+// B as numbers, packed a part at a time.
+template <class Term, class A>
+inline void gemm_packed(int64_t M, int64_t N, int64_t K, A a, Matrix b, float* c, int64_t ldc, bool accumulate) {
   for (int64_t k = 0; k < K || k == 0; k += KC) {
-    const int64_t depth = least(K - k, KC), columns = largest(B_BLOCK / (terms_of<Term>(depth) + 1) / NR * NR, NR);
+    const int64_t depth = least(K - k, KC), columns = columns_at_once(terms_of<Term>(depth));
     const int64_t size = packed_size<Term>(least(N, columns), depth);
     Term* memory = reinterpret_cast<Term*>(dsfast::scratch(size, dsfast::SECOND_FACTORS));
     for (int64_t j = 0; j < N; j += columns)
-      gemm(M, a.columns_from(k), pack_b(least(N - j, columns), depth, b.rows_from(k).columns_from(j), memory), c + j,
+      gemm(M, from_number(a, k), pack_b(least(N - j, columns), depth, b.rows_from(k).columns_from(j), memory), c + j,
            ldc, accumulate || k > 0);
   }
 }

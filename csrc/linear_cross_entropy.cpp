@@ -6,6 +6,7 @@
 // their sum is known. They are made into terms of these two products as they come.
 #include <cmath>
 
+#include "carver.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -15,9 +16,13 @@ namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
-constexpr int64_t CHUNK = 48;  // words at a time: logits, weights, hidden and its gradient fit the first-level cache
+// Words at a time: so few that logits, weights, hidden and its gradient fit the first-level cache; where they are too
+// wide for that, so many that the gradient is seldom gone through.
+constexpr int64_t NARROW = 48, WIDE = 480;
 constexpr int64_t PER = PER_BUILD_TERM;
-static_assert(CHUNK % PER == 0 && TOKENS % PER == 0 && CHUNK <= KC && TOKENS <= KC, "sums of whole terms, one slice");
+static_assert(NARROW % PER == 0 && WIDE % PER == 0 && TOKENS % PER == 0, "a chunk must fill whole terms");
+// Exponentials are made as 2^(logit / ln 2 - reference): the factor and the difference are one instruction.
+constexpr float PER_LN2 = 1.44269504f;
 // A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp:
 // far from overflow, also summed over the words.
 constexpr float FAR = 2e17f;
@@ -25,10 +30,11 @@ constexpr float FAR = 2e17f;
 struct Head {
   const float* weight;
   int64_t R, V;
+  int64_t chunk() const { return R <= 512 ? NARROW : WIDE; }
   Matrix words(int64_t v) const { return {weight + v * R, R, 1}; }
 };
 
-// exp(logit - reference) of a chunk of words, as the terms of the products they go into.
+// 2^(logit / ln 2 - reference) of a chunk of words, as the terms of the products they go into.
 struct Chunk {
   BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens
   BuildTerm* by_word;   // [words / PER][TOKENS], terms along the words
@@ -41,22 +47,15 @@ struct Block {
   float* hidden;        // [R][TOKENS], transposed
   float* scaled;        // [TOKENS][R], hidden times the token's gradient scale
   float* grad;          // [TOKENS][R], sum of exps times weight
-  BuildTerm *hidden_terms, *weight_terms, *scaled_terms;  // second factors
+  BuildTerm *hidden_terms, *scaled_terms;  // second factors
   PackedB packed_hidden;
-  float reference[TOKENS], total[TOKENS];
+  float reference[TOKENS], total[TOKENS];  // what is subtracted, in base 2; the sum of the exponentials
 
   Block(const Head& head, bool with_grads) {
-    const int64_t words = with_grads ? (head.V + PER - 1) / PER * PER : CHUNK, block = head.R * TOKENS;
-    const int64_t of_hidden = packed_size<BuildTerm>(TOKENS, head.R), of_weight = packed_size<BuildTerm>(head.R, CHUNK);
-    const int64_t of_scaled = packed_size<BuildTerm>(head.R, TOKENS);
-    const int64_t terms = (words + CHUNK) * TOKENS / PER + of_hidden + of_weight + of_scaled;
-    float* next = dsfast::scratch(terms + CHUNK * TOKENS + 3 * block);
-    auto carve = [&](int64_t count) { return (next += count) - count; };
-    auto carve_terms = [&](int64_t count) { return reinterpret_cast<BuildTerm*>(carve(count)); };
-    by_token = carve_terms(words * TOKENS / PER);
-    passing = {nullptr, carve_terms(CHUNK * TOKENS / PER), carve(CHUNK * TOKENS)};
-    hidden = carve(block), scaled = carve(block), grad = carve(block);
-    hidden_terms = carve_terms(of_hidden), weight_terms = carve_terms(of_weight), scaled_terms = carve_terms(of_scaled);
+    Carver count = {nullptr};
+    carve(count, head, with_grads);
+    Carver carver = {dsfast::scratch(count.size)};
+    carve(carver, head, with_grads);
   }
 
   // The words from v on. Floats have one place from logit to term.
@@ -64,6 +63,16 @@ struct Block {
     BuildTerm* own = by_token + v * (TOKENS / PER);
     if (PER == 1) return {own, own, reinterpret_cast<float*>(own)};
     return {own, passing.by_word, passing.logits};
+  }
+
+ private:
+  void carve(Carver& c, const Head& head, bool with_grads) {
+    const int64_t chunk = head.chunk(), words = with_grads ? (head.V + PER - 1) / PER * PER : chunk;
+    by_token = c.of<BuildTerm>(words * TOKENS / PER);
+    passing = {nullptr, c.of<BuildTerm>(chunk * TOKENS / PER), c.floats(chunk * TOKENS)};
+    hidden = c.floats(head.R * TOKENS), scaled = c.floats(head.R * TOKENS), grad = c.floats(head.R * TOKENS);
+    hidden_terms = c.of<BuildTerm>(packed_size<BuildTerm>(TOKENS, head.R));
+    scaled_terms = c.of<BuildTerm>(packed_size<BuildTerm>(head.R, TOKENS));
   }
 };
 
@@ -81,12 +90,12 @@ void make_logits(const Head& head, int64_t v, int64_t words, const Block& b, flo
 void set_reference(const Head& head, int64_t words, Block& b) {
   for (int64_t t = 0; t < TOKENS; ++t) b.reference[t] = -INFINITY;
   float* logits = b.chunk(0).logits;
-  for (int64_t v = 0; v < words; v += CHUNK) {
-    const int64_t count = least(words - v, CHUNK);
+  for (int64_t v = 0; v < words; v += head.chunk()) {
+    const int64_t count = least(words - v, head.chunk());
     make_logits(head, v, count, b, logits);
     for (int64_t t = 0; t < TOKENS; t += W) {
       vfloat top = load(b.reference + t);
-      for (int64_t i = 0; i < count; ++i) top = maximum(top, load(logits + i * TOKENS + t));
+      for (int64_t i = 0; i < count; ++i) top = maximum(top, load(logits + i * TOKENS + t) * PER_LN2);
       store(b.reference + t, top);
     }
   }
@@ -102,7 +111,7 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
     for (int64_t i = 0; i < words; i += PER) {
       vfloat exps[PER] = {};
       for (int64_t p = 0; p < PER && i + p < words; ++p) {
-        exps[p] = exp(load(chunk.logits + (i + p) * TOKENS + t) - reference);
+        exps[p] = exp2(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
         part += exps[p];
       }
       store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
@@ -116,14 +125,14 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
 // All words: exps, their total and, if wanted, grad. False as soon as a logit lies far above the reference.
 bool meet_vocabulary(const Head& head, bool with_grads, Block& b) {
   clear(b.total, TOKENS);
-  for (int64_t v = 0; v < head.V; v += CHUNK) {
-    const int64_t words = least(head.V - v, CHUNK);
+  for (int64_t v = 0; v < head.V; v += head.chunk()) {
+    const int64_t words = least(head.V - v, head.chunk());
     const Chunk chunk = b.chunk(with_grads ? v : 0);
     make_logits(head, v, words, b, chunk.logits);
     if (!exponentials(chunk, words, b)) return false;
     if (with_grads)
-      gemm(TOKENS, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, pack_b(head.R, words, head.words(v), b.weight_terms),
-           b.grad, head.R, v > 0);
+      gemm_packed<BuildTerm>(TOKENS, head.R, words, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, head.words(v), b.grad,
+                             head.R, v > 0);
   }
   return true;
 }
@@ -150,9 +159,9 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
       dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
   }
   const PackedB scaled = pack_b(R, TOKENS, {b.scaled, R, 1}, b.scaled_terms);
-  for (int64_t v = 0; v < head.V; v += CHUNK)
-    gemm(least(head.V - v, CHUNK), Terms<BuildTerm>{b.chunk(v).by_token, TOKENS / PER, 1}, scaled, dweight + v * R, R,
-         !first);
+  for (int64_t v = 0; v < head.V; v += head.chunk())
+    gemm(least(head.V - v, head.chunk()), Terms<BuildTerm>{b.chunk(v).by_token, TOKENS / PER, 1}, scaled,
+         dweight + v * R, R, !first);
   for (int64_t i = 0; i < tokens; ++i)
     if (labels[i] != ignore_index)
       for (int64_t r = 0; r < R; ++r) dweight[labels[i] * R + r] -= b.hidden[r * TOKENS + i] * share;
@@ -170,7 +179,7 @@ double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const 
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t tokens = least(N - n, TOKENS);
     load_hidden(head, hidden + n * hidden_row, hidden_row, tokens, b);
-    set_reference(head, least(V, CHUNK), b);
+    set_reference(head, least(V, head.chunk()), b);
     if (!meet_vocabulary(head, with_grads,
                          b)) {  // rare: the first chunk's largest logit is seldom far from the largest
       set_reference(head, V, b);
@@ -178,7 +187,8 @@ double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const 
     }
     for (int64_t i = 0; i < tokens; ++i)
       if (labels[n + i] != ignore_index)
-        loss += double(b.reference[i] - label_logit(head, b, i, labels[n + i])) + std::log(double(b.total[i]));
+        loss += double(b.reference[i]) / PER_LN2 + std::log(double(b.total[i])) -
+                double(label_logit(head, b, i, labels[n + i]));
     if (with_grads)
       gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * R, dweight, first && n == 0, b);
   }

@@ -92,6 +92,28 @@ DSFAST_INLINE vfloat exp(vfloat x) {
   return (vfloat)((vint)result & ~(x < -87.3f));
 }
 
+// 2^x, at most 3 units in the last place off for -126 <= x <= 127; below it next to nothing or 0, above it inf or some
+// number beyond 1e38, of NaN it is NaN. x = n + r, |r| <= 1 / 2; 2^r = 1 + r p(r), p of degree 4 fitted for the least
+// relative error (9e-8). Fewer instructions than exp, where an argument in base 2 costs nothing.
+DSFAST_INLINE vfloat exp2(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat clamped = maximum(splat(-150.0f), x);
+  const vfloat n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vfloat clamped = minimum(splat(127.0f), maximum(splat(-126.0f), x));
+  const vfloat shifted = clamped + 12583039.0f;  // as in exp
+  const vfloat n = shifted - 12583039.0f;
+#endif
+  const vfloat r = clamped - n, r2 = r * r;
+  const vfloat high = r2 * (r * 1.326472731e-3f + 9.671512991e-3f) + (r * 5.550733581e-2f + 2.402224243e-1f);
+  const vfloat power_of_r = r2 * high + (r * 6.931470037e-1f + 1.0f);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(power_of_r, n);
+#else
+  return power_of_r * (vfloat)((vint)shifted << 23);
+#endif
+}
+
 DSFAST_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 
 // y[i] = f(x[i]) for any count, whole vectors first.

@@ -1,4 +1,4 @@
-"""Files that commands write: tried out before the work begins, then written whole or not at all."""
+"""Files that commands write: tried out before the work begins, then written whole or not at all; and where caches are."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def check_output_folder(path: str, argument: str) -> Path:
         for created in absent:
             created.rmdir()
     return folder
+
+
+def cache_folder() -> Path:
+    """Where dsfast keeps what it need not make again: $DSFAST_CACHE, else $XDG_CACHE_HOME/dsfast, else ~/.cache/dsfast."""
+    if folder := os.environ.get("DSFAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsfast"
 
 
 def write_text(path: Path, text: str) -> None:

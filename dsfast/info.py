@@ -15,7 +15,8 @@ import torch
 
 from dsfast import ops
 from dsfast.command import CommandParser, run_command
-from dsfast.ops import native
+from dsfast.files import cache_folder
+from dsfast.ops import native, triton
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "rich", "triton", "transformers")
 _ROOT = Path(__file__).parents[1]
@@ -55,6 +56,11 @@ def native_build() -> dict[str, Any]:
     }
 
 
+def caches() -> dict[str, str]:
+    """The folders of what is kept from one run to the next: trained tokenizers; GPU kernels, as Triton compiled them."""
+    return {"tokenizers": str(cache_folder()), "kernels": str(triton.kernel_cache())}
+
+
 def commit() -> dict[str, Any] | None:
     """The git commit of the source tree and whether it has changes; None where dsfast does not run from one."""
     if _git("rev-parse", "--show-toplevel") != str(_ROOT):
@@ -71,6 +77,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "native": native_build(),
+        "caches": caches(),
         "operators": {device: ops.report(device) for device in devices},
     }
 
@@ -89,6 +96,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [*_section("machine", facts["machine"]), *_section("versions", facts["versions"])]
     lines += _section("commit", facts["commit"] or {"hash": "not a git working tree"})
     lines += _section("C++ kernels", {k: ", ".join(v) if isinstance(v, list) else v for k, v in build.items()})
+    lines += _section("caches", facts["caches"])
     for device, rows in facts["operators"].items():
         lines += _section(
             f"operators on {device}", {r["operator"]: f"{r['implementation']:<10} {r['reason']}" for r in rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from operator_cases import needs_native
 from rich.console import Console
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +33,7 @@ from dsfast.config import default_config
 from dsfast.errors import UserError
 from dsfast.model import generate_ids
 from dsfast.model.decode import OperatorDecoder
+from dsfast.ops import native
 from dsfast.train import Trainer
 
 # Small, and no two letters of an operator alike.
@@ -315,8 +318,31 @@ def test_a_right_case_is_timed_in_every_implementation(operator: str):
         for name, figures in found["implementations"].items():
             median = figures["seconds"]["median"]
             assert figures["bytes_per_second"] == found["bytes"] / median
-            assert figures["ceiling_share"] == CEILINGS.ideal_seconds(found["flops"], found["bytes"]) / median
+            dtype = torch.bfloat16 if name == kernels.ROUNDED else torch.float32
+            assert figures["ceiling_share"] == CEILINGS.ideal_seconds(found["flops"], found["bytes"], dtype) / median
             assert ("speedup_median_of_pairs" in figures) == (name != "eager")
+
+
+@pytest.mark.parametrize("spoil", [1.0, 1.05])
+def test_products_of_bfloat16_are_an_implementation_of_their_own(spoil, monkeypatch):
+    """Where the processor is fast at them; held to eager's error in bfloat16, not beyond."""
+    needs_native()
+    monkeypatch.setattr(kernels.native, "fast_bfloat16", lambda: True)
+    case = build("swiglu_mlp")
+
+    @functools.wraps(case.case.function)
+    def function(*arguments):
+        rounded = native._products.get() == torch.bfloat16 and arguments[0].dtype == torch.float32  # not eager
+        return case.case.function(*arguments) * (spoil if rounded else 1.0)
+
+    if not hasattr(native.module(), "bfloat16"):
+        pytest.skip("bfloat16 products take AVX2 at least")
+    bench_case = dataclasses.replace(case, case=dataclasses.replace(case.case, function=function))
+    row = kernels.run_case(bench_case, CEILINGS, 1)
+    right = spoil == 1.0
+    assert (row["checks"][kernels.ROUNDED] == "") == right
+    assert all((kernels.ROUNDED in found["implementations"]) == right for found in row["passes"].values())
+    assert kernels.ROUNDED not in kernels.run_case(build("rope"), CEILINGS, 1)["checks"]
 
 
 def test_a_wrong_eager_peer_is_not_timed():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, operators, peers, run, suite, whole
+from dsfast.bench.gpu import cases, operators, peers, run, suite, training, whole
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
@@ -257,7 +258,7 @@ def test_short_calls_are_also_timed_in_a_graph():
 
 def variants(**over: float) -> dict:
     ours = {"seconds": {"median": 1e-3}, "over_dsfast": 1.0, "flops_per_second": 4e14, "bytes_per_second": 3.5e12,
-            "bound_share": 0.9, "graph_seconds": 1e-5, "launches": 1, "tokens_per_second": 6000.0}  # fmt: skip
+            "bound_share": 0.9, "graph_seconds": 1e-5, "launches": 1, "tokens_per_second": 6000.0, "memory_gb": 0.5}  # fmt: skip
     return {"dsfast": ours} | {name: {"over_dsfast": ratio} for name, ratio in over.items()}
 
 
@@ -335,8 +336,106 @@ def test_every_figure_names_what_the_parts_measure():
     config = whole.comparable(whole.whole_config(False))
     size = f"{config.train.batch_size} x {config.data.sequence_length}"
     steps = row("step", size, "step", **dict.fromkeys(whole.GPU_PEERS, 1.0))
+    trained = [
+        {
+            **row("training", case, "training"),
+            "passes": {run: {"variants": variants()} for run in ("process", "training")},
+        }
+        for case in ("cold", "warm", "CPU")
+    ]
     generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
-    assert [f["what"] for f in figures([*by_run.values(), steps, *generated]) if f["got"] is None] == []
+    assert [f["what"] for f in figures([*by_run.values(), steps, *trained, *generated]) if f["got"] is None] == []
+
+
+class TestTheStep:
+    """What is timed is what a GPU's trainer launches for a step, here on CPU tensors."""
+
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        monkeypatch.setattr(whole, "GPU_PEERS", {})
+
+    def test_is_the_one_that_is_recorded(self, monkeypatch):
+        launched = []
+        make = whole.DeviceSteps
+        monkeypatch.setattr(
+            whole, "DeviceSteps", lambda trainer, launch: make(trainer, lambda step: lambda: launched.append(step()))
+        )
+        found = whole.run_step(HostClock(), None, True)
+        assert len(launched) == 1 + whole.WARM_CALLS + 1  # checked, warm, timed
+        assert found["check"] == ""
+        assert found["preparation_seconds"] > 0
+        assert found["passes"]["step"]["variants"]["dsfast"]["seconds"]["count"] == 1
+
+    def test_is_held_against_the_models_loss(self, monkeypatch):
+        monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
+        check = whole.run_step(HostClock(), None, True)["check"]
+        assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
+
+
+TOOK = {
+    "seconds": 0.08, "preparation_seconds": 11.0, "utilisation": 0.9, "tokens_per_second": 2e7, "memory_gb": 0.4,
+    "losses": [9.0, 0.7], "fallbacks": [], "dtype": "bfloat16",
+}  # fmt: skip
+
+
+class TestTheTrainingPart:
+    def test_cold_warm_and_on_the_cpu_in_processes_of_their_own(self, monkeypatch):
+        """The second finds what the first has left, and nobody else's."""
+        commands, folders = [], []
+
+        def run_process(command, caches):
+            commands.append(command[3:])
+            folders.append((caches, [path.name for path in Path(caches).iterdir()]))
+            (Path(caches) / "kept").write_text("")
+            return 17.0, TOOK if command[3] == "gpu" else {
+                **TOOK,
+                "preparation_seconds": None,
+                "tokens_per_second": 1e5,
+            }
+
+        monkeypatch.setattr(training, "run_process", run_process)
+        found = list(training.run_training(False))
+        assert commands == [["gpu", "200"], ["gpu", "200"], ["cpu", "20"]]
+        (folder,) = {folder for folder, _ in folders}
+        assert [names for _, names in folders] == [[], ["kept"], ["kept"]]
+        assert not Path(folder).exists()
+        assert [list(row["passes"]) for row in found] == [["process", "preparation", "training"]] * 2 + [
+            ["process", "training"]
+        ]
+        got = {figure["what"]: (figure["got"], figure["met"]) for figure in figures(found)}
+        assert got["training, 200 steps"] == (0.08, "yes")
+        assert got["training, whole process, empty caches"] == (17.0, "yes")
+        assert got["training, whole process, warm caches"] == (17.0, "no")
+        assert got["training over dsfast on the CPU"] == (200.0, "yes")
+        assert got["training, memory of the GPU"] == (0.4, "yes")
+        shown = plain(document({**run_document(found)}))
+        assert "training cold  steps=200  bfloat16" in shown
+        assert "11,000,000.0" in shown
+
+    def test_a_loss_that_rose_is_not_sound(self):
+        found = training.row("cold", 200, 17.0, {**TOOK, "losses": [9.0, 9.1]})
+        assert found["check"] == "the loss rose from 9.0000 to 9.1000"
+        assert not run.sound({"parts": {}, "rows": [found]})
+
+    def test_a_process_has_its_caches_and_its_last_word(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+        said = "import json, os; e = os.environ; print('x'); print(json.dumps([e['DSFAST_CACHE'], e.get('TRITON_CACHE_DIR')]))"
+        seconds, found = training.run_process([sys.executable, "-c", said], str(tmp_path))
+        assert found == [str(tmp_path), None]
+        assert seconds > 0
+        with pytest.raises(RuntimeError, match=r"^no GPU$"):
+            training.run_process([sys.executable, "-c", "raise SystemExit('no GPU')"], str(tmp_path))
+
+    def test_what_a_run_took(self):
+        found = training.train(training.trainer_for("cpu", 1, rehearsal=True))
+        assert found["losses"][0] == found["losses"][1]
+        assert found["preparation_seconds"] is None
+        assert found.keys() == TOOK.keys()
+        assert training.trainer_for("cpu", 20, rehearsal=False).config.train.steps == 20
+
+
+def run_document(rows: list) -> dict:
+    return {"gpu": None, "bounds": None, "rows": rows, "parts": {}, "figures": figures(rows)}
 
 
 def test_at_most_and_at_least():

@@ -55,9 +55,23 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def prepared(trainer: Trainer) -> DeviceSteps | HostSteps:
+    """Steps that are ready to run."""
+    steps = trainer.steps()
+    steps.prepare()
+    return steps
+
+
+def first_block(**changes) -> DeviceSteps:
+    """Steps of which five are done, none launched ahead: a checkpoint is due."""
+    steps = prepared(device_trainer(**{"train.checkpoint_every": 5, **changes}))
+    list(steps.run())
+    return steps
+
+
 def reports(trainer: Trainer) -> list:
     """The report and the loads of every step of the run."""
-    steps, done = trainer.steps(), []
+    steps, done = prepared(trainer), []
     while trainer.steps_done < trainer.config.train.steps:
         done += [(report, [load.clone() for load in loads]) for report, loads in steps.run()]
     return done
@@ -141,7 +155,13 @@ class TestTheLoop:
             result = trainer.train()
             lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
             assert [line["loss"] for line in lines] == result.losses
-            printed = [line.split(" tokens/s")[0].rsplit("  ", 1)[0] for line in capsys.readouterr().out.splitlines()]
+            shown = capsys.readouterr().out.splitlines()
+            assert [line.split(" in ")[0] for line in shown if "step " not in line[:5]] == ["prepared"] * (
+                name == "device"
+            )
+            assert (result.preparation_seconds is None) == (name == "host")
+            assert result.utilisation is None, "there is no other clock on a CPU"
+            printed = [line.split(" tokens/s")[0].rsplit("  ", 1)[0] for line in shown if line.startswith("step ")]
             kept = sorted(path.name for path in (tmp_path / name).iterdir())
             folders[name] = (lines, printed, kept, [(result.steps, result.skipped_steps, result.checkpoint.name)])
         assert folders["host"][1:] == folders["device"][1:]
@@ -163,12 +183,17 @@ class TestTheLoop:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state(rest).items())
         assert rest.optimizer.updates == 10
 
-    def test_a_signal_ends_it_at_the_next_log_line(self, tmp_path):
-        trainer = device_trainer(tmp_path / "run", partial(signalling, at=3))
+    @pytest.mark.parametrize(("at", "last"), [(1, 4), (3, 4), (5, 6), (10, 10)])
+    def test_a_signal_ends_it_after_what_is_launched(self, tmp_path, at, last):
+        """Blocks of two: in the first, and in the first ahead, it is noticed when the first is read; then one after the other."""
+        trainer = device_trainer(tmp_path / "run", partial(signalling, at=at), **{"train.log_every": 2})
         former = signal.getsignal(signal.SIGINT)
-        with pytest.raises(Interrupted, match=r"stopped after step 5 of 10; saved as .*step-000005"):
+        with pytest.raises(Interrupted, match=rf"stopped after step {last} of 10; saved as .*step-0000{last:02}"):
             trainer.train(quiet=True)
         assert signal.getsignal(signal.SIGINT) is former
+        assert trainer.optimizer.updates == last
+        expected = state(stopped_after(last))
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state(trainer).items())
         model, _, _ = load_checkpoint(tmp_path / "run")
         assert all(torch.equal(x, trainer.model.state_dict()[name]) for name, x in model.state_dict().items())
 
@@ -183,6 +208,104 @@ class TestTheLoop:
 
     def test_the_cpu_has_its_own_steps(self):
         assert isinstance(host_trainer().steps(), HostSteps)
+
+
+class Mark:
+    """A GPU's event, made up: it takes a second from one to the next, and says when it is waited for."""
+
+    def __init__(self, log: list):
+        log.append("mark")
+        self.log, self.second = log, log.count("mark")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, later: Mark) -> float:
+        return 1e3 * (later.second - self.second)
+
+
+class TestRunningAhead:
+    def log_of(self, monkeypatch, **changes) -> list[str | int]:
+        """Of a run in blocks of two: every mark, every wait for one, the step of every call and of every report."""
+        log, calls = [], []
+        monkeypatch.setattr(runtime, "mark", lambda device: Mark(log))
+
+        def launch(step):
+            def call():
+                calls.append(None)
+                log.append(f"call {len(calls)}")
+                step()
+
+            return call
+
+        trainer = device_trainer(None, launch, **{"train.steps": 8, "train.log_every": 2, **changes})
+        count, self.steps, self.seconds = trainer.count_step, trainer.steps(), []
+
+        def count_step(*values):
+            log.append(f"report {trainer.steps_done + 1}")
+            self.seconds.append(values[-1])
+            return count(*values)
+
+        trainer.count_step, trainer.steps = count_step, lambda: self.steps
+        self.result = trainer.train(quiet=True)
+        return [entry for entry in log if entry != "mark"]
+
+    def test_the_next_steps_are_launched_before_one_is_waited_for(self, monkeypatch):
+        first, rest = ["call 1", "call 2"], []
+        for step in (3, 5, 7):
+            rest += [f"call {step}", f"call {step + 1}", "wait", f"report {step - 2}", f"report {step - 1}"]
+        assert self.log_of(monkeypatch) == [*first, *rest, "wait", "report 7", "report 8"]
+        assert self.steps.busy_seconds == 4.0  # a second for each block
+        assert self.result.utilisation == pytest.approx(4.0 / sum(self.seconds))
+
+    def test_steps_launched_kernel_by_kernel_tell_of_no_busy_device(self, monkeypatch):
+        monkeypatch.setattr(runtime, "mark", lambda device: Mark([]))
+        assert device_trainer().train(quiet=True).utilisation is None
+
+    def test_not_beyond_a_checkpoint(self, monkeypatch):
+        log = self.log_of(monkeypatch, **{"train.checkpoint_every": 4})
+        assert log.index("report 4") < log.index("call 5")
+        assert log.index("call 3") < log.index("report 1")
+
+    def test_a_checkpoint_holds_the_weights_of_its_step(self, tmp_path):
+        device_trainer(tmp_path / "run", **{"train.log_every": 2, "train.checkpoint_every": 6}).train(quiet=True)
+        saved, _, _ = load_checkpoint(tmp_path / "run" / "step-000006")
+        expected = stopped_after(6).model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.state_dict().items())
+
+    def test_not_beyond_the_batches_that_are_loaded(self, monkeypatch):
+        monkeypatch.setattr(runtime, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
+        places = len(device_trainer().steps().step.batches.rows)
+        log = self.log_of(monkeypatch)
+        for step in range(places, 8, places):
+            assert log.index(f"report {step}") < log.index(f"call {step + 1}")
+
+    def test_what_is_sent_stays_as_it_was(self):
+        """Later steps write to other places, and after other batches are loaded to the same ones."""
+        steps = first_block()
+        sent = steps.step.sent(0, 5)
+        before = [x.clone() for x in sent]
+        for tensor in (steps.step.measured, steps.step.loads):
+            tensor.fill_(7)
+        assert all(torch.equal(x, y) for x, y in zip(sent, before, strict=True))
+
+    def test_the_time_of_the_steps_is_that_of_the_run(self, monkeypatch):
+        """Each moment from the first launch to the last read is of one block: looked at 2 times preparing, then at 5 + 5."""
+        looks = []
+        monkeypatch.setattr(runtime, "perf_counter", lambda: looks.append(None) or float(len(looks)))
+        trainer = device_trainer(**{"train.log_every": 2})
+        found = reports(trainer)
+        assert sum(report.seconds for report, _ in found) == pytest.approx(12 - 3)
+        assert all(report.seconds > 0 for report, _ in found)
+
+
+def stopped_after(steps: int) -> Trainer:
+    """A trainer that did its first `steps` steps, each by itself."""
+    trainer = device_trainer(**{"train.checkpoint_every": 1})
+    ready = prepared(trainer)
+    for _ in range(steps):
+        list(ready.run())
+    return trainer
 
 
 def signalling(step, at: int):
@@ -211,9 +334,9 @@ class TestNotFinite:
     @pytest.mark.parametrize("kind", ["adamw", "muon"])
     def test_nothing_is_updated_it_is_counted_and_the_run_goes_on(self, kind, tmp_path):
         bad = {0: math.nan, 3: math.nan, 4: math.inf, 6: -math.inf}
-        trainer = device_trainer(**{"train.optimizer": kind, "train.log_every": 1})
+        trainer = device_trainer(**{"train.optimizer": kind, "train.checkpoint_every": 1})
         poisoned(bad, trainer)
-        steps, skipped = trainer.steps(), []
+        steps, skipped = prepared(trainer), []
         for step in range(10):
             before, biases = state(trainer), [r.e_score_correction_bias.clone() for r in trainer.model.routers()]
             ((report, _),) = steps.run()
@@ -231,7 +354,7 @@ class TestNotFinite:
 
     def test_a_loss_that_is_not_finite_with_gradients_that_are(self):
         trainer = device_trainer(**{"train.log_every": 1})
-        steps = trainer.steps()
+        steps = prepared(trainer)
         inner = steps.step.weights.loss_and_gradients
         steps.step.weights.loss_and_gradients = lambda *a: (lambda loss, g: (loss * math.inf, g))(*inner(*a))
         before = state(trainer)
@@ -280,9 +403,8 @@ class TestWhatAGraphForbids:
     @pytest.mark.parametrize("mtp", [0, 1])
     def test_no_wait_no_shape_from_data_no_new_address(self, kind, mtp):
         needs_native()
-        trainer = device_trainer(**{"train.optimizer": kind, "model.num_nextn_predict_layers": mtp})
-        steps = trainer.steps()
-        list(steps.run())
+        steps = first_block(**{"train.optimizer": kind, "model.num_nextn_predict_layers": mtp})
+        trainer = steps.trainer
         before, losses = addresses(steps.step), []
         with trainer.kernels():
             for _ in range(4):
@@ -337,9 +459,8 @@ class TestWhatAGraphForbids:
         ],
     )
     def test_the_guard_notices(self, forbidden):
-        trainer = device_trainer()
-        steps = trainer.steps()
-        list(steps.run())
+        steps = first_block()
+        trainer = steps.trainer
         measure = steps.step._measure
 
         def injected(loss, *rest):
@@ -351,8 +472,7 @@ class TestWhatAGraphForbids:
             steps.step()
 
     def test_the_addresses_would_show_new_gradients(self):
-        steps = device_trainer().steps()
-        list(steps.run())
+        steps = first_block()
         before = addresses(steps.step)
         for parameter in steps.step.parameters:
             parameter.grad = parameter.grad.clone()
@@ -385,8 +505,7 @@ class TestCapture:
         assert all(torch.equal(tensor, state(plain)[name]) for name, tensor in state(warmed).items())
 
     def test_state_is_everything_that_a_step_changes(self):
-        steps = device_trainer().steps()
-        list(steps.run())
+        steps = first_block()
         everything = {id(x): x for x in [*steps.step.state(), *steps.trainer.model.state_dict().values()]}
         before = {key: x.clone() for key, x in everything.items()}
         optimizer = state(steps.trainer)

@@ -88,7 +88,9 @@ def assert_right(changes: dict, lengths: tuple[int, ...], threads: int = 1) -> N
         torch.set_num_threads(threads)
         found = in_one_call(model, arguments)
         sizes = {name: x.abs().max() for name, x in expected.items()}
-        draws.append([torch.cat([(v[n].double() / sizes[n]).flatten() for n in sizes]) for v in (expected, found, *eager)])
+        draws.append(
+            [torch.cat([(v[n].double() / sizes[n]).flatten() for n in sizes]) for v in (expected, found, *eager)]
+        )
     expected, found, *eager = (torch.stack(values) for values in zip(*draws, strict=True))
     exact = torch.stack([expected] * len(eager))
     assert_passed([judge(exact, torch.stack(eager), torch.stack([found] * len(eager)), torch.float32, "native")])

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from datetime import datetime
+from time import perf_counter
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from dsfast.evaluate.probes import judge
 from dsfast.suite import __main__ as suite
 from dsfast.suite import phases
 from dsfast.suite.error_reports import error_reports
-from dsfast.suite.report import FAILED, PASSED, Reporter, duration, performance_block, training_time
+from dsfast.suite.report import FAILED, PASSED, Reporter, duration, performance_block, training_time, utilisation
 from dsfast.suite.results import write_results
 from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
+from dsfast.train import loop, runtime
 
 BELOW, ABOVE = -1e-9, 1e-9
 
@@ -233,10 +235,10 @@ def test_comparison_needs_both():
     skipped = phases.skipped_test("Test 2", "no GPU")
     assert phases.compare(test_with(training_seconds=1.0), skipped) == {"reason": "no GPU"}
     both = phases.compare(
-        test_with(training_seconds=60.0, seconds_per_answer=0.2),
-        test_with(training_seconds=10.0, seconds_per_answer=0.1),
+        test_with(training_seconds=60.0, seconds_per_answer=0.2, preparation_seconds=None),
+        test_with(training_seconds=10.0, seconds_per_answer=0.1, preparation_seconds=5.0),
     )
-    assert both == {"training_speedup": 6.0, "generation_speedup": 2.0}
+    assert both == {"training_speedup": 6.0, "training_speedup_prepared": 4.0, "generation_speedup": 2.0}
     assert [c.status for c in judge_comparison(both)] == ["PASS", "FAIL"]
 
 
@@ -255,19 +257,27 @@ def test_training_time_reads_as_in_the_specification(seconds, target, text):
 
 def test_a_fast_cpu_is_shown_in_seconds():
     assert duration(38.2, 720.0) == "38.2s"
+    assert duration(0.0612, 75.0) == "0.061s"
 
 
-def both_devices(cpu_seconds: float) -> dict:
-    def test_with(seconds, target, answer):
-        details = {"training_seconds": seconds, "target_seconds": target, "seconds_per_answer": answer}
+def both_devices(cpu_seconds: float, **gpu) -> dict:
+    """Results of both fast tests, as far as performance goes; `gpu`: details of the GPU's that differ."""
+
+    def test_with(device, seconds, target, answer, **details):
+        times = {"training_seconds": seconds, "target_seconds": target, "seconds_per_answer": answer}
+        details = {"device": device, **times, **details}
         return {"status": "passed", "reason": None, "phases": [{"name": "performance", "details": details}]}
 
-    tests = {"cpu": test_with(cpu_seconds, 720.0, 0.185), "gpu": test_with(68.5, 75.0, 0.032)}
+    own = {"preparation_seconds": 12.34, "utilisation": 0.968, "memory_gb": 0.314}
+    tests = {
+        "cpu": test_with("cpu", cpu_seconds, 720.0, 0.185, preparation_seconds=None, utilisation=None, memory_gb=0.5),
+        "gpu": test_with("gpu", 68.5, 75.0, 0.032, **(own | gpu)),
+    }
     return {"tests": tests | {"full": {"phases": []}}, "comparison": phases.compare(tests["cpu"], tests["gpu"])}
 
 
 def test_the_good_performance_block_is_the_specifications():
-    assert performance_block(both_devices(672.0))[1:-1] == [
+    assert performance_block(both_devices(672.0))[1:11] == [
         "Good Performance:",
         "Training Time:",
         "  CPU: 11.2min (target: 12.0min)",
@@ -281,11 +291,75 @@ def test_the_good_performance_block_is_the_specifications():
     ]
 
 
+def test_behind_it_stands_what_the_gpu_took_besides():
+    assert performance_block(both_devices(672.0))[11:-1] == [
+        "",
+        "GPU preparation (batches loaded, kernels compiled or read from the cache, step recorded; in no time above):",
+        "  GPU: 12.3s",
+        "  Speedup of training with it: 8.3x faster on GPU",
+        "",
+        "GPU utilisation and memory:",
+        "  GPU: busy 97% of the steps' time; 0.31 GB of VRAM",
+    ]
+
+
+def test_without_a_gpu_nothing_is_said_of_one():
+    results = both_devices(672.0)
+    skipped = phases.skipped_test("Test 2", "no GPU")
+    results["tests"]["gpu"], results["comparison"] = skipped, phases.compare(results["tests"]["cpu"], skipped)
+    assert performance_block(results)[1:-1] == [
+        "Good Performance:",
+        "Training Time:",
+        "  CPU: 11.2min (target: 12.0min)",
+        "  Speedup: not measured (no GPU)",
+        "",
+        "Generation Speed (avg):",
+        "  CPU: 0.185s",
+        "  Speedup: not measured (no GPU)",
+    ]
+
+
+def test_the_gpu_alone_with_full_training():
+    """Two tests on the GPU, nothing to compare them with."""
+    results = both_devices(672.0)
+    results["tests"]["full"] = results["tests"]["gpu"]
+    results["tests"]["cpu"] = phases.skipped_test("Test 1", "not asked for (--gpu-only)")
+    results["comparison"] = phases.compare(results["tests"]["cpu"], results["tests"]["gpu"])
+    block = performance_block(results)
+    assert [line for line in block if "Full: " in line] == [
+        "  Full: 68.5s (target: 75.0s)",
+        "  Full: 0.032s",
+        "  Full: 12.3s",
+        "  Full: busy 97% of the steps' time; 0.31 GB of VRAM",
+    ]
+    assert block.count("  Speedup: not measured (not asked for (--gpu-only))") == 2
+    assert not any("with it" in line for line in block)
+
+
 @pytest.mark.parametrize(
-    ("cpu_seconds", "complaint"), [(1710.0, "⚠ 2.4x slower"), (300.0, "4.4x faster on GPU ⚠ expected >= 5.00x")]
+    ("share", "text"),
+    [
+        (None, "utilisation not known (steps launched kernel by kernel): see nvidia-smi"),
+        (0.5, "busy 50% of the steps' time"),
+        (0.49, "busy 49% of the steps' time, a larger train.batch_size or train.log_every would use it better"),
+    ],
 )
-def test_poor_performance_says_where(cpu_seconds, complaint):
-    block = performance_block(both_devices(cpu_seconds))
+def test_the_note_on_utilisation(share, text):
+    assert utilisation(share) == text
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "gpu", "complaint"),
+    [
+        (1710.0, {}, "⚠ 2.4x slower"),
+        (300.0, {}, "4.4x faster on GPU ⚠ expected 5-15x"),
+        (672.0, {"seconds_per_answer": 0.074}, "2.5x faster on GPU ⚠ expected 3-10x"),
+        (672.0, {"memory_gb": 2.0}, "2.00 GB of VRAM ⚠ expected < 2.00 GB"),
+        (1710.0, {"training_seconds": 145.2}, "GPU: 145.2s (target: 75.0s) ⚠ 1.9x slower"),
+    ],
+)
+def test_poor_performance_says_where(cpu_seconds, gpu, complaint):
+    block = performance_block(both_devices(cpu_seconds, **gpu))
     assert "Poor Performance:" in block
     assert any(complaint in line for line in block)
 
@@ -298,7 +372,7 @@ def test_what_a_model_writes_is_shown_as_it_is_on_any_terminal(monkeypatch):
         "name": "generation",
         "status": "failed",
         "seconds": 0.1,
-        "details": {"success": {"fast": 0.0}, "probes": [probe]},
+        "details": {"success": {"fast": 0.0}, "probes": [probe], "preparation_seconds": None},
     }
     Reporter().phase_ends(phase, [])
     printed = raw.getvalue().decode("ascii")
@@ -347,6 +421,18 @@ def test_without_a_gpu_its_test_is_skipped_and_gpu_only_cannot_run(monkeypatch):
         suite.choose_configs(parsed("--gpu-only"))
 
 
+def test_with_a_gpu_alone_both_its_tests_run_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    configs, skipped = suite.choose_configs(parsed("--gpu-only", "--full-training"))
+    assert skipped == {"cpu": "not asked for (--gpu-only)"}
+    fast, full = suite.make_plans(configs, load_prompts(), True)
+    assert [(plan.name, plan.device) for plan in (fast, full)] == [("gpu", "gpu"), ("full", "gpu")]
+    assert fast.title == "Test 2: fast GPU training (200 steps)"
+    assert full.title == "Test 3: full training on the GPU (500 steps)"
+    assert (fast.config.suite.target_seconds, full.config.suite.target_seconds) == (75.0, 75.0 * 500 / 200)
+    assert list(suite.choose_configs(parsed())[0]) == ["cpu", "gpu"]
+
+
 def test_the_configs_device_decides_and_a_contradiction_is_an_error(tmp_path):
     config = str(CONFIGS / "deepseek_v3_test_run_cpu.json")
     configs, skipped = suite.choose_configs(parsed("--config", config, "--seed", "7"))
@@ -354,6 +440,139 @@ def test_the_configs_device_decides_and_a_contradiction_is_an_error(tmp_path):
     assert skipped == {"gpu": f"{config} has runtime.device 'cpu'"}
     with pytest.raises(UserError, match="nothing to run"):
         suite.choose_configs(parsed("--config", config, "--gpu-only"))
+
+
+class Moment:
+    """In place of a mark in a GPU's stream: the host's time."""
+
+    def __init__(self, device):
+        self.seconds = perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Moment) -> float:
+        return 1e3 * (later.seconds - self.seconds)
+
+
+class GpuPlan(phases.Plan):
+    device = "gpu"
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[str, dict]:
+    """Console and results of all three tests, the GPU's done by a GPU's steps on CPU tensors."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    changes = {"model.max_position_embeddings": 128, "train.steps": 4, "train.log_every": 2, "suite.max_new_tokens": 4}
+    config = load_config(write_text_run(folder, **changes))
+    longer = config.replace(**{"train.steps": 6})
+    prompts = load_prompts()
+    plans = [
+        phases.Plan("cpu", "Test 1", config, {"fast": prompts.fast}),
+        GpuPlan("gpu", "Test 2", config, {"fast": prompts.fast}),
+        GpuPlan("full", "Test 3", longer, {"fast": prompts.fast, "full": prompts.full}),
+    ]
+
+    def steps_of(trainer):
+        on_cpu = trainer.output_dir.name == "cpu"
+        return runtime.HostSteps(trainer) if on_cpu else runtime.DeviceSteps(trainer, lambda step: step.__call__)
+
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "steps_of", steps_of)
+        patch.setattr(runtime, "mark", Moment)
+        reporter = Reporter(Console(file=output, width=120, markup=False))
+        results = suite.run(plans, {}, folder / "runs", reporter, ["suite"])
+        reporter.summary(results, None)
+    return output.getvalue(), results
+
+
+class TestRehearsedOnAGpu:
+    def details(self, rehearsal, test: str, phase: str) -> dict:
+        return next(p["details"] for p in rehearsal[1]["tests"][test]["phases"] if p["name"] == phase)
+
+    def test_preparation_stands_apart_from_training_and_answers(self, rehearsal):
+        for test in ("gpu", "full"):
+            training, performance = (
+                self.details(rehearsal, test, "training"),
+                self.details(rehearsal, test, "performance"),
+            )
+            assert training["preparation_seconds"] == performance["preparation_seconds"] > 0
+            assert self.details(rehearsal, test, "generation")["preparation_seconds"] > 0
+            assert performance["training_seconds"] == training["seconds"]
+            assert len(training["losses"]) == training["steps"]
+
+    def test_the_gpus_own_clock_gives_its_utilisation(self, rehearsal):
+        for test in ("gpu", "full"):
+            training, performance = (
+                self.details(rehearsal, test, "training"),
+                self.details(rehearsal, test, "performance"),
+            )
+            assert 0 < training["utilisation"] == performance["utilisation"] < 1
+
+    def test_a_cpu_has_neither(self, rehearsal):
+        training, performance = (
+            self.details(rehearsal, "cpu", "training"),
+            self.details(rehearsal, "cpu", "performance"),
+        )
+        assert training["preparation_seconds"] is training["utilisation"] is None
+        assert performance["preparation_seconds"] is performance["utilisation"] is None
+        assert self.details(rehearsal, "cpu", "generation")["preparation_seconds"] is None
+        (line,) = [line for line in rehearsal[0].splitlines() if "steps in" in line and "preparation" not in line]
+        assert "4 steps in" in line
+
+    def test_the_speed_ups_are_those_of_the_times_and_warned_of(self, rehearsal):
+        results = rehearsal[1]
+        cpu, gpu = (self.details(rehearsal, test, "performance") for test in ("cpu", "gpu"))
+        prepared = gpu["training_seconds"] + gpu["preparation_seconds"]
+        assert results["comparison"] == {
+            "training_speedup": cpu["training_seconds"] / gpu["training_seconds"],
+            "training_speedup_prepared": cpu["training_seconds"] / prepared,
+            "generation_speedup": cpu["seconds_per_answer"] / gpu["seconds_per_answer"],
+        }
+        checks = {(c["test"], c["name"]): c for c in results["verdict"]["checks"]}
+        for name in ("training_speedup", "generation_speedup"):
+            assert checks["comparison", name]["severity"] == "warning"
+            assert checks["comparison", name]["value"] == results["comparison"][name]
+        assert checks["gpu", "gpu_memory"]["value"] == gpu["memory_gb"]
+        assert checks["full", "gpu_memory"]["expected"] == "< 2.00 GB"
+        assert ("gpu", "cpu_memory") not in checks
+
+    def test_the_console_says_it_all(self, rehearsal):
+        console = rehearsal[0]
+        assert len(re.findall(r"[46] steps in \d+\.\d+s after \d+\.\d s of preparation, loss", console)) == 2
+        for test in ("GPU", "Full"):
+            assert re.search(rf"  {test}: busy \d+% of the steps' time.*; \d\.\d\d GB of VRAM", console)
+        assert "Speedup of training with it:" in console
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_both_its_tests_run_to_their_end(tmp_path):
+    """20 steps of the 500K model teach it nothing, but all else is as it is to be."""
+    values = load_config(CONFIGS / "deepseek_v3_test_run_gpu.json").to_dict()
+    values["train"]["steps"], values["suite"]["full_training_steps"] = 20, 30
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    arguments = [
+        "--gpu-only",
+        "--full-training",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--output-dir",
+        str(tmp_path),
+    ]
+    suite.main(arguments)
+    [path] = tmp_path.glob("test_results_*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["tests"]["cpu"]["status"] == "skipped"
+    for name in ("gpu", "full"):
+        details = {phase["name"]: phase.get("details") for phase in results["tests"][name]["phases"]}
+        assert None not in details.values(), results["errors"]
+        assert details["kernels"]["failed"] == details["propagation"]["failed"] == 0
+        assert details["training"]["fallbacks"] == []
+        assert details["training"]["preparation_seconds"] > 0
+        assert 0 < details["performance"]["utilisation"] <= 1
+        assert details["performance"]["memory_gb"] < 2.0
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +628,7 @@ def test_the_results_file_holds_everything(failing_run):
         "machine",
         "versions",
         "native",
+        "caches",
         "phases",
         "tests",
     }

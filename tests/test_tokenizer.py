@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from dsfast.data import load_facts, load_tokenizer, train_tokenizer
 from dsfast.data.articles import vocabulary_texts
-from dsfast.data.tokenizer import cache_folder, tokenizer_hash
+from dsfast.data.tokenizer import tokenizer_hash
 from dsfast.errors import UserError
+from dsfast.files import cache_folder
 from dsfast.tokens import SPECIAL_TOKENS
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log in 1945"] * 3

@@ -23,7 +23,8 @@ from triton_contract import INTERPRETED
 from dsfast import ops
 from dsfast.config import OPERATORS
 from dsfast.model.gpu import unchanged
-from dsfast.train import Trainer
+from dsfast.train import Trainer, load_checkpoint
+from dsfast.train.device_step import read
 from dsfast.train.runtime import DeviceSteps
 
 STEPS = 3
@@ -58,7 +59,7 @@ def interpreted(run: str) -> dict:
     assert all(place == places[0] for place in places[1:]), "an address changed"
     others = {"mla_decode"} if run == "muon" else {"mla_decode", "newton_schulz"}
     missing = [op for op in OPERATORS if op not in others and f"dsfast::{op}" not in seen]
-    measured = steps.step.read(0, STEPS)
+    measured = read(*steps.step.sent(0, STEPS))
     return {
         "losses": [m.loss for m in measured],
         "norms": [m.grad_norm for m in measured],
@@ -119,6 +120,44 @@ class TestOnAGpu:
         assert replayed.train(quiet=True).losses == launched.train(quiet=True).losses
         for (name, a), b in zip(replayed.model.state_dict().items(), launched.model.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
+
+    def test_a_block_is_launched_without_waiting_for_the_device(self):
+        trainer = trainer_of("muon", **{"train.steps": self.STEPS, "train.log_every": 5, "runtime.device": "cuda"})
+        steps = trainer.steps()
+        steps.prepare()
+        first = steps._launch()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = steps._launch()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(x.is_pinned() for x in second.sent)
+        found = [report.loss for block in (first, second) for report, _ in steps._read(block)]
+        assert (
+            found
+            == trainer_of("muon", **{"train.steps": self.STEPS, "runtime.device": "cuda"}).train(quiet=True).losses[:10]
+        )
+
+    def test_a_checkpoint_holds_the_weights_of_its_step(self, tmp_path):
+        changes = {"train.steps": self.STEPS, "train.log_every": 2, "runtime.device": "cuda"}
+        saving = trainer_of("muon", **changes, **{"train.checkpoint_every": 6})
+        saving.output_dir = tmp_path / "run"
+        saving.train(quiet=True)
+        expected = trainer_of("muon", **changes)
+        steps = DeviceSteps(expected, eager)
+        steps.prepare()
+        with expected.kernels():
+            for _ in range(6):
+                steps.step()
+        saved, _, _ = load_checkpoint(tmp_path / "run" / "step-000006")
+        for name, tensor in expected.model.state_dict().items():
+            assert torch.equal(tensor.cpu(), saved.state_dict()[name].cpu()), name
+
+    def test_preparation_and_utilisation_are_measured(self):
+        result = trainer_of("muon", **{"train.steps": self.STEPS, "runtime.device": "cuda"}).train(quiet=True)
+        assert result.preparation_seconds > 0
+        assert 0 < result.utilisation <= 1
+        assert 0 < result.peak_memory_bytes <= torch.cuda.get_device_properties(0).total_memory
 
 
 def parting_step(found: list[float], expected: list[float], tolerance: float) -> str:

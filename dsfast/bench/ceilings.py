@@ -29,9 +29,10 @@ class Ceilings:
     float32_size: int
     bfloat16_size: int
 
-    def ideal_seconds(self, flops: int, bytes_moved: int) -> float:
-        """The shortest time for this float32 work: what computing takes, or what moving takes."""
-        return max(flops / self.float32, bytes_moved / self.bandwidth)
+    def ideal_seconds(self, flops: int, bytes_moved: int, dtype: torch.dtype = torch.float32) -> float:
+        """The shortest time for this work, products in float32 or bfloat16: what computing takes, or what moving takes."""
+        rate = self.bfloat16 if dtype == torch.bfloat16 else self.float32
+        return max(flops / rate, bytes_moved / self.bandwidth)
 
 
 def measure_ceilings() -> Ceilings:

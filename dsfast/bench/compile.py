@@ -133,7 +133,8 @@ def compile_example(example: Example) -> Json:
 
     launch = example.launch()
     try:
-        compiled = replace(compile_launch(launch, example.chip), kernel=example.kernel)
+        with triton.kept_kernels():
+            compiled = replace(compile_launch(launch, example.chip), kernel=example.kernel)
     except Exception as error:  # a compiler fails in many ways; the other kernels are still to be seen
         lines = str(error).strip().splitlines() or [""]
         fault = f"{example.kernel} on {example.chip}: does not compile: {type(error).__name__}: {lines[-1]}"

@@ -15,6 +15,9 @@ from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.timing import Call, Spread, compare
 from dsfast.ops import checks, native
 
+ROUNDED = "native bfloat16"
+"""The native kernels with products of bfloat16 (native.products_in), held to eager's error in bfloat16; timed where the
+processor has a fast instruction for them."""
 EAGER_TOLERANCE = 1e-3
 """Of the largest value. Eager may not compute something else, but it may round: torch's float32 norm of 10^7 numbers is
 off by 3e-4."""
@@ -65,8 +68,15 @@ def run_case(bench: BenchCase, ceilings: Ceilings, repeats: int) -> Json:
         passes = {"forward": (bench.forward, _forward), "forward+backward": both}
     for name, (work, prepare) in passes.items():
         calls = {variant: prepare(call, bench, arguments) for variant, call in variants.items()}
+        if ROUNDED in calls:  # the backward pass too, which runs when the operator has returned
+            calls[ROUNDED] = native.products_in(torch.bfloat16)(calls[ROUNDED])
         row["passes"][name] = _timed(calls, work, ceilings, repeats)
     return row
+
+
+def has_rounded(operator: str) -> bool:
+    """Whether ROUNDED is another implementation of the operator here."""
+    return operator in native.OF_PRODUCTS and native.fast_bfloat16()
 
 
 def check_case(bench: BenchCase, arguments: tuple) -> dict[str, str]:
@@ -75,7 +85,13 @@ def check_case(bench: BenchCase, arguments: tuple) -> dict[str, str]:
     module, reason = native.status()
     ours = ("reference",) if module is None else ("native", "reference")
     rows = checks.check(case.operator, case.function, arguments, case.differentiable, ours, case=case.name)
-    found = dict.fromkeys(ours, "") | ({} if module else {"native": f"not available: {reason}"})
+    if has_rounded(case.operator):
+        rounded = checks.check_draws(
+            case.operator, case.function, [arguments], case.differentiable, ["native"], products=torch.bfloat16
+        )
+        rows += [{**row, "implementation": ROUNDED} for row in rounded]
+    found = dict.fromkeys((row["implementation"] for row in rows), "")
+    found |= {} if module else {"native": f"not available: {reason}"}
     for row in rows:
         if not row["passed"]:
             error, allowed = row["max_abs_error"], row["tolerance"]
@@ -99,7 +115,10 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 def _variants(bench: BenchCase) -> dict[str, Callable[..., Any]]:
     """Implementation -> the function to time."""
     names = ("native", "reference") if native.status()[0] else ("reference",)
-    return {**{name: _bound(name, bench.ours) for name in names}, "eager": bench.eager}
+    variants = {name: _bound(name, bench.ours) for name in names}
+    if has_rounded(bench.case.operator):
+        variants[ROUNDED] = variants["native"]
+    return {**variants, "eager": bench.eager}
 
 
 def _bound(implementation: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,21 +154,25 @@ def _timed(calls: dict[str, Call], work: Work, ceilings: Ceilings, repeats: int)
     """The work, and for each implementation its time and what follows from it; eager takes turns with each other one."""
     others = {name: call for name, call in calls.items() if name != "eager"}
     pairs = compare(calls["eager"], others, repeats)
-    figures = {name: _figures(pair.other, work, ceilings) for name, pair in pairs.items()}
+    dtypes = {ROUNDED: torch.bfloat16}
+    figures = {
+        name: _figures(pair.other, work, ceilings, dtypes.get(name, torch.float32)) for name, pair in pairs.items()
+    }
     for name, pair in pairs.items():
         figures[name] |= {
             "speedup_of_medians": 1 / pair.ratio_of_medians,
             "speedup_median_of_pairs": 1 / pair.median_of_ratios,
         }
-    figures["eager"] = _figures(next(iter(pairs.values())).first, work, ceilings)
+    figures["eager"] = _figures(next(iter(pairs.values())).first, work, ceilings, torch.float32)
     return {"flops": work.flops, "bytes": work.bytes, "implementations": figures}
 
 
-def _figures(taken: Spread, work: Work, ceilings: Ceilings) -> Json:
-    """`ceiling_share`: the time the ceilings allow over the median; above 1 where the work stays in the caches."""
+def _figures(taken: Spread, work: Work, ceilings: Ceilings, dtype: torch.dtype) -> Json:
+    """`ceiling_share`: the time the ceilings allow, products in `dtype`, over the median; above 1 where the work stays in the
+    caches."""
     return {
         "seconds": asdict(taken),
         "flops_per_second": work.flops / taken.median,
         "bytes_per_second": work.bytes / taken.median,
-        "ceiling_share": ceilings.ideal_seconds(work.flops, work.bytes) / taken.median,
+        "ceiling_share": ceilings.ideal_seconds(work.flops, work.bytes, dtype) / taken.median,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsfast.errors import UserError
-from dsfast.files import write_text
+from dsfast.files import cache_folder, write_text
 from dsfast.tokens import SPECIAL_TOKENS
 
 _SMALLEST = len(SPECIAL_TOKENS) + 256
@@ -52,8 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """`train_tokenizer(texts, vocab_size)`, read from the cache folder where it was trained before.
 
-    The folder is $DSFAST_CACHE, else $XDG_CACHE_HOME/dsfast, else ~/.cache/dsfast. A damaged entry is trained anew;
-    a folder that cannot be written to gives a warning.
+    The folder is `cache_folder()`. A damaged entry is trained anew; a folder that cannot be written to gives a warning.
     """
     path = cache_folder() / f"tokenizer-{_key(texts, vocab_size)}.json"
     tokenizer = _read_cache(path)
@@ -61,13 +59,6 @@ def load_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
         tokenizer = train_tokenizer(texts, vocab_size)
         _write_cache(path, tokenizer)
     return tokenizer
-
-
-def cache_folder() -> Path:
-    """Where trained tokenizers are kept."""
-    if folder := os.environ.get("DSFAST_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsfast"
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -1,15 +1,24 @@
-"""The Triton kernels (dsfast.triton_kernels): which operators have one that can run here, and how to call it."""
+"""The Triton kernels (dsfast.triton_kernels): which operators have one that can run here, how to call it, where it is kept."""
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dsfast.errors import UserError
+from dsfast.files import cache_folder
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
@@ -54,6 +63,60 @@ def launcher(operator: str, function: str) -> Callable:
     """`function` of dsfast.triton_kernels.`operator`, imported when first called: triton is not installed everywhere."""
 
     def launch(*arguments):
-        return getattr(importlib.import_module(f"dsfast.triton_kernels.{operator}"), function)(*arguments)
+        with kept_kernels():
+            return getattr(importlib.import_module(f"dsfast.triton_kernels.{operator}"), function)(*arguments)
 
     return launch
+
+
+def kernel_cache() -> Path:
+    """The folder in which Triton keeps compiled kernels: $TRITON_CACHE_DIR, else `triton` in dsfast's own cache folder."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or cache_folder() / "triton")
+
+
+@contextmanager
+def kept_kernels() -> Iterator[None]:
+    """Inside, kernels are compiled into `kernel_cache()`, or read from it.
+
+    A folder that cannot be written to gives a warning, once, and kernels are kept until the process ends. One that fills up, or
+    holds a kernel that cannot be read back, raises UserError. What a compilation that was cut off left behind is compiled anew.
+    """
+    if INTERPRETED:
+        yield
+        return
+    _use_kernel_cache()
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError) as error:
+        if not _is_of_the_cache(error):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{kernel_cache()}: a compiled kernel could not be written or read back ({reason}); make room, or remove the folder: "
+            "kernels are then compiled anew"
+        ) from error
+
+
+@cache
+def _use_kernel_cache() -> None:
+    folder = kernel_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        temporary = tempfile.TemporaryDirectory(prefix="dsfast-triton-")
+        atexit.register(temporary.cleanup)
+        warnings.warn(
+            f"compiled GPU kernels are kept for this process alone: {folder}: {error.strerror}; set TRITON_CACHE_DIR",
+            stacklevel=2,
+        )
+        folder = Path(temporary.name)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # Triton looks at each compilation, and so do processes started later
+
+
+def _is_of_the_cache(error: Exception) -> bool:
+    """Whether it is about a file of the cache or the room for one, or a kernel that the driver did not recognise."""
+    if isinstance(error, OSError):
+        return Path(error.filename or kernel_cache()).is_relative_to(kernel_cache())
+    return not isinstance(error, RuntimeError) or "device kernel image is invalid" in str(error)

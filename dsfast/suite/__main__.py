@@ -126,6 +126,7 @@ def run(
         "command": command,
         "seconds": time.perf_counter() - started,
         **environment,
+        "caches": info.caches(),
         "tests": {name: tests[name] for name in TITLES},
         "comparison": comparison,
         "errors": errors,

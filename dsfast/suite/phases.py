@@ -110,15 +110,18 @@ def kernels(session: Session) -> Details:
 def training(session: Session) -> Details:
     """The run itself. Tokens per second are those of the whole run; the losses are one per step.
 
-    whole_step: the last step was one native call.
+    preparation_seconds and utilisation: as in `TrainResult`; whole_step: the last step was one native call.
     """
     device = session.plan.config.runtime.device
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the kernels' comparisons are not the run's memory
+    if device == "cuda":  # the kernels' comparisons, and a test before this one, are not the run's memory
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     session.result = result = session.trainer.train()
     return {
         "steps": result.steps,
         "seconds": result.seconds,
+        "preparation_seconds": result.preparation_seconds,
+        "utilisation": result.utilisation,
         "tokens_per_second": result.tokens_per_second,
         "skipped_steps": result.skipped_steps,
         "checkpoint": str(result.checkpoint),
@@ -140,11 +143,16 @@ def propagation(session: Session) -> Details:
 
 
 def generation(session: Session) -> Details:
-    """The prompts, greedily, one by one. The first is asked once more beforehand, untimed: kernels may compile then."""
-    model = session.trainer.model
+    """The prompts, greedily, one by one. The first is asked once more beforehand: on a GPU kernels are compiled then.
+
+    preparation_seconds: what that took on a GPU, in no answer's seconds; None on a CPU, which has nothing to prepare.
+    """
+    model, started = session.trainer.model, time.perf_counter()
     session.ask(model, next(iter(session.plan.prompts.values()))[:1])
+    preparation = time.perf_counter() - started if session.plan.device == "gpu" else None
     session.probes = {name: session.ask(model, prompts) for name, prompts in session.plan.prompts.items()}
     return {
+        "preparation_seconds": preparation,
         "success": success_rates(session.probes),
         "probes": [{"set": name, **probe.to_dict()} for name, probes in session.probes.items() for probe in probes],
     }
@@ -186,6 +194,8 @@ def performance(session: Session) -> Details:
     return {
         "device": session.plan.device,
         "training_seconds": result.seconds,
+        "preparation_seconds": result.preparation_seconds,
+        "utilisation": result.utilisation,
         "target_seconds": target,
         "times_target": result.seconds / target,
         "tokens_per_second": result.tokens_per_second,
@@ -266,7 +276,10 @@ def skipped_test(title: str, reason: str) -> dict[str, Any]:
 
 
 def compare(cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
-    """CPU against GPU from the entries of the two fast tests; {"reason": ...} where one has no performance to show."""
+    """CPU against GPU from the entries of the two fast tests; {"reason": ...} where one has no performance to show.
+
+    training_speedup: of the steps alone; training_speedup_prepared: with what the GPU had to prepare before them.
+    """
     numbers = {}
     for name, test in (("CPU", cpu), ("GPU", gpu)):
         details = [p["details"] for p in test["phases"] if p["name"] == "performance" and "details" in p]
@@ -274,7 +287,11 @@ def compare(cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
             return {"reason": test["reason"] or f"the {name} test broke off"}
         numbers[name] = details[0]
 
-    def ratio(key: str) -> float:
-        return numbers["CPU"][key] / numbers["GPU"][key]
+    def ratio(key: str, before: float = 0.0) -> float:
+        return numbers["CPU"][key] / (numbers["GPU"][key] + before)
 
-    return {"training_speedup": ratio("training_seconds"), "generation_speedup": ratio("seconds_per_answer")}
+    return {
+        "training_speedup": ratio("training_seconds"),
+        "training_speedup_prepared": ratio("training_seconds", numbers["GPU"]["preparation_seconds"]),
+        "generation_speedup": ratio("seconds_per_answer"),
+    }

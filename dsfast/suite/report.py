@@ -18,6 +18,7 @@ from dsfast.suite.verdict import THRESHOLDS, Check, show
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 SHOWN = 48  # characters of a generated answer in a table
+BUSY = 0.5  # share of the steps' time from which a GPU is used well enough
 PASSED, FAILED = "✓ ALL TESTS PASSED", "✗ SOME TESTS FAILED"
 _MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "error": ("✗", "red"), "warning": ("⚠", "yellow")}
 _STATUS_STYLES = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
@@ -42,6 +43,8 @@ class Reporter:
             f"  versions  Python {versions['python']}, torch {versions['torch']}, commit {_commit(facts['commit'])}"
         )
         self._line(f"  kernels   {native['reason']}")
+        if machine["gpu"]:
+            self._line(f"  cache     {facts['caches']['kernels']} (GPU kernels as compiled)")
 
     def test_begins(self, title: str) -> None:
         self._line(f"\n── {title} ", "bold")
@@ -141,6 +144,7 @@ def performance_block(results: Json) -> list[str]:
     lines += ["", "Generation Speed (avg):"]
     lines += [f"  {_label(n)}: {d['seconds_per_answer']:.3f}s" for n, d in measured.items()]
     lines += _speedup(speedups, "generation_speedup")
+    lines += _gpu_lines({name: d for name, d in measured.items() if d["device"] == "gpu"}, speedups)
     poor = any("⚠" in line for line in lines)
     return ["", f"{'Poor' if poor else 'Good'} Performance:", *lines, ""]
 
@@ -154,15 +158,46 @@ def training_time(performance: Json) -> str:
 
 def duration(seconds: float, scale: float) -> str:
     """In minutes where the target `scale` is several minutes and they would not round to nothing, else in seconds."""
-    return f"{seconds / 60:.1f}min" if scale >= 180 and seconds >= 60 else f"{seconds:.1f}s"
+    if scale >= 180 and seconds >= 60:
+        return f"{seconds / 60:.1f}min"
+    return f"{seconds:.1f}s" if seconds >= 1 else f"{seconds:.3f}s"
 
 
 def _speedup(speedups: Json, name: str) -> list[str]:
     if name not in speedups:
         return [f"  Speedup: not measured ({speedups['reason']})"]
     limit = getattr(THRESHOLDS, name)
-    warning = "" if limit.holds(speedups[name]) else f" ⚠ expected {limit}"
+    warning = "" if limit.holds(speedups[name]) else f" ⚠ expected {limit.usual}"
     return [f"  Speedup: {speedups[name]:.1f}x faster on GPU{warning}"]
+
+
+def _gpu_lines(measured: Json, speedups: Json) -> list[str]:
+    """What is to be known of the tests that ran on a GPU beside the specification's lines."""
+    if not measured:
+        return []
+    lines = [
+        "",
+        "GPU preparation (batches loaded, kernels compiled or read from the cache, step recorded; in no time above):",
+    ]
+    lines += [f"  {_label(n)}: {duration(d['preparation_seconds'], 0)}" for n, d in measured.items()]
+    if "training_speedup_prepared" in speedups:
+        lines.append(f"  Speedup of training with it: {speedups['training_speedup_prepared']:.1f}x faster on GPU")
+    lines += ["", "GPU utilisation and memory:"]
+    for name, d in measured.items():
+        limit = THRESHOLDS.gpu_memory
+        warning = "" if limit.holds(d["memory_gb"]) else f" ⚠ expected {limit}"
+        lines.append(
+            f"  {_label(name)}: {utilisation(d['utilisation'])}; {show(d['memory_gb'], 'GB')} of VRAM{warning}"
+        )
+    return lines
+
+
+def utilisation(share: float | None) -> str:
+    """The note on how busy the GPU was while training."""
+    if share is None:
+        return "utilisation not known (steps launched kernel by kernel): see nvidia-smi"
+    hint = "" if share >= BUSY else ", a larger train.batch_size or train.log_every would use it better"
+    return f"busy {share:.0%} of the steps' time{hint}"
 
 
 def _label(test: str) -> str:
@@ -173,6 +208,11 @@ def _set_up(d: Json) -> str:
     p, data = d["parameters"], d["data"]
     sizes = f"{p['total']:,} parameters ({p['active']:,} active, {p['embedding']:,} embedding)"
     return f"{sizes}; {data['articles']:,} articles, {data['tokens']:,} tokens, {data['facts_taught']} facts"
+
+
+def _prepared(d: Json) -> str:
+    """What stands behind a time that a preparation came before."""
+    return "" if d["preparation_seconds"] is None else f" after {d['preparation_seconds']:.1f} s of preparation"
 
 
 def _recall(d: Json) -> str:
@@ -189,11 +229,13 @@ _HEADLINES = {
     "set-up": _set_up,
     "kernels": lambda d: f"{len(d['comparisons'])} comparisons with float64 references, {d['failed']} failed",
     "training": lambda d: (
-        f"{d['steps']} steps in {d['seconds']:.1f} s, loss {d['losses'][0]:.3f} -> {d['final_loss']:.3f}, "
-        f"{d['tokens_per_second']:,.0f} tokens/s"
+        f"{d['steps']} steps in {duration(d['seconds'], 0)}{_prepared(d)}, loss {d['losses'][0]:.3f} -> "
+        f"{d['final_loss']:.3f}, {d['tokens_per_second']:,.0f} tokens/s"
     ),
     "propagation": lambda d: f"{len(d['checks'])} checks, {d['failed']} failed",
-    "generation": lambda d: ", ".join(f"{name} {rate:.1%}" for name, rate in d["success"].items()) + " exact",
+    "generation": lambda d: (
+        ", ".join(f"{name} {rate:.1%}" for name, rate in d["success"].items()) + f" exact{_prepared(d)}"
+    ),
     "control": lambda d: f"the untrained model answers {d['answered']} of {d['asked']}",
     "recall": _recall,
     "performance": lambda d: (

@@ -45,8 +45,10 @@ def _config(path: str | None, resume: str | None, changes: dict[str, int | None]
 
 def _summary(result: TrainResult) -> str:
     skipped = f", {result.skipped_steps} steps skipped" if result.skipped_steps else ""
+    prepared = result.preparation_seconds
+    before = "" if prepared is None else f" after {prepared:.1f} s of preparation"
     return (
-        f"trained to step {result.steps} in {result.seconds:.1f} s: loss {result.final_loss:.4f}, "
+        f"trained to step {result.steps} in {result.seconds:.1f} s{before}: loss {result.final_loss:.4f}, "
         f"{result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB{skipped}; "
         f"checkpoint {result.checkpoint}"
     )

@@ -31,6 +31,11 @@ class Measured(NamedTuple):
     loads: Tensor
 
 
+def read(numbers: Tensor, loads: Tensor) -> list[Measured]:
+    """The rows of what a `DeviceStep` has `sent`, one for each step."""
+    return [Measured(*row[:3], row[3] == 0, load) for row, load in zip(numbers.tolist(), loads, strict=True)]
+
+
 class Batches:
     """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1].
 
@@ -110,10 +115,13 @@ class DeviceStep:
             self._measure(loss, norm, lr_scale, updated)
             self.place.add_(1)
 
-    def read(self, begin: int, end: int) -> list[Measured]:
-        """What the steps at places begin .. end - 1 measured; waits for them."""
-        numbers, loads = self.measured[begin:end].tolist(), self.loads[begin:end].cpu()
-        return [Measured(*row[:3], row[3] == 0, load) for row, load in zip(numbers, loads, strict=True)]
+    def sent(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """What the steps at places begin .. end - 1 measure, on its way to the host; `read` takes it once the device is there.
+
+        Later steps may be launched, and other batches loaded, in between.
+        """
+        numbers, loads = (x[begin:end].to("cpu", non_blocking=True, copy=True) for x in (self.measured, self.loads))
+        return numbers, loads
 
     def state(self) -> list[Tensor]:
         """Every tensor that a call changes for later ones to see; the gradients, which each call makes anew, left out."""

@@ -27,7 +27,7 @@ from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, open_run_folder
-from dsfast.train.runtime import DeviceSteps, HostSteps, gpu_errors, peak_memory_bytes, prepare, steps_of
+from dsfast.train.runtime import DeviceSteps, Done, HostSteps, gpu_errors, peak_memory_bytes, prepare, steps_of
 
 
 class TrainingError(UserError):
@@ -38,7 +38,7 @@ class TrainingError(UserError):
 class StepReport:
     """One step. `step` counts from 1; `lr` is train.learning_rate times the schedule; skipped: no update was made.
 
-    seconds: on a GPU, which is not waited for after each, the mean of the steps between two log lines.
+    seconds: on a GPU, which is not waited for after each, the mean of the steps between two log lines or checkpoints.
     """
 
     step: int
@@ -52,11 +52,18 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `Trainer.train` did in this call; `steps` is the run's total, `seconds` wall time, `losses` one per step."""
+    """What `Trainer.train` did in this call; `steps` is the run's total, `losses` one per step.
+
+    seconds: wall time, checkpoints written included, preparation not. On a GPU, and None on a CPU: preparation_seconds before
+    that, in which batches were loaded, kernels compiled or read from the cache and the step recorded; utilisation, the share of
+    the steps' own seconds in which the GPU, by its clock, had steps to do (None too where they are launched kernel by kernel).
+    """
 
     steps: int
     final_loss: float
     seconds: float
+    preparation_seconds: float | None
+    utilisation: float | None
     tokens_per_second: float
     peak_memory_bytes: int
     skipped_steps: int
@@ -100,7 +107,8 @@ class Trainer:
 
         Raises UserError for a bad folder or checkpoint and for a GPU that fails or has too little memory, TrainingError after
         train.max_bad_steps steps in a row that are not finite, and Interrupted, the step finished and saved, on Ctrl-C or
-        SIGTERM. On a GPU these two are noticed where steps are read: at the next log line or checkpoint.
+        SIGTERM. On a GPU these two are noticed where steps are read, at a log line or checkpoint; the steps up to the next one
+        may have been launched by then and are done as well.
         """
         rows, train = self.dataset.rows, self.config.train
         resumed = None if resume is None else ckpt.find_checkpoint(resume)
@@ -111,13 +119,15 @@ class Trainer:
         rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
         if self.output_dir is not None:
             open_run_folder(self.output_dir, self.config, self.steps_done, resumed)
-        started = perf_counter()
         with StopSignals() as signals, gpu_errors(self):
-            reports, saved = self._run(signals, quiet)
+            steps = self.steps()
+            steps.prepare()
+            started = perf_counter()
+            reports, saved = self._run(steps, signals, quiet)
         if signals.received is not None:
             where = f"saved as {saved}" if saved else "nothing was saved"
             raise Interrupted(signals.received, f"stopped after step {self.steps_done} of {train.steps}; {where}")
-        return self._result(reports, perf_counter() - started, saved)
+        return self._result(reports, perf_counter() - started, steps, saved)
 
     def step(self, input_ids: Tensor, labels: Tensor) -> float:
         """One whole training step on rows of one's own, each a document; returns its loss.
@@ -175,29 +185,41 @@ class Trainer:
         )
         return self.last_saved
 
-    def _run(self, signals: StopSignals, quiet: bool) -> tuple[list[StepReport], Path | None]:
+    def _run(
+        self, steps: HostSteps | DeviceSteps, signals: StopSignals, quiet: bool
+    ) -> tuple[list[StepReport], Path | None]:
         """The steps that are left, or those before a signal; with the last checkpoint written."""
-        train, steps, reports, saved = self.config.train, self.steps(), [], None
-        folder = self.output_dir
+        train, folder, reports, saved = self.config.train, self.output_dir, [], None
         metrics = nullcontext() if folder is None else MetricsFile(folder / METRICS, self.steps_done)
         with metrics as metrics, TrainingProgress(self.steps_done, train.steps, train.log_every, quiet) as progress:
-            while self.steps_done < train.steps and signals.received is None:
-                for report, loads in steps.run():
+            progress.prepared(steps.preparation_seconds)
+
+            def record(done: Iterator[Done]) -> None:
+                for report, loads in done:
                     reports.append(report)
                     progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
                     if metrics is not None:
                         metrics.write(_metrics(report, loads))
+
+            while self.steps_done < train.steps and signals.received is None:
+                record(steps.run())
                 due = train.checkpoint_every and self.steps_done % train.checkpoint_every == 0
                 saved = self.save() if due and folder is not None else None
+            record(steps.finish())  # a checkpoint is to hold the weights of the step it names
             if folder is not None and reports and saved is None:
                 saved = self.save()
         return reports, saved
 
-    def _result(self, reports: list[StepReport], seconds: float, saved: Path | None) -> TrainResult:
+    def _result(
+        self, reports: list[StepReport], seconds: float, steps: HostSteps | DeviceSteps, saved: Path | None
+    ) -> TrainResult:
+        busy, took = steps.busy_seconds, sum(report.seconds for report in reports)
         return TrainResult(
             steps=self.steps_done,
             final_loss=reports[-1].loss,
             seconds=seconds,
+            preparation_seconds=steps.preparation_seconds,
+            utilisation=None if busy is None else busy / took,
             tokens_per_second=sum(report.tokens for report in reports) / seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
             skipped_steps=sum(report.skipped for report in reports),

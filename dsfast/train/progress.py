@@ -8,6 +8,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn
 
+from dsfast.ops.triton import kernel_cache
+
 _REFRESH_SECONDS = 0.25
 
 
@@ -36,6 +38,12 @@ class TrainingProgress:
         if self.bar is not None:
             self.bar.stop()
 
+    def prepared(self, seconds: float | None) -> None:
+        """What had to be done before the first step is done; None where that was nothing."""
+        if seconds is not None and not self.quiet:
+            kernels = f"kernels compiled or read from {kernel_cache()}"
+            self._print(f"prepared in {seconds:.1f} s: batches loaded, {kernels}, the step recorded")
+
     def update(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
         """`step` steps are done (counted from 1)."""
         if self.quiet:
@@ -43,12 +51,18 @@ class TrainingProgress:
         now = time.perf_counter()
         if self.bar is None:
             if step % self.log_every == 0 or step == self.steps:
-                print(self.line(step, loss, lr, tokens_per_second, now), flush=True)
+                self._print(self.line(step, loss, lr, tokens_per_second, now))
         else:
             due = now - self.drawn >= _REFRESH_SECONDS or step == self.steps
             self.drawn = now if due else self.drawn
             description = self.line(step, loss, lr, tokens_per_second, now)
             self.bar.update(self.task, completed=step, description=description, refresh=due)
+
+    def _print(self, text: str) -> None:
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.console.print(text, markup=False, highlight=False)
 
     def line(self, step: int, loss: float, lr: float, tokens_per_second: float, now: float) -> str:
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)

@@ -13,6 +13,7 @@ from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.clock import GpuClock, HostClock
 from dsfast.bench.gpu.operators import ROUNDS, run_case
 from dsfast.bench.gpu.suite import run_tests
+from dsfast.bench.gpu.training import run_training
 from dsfast.bench.gpu.whole import run_generation, run_step
 from dsfast.files import finite
 
@@ -35,6 +36,8 @@ def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> 
         yield from run_tests(seconds)
     elif part == "step":
         yield run_step(clock, found, rehearsal)
+    elif part == "training":
+        yield from run_training(rehearsal)
     elif part == "generate":
         yield from run_generation(clock, rehearsal)
     else:

@@ -86,21 +86,25 @@ def _seconds(part: str, case: str, run: str, scale: float) -> Callable[[Rows], f
     return value
 
 
-def _mixed_over_dense(rows: Rows) -> float | None:
-    mixed, dense = (
-        _ours("attention", case, "forward+backward", "flops_per_second")(rows) for case in ("V3 mixed", "V3")
-    )
-    return mixed / dense if mixed and dense else None
+def _ratio(key: str, part: str, run: str, case: str, other: str) -> Callable[[Rows], float | None]:
+    """`key` of dsfast in `case` over that in `other`."""
+
+    def value(rows: Rows) -> float | None:
+        ours, theirs = (_ours(part, name, run, key)(rows) for name in (case, other))
+        return ours / theirs if ours and theirs else None
+
+    return value
 
 
 _BOTH = "forward+backward"
 _SDPA = ("SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math")
 _H16, _H128 = (("decode", f"V3 H{heads}", "forward") for heads in (16, 128))
 _ROUTE, _STEP = ("route", "V3", "forward"), ("step", "32 x 256", "step")
+_MIXED_OVER_DENSE = _ratio("flops_per_second", "attention", _BOTH, "V3 mixed", "V3")
 FIGURES = (
     Figure("mla_attention 192/128 over FlexAttention", "x", 1.2, 1.5, _over("attention", "V3", _BOTH, "FlexAttention")),
     Figure("mla_attention 192/128 over the fastest SDPA", "x", 0.9, 1.2, _over("attention", "V3", _BOTH, *_SDPA)),
-    Figure("documents of mixed length, rate over dense", "x", 0.9, 1.0, _mixed_over_dense),
+    Figure("documents of mixed length, rate over dense", "x", 0.9, 1.0, _MIXED_OVER_DENSE),
     Figure("mla_decode B128 S4096, 16 heads", "TB/s", 3.2, 3.8, _ours(*_H16, "bytes_per_second", 1e-12)),
     Figure("mla_decode B128 S4096, 128 heads", "TFLOP/s", 350, 500, _ours(*_H128, "flops_per_second", 1e-12)),
     Figure("moe_route with permutation over transformers", "x", 10, None, _over(*_ROUTE, "transformers")),
@@ -119,6 +123,11 @@ FIGURES = (
     Figure("training step 32 x 256", "ms", 0.30, 0.20, _seconds(*_STEP, 1e3), at_most=True),
     Figure("training step over PyTorch eager", "x", 20, None, _over(*_STEP, "eager")),
     Figure("training step over compiled, CUDA graphs", "x", 2, None, _over(*_STEP, "reduce-overhead")),
+    Figure("training, 200 steps", "s", 0.1, None, _seconds("training", "warm", "training", 1), at_most=True),
+    Figure("training, whole process, empty caches", "s", 20, None, _seconds("training", "cold", "process", 1), at_most=True),
+    Figure("training, whole process, warm caches", "s", 6, None, _seconds("training", "warm", "process", 1), at_most=True),
+    Figure("training over dsfast on the CPU", "x", 50, None, _ratio("tokens_per_second", "training", "training", "warm", "CPU")),
+    Figure("training, memory of the GPU", "GB", 1, None, _ours("training", "warm", "training", "memory_gb"), at_most=True),
     Figure("generation, one stream", "tokens/s", 5000, None, _ours("generate", "batch 1", "64 tokens", "tokens_per_second")),
     Figure("generation, batch 256", "tokens/s", 500000, None, _ours("generate", "batch 256", "64 tokens", "tokens_per_second")),
 )  # fmt: skip

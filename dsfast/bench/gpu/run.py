@@ -19,8 +19,8 @@ from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 
 PARTS = (
-    "attention", "experts", "head", "decode", "route", "step", "generate", "norm", "rope", "adamw", "muon", "mlp", "embedding",
-    "tests",
+    "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon", "mlp",
+    "embedding", "tests",
 )  # fmt: skip
 """In order of importance; "bounds" comes before them all. The tests take what is left."""
 BUDGET = 450

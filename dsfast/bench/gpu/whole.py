@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsfast import ops
 from dsfast.bench.generation import run_generate
@@ -19,15 +20,21 @@ from dsfast.bench.step import first_steps
 from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
-from dsfast.model import DeepseekV3, generate_ids, precision_of
+from dsfast.data import Batch, Dataset
+from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
 from dsfast.train import Trainer
+from dsfast.train.runtime import DeviceSteps
 
 Json = dict[str, Any]
 
 NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
 UNCAPTURED = "dsfast, uncaptured"
+WARM_CALLS = 5
+"""Untimed: CUDA graphs are recorded on the way."""
+AGREEMENT = 1e-3
+"""How far apart, relatively, the losses of the recorded step and of the model may be: the same kernels, in bfloat16."""
 _COMPILED = ("compile", "reduce-overhead")
 _SMALL = {
     "model.vocab_size": 48, "model.embedding_rank": 16, "model.hidden_size": 32, "model.num_hidden_layers": 1,
@@ -41,19 +48,22 @@ def whole_config(rehearsal: bool) -> Config:
 
 
 def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Json:
-    """A step of the trainer, as it is, against GPU_PEERS."""
+    """A step as the trainer records it on a GPU, its batch in device memory, against GPU_PEERS."""
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
-    trainer = Trainer(config)
-    rows = [x.to(trainer.device) for x in random_batch(config, batch, length)]
+    rows = random_batch(config, batch, length)
+    trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + ROUNDS)
+    rows = [x.to(trainer.device) for x in rows]
     here = {name: peer.missing() or (no_gpu() if name in _COMPILED else "") for name, peer in GPU_PEERS.items()}
     trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
-    calls = {"dsfast": trainer.step} | {name: training.step for name, training in trainings.items()}
-    for call in calls.values():
-        for _ in range(5):  # CUDA graphs are recorded on the way
-            call(*rows)
-    turns = {name: (partial(call, *rows),) for name, call in calls.items()}
-    taken = take_turns(turns, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)
+    with trainer.kernels():
+        steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
+        calls = {"dsfast": steps.call} | {name: partial(peer.step, *rows) for name, peer in trainings.items()}
+        for call in calls.values():
+            for _ in range(WARM_CALLS):
+                call()
+        turns = {name: (call,) for name, call in calls.items()}
+        taken = take_turns(turns, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)
     flops, variants = matrix_flops(config.model, batch, length), {}
     dtype = precision_of(config.runtime).tensors
     ideal = bounds and flops / getattr(bounds, str(dtype).removeprefix("torch."))
@@ -64,9 +74,43 @@ def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Json:
     peers = {n: {k: p[k] for k in ("what", "status", "reason")} for n, p in outcome["peers"].items()}
     passes = {"step": {"flops": flops, "bytes": None, "ideal_seconds": ideal, "variants": related(variants)}}
     return {
-        "part": "step", "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": "",
-        "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers), "passes": passes, "fallbacks": ops.fallbacks(),
+        "part": "step", "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
+        "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers),
+        "passes": passes, "fallbacks": ops.fallbacks(),
     }  # fmt: skip
+
+
+class SameRows:
+    """In place of a data set's rows: the same batch at every step, each row a document."""
+
+    def __init__(self, input_ids: Tensor, labels: Tensor):
+        self._batch = Batch(input_ids, labels, None, None)
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        return self._batch
+
+    def most_segments(self, batch_size: int) -> int:
+        return batch_size
+
+
+def trainer_on(config: Config, input_ids: Tensor, labels: Tensor, steps: int) -> Trainer:
+    """A trainer of `steps` steps, whose every batch is input_ids, labels [B, T]."""
+    batch, length = input_ids.shape
+    sizes = {"train.batch_size": batch, "data.sequence_length": length, "train.steps": steps}
+    return Trainer(config.replace(**sizes), None, Dataset(None, SameRows(input_ids, labels), {}, []))
+
+
+def recorded_steps(trainer: Trainer, rows: list[Tensor], on_gpu: bool) -> tuple[DeviceSteps, str]:
+    """The trainer's steps, ready, the first of them done, and how its loss is wrong, "" if it is the model's."""
+    steps = trainer.steps() if on_gpu else DeviceSteps(trainer, lambda step: step)
+    steps.prepare()
+    with torch.no_grad():
+        expected = loss_in(trainer.precision.tensors, trainer.model, *rows).item()
+    steps.call()
+    found = steps.step.measured[0, 0].item()
+    if abs(found - expected) <= AGREEMENT * abs(expected):
+        return steps, ""
+    return steps, f"the recorded step's loss is {found:.6f}, the model's {expected:.6f}"
 
 
 def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:

@@ -1,0 +1,93 @@
+"""The part "training": the 500K model trained, each time in a process of its own: from empty caches, from those the first one
+left, and on this machine's CPU.
+
+    python -m dsfast.bench.gpu.training DEVICE STEPS [rehearsal]    trains, and prints what it took as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dsfast import ops
+from dsfast.bench.gpu.whole import trainer_on, whole_config
+from dsfast.bench.timing import spread
+from dsfast.bench.workload import random_batch
+from dsfast.config import default_config
+from dsfast.train import Trainer
+
+CPU_STEPS = 20
+"""On the CPU: enough for its tokens a second."""
+
+Json = dict[str, Any]
+
+
+def run_training(rehearsal: bool) -> Iterator[Json]:
+    """A row for each case. Its seconds: of the whole process, of the preparation of a GPU, and of the training steps."""
+    config = whole_config(rehearsal)
+    device, steps, cpu_steps = ("cpu", 1, 1) if rehearsal else ("gpu", config.train.steps, CPU_STEPS)
+    with TemporaryDirectory() as caches:
+        for case, where, count in (("cold", device, steps), ("warm", device, steps), ("CPU", "cpu", cpu_steps)):
+            command = [sys.executable, "-m", "dsfast.bench.gpu.training", where, str(count), *["rehearsal"] * rehearsal]
+            seconds, found = run_process(command, caches)
+            yield row(case, count, seconds, found)
+
+
+def run_process(command: list[str], caches: str) -> tuple[float, Json]:
+    """(its seconds, what it printed last); `caches`: dsfast's cache folder there. Raises RuntimeError with its last line."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
+    begin = time.perf_counter()
+    child = subprocess.run(
+        command, env={**environment, "DSFAST_CACHE": caches}, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - begin
+    if child.returncode:
+        raise RuntimeError((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1])
+    return seconds, json.loads(child.stdout.splitlines()[-1])
+
+
+def row(case: str, steps: int, seconds: float, found: Json) -> Json:
+    """The row of a process that took `seconds`; found: what `train` returned there."""
+    first, last = found["losses"]
+    times = {"process": seconds, "preparation": found["preparation_seconds"], "training": found["seconds"]}
+    variants = {name: {"seconds": asdict(spread([taken]))} for name, taken in times.items() if taken is not None}
+    variants["training"] |= {key: found[key] for key in ("tokens_per_second", "memory_gb", "utilisation")}
+    passes = {
+        name: {"flops": 0, "bytes": None, "ideal_seconds": None, "variants": {"dsfast": variant}}
+        for name, variant in variants.items()
+    }
+    return {
+        "part": "training", "case": case, "sizes": {"steps": steps}, "dtype": found["dtype"], "peers": {}, "passes": passes,
+        "check": "" if last <= first else f"the loss rose from {first:.4f} to {last:.4f}", "fallbacks": found["fallbacks"],
+    }  # fmt: skip
+
+
+def train(trainer: Trainer) -> Json:
+    """What a run of `trainer` took: its seconds as in `TrainResult`, memory in 1e9 bytes, the first and the last loss."""
+    result = trainer.train(quiet=True)
+    return {
+        "seconds": result.seconds, "preparation_seconds": result.preparation_seconds, "utilisation": result.utilisation,
+        "tokens_per_second": result.tokens_per_second, "memory_gb": result.peak_memory_bytes / 1e9,
+        "losses": [result.losses[0], result.losses[-1]], "fallbacks": ops.fallbacks(),
+        "dtype": str(trainer.precision.tensors).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def trainer_for(device: str, steps: int, rehearsal: bool) -> Trainer:
+    """On the data of the shipped config; for a rehearsal on rows of random tokens."""
+    if rehearsal:
+        config = whole_config(True)
+        return trainer_on(config, *random_batch(config, 1, 8), steps=steps)
+    return Trainer(default_config(device).replace(**{"train.steps": steps}))
+
+
+if __name__ == "__main__":
+    device, steps, *rest = sys.argv[1:]
+    print(json.dumps(train(trainer_for(device, int(steps), bool(rest)))))
