@@ -168,6 +168,7 @@ void bind_model(py::module_& m) {
     bind(m, "moe_experts_forward", ISA::moe_experts_forward);       \
     bind(m, "moe_experts_backward", ISA::moe_experts_backward);     \
     bind(m, "linear_cross_entropy", ISA::linear_cross_entropy);     \
+    bind(m, "newton_schulz", ISA::newton_schulz);                   \
     bind(m, "train_step", ISA::train_step);                         \
   } while (false)
 

@@ -87,6 +87,10 @@ void adamw(float* const* params, const float* const* grads, float* const* exp_av
            double beta2, double eps, double correction1, double correction2, double clip_scale, int threads);
 double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensors, int threads);
 
+// shapes [stacks, 3]: n, rows, cols of matrices that lie one after the other in x and out; rows <= cols.
+void newton_schulz(const float* x, float* out, const int64_t* shapes, int64_t stacks, float a, float b, float c,
+                   float eps, int64_t iterations, int threads);
+
 // N tokens, those of one row together and in order: token n, `ids[n]`, takes place `positions[n]` of row
 // `token_rows[n]` in the cache, latent [layers, rows, capacity, R] and k_rope [layers, rows, capacity, Dr]. Every row
 // must have a token. hidden [rows, head_width] is working memory. chosen [rows] is each row's next word: the likeliest,

@@ -48,8 +48,9 @@ SMALL = {
     "swiglu_mlp": {"N": 12, "D": 7, "I": 5},
     "linear_cross_entropy": {"N": 12, "R": 5, "V": 19},
     "adamw": {"P": 50, "tensors": 4},
+    "newton_schulz": {"M": 3, "R": 5, "C": 7},
 }
-PASSES = {"adamw": ["update"], "mla_decode": ["forward"]}  # those without gradient
+PASSES = {"adamw": ["update"], "mla_decode": ["forward"], "newton_schulz": ["forward"]}  # those without gradient
 CEILINGS = ceilings.Ceilings(1e11, 2e11, 1e10, 2048, 2048)
 ARCHITECTURES = {
     "factorised": {"embedding_rank": 8},
@@ -176,7 +177,8 @@ def test_every_operator_has_every_size():
 
 
 @pytest.mark.parametrize(
-    "operator", ["embedding", "mla_attention", "mla_decode", "moe_experts", "swiglu_mlp", "linear_cross_entropy"]
+    "operator",
+    ["embedding", "mla_attention", "mla_decode", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "newton_schulz"],
 )
 def test_flops_are_those_torch_counts(operator: str):
     case = build(operator)
@@ -444,7 +446,7 @@ def test_the_split_names_dsfasts_operators_forward_and_backward(whole_step):
     assert REST in rows
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=0.01)
     if kernels.native.status()[0]:
-        assert {f"dsfast::{name}" for name in ops.OPERATORS if name != "mla_decode"} <= set(rows)
+        assert {f"dsfast::{name}" for name in set(ops.OPERATORS) - {"mla_decode", "newton_schulz"}} <= set(rows)
         assert ("dsfast::linear" in rows) == whole_step
         for name in ("rms_norm", "rope", "mla_attention", "moe_experts", "swiglu_mlp"):
             assert rows[f"dsfast::{name}"]["forward_seconds"] > 0

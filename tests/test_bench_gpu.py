@@ -138,7 +138,7 @@ def test_a_case_is_checked_and_timed_with_the_peers_that_run_here(part):
     assert ready, row["peers"]
     assert {peer["status"] for peer in row["peers"].values()} <= {"ready", "missing", "refused", "failed"}
     assert all(peer["reason"] for peer in row["peers"].values() if peer["status"] != "ready")
-    assert list(row["passes"]) == {"adamw": ["update"], "decode": ["forward"]}.get(
+    assert list(row["passes"]) == {"adamw": ["update"], "decode": ["forward"], "muon": ["forward"]}.get(
         part, ["forward", "forward+backward"]
     )
     for timed in row["passes"].values():

@@ -10,7 +10,7 @@ import torch
 from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_native
 from test_native_build import run_python
 from test_native_step import by_autograd, flat, in_one_call
-from tiny import tiny_config
+from tiny import tiny_config, tiny_dataset
 from tiny_models import random_model
 
 from dsfast import ops
@@ -204,6 +204,20 @@ class TestTrainer:
             assert trainer.gradients.in_one_call
         assert losses["bfloat16"] != losses["float32"]
         assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.02)
+
+    @pytest.mark.filterwarnings(SLOWER)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_muon_multiplies_the_same(self, dtype, monkeypatch):
+        """The optimizer's step is inside what `runtime.dtype` says, and the report says so."""
+        calls, kernels = [], native.module().bfloat16
+        run = kernels.newton_schulz
+        monkeypatch.setattr(kernels, "newton_schulz", lambda *arguments: calls.append(run(*arguments)))
+        trainer = Trainer(tiny_config(**{"runtime.dtype": dtype}), dataset=tiny_dataset())
+        list(trainer.steps().run())
+        assert len(calls) == (dtype == "bfloat16")
+        with trainer.kernels():
+            reasons = {row["operator"]: row["reason"] for row in ops.report()}
+        assert ("products of bfloat16" in reasons["newton_schulz"]) == (dtype == "bfloat16")
 
     def test_says_aloud_where_it_is_slower(self):
         if native.fast_bfloat16():

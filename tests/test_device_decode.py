@@ -38,6 +38,7 @@ from dsfast.ops import triton
 on_device = partial(DeviceDecoder, launch=eager)
 by_device = partial(generate_ids, decoder_type=on_device)
 by_operators = partial(generate_ids, decoder_type=OperatorDecoder)
+FOR_TRAINING = {"mla_attention", "linear_cross_entropy", "adamw", "newton_schulz"}
 LENGTHS = (5, 1, 17, 8)
 
 
@@ -268,7 +269,7 @@ class TestWhatAGraphForbids:
         with GraphGuard() as guard:
             step()
         called = {name.split("::")[1] for name in guard.seen if name.startswith("dsfast::")}
-        assert called == set(OPERATORS) - {"mla_attention", "linear_cross_entropy", "adamw"}
+        assert called == set(OPERATORS) - FOR_TRAINING
 
     @torch.inference_mode()
     def test_how_many_operators_a_step_of_the_500k_model_calls(self, monkeypatch):
@@ -410,7 +411,7 @@ def interpreted() -> dict:
     decoder, (model, prompts) = partial(DeviceDecoder, launch=guarded), tiny_case()
     with ops.use("triton"):
         ids = {str(t): generate_ids(model, prompts, 6, t, seed=3, decoder_type=decoder) for t in (0.0, 1.0)}
-    used = set(OPERATORS) - {"mla_attention", "linear_cross_entropy", "adamw"}
+    used = set(OPERATORS) - FOR_TRAINING
     return {"ids": ids, "missing": sorted(op for op in used if f"dsfast::{op}" not in seen)}
 
 

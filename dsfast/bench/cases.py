@@ -8,7 +8,7 @@ Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
 Letters: N tokens, T tokens per document, B sequences, C cached tokens, D model width, R rank or width of latent, table and
 head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups,
-I intermediate width, P parameters.
+I intermediate width, P parameters, M matrices of R rows and C columns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dsfast import ops
 from dsfast.bench.peers import operators as eager
 from dsfast.errors import UserError, choices
 from dsfast.ops import cases
+from dsfast.ops.newton_schulz import ITERATIONS, Shape
 
 SIZE_NAMES = ("500k", "5m", "v3")
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -71,6 +72,11 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "500k": {"P": 520_000, "tensors": 21},
         "5m": {"P": 5_000_000, "tensors": 41},
         "v3": {"P": 22_000_000, "tensors": 3},
+    },
+    "newton_schulz": {  # the most costly stack; of DeepSeek-V3 the smallest matrix
+        "500k": {"M": 2, "R": 128, "C": 192},
+        "5m": {"M": 4, "R": 256, "C": 384},
+        "v3": {"M": 1, "R": 576, "C": 7168},
     },
 }
 _INDEX = 8  # bytes
@@ -198,6 +204,17 @@ def _linear_cross_entropy(name: str, N: int, R: int, V: int):
     return cases.linear_cross_entropy_case(name, N, R, V, counted=1.0), forward, backward
 
 
+def _newton_schulz(name: str, M: int, R: int, C: int):
+    return newton_schulz([(M, R, C)], name)
+
+
+def newton_schulz(shapes: Sequence[Shape], name: str) -> tuple[cases.Case, Work, None]:
+    """Case and forward work of stacks of matrices: of each, as often as it iterates, X X^T, its square and a product with X."""
+    flops = sum(ITERATIONS * n * (4 * rows * rows * cols + 2 * rows**3) for n, rows, cols in shapes)
+    floats = 2 * sum(n * rows * cols for n, rows, cols in shapes)
+    return cases.newton_schulz_case(name, *shapes), Work(flops, floats), None
+
+
 def _adamw(name: str, P: int, tensors: int):
     rest = P // 2 // (tensors - 1)
     shapes = [(P - rest * (tensors - 1),), *[(rest,)] * (tensors - 1)]
@@ -235,4 +252,5 @@ _BUILDERS = {
     "swiglu_mlp": _swiglu_mlp,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
+    "newton_schulz": _newton_schulz,
 }

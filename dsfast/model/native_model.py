@@ -16,7 +16,7 @@ from dsfast.model.moe import DeepseekMoE
 from dsfast.model.rope import softmax_scale
 from dsfast.ops import native
 
-FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw"}
+FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "newton_schulz"}
 """The operators a forward pass without loss is made of."""
 
 

@@ -19,6 +19,7 @@ from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
 from dsfast.ops.native import products_in
+from dsfast.ops.newton_schulz import newton_schulz
 from dsfast.ops.rms_norm import rms_norm
 from dsfast.ops.rope import rope
 from dsfast.ops.swiglu_mlp import swiglu_mlp
@@ -40,6 +41,7 @@ __all__ = [
     "mla_decode",
     "moe_experts",
     "moe_route",
+    "newton_schulz",
     "note_fallback",
     "products_in",
     "report",

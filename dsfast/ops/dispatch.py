@@ -69,16 +69,17 @@ def _select(selection: Mapping[str, str]) -> Iterator[None]:
         _selection.reset(token)
 
 
-def choose(operator: str, x: Tensor, not_native: str = "") -> str:
+def choose(operator: str, x: Tensor, not_native: str = "", not_triton: str = "") -> str:
     """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back.
 
-    `not_native`, where not empty, says why the C++ kernels do not take the call's other arguments.
+    `not_native` and `not_triton`, where not empty, say why the C++ and the Triton kernels do not take this call's arguments.
     """
-    return _choose(operator, x.device.type, x.dtype, not_native)
+    return _choose(operator, x.device.type, x.dtype, not_native, not_triton)
 
 
-def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str) -> str:
-    implementation, reason = _resolve(operator, device, dtype, not_native=not_native)
+def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str, not_triton: str) -> str:
+    refused = not_triton if _OF_DEVICE.get(device) == "triton" else not_native
+    implementation, reason = _resolve(operator, device, dtype, refused=refused)
     if implementation == "reference" and reason:
         note_fallback(operator, device, "runs in plain PyTorch", reason, stacklevel=5)
     return implementation
@@ -114,9 +115,10 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
 
 
 def _resolve(
-    operator: str, device: str, dtype: torch.dtype, wanted: str | None = None, not_native: str = ""
+    operator: str, device: str, dtype: torch.dtype, wanted: str | None = None, refused: str = ""
 ) -> tuple[str, str]:
-    """(implementation, reason of a fall-back or ""); `wanted` in place of what is selected."""
+    """(implementation, reason of a fall-back or ""); `wanted` in place of what is selected; refused: why the device's own
+    kernels do not take the arguments."""
     wanted = wanted or _selection.get().get(operator, "auto")
     own = _OF_DEVICE.get(device)
     if wanted == "reference" or (own is None and wanted == "auto"):
@@ -124,8 +126,8 @@ def _resolve(
     if wanted not in ("auto", own):
         raise UserError(f"{operator}: implementation {wanted!r} does not run on {device}; there: reference, {own}")
     available, reason = _available(own, operator, dtype)
-    if available and own == "native" and not_native:
-        available, reason = False, not_native
+    if available and refused:
+        available, reason = False, refused
     if available:
         return own, ""
     if wanted == "auto":

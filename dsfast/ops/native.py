@@ -60,7 +60,7 @@ def copies_transposed(weight: torch.Tensor) -> bool:
     return weight.numel() <= 2**16
 
 
-OF_PRODUCTS = ("embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy")
+OF_PRODUCTS = ("embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "newton_schulz")
 """The operators that are made of matrix products."""
 _products: ContextVar[torch.dtype] = ContextVar("dsfast_products", default=torch.float32)
 

@@ -91,11 +91,11 @@ class Trainer:
         """Steps without an update since the last one with."""
         self.last_saved: Path | None = None
         """The newest checkpoint written, or resumed from."""
+        self.precision = precision_of(config.runtime)
         torch.manual_seed(config.seed)
         with gpu_errors(self):
             self.model = DeepseekV3(config.model).to(self.device)
-            self.optimizer = build_optimizer(self.model, config.train)
-        self.precision = precision_of(config.runtime)
+            self.optimizer = build_optimizer(self.model, config.train, self.precision.tensors)
         self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
 
     @cached_property

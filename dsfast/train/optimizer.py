@@ -148,14 +148,17 @@ class Optimizer:
             part.load_state_dict(state)
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
-    """The optimizer of `model` as the config asks for it. Move the model to its device before, not after."""
+def build_optimizer(model: nn.Module, train: TrainConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimizer of `model` as the config asks for it. Move the model to its device before, not after.
+
+    dtype: what Muon's orthogonalisation computes in; all else is in the parameters' own.
+    """
     named = dict(model.named_parameters())
     muon = None
     if train.optimizer == "muon":
         names = [name for name, parameter in named.items() if role(name, parameter) == "matrix"]
         matrices = [Matrix(name, named.pop(name), parts=2 if name.endswith("gate_up_proj") else 1) for name in names]
-        muon = Muon(matrices, train.muon_learning_rate, train.weight_decay)
+        muon = Muon(matrices, train.muon_learning_rate, train.weight_decay, dtype)
     roles = [role(name, parameter) for name, parameter in named.items()]
     embedding_lr = train.embedding_learning_rate or train.learning_rate
     lrs = [embedding_lr if kind == "embedding" else train.learning_rate for kind in roles]

@@ -17,7 +17,7 @@ from dsfast import ops
 from dsfast.bench import cases
 from dsfast.bench.cases import Work
 from dsfast.ops.cases import Case
-from dsfast.ops.checks import IN_FLOAT32
+from dsfast.ops.checks import IN_FLOAT32, MATRICES
 from dsfast.ops.dispatch import choose
 
 OPERATORS = {
@@ -29,6 +29,7 @@ OPERATORS = {
     "norm": "rms_norm",
     "rope": "rope",
     "adamw": "adamw",
+    "muon": "newton_schulz",
     "mlp": "swiglu_mlp",
     "embedding": "embedding",
 }
@@ -69,6 +70,7 @@ SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
         "500K": ({"N": 8192, "T": 256, "H": 4, "Dr": 16}, {"N": 512, "T": 256, "H": 4, "Dr": 16}),
     },
     "adamw": {name: ({"P": 519_360, "tensors": 21}, {"P": 519_360, "tensors": 21}) for name in ("500K", "500K clip")},
+    "muon": {"500K": ({"shapes": MATRICES}, {"shapes": MATRICES})},
     "mlp": {
         "V3": ({"N": 8192, "D": 7168, "I": 2048}, {"N": 512, "D": 7168, "I": 2048}),
         "500K": ({"N": 8192, "D": 128, "I": 64}, {"N": 1024, "D": 128, "I": 64}),
@@ -88,6 +90,7 @@ _TINY = {
     "norm": {"N": 12, "D": 24},
     "rope": {"N": 12, "T": 6, "H": 2, "Dr": 8},
     "adamw": {"P": 50, "tensors": 4},
+    "muon": {"M": 2, "R": 5, "C": 7},
     "mlp": {"N": 12, "D": 16, "I": 16},
     "embedding": {"N": 12, "V": 19, "R": 8, "D": 16},
 }
@@ -134,6 +137,8 @@ def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:
 def _case(part: str, name: str, sizes: Sizes) -> tuple[Case, Work, Work | None]:
     if "lengths" in sizes:
         return cases.attention(sizes["lengths"], name, *(sizes[letter] for letter in ("H", "Dn", "Dr", "Dv")))
+    if "shapes" in sizes:
+        return cases.newton_schulz(sizes["shapes"], name)
     bench = cases.build_case(OPERATORS[part], name, sizes)
     return bench.case, bench.forward, bench.backward
 

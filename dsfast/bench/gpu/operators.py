@@ -27,6 +27,8 @@ GRAPHED = 1e-3
 """A call shorter than this many seconds is also timed in a CUDA graph."""
 PEER_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Of the largest value: a peer may round, but not compute something else."""
+ITERATED = {"muon": 4}
+"""So many times as much where steps enlarge the rounding of those before: five of them in bfloat16 make some 3e-2."""
 
 Json = dict[str, Any]
 
@@ -141,7 +143,7 @@ def _check_peer(peer: GpuPeer, case: GpuCase, arguments: list, expected: tuple |
     prepared = peer.prepare(arguments, ())
     with torch.no_grad():
         found = case.canonical(_tuple(prepared.result(prepared.run())))
-    return _difference(found, expected, PEER_TOLERANCE[case.dtype])
+    return _difference(found, expected, PEER_TOLERANCE[case.dtype] * ITERATED.get(case.part, 1))
 
 
 def _check_update(peer: GpuPeer, case: GpuCase, arguments: list) -> str:

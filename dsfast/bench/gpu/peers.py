@@ -378,6 +378,7 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
         "liger": _plain("LigerRMSNormFunction", _liger_norm, no_liger),
     },
     "rope": {"eager": _plain("stack of two rotations", eager.rope), "compile": _compiled("it", eager.rope)},
+    "muon": {"eager": _plain("bmm, baddbmm, baddbmm", eager.newton_schulz), "compile": _compiled("it", eager.newton_schulz)},
     "mlp": {
         "eager": _plain("linear, silu, linear", eager.swiglu_mlp),
         "compile": _compiled("it", eager.swiglu_mlp),

@@ -19,7 +19,7 @@ from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 
 PARTS = (
-    "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "mlp",
+    "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon", "mlp",
     "embedding", "tests",
 )  # fmt: skip
 """In order of importance; "bounds" comes before them all. The tests take what is left."""

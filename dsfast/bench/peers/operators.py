@@ -7,9 +7,14 @@ caches full.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
@@ -88,6 +93,20 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     return functional.cross_entropy(functional.linear(hidden, weight), labels, ignore_index=ignore_index)
+
+
+def newton_schulz(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
+    """Batched products of each stack; the additions are in the products."""
+    results = []
+    for part, shape in zip(x.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+        y = part.view(shape)
+        y = y / y.flatten(1).norm(dim=1).clamp(min=EPS).view(-1, 1, 1)
+        for _ in range(ITERATIONS):
+            gram = torch.bmm(y, y.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+            y = torch.baddbmm(y, polynomial, y, beta=A)
+        results.append(y.flatten())
+    return torch.cat(results)
 
 
 @torch.no_grad()
