@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsfast import ops
 from dsfast.bench import __main__ as bench
-from dsfast.bench import cases, ceilings, growth, kernels, memory, peers, results, step, timing
+from dsfast.bench import cases, ceilings, growth, kernels, learning, memory, peers, results, step, timing
 from dsfast.bench.generation import run_generate
 from dsfast.bench.peers import PEERS, Peer, huggingface
 from dsfast.bench.peers.eager import EagerDeepseekV3, rename
@@ -29,7 +29,7 @@ from dsfast.bench.report import Reporter
 from dsfast.bench.split import REST, split_by_operator
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.command import run_command
-from dsfast.config import default_config
+from dsfast.config import default_config, load_config
 from dsfast.errors import UserError
 from dsfast.model import generate_ids
 from dsfast.model.decode import OperatorDecoder
@@ -753,3 +753,37 @@ def test_what_the_peers_cannot_do_is_refused():
 def test_step_is_for_the_cpu():
     with pytest.raises(UserError, match="got 'cuda'; a GPU is timed by `bench gpu`"):
         step.run_step(tiny.tiny_config(**{"runtime.device": "cuda"}), 2, 8, 1, {}, False, quiet)
+
+
+# learning
+
+
+def test_learning_holds_every_seed_to_plain_pytorch(tmp_path: Path, capsys):
+    config, out = tiny.write_text_run(tmp_path), tmp_path / "out.json"
+    arguments = ["learning", "--seeds", "2", "--config", str(config), "--json", str(out)]
+    assert run_command(bench.main, arguments) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert found["status"] == "right"
+    assert [row["seed"] for row in found["seeds"]] == [0, 1]
+    for row in found["seeds"]:
+        settings = {"seed": row["seed"], "runtime.kernels": {"default": "reference"}}
+        alone = Trainer(load_config(config).replace(**settings)).train(quiet=True)
+        assert row["reference"]["loss"] == alone.final_loss
+        assert row["reference"]["recall"] == {"taught": None, "heldout": None}
+        assert row["difference"] == row["dsfast"]["loss"] / row["reference"]["loss"] - 1
+    assert found["seeds"][0]["reference"]["loss"] != found["seeds"][1]["reference"]["loss"]
+    assert "plain PyTorch in float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", [1.02, float("nan")])
+def test_learning_that_falls_behind_is_an_error(loss, tmp_path: Path, capsys, monkeypatch):
+    right = learning._run
+
+    def worse(config):
+        run = right(config)
+        return run if config.runtime.kernels else run | {"loss": run["loss"] * loss}
+
+    monkeypatch.setattr(learning, "_run", worse)
+    config = tiny.write_text_run(tmp_path)
+    assert run_command(bench.main, ["learning", "--seeds", "1", "--config", str(config)]) == 1
+    assert "✗ seed 0: the last loss differs by" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""`python -m dsfast.bench <step|kernels|generate|growth|compile|gpu>`: how fast dsfast is here, beside peers timed in the same
-run; and what its GPU kernels take of chips that are not here."""
+"""`python -m dsfast.bench <step|kernels|generate|growth|learning|compile|gpu>`: how fast dsfast is here, beside peers timed in
+the same run; whether it learns what plain PyTorch learns; and what its GPU kernels take of chips that are not here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dsfast.bench.gpu.run import BUDGET, PARTS, check_gpu, choose_parts, run_gpu
 from dsfast.bench.gpu.run import sound as gpu_is_sound
 from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
+from dsfast.bench.learning import run_learning
 from dsfast.bench.memory import check_measurable
 from dsfast.bench.report import Reporter, plain
 from dsfast.bench.step import choose_peers, run_step
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
 
 
 def sound(found: Json) -> bool:
-    """Whether everything that could run here ran, gave the right numbers, grew no faster than its work, and keeps its limits."""
+    """Whether everything that could run here ran, gave the right numbers, learnt as much, grew no faster than its work, and keeps
+    its limits."""
     states = [found.get("status"), *(peer["status"] for peer in found.get("peers", {}).values())]
     problems = [problem for case in found.get("cases", []) for problem in case["checks"].values()]
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
@@ -63,7 +65,9 @@ def sound(found: Json) -> bool:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="bench", metavar="step|kernels|generate|growth|compile|gpu", required=True)
+    commands = parser.add_subparsers(
+        dest="bench", metavar="step|kernels|generate|growth|learning|compile|gpu", required=True
+    )
 
     def command(name: str, run, purpose: str, repeats: int | None, timed: str = "pairs") -> CommandParser:
         sub = commands.add_parser(name, help=purpose, description=purpose)
@@ -94,6 +98,9 @@ def _parser() -> CommandParser:
     growth = command("growth", _growth, "whether the step's time grows faster than its work", 7, "rounds")
     growth.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
     growth.add_argument("--series", metavar="A,B,...", type=_names, help="default: batch,length,experts")
+    learning = command("learning", _learning, "the loss and recall of whole runs beside plain PyTorch in float32", None)
+    learning.add_path("--config", metavar="FILE", help="the run (default: the 500K model's)")
+    learning.add_argument("--seeds", metavar="N", type=_positive, default=5, help="seeds 0 .. N - 1 (default 5)")
     compiled = command("compile", _compile, "GPU kernels compiled without a GPU and held to each chip's limits", None)
     compiled.add_argument("operators", metavar="OP", nargs="*", help="default: all that have a Triton kernel")
     compiled.add_argument("--chip", metavar="CHIP", nargs="+", help=f"default: all, {', '.join(CHIPS)}")
@@ -131,7 +138,7 @@ def _gpu(arguments: Namespace, argv: list[str]) -> int:
 
 
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
-    """(settings, results), as the other four."""
+    """(settings, results), as the others."""
     config = _config(arguments)
     if arguments.dtype:
         config = config.replace(**{"runtime.dtype": arguments.dtype})
@@ -167,6 +174,11 @@ def _growth(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     config = _config(arguments)
     series = plan(config, arguments.series)
     return {"series": list(series), **_named(config)}, run_growth(series, arguments.repeats, reporter.progress)
+
+
+def _learning(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    config = _config(arguments)
+    return {"seeds": arguments.seeds, **_named(config)}, run_learning(config, range(arguments.seeds), reporter.progress)
 
 
 def _compile(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

@@ -48,7 +48,7 @@ class Reporter:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
-            "compile": self._compile, "gpu": partial(show_gpu, self.console),
+            "learning": self._learning, "compile": self._compile, "gpu": partial(show_gpu, self.console),
         }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 
@@ -190,6 +190,28 @@ class Reporter:
             )  # fmt: skip
         self.console.print(table)
 
+    def _learning(self, found: Json) -> None:
+        results, steps = found["results"], found["settings"]["config"]["train"]["steps"]
+        table = _table(f"{steps} steps, by dsfast (d) and by plain PyTorch in float32 (p)", "seed", "loss d", "loss p",
+                       "differs", "last ten d", "last ten p", "taught d", "taught p", "heldout d", "heldout p",
+                       "s d", "s p")  # fmt: skip
+        for row in results["seeds"]:
+            runs = row["dsfast"], row["reference"]
+            recalls = [_percent(run["recall"][name]) for name in ("taught", "heldout") for run in runs]
+            table.add_row(
+                str(row["seed"]), *(f"{run['loss']:.4f}" for run in runs), f"{row['difference']:+.2%}",
+                *(f"{run['mean_loss']:.4f}" for run in runs), *recalls, *(f"{run['seconds']:,.1f}" for run in runs),
+            )  # fmt: skip
+        self.console.print(table)
+        products = results["seeds"][0]["dsfast"]["products"]
+        self._say(
+            "loss: of the last step; taught, heldout: facts answered in phrasings read and never read. dsfast's products"
+            f" multiply {products}. Losses may differ by {results['tolerance']:.1%}."
+        )
+        for row in results["seeds"]:
+            if not abs(row["difference"]) <= results["tolerance"]:
+                self._say(f"✗ seed {row['seed']}: the last loss differs by {row['difference']:+.2%}", "red")
+
     def _compile(self, found: Json) -> None:
         rows = found["results"]["kernels"]
         for (operator, size, dtype), together in groupby(rows, itemgetter("operator", "size", "dtype")):
@@ -238,6 +260,10 @@ def _milliseconds(seconds: float) -> str:
     """Three or more digits, none of them without meaning."""
     ms = seconds * 1e3
     return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def _percent(recall: Json | None) -> str:
+    return "-" if recall is None else f"{recall['fraction']:.1%}"
 
 
 def _giga(number: float) -> str:

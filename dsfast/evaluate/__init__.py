@@ -1,7 +1,7 @@
 """Questions to a model and what its answers are worth: probes, similarity, recall."""
 
 from dsfast.evaluate.probes import ProbeResult, ask, check_lengths, continue_greedily
-from dsfast.evaluate.recall import Recall, measure_recall, wilson_interval
+from dsfast.evaluate.recall import Recall, measure_recall, measure_taught, wilson_interval
 from dsfast.evaluate.similarity import Similarity, exact_match, similarity
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "continue_greedily",
     "exact_match",
     "measure_recall",
+    "measure_taught",
     "similarity",
     "wilson_interval",
 ]

@@ -8,10 +8,10 @@ from typing import Any
 
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config
-from dsfast.data import heldout_prompts, load_facts, load_prompts, taught_facts, taught_prompts
+from dsfast.data import load_facts, load_prompts, taught_facts
 from dsfast.data.sources import ENCYCLOPEDIA
 from dsfast.evaluate.probes import ask, check_lengths
-from dsfast.evaluate.recall import Recall, measure_recall
+from dsfast.evaluate.recall import measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
 
@@ -31,10 +31,7 @@ def main(argv: list[str]) -> int:
         "config_sha256": config.hash(),
         "probes": [probe.to_dict() for probe in probes],
         "exact": sum(probe.exact for probe in probes),
-        "recall": {
-            name: _as_dict(measure_recall(model, tokenizer, [p for fact in facts for p in phrasings(fact)]))
-            for name, phrasings in (("taught", taught_prompts), ("heldout", heldout_prompts))
-        },
+        "recall": {name: value and asdict(value) for name, value in measure_taught(model, tokenizer, facts).items()},
     }
     print(_text(result))
     if path is not None:
@@ -54,10 +51,6 @@ def _parser() -> CommandParser:
 def _taught(config: Config) -> list:
     """The facts the checkpoint's run was taught; none where it read a text of the user's."""
     return taught_facts(load_facts(), config.data.facts) if config.data.source == ENCYCLOPEDIA else []
-
-
-def _as_dict(recall: Recall | None) -> dict[str, Any] | None:
-    return None if recall is None else asdict(recall)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from dsfast.data import Prompt
+from dsfast.data import Fact, Prompt, heldout_prompts, taught_prompts
 from dsfast.evaluate.probes import continue_greedily, judge
 from dsfast.model import DeepseekV3
 
@@ -35,6 +35,14 @@ def measure_recall(model: DeepseekV3, tokenizer: Tokenizer, prompts: Sequence[Pr
     generated = continue_greedily(model, tokenizer, [prompt.text for prompt in prompts], longest + _ROOM)
     correct = sum(judge(prompt, text, 0.0).exact for prompt, text in zip(prompts, generated, strict=True))
     return Recall(len(prompts), correct, correct / len(prompts), *wilson_interval(correct, len(prompts)))
+
+
+def measure_taught(model: DeepseekV3, tokenizer: Tokenizer, facts: Sequence[Fact]) -> dict[str, Recall | None]:
+    """Recall of `facts` in the phrasings of the training text, "taught", and in those held out from it, "heldout"."""
+    return {
+        name: measure_recall(model, tokenizer, [prompt for fact in facts for prompt in phrasings(fact)])
+        for name, phrasings in (("taught", taught_prompts), ("heldout", heldout_prompts))
+    }
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -21,10 +21,10 @@ import torch
 
 from dsfast import ops
 from dsfast.config import Config
-from dsfast.data import Prompt, PromptSets, heldout_prompts, taught_prompts
+from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import UserError
-from dsfast.evaluate import ProbeResult, Recall, ask, check_lengths, measure_recall
+from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.suite.error_reports import error_reports
 from dsfast.suite.propagation import check_propagation
@@ -179,13 +179,8 @@ def recall(session: Session) -> Details:
     facts = session.trainer.dataset.taught
     if not facts:
         return {"taught": None, "heldout": None, "reason": "the text is not dsfast's own: it teaches no known facts"}
-
-    def measure(phrasings: Callable[..., list[Prompt]]) -> Recall | None:
-        prompts = [prompt for fact in facts for prompt in phrasings(fact)]
-        return measure_recall(session.trainer.model, session.trainer.dataset.tokenizer, prompts)
-
-    taught, heldout = measure(taught_prompts), measure(heldout_prompts)
-    return {"facts": len(facts), "taught": taught and asdict(taught), "heldout": heldout and asdict(heldout)}
+    recalls = measure_taught(session.trainer.model, session.trainer.dataset.tokenizer, facts)
+    return {"facts": len(facts), **{name: asdict(value) for name, value in recalls.items()}}
 
 
 def performance(session: Session) -> Details:

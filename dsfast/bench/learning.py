@@ -1,0 +1,53 @@
+"""`bench learning`: whether a run learns with dsfast's kernels what it learns in plain PyTorch in float32, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from dsfast.config import Config
+from dsfast.evaluate import measure_taught
+from dsfast.train import Trainer
+
+REFERENCE = {"runtime.dtype": "float32", "runtime.kernels": {"default": "reference"}}
+TOLERANCE = 0.005
+"""Relative, of the last step's loss."""
+LAST = 10
+"""Steps over which the loss is also averaged: one step's is that of one batch."""
+
+Json = dict[str, Any]
+
+
+def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str], None]) -> Json:
+    """Train `config` with each seed twice, as it stands ("dsfast") and by REFERENCE; data and first weights are the same.
+
+    Returns `tolerance`, `seeds` (for each seed what `_run` returns of both, and `difference`, that of the last losses over
+    the reference's) and `status`: "wrong" where a difference is larger than the tolerance or no number, else "right".
+    """
+    rows = []
+    for seed in seeds:
+        runs = {}
+        for name, changes in (("reference", REFERENCE), ("dsfast", {})):
+            progress(f"seed {seed}: {name}")
+            runs[name] = _run(config.replace(**{"seed": seed, **changes}))
+        difference = runs["dsfast"]["loss"] / runs["reference"]["loss"] - 1
+        rows.append({"seed": seed, **runs, "difference": difference})
+    right = all(abs(row["difference"]) <= TOLERANCE for row in rows)  # NaN is not
+    return {"tolerance": TOLERANCE, "seeds": rows, "status": "right" if right else "wrong"}
+
+
+def _run(config: Config) -> Json:
+    """Train once: `loss` of the last step, `mean_loss` of the LAST ones, `seconds` of training, `recall` of taught facts."""
+    trainer = Trainer(config)
+    result = trainer.train(quiet=True)
+    data = trainer.dataset
+    recall = measure_taught(trainer.model, data.tokenizer, data.taught)
+    return {
+        "loss": result.final_loss,
+        "mean_loss": fmean(result.losses[-LAST:]),
+        "seconds": result.seconds,
+        "products": str(trainer.precision.products).removeprefix("torch."),
+        "recall": {name: value and asdict(value) for name, value in recall.items()},
+    }
