@@ -106,6 +106,11 @@ def _parser() -> CommandParser:
     compiled.add_argument("--chip", metavar="CHIP", nargs="+", help=f"default: all, {', '.join(CHIPS)}")
     compiled.add_argument("--dtype", metavar="DTYPE", nargs="+", default=["bfloat16"], help="default: bfloat16")
     compiled.add_argument("--size", metavar="SIZE", nargs="+", help='default: all; for example "500K" DeepSeek-V3')
+    _add_gpu(commands)
+    return parser
+
+
+def _add_gpu(commands) -> None:
     purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json and DIR/gpu.txt"
     gpu = commands.add_parser("gpu", help=purpose, description=purpose)
     gpu.add_path("--out", metavar="DIR", required=True, help="where the results go")
@@ -116,7 +121,6 @@ def _parser() -> CommandParser:
         action="store_true",
         help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json and .txt",
     )
-    return parser
 
 
 def _gpu(arguments: Namespace, argv: list[str]) -> int:
