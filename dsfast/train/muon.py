@@ -109,9 +109,8 @@ class Muon:
         lr = self.lr * lr_scale
         for stack, part in self.parts(self.update):
             stack.gather(part)
-        if isinstance(
-            clip_scale, Tensor
-        ):  # not finite: what moves towards itself stays, to the bit, and so do parameters
+        if isinstance(clip_scale, Tensor):
+            # Where it is not finite what moves towards itself stays, to the bit, and so do the parameters.
             lr = lr * clip_scale.isfinite()
             torch.where(clip_scale.isfinite(), self.update * clip_scale, self.momentum, out=self.update)
         elif clip_scale != 1.0:
