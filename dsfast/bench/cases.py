@@ -73,10 +73,10 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "5m": {"P": 5_000_000, "tensors": 41},
         "v3": {"P": 22_000_000, "tensors": 3},
     },
-    "newton_schulz": {  # the most costly stack; of DeepSeek-V3 the smallest matrix
+    "newton_schulz": {  # the most costly stack; of DeepSeek-V3 eight heads' keys in kv_b_proj
         "500k": {"M": 2, "R": 128, "C": 192},
         "5m": {"M": 4, "R": 256, "C": 384},
-        "v3": {"M": 1, "R": 576, "C": 7168},
+        "v3": {"M": 8, "R": 128, "C": 512},
     },
 }
 _INDEX = 8  # bytes
