@@ -40,7 +40,7 @@ inline void attend_one(const LatentAttention& z, Cached cached, const float* q_t
   float *top = memory, *total = top + heads, *scores = total + heads;
   gemm_in_parts(length, heads, z.R, {cached.latent, z.latent_token, 1}, q_t, heads, scores, heads);
   gemm_in_parts(length, heads, z.Dr, {cached.k_rope, z.rope_token, 1}, q_t + z.R * heads, heads, scores, heads, true);
-  exponentials(scores, length, heads, top, total);
+  exponentials(scores, length, heads, scores, top, total);
   gemm_in_parts(z.H, z.R, length, {scores, 1, heads}, cached.latent, z.latent_token, mixed, z.R);
   for (int64_t h = 0; h < z.H && length > 0; ++h) {
     const float share = 1.0f / total[h];

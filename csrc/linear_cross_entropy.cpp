@@ -19,7 +19,7 @@ constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the w
 // Words at a time: so few that logits, weights, hidden and its gradient fit the first-level cache; where they are too
 // wide for that, so many that the gradient is seldom gone through.
 constexpr int64_t NARROW = 48, WIDE = 480;
-constexpr int64_t PER = PER_BUILD_TERM;
+constexpr int64_t PER = PER_TERM<BuildTerm>;
 static_assert(NARROW % PER == 0 && WIDE % PER == 0 && TOKENS % PER == 0, "a chunk must fill whole terms");
 // Exponentials are made as 2^(logit / ln 2 - reference): the factor and the difference are one instruction.
 constexpr float PER_LN2 = 1.44269504f;
@@ -36,17 +36,17 @@ struct Head {
 
 // 2^(logit / ln 2 - reference) of a chunk of words, as the terms of the products they go into.
 struct Chunk {
-  BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens
+  BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens; null: no terms are wanted
   BuildTerm* by_word;   // [words / PER][TOKENS], terms along the words
   float* logits;        // [words][TOKENS]
 };
 
 struct Block {
-  BuildTerm* by_token;  // [V][TOKENS / PER], the exponentials of all words; without gradients of one chunk
-  Chunk passing;        // memory for what is kept of one chunk only
-  float* hidden;        // [R][TOKENS], transposed
-  float* scaled;        // [TOKENS][R], hidden times the token's gradient scale
-  float* grad;          // [TOKENS][R], sum of exps times weight
+  BuildTerm* by_token;                     // [V][TOKENS / PER], the exponentials of all words; null without gradients
+  Chunk passing;                           // memory for what is kept of one chunk only
+  float* hidden;                           // [R][TOKENS], transposed
+  float* scaled;                           // [TOKENS][R], hidden times the token's gradient scale
+  float* grad;                             // [TOKENS][R], sum of exps times weight
   BuildTerm *hidden_terms, *scaled_terms;  // second factors
   PackedB packed_hidden;
   float reference[TOKENS], total[TOKENS];  // what is subtracted, in base 2; the sum of the exponentials
@@ -60,6 +60,7 @@ struct Block {
 
   // The words from v on. Floats have one place from logit to term.
   Chunk chunk(int64_t v) const {
+    if (by_token == nullptr) return passing;
     BuildTerm* own = by_token + v * (TOKENS / PER);
     if (PER == 1) return {own, own, reinterpret_cast<float*>(own)};
     return {own, passing.by_word, passing.logits};
@@ -67,8 +68,8 @@ struct Block {
 
  private:
   void carve(Carver& c, const Head& head, bool with_grads) {
-    const int64_t chunk = head.chunk(), words = with_grads ? (head.V + PER - 1) / PER * PER : chunk;
-    by_token = c.of<BuildTerm>(words * TOKENS / PER);
+    const int64_t chunk = head.chunk();
+    by_token = with_grads ? c.of<BuildTerm>(terms_of<BuildTerm>(head.V) * TOKENS) : nullptr;
     passing = {nullptr, c.of<BuildTerm>(chunk * TOKENS / PER), c.floats(chunk * TOKENS)};
     hidden = c.floats(head.R * TOKENS), scaled = c.floats(head.R * TOKENS), grad = c.floats(head.R * TOKENS);
     hidden_terms = c.of<BuildTerm>(packed_size<BuildTerm>(TOKENS, head.R));
@@ -89,7 +90,7 @@ void make_logits(const Head& head, int64_t v, int64_t words, const Block& b, flo
 // The largest logits of the first `words` words become what is subtracted before exp.
 void set_reference(const Head& head, int64_t words, Block& b) {
   for (int64_t t = 0; t < TOKENS; ++t) b.reference[t] = -INFINITY;
-  float* logits = b.chunk(0).logits;
+  float* logits = b.passing.logits;
   for (int64_t v = 0; v < words; v += head.chunk()) {
     const int64_t count = least(words - v, head.chunk());
     make_logits(head, v, count, b, logits);
@@ -114,7 +115,8 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
         exps[p] = exp2(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
         part += exps[p];
       }
-      store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
+      if (chunk.by_token != nullptr)
+        store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
     }
     far |= part > FAR;
     store(b.total + t, load(b.total + t) + part);
@@ -127,7 +129,7 @@ bool meet_vocabulary(const Head& head, bool with_grads, Block& b) {
   clear(b.total, TOKENS);
   for (int64_t v = 0; v < head.V; v += head.chunk()) {
     const int64_t words = least(head.V - v, head.chunk());
-    const Chunk chunk = b.chunk(with_grads ? v : 0);
+    const Chunk chunk = b.chunk(v);
     make_logits(head, v, words, b, chunk.logits);
     if (!exponentials(chunk, words, b)) return false;
     if (with_grads)

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "pieces.h"
+#include "softmax.h"
 
 namespace DSFAST_ISA {
 namespace {
@@ -103,22 +104,6 @@ void gather_gradient(const Block& b, const Weighed& scores, const PackedB& y, fl
   });
 }
 
-// scores -> exp(score - top); top and total [lanes], the maximum and the sum of each query
-void exponentials(const Block& b, const float* scores, const Weighed& exps, float* top, float* total) {
-  for (int64_t part = 0; part < b.lanes; part += W) {
-    vfloat high = splat(-INFINITY), added = {};
-    for (int64_t j = 0; j < b.keys(); ++j) high = maximum(high, load(scores + j * b.lanes + part));
-    for (int64_t j = 0; j < b.keys(); j += PER) {
-      vfloat e[PER] = {};
-      for (int64_t p = 0; p < PER && j + p < b.keys(); ++p)
-        added += e[p] = exp(load(scores + (j + p) * b.lanes + part) - high);
-      store_terms(e, nullptr, 0, exps.down + j / PER * b.lanes + part);
-    }
-    store(top + part, high);
-    store(total + part, added);
-  }
-}
-
 // p = exp(score - top) / sum, ds = p (dp - sum p dp); on entry p holds the scores. Sum and delta are made anew from the
 // same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
 // itself.
@@ -199,7 +184,7 @@ void attend(const AttentionParts<const float>& in, int64_t length, int64_t head,
     products(b, keys, pack_lanes(b, w.q, Dk, w.turned_q), w.scores);
     b.mask(w.scores, -INFINITY);
     float top[QUERIES], total[QUERIES];
-    exponentials(b, w.scores, w.p, top, total);
+    exponentials(w.scores, b.keys(), b.lanes, w.p.down, top, total);
     weighted(b, w.p, values, o.at(first, head), o.token);
     for (int64_t i = 0; i < b.rows; ++i) {
       copy_scaled(o.at(first + i, head), o.at(first + i, head), z.Dv, 1.0f / total[i]);

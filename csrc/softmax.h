@@ -2,19 +2,22 @@
 #pragma once
 #include <cmath>
 
-#include "simd.h"
+#include "terms.h"
 
 namespace DSFAST_ISA {
 
-// scores -> exp(score - top), in place; top and total [lanes], the maximum and the sum of each query. lanes: of W.
-inline void exponentials(float* scores, int64_t keys, int64_t lanes, float* top, float* total) {
+// exp(score - top) as terms down the keys, [terms of keys][lanes]; floats may take the scores' place. top and total
+// [lanes], the maximum and the sum of each query. lanes: of W.
+inline void exponentials(const float* scores, int64_t keys, int64_t lanes, BuildTerm* exps, float* top, float* total) {
+  constexpr int64_t PER = PER_TERM<BuildTerm>;
   for (int64_t part = 0; part < lanes; part += W) {
     vfloat high = splat(-INFINITY), added = {};
     for (int64_t j = 0; j < keys; ++j) high = maximum(high, load(scores + j * lanes + part));
-    for (int64_t j = 0; j < keys; ++j) {
-      const vfloat e = exp(load(scores + j * lanes + part) - high);
-      store(scores + j * lanes + part, e);
-      added += e;
+    for (int64_t j = 0; j < keys; j += PER) {
+      vfloat e[PER] = {};
+      for (int64_t p = 0; p < PER && j + p < keys; ++p)
+        added += e[p] = exp(load(scores + (j + p) * lanes + part) - high);
+      store_terms(e, nullptr, 0, exps + j / PER * lanes + part);
     }
     store(top + part, high);
     store(total + part, added);

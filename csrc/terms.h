@@ -34,7 +34,6 @@ using BuildTerm = Pair;
 #else
 using BuildTerm = float;
 #endif
-constexpr int64_t PER_BUILD_TERM = PER_TERM<BuildTerm>;
 
 DSFAST_INLINE vint load(const Pair* p) {
   typedef int32_t vint_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
