@@ -23,8 +23,8 @@ Json = dict[str, Any]
 def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str], None]) -> Json:
     """Train `config` with each seed twice, as it stands ("dsfast") and by REFERENCE; data and first weights are the same.
 
-    Returns `tolerance`, `seeds` (for each seed what `_run` returns of both, and `difference`, that of the last losses over
-    the reference's) and `status`: "wrong" where a difference is larger than the tolerance or no number, else "right".
+    Returns `tolerance`, `seeds` (for each seed what `_run` returns of both, `difference`, that of the last losses over the
+    reference's, and whether that is `right`: within the tolerance, so a number) and `status`: "right" or "wrong".
     """
     rows = []
     for seed in seeds:
@@ -33,9 +33,8 @@ def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str],
             progress(f"seed {seed}: {name}")
             runs[name] = _run(config.replace(**{"seed": seed, **changes}))
         difference = runs["dsfast"]["loss"] / runs["reference"]["loss"] - 1
-        rows.append({"seed": seed, **runs, "difference": difference})
-    right = all(abs(row["difference"]) <= TOLERANCE for row in rows)  # NaN is not
-    return {"tolerance": TOLERANCE, "seeds": rows, "status": "right" if right else "wrong"}
+        rows.append({"seed": seed, **runs, "difference": difference, "right": abs(difference) <= TOLERANCE})
+    return {"tolerance": TOLERANCE, "seeds": rows, "status": "right" if all(row["right"] for row in rows) else "wrong"}
 
 
 def _run(config: Config) -> Json:
