@@ -16,23 +16,12 @@ namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
-// Words at a time: so few that logits, weights, hidden and its gradient fit the first-level cache; where they are too
-// wide for that, so many that the gradient is seldom gone through.
-constexpr int64_t NARROW = 48, WIDE = 480;
 constexpr int64_t PER = PER_TERM<BuildTerm>;
-static_assert(NARROW % PER == 0 && WIDE % PER == 0 && TOKENS % PER == 0, "a chunk must fill whole terms");
-// Exponentials are made as 2^(logit / ln 2 - reference): the factor and the difference are one instruction.
-constexpr float PER_LN2 = 1.44269504f;
+static_assert(HeadWeight::NARROW % PER == 0 && HeadWeight::WIDE % PER == 0 && TOKENS % PER == 0,
+              "a chunk must fill whole terms");
 // A sum of exponentials above this says that a logit lies some 40 above the reference that is subtracted before exp:
 // far from overflow, also summed over the words.
 constexpr float FAR = 2e17f;
-
-struct Head {
-  const float* weight;
-  int64_t R, V;
-  int64_t chunk() const { return R <= 512 ? NARROW : WIDE; }
-  Matrix words(int64_t v) const { return {weight + v * R, R, 1}; }
-};
 
 // 2^(logit / ln 2 - reference) of a chunk of words, as the terms of the products they go into.
 struct Chunk {
@@ -48,10 +37,11 @@ struct Block {
   float* scaled;                           // [TOKENS][R], hidden times the token's gradient scale
   float* grad;                             // [TOKENS][R], sum of exps times weight
   BuildTerm *hidden_terms, *scaled_terms;  // second factors
+  BuildTerm* label_terms;                  // [terms of R][TOKENS], the weight of each token's label
   PackedB packed_hidden;
   float reference[TOKENS], total[TOKENS];  // what is subtracted, in base 2; the sum of the exponentials
 
-  Block(const Head& head, bool with_grads) {
+  Block(const HeadWeight& head, bool with_grads) {
     Carver count = {nullptr};
     carve(count, head, with_grads);
     Carver carver = {dsfast::scratch(count.size)};
@@ -67,28 +57,29 @@ struct Block {
   }
 
  private:
-  void carve(Carver& c, const Head& head, bool with_grads) {
+  void carve(Carver& c, const HeadWeight& head, bool with_grads) {
     const int64_t chunk = head.chunk();
     by_token = with_grads ? c.of<BuildTerm>(terms_of<BuildTerm>(head.V) * TOKENS) : nullptr;
     passing = {nullptr, c.of<BuildTerm>(chunk * TOKENS / PER), c.floats(chunk * TOKENS)};
     hidden = c.floats(head.R * TOKENS), scaled = c.floats(head.R * TOKENS), grad = c.floats(head.R * TOKENS);
     hidden_terms = c.of<BuildTerm>(packed_size<BuildTerm>(TOKENS, head.R));
     scaled_terms = c.of<BuildTerm>(packed_size<BuildTerm>(head.R, TOKENS));
+    label_terms = c.of<BuildTerm>(terms_of<BuildTerm>(head.R) * TOKENS);
   }
 };
 
-void load_hidden(const Head& head, const float* hidden, int64_t row, int64_t tokens, Block& b) {
+void load_hidden(const HeadWeight& head, const float* hidden, int64_t row, int64_t tokens, Block& b) {
   for (int64_t r = 0; r < head.R; ++r)
     for (int64_t i = 0; i < TOKENS; ++i) b.hidden[r * TOKENS + i] = i < tokens ? hidden[i * row + r] : 0.0f;
   b.packed_hidden = pack_b(TOKENS, head.R, {b.hidden, TOKENS, 1}, b.hidden_terms);
 }
 
-void make_logits(const Head& head, int64_t v, int64_t words, const Block& b, float* logits) {
-  gemm(words, head.words(v), b.packed_hidden, logits, TOKENS);
+void make_logits(const HeadWeight& head, int64_t v, int64_t words, const Block& b, float* logits) {
+  gemm(words, head.rows(v), b.packed_hidden, logits, TOKENS);
 }
 
 // The largest logits of the first `words` words become what is subtracted before exp.
-void set_reference(const Head& head, int64_t words, Block& b) {
+void set_reference(const HeadWeight& head, int64_t words, Block& b) {
   for (int64_t t = 0; t < TOKENS; ++t) b.reference[t] = -INFINITY;
   float* logits = b.passing.logits;
   for (int64_t v = 0; v < words; v += head.chunk()) {
@@ -112,7 +103,7 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
     for (int64_t i = 0; i < words; i += PER) {
       vfloat exps[PER] = {};
       for (int64_t p = 0; p < PER && i + p < words; ++p) {
-        exps[p] = exp2(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
+        exps[p] = exp2_of(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
         part += exps[p];
       }
       if (chunk.by_token != nullptr)
@@ -125,30 +116,43 @@ bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
 }
 
 // All words: exps, their total and, if wanted, grad. False as soon as a logit lies far above the reference.
-bool meet_vocabulary(const Head& head, bool with_grads, Block& b) {
+bool meet_vocabulary(const HeadWeight& head, bool with_grads, Block& b) {
   clear(b.total, TOKENS);
   for (int64_t v = 0; v < head.V; v += head.chunk()) {
     const int64_t words = least(head.V - v, head.chunk());
     const Chunk chunk = b.chunk(v);
     make_logits(head, v, words, b, chunk.logits);
     if (!exponentials(chunk, words, b)) return false;
-    if (with_grads)
-      gemm_packed<BuildTerm>(TOKENS, head.R, words, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, head.words(v), b.grad,
-                             head.R, v > 0);
+    if (with_grads) gemm(TOKENS, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, head.columns(v), b.grad, head.R, v > 0);
   }
   return true;
 }
 
-// A token's logit of its label, summed in the same order as in `make_logits`: the same bits.
-float label_logit(const Head& head, const Block& b, int64_t token, int64_t label) {
-  float logit;
-  gemm(1, 1, head.R, head.words(label), {b.hidden + token, TOKENS, 1}, &logit, 1);
-  return logit;
+// Each token's logit of its label, summed in the same order as in `make_logits`: the same bits. Of a token whose label
+// is ignored it is anything.
+void label_logits(const HeadWeight& head, const int64_t* labels, int64_t ignore_index, int64_t tokens, const Block& b,
+                  float* logits) {
+  const int64_t terms = terms_of<BuildTerm>(head.R);
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    const BuildTerm* row = head.rows(t < tokens && labels[t] != ignore_index ? labels[t] : 0).data;
+    for (int64_t k = 0; k < terms; ++k) b.label_terms[k * TOKENS + t] = row[k];
+  }
+  for (int64_t t = 0; t < TOKENS; t += W) {
+    const BuildTerm* hidden = b.packed_hidden.columns_from(t / NR * NR).terms + t % NR;
+    vfloat logit = {};
+    for (int64_t from = 0; from < terms; from += KC / PER) {
+      vfloat part = {};
+      for (int64_t k = from; k < least(from + KC / PER, terms); ++k)
+        part = multiply_add(load(b.label_terms + k * TOKENS + t), load(hidden + k * NR), part);
+      logit = from == 0 ? part : logit + part;
+    }
+    store(logits + t, logit);
+  }
 }
 
 // With p = exp / total, share = 1 / (tokens that count): dhidden = share (p weight - weight[label]) and dweight
 // += share (p^T hidden - hidden[label]).
-void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, int64_t tokens, float share,
+void gradients(const HeadWeight& head, const int64_t* labels, int64_t ignore_index, int64_t tokens, float share,
                float* dhidden, float* dweight, bool first, Block& b) {
   const int64_t R = head.R;
   for (int64_t i = 0; i < TOKENS; ++i) {
@@ -156,7 +160,7 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
     const float scale = counts ? share / b.total[i] : 0.0f;
     for (int64_t r = 0; r < R; ++r) b.scaled[i * R + r] = b.hidden[r * TOKENS + i] * scale;
     if (i >= tokens) continue;
-    const float* of_label = head.weight + (counts ? labels[i] * R : 0);
+    const float* of_label = head.numbers + (counts ? labels[i] * R : 0);
     for (int64_t r = 0; r < R; ++r)
       dhidden[i * R + r] = counts ? b.grad[i * R + r] * scale - of_label[r] * share : 0.0f;
   }
@@ -171,28 +175,37 @@ void gradients(const Head& head, const int64_t* labels, int64_t ignore_index, in
 
 }  // namespace
 
-double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
+void HeadWeight::fill(int64_t begin, int64_t end) const {
+  for (int64_t v = begin * chunk(); v < end * chunk(); v += chunk()) {
+    const Matrix words = {numbers + v * R, R, 1};
+    const int64_t count = least(V - v, chunk());
+    packed_a(count, R, words, const_cast<BuildTerm*>(rows(v).data));
+    if (packed != nullptr) pack_b(R, count, words, packed + v / chunk() * packed_size<BuildTerm>(R, chunk()));
+  }
+}
+
+double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const HeadWeight& head, const int64_t* labels,
                                  int64_t ignore_index, float share, float* dhidden, float* dweight, bool first,
-                                 int64_t N, int64_t R, int64_t V) {
-  const Head head = {weight, R, V};
+                                 int64_t N) {
   const bool with_grads = dhidden != nullptr;
   Block b(head, with_grads);
   double loss = 0;
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t tokens = least(N - n, TOKENS);
     load_hidden(head, hidden + n * hidden_row, hidden_row, tokens, b);
-    set_reference(head, least(V, head.chunk()), b);
+    set_reference(head, least(head.V, head.chunk()), b);
     if (!meet_vocabulary(head, with_grads,
                          b)) {  // rare: the first chunk's largest logit is seldom far from the largest
-      set_reference(head, V, b);
+      set_reference(head, head.V, b);
       meet_vocabulary(head, with_grads, b);
     }
+    float of_label[TOKENS];
+    label_logits(head, labels + n, ignore_index, tokens, b, of_label);
     for (int64_t i = 0; i < tokens; ++i)
       if (labels[n + i] != ignore_index)
-        loss += double(b.reference[i]) / PER_LN2 + std::log(double(b.total[i])) -
-                double(label_logit(head, b, i, labels[n + i]));
+        loss += double(b.reference[i]) / PER_LN2 + std::log(double(b.total[i])) - double(of_label[i]);
     if (with_grads)
-      gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * R, dweight, first && n == 0, b);
+      gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * head.R, dweight, first && n == 0, b);
   }
   return loss;
 }
@@ -207,6 +220,11 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
   }
   if (bad != 0) return bad;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
+  Carver count = {nullptr};
+  HeadWeight(weight, V, R, with_grads, count);
+  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
+  const HeadWeight head(weight, V, R, with_grads, carver);
+  parallel_ranges(head.chunks(), threads, [&](int, int64_t begin, int64_t end) { head.fill(begin, end); });
   double losses[MAX_THREADS] = {};
   Partials partials;
   // Whole blocks for each thread, so that the parts do not depend on how a range begins.
@@ -214,8 +232,8 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
     const int64_t n = begin * TOKENS, tokens = least(N, end * TOKENS) - n;
     if (tokens <= 0) return;
     float* dw = with_grads ? partials.of[thread] = dsfast::scratch(V * R, dsfast::GRADIENTS) : nullptr;
-    losses[thread] = linear_cross_entropy_rows(hidden + n * hidden_row, hidden_row, weight, labels + n, ignore_index,
-                                               share, with_grads ? dhidden + n * R : nullptr, dw, true, tokens, R, V);
+    losses[thread] = linear_cross_entropy_rows(hidden + n * hidden_row, hidden_row, head, labels + n, ignore_index,
+                                               share, with_grads ? dhidden + n * R : nullptr, dw, true, tokens);
   });
   if (with_grads) partials.add_up(dweight, V * R, threads);
   double total = 0;

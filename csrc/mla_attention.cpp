@@ -113,7 +113,7 @@ void softmax_backward(const Block& b, const float* tops, float* p, const float* 
     const vfloat top = load(tops + part);
     vfloat total = {}, delta = {};
     for (int64_t j = 0; j < b.keys(); ++j) {
-      const vfloat e = exp(load(p + j * b.lanes + part) - top);
+      const vfloat e = exp_of_difference(load(p + j * b.lanes + part), top);
       store(p + j * b.lanes + part, e);
       total += e;
       delta += e * load(dp + j * b.lanes + part);

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "carver.h"
 #include "expert.h"
 #include "gemm.h"
 
@@ -93,10 +94,46 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
 // out[n] = sum of the K slots of token n, in the order of the choices
 void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads);
 
+// The head's weight [V, R], and what its products read of it, a chunk of words after the other.
+class HeadWeight {
+ public:
+  // Words at a time: so few that logits, weights, hidden and its gradient fit the first-level cache; where they are too
+  // wide for that, so many that the gradient is seldom gone through.
+  static constexpr int64_t NARROW = PER_TERM<BuildTerm> > 1 ? 72 : 48, WIDE = 480;
+
+  const float* numbers;
+  int64_t V, R;
+
+  // To be filled; with_grads: as a second factor, too.
+  HeadWeight(const float* numbers, int64_t V, int64_t R, bool with_grads, Carver& c) : numbers(numbers), V(V), R(R) {
+    if (PER_TERM<BuildTerm> > 1) terms = c.of<BuildTerm>(V * terms_of<BuildTerm>(R));
+    if (with_grads) packed = c.of<BuildTerm>(chunks() * packed_size<BuildTerm>(R, chunk()));
+  }
+  int64_t chunk() const { return R <= 512 ? NARROW : WIDE; }
+  int64_t chunks() const { return (V + chunk() - 1) / chunk(); }
+  void fill(int64_t begin, int64_t end) const;  // chunks
+
+  // The words from v on, as rows of a first factor.
+  Terms<BuildTerm> rows(int64_t v) const { return rows_of(v, BuildTerm()); }
+  // Of the chunk that begins with word v, as a second factor [words, R].
+  PackedB columns(int64_t v) const {
+    const int64_t words = least(V - v, chunk());
+    return {packed + v / chunk() * packed_size<BuildTerm>(R, chunk()), R, words, panel_size<BuildTerm>(words)};
+  }
+
+ private:
+  BuildTerm *terms = nullptr, *packed = nullptr;
+  Matrix rows_of(int64_t v, float) const { return {numbers + v * R, R, 1}; }
+  Terms<Pair> rows_of(int64_t v, Pair) const {
+    const int64_t row = terms_of<Pair>(R);
+    return {reinterpret_cast<const Pair*>(terms) + v * row, row, 1};
+  }
+};
+
 // The sum of the losses. With gradients (dhidden not null) dhidden is written and dweight added to, or written if
 // `first`; share is what each loss counts in them. Labels must be in range.
-double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const float* weight, const int64_t* labels,
+double linear_cross_entropy_rows(const float* hidden, int64_t hidden_row, const HeadWeight& head, const int64_t* labels,
                                  int64_t ignore_index, float share, float* dhidden, float* dweight, bool first,
-                                 int64_t N, int64_t R, int64_t V);
+                                 int64_t N);
 
 }  // namespace DSFAST_ISA

@@ -16,7 +16,7 @@ inline void exponentials(const float* scores, int64_t keys, int64_t lanes, Build
     for (int64_t j = 0; j < keys; j += PER) {
       vfloat e[PER] = {};
       for (int64_t p = 0; p < PER && j + p < keys; ++p)
-        added += e[p] = exp(load(scores + (j + p) * lanes + part) - high);
+        added += e[p] = exp_of_difference(load(scores + (j + p) * lanes + part), high);
       store_terms(e, nullptr, 0, exps + j / PER * lanes + part);
     }
     store(top + part, high);

@@ -28,11 +28,17 @@ DSFAST_INLINE int64_t terms_of(int64_t K) {
   return (K + PER_TERM<Term> - 1) / PER_TERM<Term>;
 }
 
-// What this build multiplies.
+// What this build multiplies, and exponentials that are made into it. Those in base 2 take the factor PER_LN2 and the
+// difference as one instruction.
+constexpr float PER_LN2 = 1.44269504f;
 #if defined(DSFAST_BFLOAT16)
 using BuildTerm = Pair;
+DSFAST_INLINE vfloat exp2_of(vfloat x) { return exp2<3>(x); }
+DSFAST_INLINE vfloat exp_of_difference(vfloat x, vfloat y) { return exp2<3>(x * PER_LN2 - y * PER_LN2); }
 #else
 using BuildTerm = float;
+DSFAST_INLINE vfloat exp2_of(vfloat x) { return exp2<4>(x); }
+DSFAST_INLINE vfloat exp_of_difference(vfloat x, vfloat y) { return exp(x - y); }
 #endif
 
 DSFAST_INLINE vint load(const Pair* p) {

@@ -67,33 +67,41 @@ inline LayerWeights copied_layer(Carver& c, const Model& m, const Layer& w) {
 
 constexpr int64_t PER_LAYER = sizeof(LayerWeights) / sizeof(Weight);
 
-// All layers' weights and the two projections', copied to this thread's memory.
+// All layers' weights, the two projections' and the head's.
 struct Weights {
   LayerWeights* layers;
   Weight projection, head_projection;
+  HeadWeight head;
 
-  Weights(const Model& m, int threads) {
-    Carver count = {nullptr};
-    carve(m, count);
-    Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
-    carve(m, carver);
-    const Weight* all = reinterpret_cast<const Weight*>(layers);
-    parallel_tasks(m.layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });
-    projection.fill();
-    head_projection.fill();
-  }
-
- private:
-  void carve(const Model& m, Carver& c) {
-    layers = c.of<LayerWeights>(m.layer_count);
+  // To be filled.
+  Weights(const Model& m, Carver& c)
+      : layers(c.of<LayerWeights>(m.layer_count)),
+        projection(copied(c, m.projection, 1, m.embedding_rank, m.width)),
+        head_projection(copied(c, m.head_projection, 1, m.head_width, m.width)),
+        head(m.head, m.vocabulary, m.head_width, true, c) {
     for (int64_t i = 0; i < m.layer_count; ++i) {
       const LayerWeights layer = copied_layer(c, m, m.layers[i]);
       if (layers != nullptr) layers[i] = layer;
     }
-    projection = copied(c, m.projection, 1, m.embedding_rank, m.width);
-    head_projection = copied(c, m.head_projection, 1, m.head_width, m.width);
+  }
+  void fill(int64_t layer_count, int threads) const {
+    const Weight* all = reinterpret_cast<const Weight*>(layers);
+    parallel_tasks(layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });
+    projection.fill();
+    head_projection.fill();
+    parallel_ranges(head.chunks(), threads, [&](int, int64_t begin, int64_t end) { head.fill(begin, end); });
   }
 };
+
+// In this thread's memory.
+inline Weights filled_weights(const Model& m, int threads) {
+  Carver count = {nullptr};
+  Weights(m, count);
+  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
+  const Weights weights(m, carver);
+  weights.fill(m.layer_count, threads);
+  return weights;
+}
 
 // What a layer keeps of a segment of n tokens for its backward pass. What products read or write down a column has
 // padded rows: x, x_mlp, low's normed q_input, latent and o here, their gradients in State.

@@ -245,9 +245,9 @@ double Pass::head(int64_t ignore_index, float share) const {
   if (projected) linear(n, weights.head_projection, s.x, row(), s.hidden, m.head_width);
   clock.charge(LINEAR);
   const float* hidden = projected ? s.hidden : s.x;
-  const double loss = linear_cross_entropy_rows(hidden, projected ? m.head_width : row(), m.head, labels, ignore_index,
-                                                share, projected ? s.dhidden : s.dx, gradient(gradients.head), false, n,
-                                                m.head_width, m.vocabulary);
+  const double loss =
+      linear_cross_entropy_rows(hidden, projected ? m.head_width : row(), weights.head, labels, ignore_index, share,
+                                projected ? s.dhidden : s.dx, gradient(gradients.head), false, n);
   clock.charge(HEAD);
   clock.backward = 1;
   if (projected)
@@ -320,7 +320,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
   int64_t counted = 0;
   for (int64_t n = 0; n < N; ++n) counted += labels[n] != ignore_index;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
-  const Weights weights(m, threads);
+  const Weights weights = filled_weights(m, threads);
   const int64_t load_size = m.layer_count * m.experts;
   double losses[MAX_THREADS] = {};
   Clock clocks[MAX_THREADS];
