@@ -21,20 +21,32 @@ constexpr int MR = 6;  // 12 of 16
 #endif
 constexpr int NR = 2 * W;
 
+// The sums of a tile, in registers. The loops over them are unrolled by order: GCC else takes them to memory where the
+// caller goes on with them.
 template <int ROWS, int VECTORS, class Term>
-DSFAST_INLINE void tile(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  vfloat sums[ROWS][VECTORS];
+DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, vfloat (&sums)[ROWS][VECTORS]) {
+#pragma GCC unroll 24
   for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = vfloat{};
   const Term* ak = a.data;
   for (int64_t k = 0; k < K; ++k, ak += a.column, b += ldb) {
     decltype(load(b)) bk[VECTORS];
+#pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) bk[j] = load(b + j * W);
+#pragma GCC unroll 24
     for (int i = 0; i < ROWS; ++i) {
       const auto x = splat(ak[i * a.row]);
+#pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add(x, bk[j], sums[i][j]);
     }
   }
+}
+
+template <int ROWS, int VECTORS, class Term>
+DSFAST_INLINE void tile(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  vfloat sums[ROWS][VECTORS];
+  tile_sums(K, a, b, ldb, sums);
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) {
       float* out = c + i * ldc + j * W;

@@ -2,8 +2,9 @@
 //
 // A block of tokens meets the vocabulary chunk by chunk. Logits are kept transposed, [words][TOKENS]: the tokens lie in
 // the lanes, so that maximum, exp and sum need no work across lanes. While a chunk is in the first-level cache its
-// logits become exponentials and give their part of dhidden; kept for the whole vocabulary, they give dweight once
-// their sum is known. They are made into terms of these two products as they come.
+// exponentials give their part of dhidden; kept for the whole vocabulary, they give dweight once their sum is known.
+// They are made into terms of these two products as they come, of a narrow head out of the registers its logits are
+// summed in.
 #include <cmath>
 
 #include "carver.h"
@@ -28,6 +29,13 @@ struct Chunk {
   BuildTerm* by_token;  // [words][TOKENS / PER], terms along the tokens; null: no terms are wanted
   BuildTerm* by_word;   // [words / PER][TOKENS], terms along the words
   float* logits;        // [words][TOKENS]
+  // Where those of words from i on and tokens from t on go.
+  BuildTerm* token_terms(int64_t i, int64_t t) const {
+    return by_token == nullptr ? nullptr : by_token + (i * TOKENS + t) / PER;
+  }
+  BuildTerm* word_terms(int64_t i, int64_t t) const {
+    return by_token == nullptr ? nullptr : by_word + i / PER * TOKENS + t;
+  }
 };
 
 struct Block {
@@ -93,26 +101,63 @@ void set_reference(const HeadWeight& head, int64_t words, Block& b) {
   }
 }
 
-// Logits of a chunk -> their exponentials, summed by chunk first: fewer roundings than one long sum. False where the
-// sum says that a logit lies far above the reference.
-bool exponentials(const Chunk& chunk, int64_t words, Block& b) {
-  vint far = {};
+// PER_TERM logits of W tokens each, `count` of which are there -> their exponentials; their sum is added to `part`.
+template <class Logits>
+DSFAST_INLINE void exponentials(const Logits& logit, int64_t count, vfloat reference, BuildTerm* by_token,
+                                BuildTerm* by_word, vfloat& part) {
+  vfloat exps[PER] = {};
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < PER; ++p)
+    if (p < count) part += exps[p] = exp2_of(logit(p) * PER_LN2 - reference);
+  if (by_word != nullptr) store_terms(exps, by_token, TOKENS / PER, by_word);
+}
+
+// Adds the exponentials of a chunk to their tokens' total, summed by chunk first: fewer roundings than one long sum.
+// False where a sum says that a logit lies far above the reference.
+DSFAST_INLINE bool add_up(Block& b, int64_t t, vfloat part) {
+  store(b.total + t, load(b.total + t) + part);
+  return !any(part > FAR);
+}
+
+// Logits of a chunk -> their exponentials.
+bool exponentials_of_logits(const Chunk& chunk, int64_t words, Block& b) {
+  bool near = true;
   for (int64_t t = 0; t < TOKENS; t += W) {
     const vfloat reference = load(b.reference + t);
     vfloat part = {};
-    for (int64_t i = 0; i < words; i += PER) {
-      vfloat exps[PER] = {};
-      for (int64_t p = 0; p < PER && i + p < words; ++p) {
-        exps[p] = exp2_of(load(chunk.logits + (i + p) * TOKENS + t) * PER_LN2 - reference);
-        part += exps[p];
-      }
-      if (chunk.by_token != nullptr)
-        store_terms(exps, chunk.by_token + (i * TOKENS + t) / PER, TOKENS / PER, chunk.by_word + i / PER * TOKENS + t);
-    }
-    far |= part > FAR;
-    store(b.total + t, load(b.total + t) + part);
+    for (int64_t i = 0; i < words; i += PER)
+      exponentials([&](int64_t p) { return load(chunk.logits + (i + p) * TOKENS + t); }, words - i, reference,
+                   chunk.token_terms(i, t), chunk.word_terms(i, t), part);
+    near &= add_up(b, t, part);
   }
-  return !any(far);
+  return near;
+}
+
+// The same without logits in memory, where the head is narrow.
+bool exponentials_of_sums(const HeadWeight& head, int64_t v, const Chunk& chunk, int64_t words, Block& b) {
+  bool near = true;
+  for (int64_t t = 0; t < TOKENS; t += NR) {
+    const BuildTerm* hidden = b.packed_hidden.columns_from(t).terms;
+    vfloat parts[2] = {};
+    for_row_blocks(words, [&](auto rows, int64_t i) {
+      vfloat sums[rows.value][2];
+      tile_sums(terms_of<BuildTerm>(head.R), head.rows(v + i), hidden, NR, sums);
+#pragma GCC unroll 24
+      for (int r = 0; r < rows.value; r += PER)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+          exponentials([&](int64_t p) { return sums[r + p][j]; }, rows.value - r, load(b.reference + t + j * W),
+                       chunk.token_terms(i + r, t + j * W), chunk.word_terms(i + r, t + j * W), parts[j]);
+    });
+    for (int j = 0; j < 2; ++j) near &= add_up(b, t + j * W, parts[j]);
+  }
+  return near;
+}
+
+bool exponentials(const HeadWeight& head, int64_t v, const Chunk& chunk, int64_t words, Block& b) {
+  if (head.narrow()) return exponentials_of_sums(head, v, chunk, words, b);
+  make_logits(head, v, words, b, chunk.logits);
+  return exponentials_of_logits(chunk, words, b);
 }
 
 // All words: exps, their total and, if wanted, grad. False as soon as a logit lies far above the reference.
@@ -121,8 +166,7 @@ bool meet_vocabulary(const HeadWeight& head, bool with_grads, Block& b) {
   for (int64_t v = 0; v < head.V; v += head.chunk()) {
     const int64_t words = least(head.V - v, head.chunk());
     const Chunk chunk = b.chunk(v);
-    make_logits(head, v, words, b, chunk.logits);
-    if (!exponentials(chunk, words, b)) return false;
+    if (!exponentials(head, v, chunk, words, b)) return false;
     if (with_grads) gemm(TOKENS, Terms<BuildTerm>{chunk.by_word, 1, TOKENS}, head.columns(v), b.grad, head.R, v > 0);
   }
   return true;

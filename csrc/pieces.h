@@ -97,8 +97,8 @@ void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t
 // The head's weight [V, R], and what its products read of it, a chunk of words after the other.
 class HeadWeight {
  public:
-  // Words at a time: so few that logits, weights, hidden and its gradient fit the first-level cache; where they are too
-  // wide for that, so many that the gradient is seldom gone through.
+  // Words at a time: so few that their exponentials, weights, hidden and its gradient fit the first-level cache; where
+  // they are too wide for that, so many that the gradient is seldom gone through.
   static constexpr int64_t NARROW = PER_TERM<BuildTerm> > 1 ? 72 : 48, WIDE = 480;
 
   const float* numbers;
@@ -109,7 +109,9 @@ class HeadWeight {
     if (PER_TERM<BuildTerm> > 1) terms = c.of<BuildTerm>(V * terms_of<BuildTerm>(R));
     if (with_grads) packed = c.of<BuildTerm>(chunks() * packed_size<BuildTerm>(R, chunk()));
   }
-  int64_t chunk() const { return R <= 512 ? NARROW : WIDE; }
+  // Whether a logit's sum is short enough to stay in a register.
+  bool narrow() const { return R <= KC; }
+  int64_t chunk() const { return narrow() ? NARROW : WIDE; }
   int64_t chunks() const { return (V + chunk() - 1) / chunk(); }
   void fill(int64_t begin, int64_t end) const;  // chunks
 
