@@ -231,7 +231,8 @@ inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
     Pair* to = memory + i * terms;
     int64_t k = 0;
     if (a.column == 1)
-      for (; k + W <= K; k += W) store_pairs(to + k / 2, load(from + k));
+      for (; k + 2 * W <= K; k += 2 * W)
+        store(reinterpret_cast<float*>(to + k / 2), neighbours(from + k, 2 * W, Pair()));
     for (; k < K; k += 2) to[k / 2] = pair(from[k * a.column], k + 1 < K ? from[(k + 1) * a.column] : 0.0f);
   }
   return {memory, terms, 1};

@@ -56,21 +56,20 @@ void moe_route_backward(const float* dweights, int64_t dweights_row, const float
                         float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
                         int threads);
 
-// gate_up_t [D, 2I] and down_t [I, D] are copies of the weights made transposed, or (not `copied`) the weights [2I, D]
-// and [D, I] themselves, which are then read transposed; gu [N, 2I] keeps x gate_up^T for the backward pass.
-void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, bool copied,
-                        float* y, float* gu, int64_t N, int64_t D, int64_t I, int threads);
+// gate_up [2I, D], down [D, I]; gu [N, 2I] keeps x gate_up^T for the backward pass.
+void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up, const float* down, float* y, float* gu,
+                        int64_t N, int64_t D, int64_t I, int threads);
 void swiglu_mlp_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* gate_up,
                          const float* down, const float* gu, float* dx, float* dgate_up, float* ddown, int64_t N,
                          int64_t D, int64_t I, int threads);
 
-// gate_up_t [E, D, 2I] and down_t [E, I, D] as for swiglu_mlp. order [N K] lists the slots sorted by expert, offsets [E
+// gate_up [E, 2I, D], down [E, D, I]. order [N K] lists the slots sorted by expert, offsets [E
 // + 1] where each expert begins there; gu [N K, 2I] is in that order. slots [N K, D] is working memory, used only where
 // K > 1.
 int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
-                            const float* gate_up_t, const float* down_t, bool copied, float* y, float* gu,
-                            int32_t* order, int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E,
-                            int64_t I, int threads);
+                            const float* gate_up, const float* down, float* y, float* gu, int32_t* order,
+                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
+                            int threads);
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
                           const float* gate_up, const float* down, const float* gu, const int32_t* order,
                           const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,

@@ -2,6 +2,7 @@
 #pragma once
 #include "carver.h"
 #include "gemm.h"
+#include "parallel.h"
 
 namespace DSFAST_ISA {
 
@@ -9,36 +10,51 @@ namespace DSFAST_ISA {
 // the first-level cache, and a product that goes down a column throws out what it has just read.
 DSFAST_INLINE int64_t padded(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
 
-// `copies` weights [O, D], one after the other, and their transposes, copied to padded rows.
-struct Weight {
-  float *w, *w_t;
-  int64_t O, D;
-  const float* from;
-  int64_t copies;
-  int64_t row() const { return padded(D); }
-  int64_t row_t() const { return padded(O); }
-  int64_t size() const { return O * row(); }
-  int64_t transposed_size() const { return D * row_t(); }
-  void fill() const {
-    for (int64_t c = 0; c < copies; ++c) {
-      float *rows = w + c * size(), *columns = w_t + c * transposed_size();
-      for (int64_t o = 0; o < O; ++o)
-        for (int64_t d = 0; d < D; ++d) columns[d * row_t() + o] = rows[o * row() + d] = from[(c * O + o) * D + d];
-    }
-  }
-};
+// `copies` weights [O, D], one after the other, packed as the second factors of a forward and of a backward pass.
+template <class Term>
+class Weight {
+ public:
+  const float* numbers = nullptr;
+  int64_t copies = 0, O = 0, D = 0;
 
-// x [N, D] -> y [N, O]
-DSFAST_INLINE void linear(int64_t N, const Weight& w, const float* x, int64_t x_row, float* y, int64_t y_row,
-                          Product product = gemm) {
-  product(N, w.O, w.D, {x, x_row, 1}, {w.w_t, w.row_t(), 1}, y, y_row, false);
-}
+  Weight() = default;
+  // To be filled, for the passes that are wanted; numbers null: there is none.
+  Weight(Carver& c, const float* numbers, int64_t copies, int64_t O, int64_t D, bool forward = true,
+         bool backward = true)
+      : numbers(numbers), copies(numbers == nullptr ? 0 : copies), O(O), D(D) {
+    if (forward) across = c.of<Term>(this->copies * packed_size<Term>(O, D));
+    if (backward) along = c.of<Term>(this->copies * packed_size<Term>(D, O));
+  }
+  void fill(int64_t copy) const {
+    const float* w = numbers + copy * O * D;
+    if (across != nullptr) pack_b(O, D, {w, 1, D}, across + copy * packed_size<Term>(O, D));
+    if (along != nullptr) pack_b(D, O, {w, D, 1}, along + copy * packed_size<Term>(D, O));
+  }
+  void fill_all(int threads) const {
+    parallel_ranges(copies, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t copy = begin; copy < end; ++copy) fill(copy);
+    });
+  }
+
+  // w^T [D, O], for y = x w^T, and w [O, D], for dx = dy w.
+  Packed<Term> forward(int64_t copy = 0) const {
+    return {across + copy * packed_size<Term>(O, D), O, D, panel_size<Term>(D)};
+  }
+  Packed<Term> backward(int64_t copy = 0) const {
+    return {along + copy * packed_size<Term>(D, O), D, O, panel_size<Term>(O)};
+  }
+
+ private:
+  Term *across = nullptr, *along = nullptr;
+};
+using BuildWeight = Weight<BuildTerm>;
 
 // dw [O, D] is added to, dx [N, D] too if `add`.
-DSFAST_INLINE void linear_backward(int64_t N, const Weight& w, const float* dy, int64_t dy_row, const float* x,
+template <class Term>
+DSFAST_INLINE void linear_backward(int64_t N, const Weight<Term>& w, const float* dy, int64_t dy_row, const float* x,
                                    int64_t x_row, float* dx, int64_t dx_row, float* dw, bool add = false,
                                    Product product = gemm) {
-  product(N, w.D, w.O, {dy, dy_row, 1}, {w.w, w.row(), 1}, dx, dx_row, add);
+  gemm(N, Matrix{dy, dy_row, 1}, w.backward(), dx, dx_row, add);
   product(w.O, w.D, N, {dy, 1, dy_row}, {x, x_row, 1}, dw, w.D, true);
 }
 

@@ -69,21 +69,20 @@ void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t
   });
 }
 
-void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const float* gate_up_t,
-                     const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
+void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const BuildWeight& gate_up,
+                     const BuildWeight& down, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
                      float* memory, int64_t begin, int64_t end) {
   const int64_t D = z.each.D, I = z.each.I;
   float *in = memory + z.each.forward_memory(), *out = in + z.each.block() * D;
   for_blocks(z, offsets, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
     gather(x, x_row, order + first, rows, z.K, D, in);
-    expert_forward(z.each, rows, {in, D, 1}, gate_up_t + e * z.each.up_size(), down_t + e * z.each.down_size(),
-                   gu + first * 2 * I, out, memory);
+    expert_forward(z.each, rows, {in, D, 1}, gate_up.forward(e), down.forward(e), gu + first * 2 * I, out, memory);
     scatter(out, order + first, rows, D, weights, slots);
   });
 }
 
 void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
-                      const float* weights, const float* gate_up, const float* down, const float* gu,
+                      const float* weights, const BuildWeight& gate_up, const BuildWeight& down, const float* gu,
                       const int32_t* order, const int32_t* offsets, float* slots, float* dweights, float* dgate_up,
                       float* ddown, float* memory, int64_t begin, int64_t end) {
   const int64_t D = z.each.D, I = z.each.I;
@@ -94,23 +93,23 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
     gather(dy, dy_row, order + first, rows, z.K, D, grad_in);
     gather(x, x_row, order + first, rows, z.K, D, in);
     for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
-    expert_backward(z.each, rows, {grad_in, D, 1}, {in, D, 1}, gate_up + e * 2 * I * z.each.up_row,
-                    down + e * D * z.each.down_row, gu + first * 2 * I, w, dw, out, dgate_up + e * 2 * I * D,
-                    ddown + e * D * I, memory);
+    expert_backward(z.each, rows, {grad_in, D, 1}, {in, D, 1}, gate_up.backward(e), down.backward(e),
+                    gu + first * 2 * I, w, dw, out, dgate_up + e * 2 * I * D, ddown + e * D * I, memory);
     for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
     scatter(out, order + first, rows, D, nullptr, slots);
   });
 }
 
 int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
-                            const float* gate_up_t, const float* down_t, bool copied, float* y, float* gu,
-                            int32_t* order, int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E,
-                            int64_t I, int threads) {
+                            const float* gate_up, const float* down, float* y, float* gu, int32_t* order,
+                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
+                            int threads) {
   const int64_t bad = sort_slots(indices, N * K, E, order, offsets);
   if (bad != 0) return bad;
-  const Experts z = {transposed_expert(D, I, copied), K, E};
+  const Experts z = {{D, I}, K, E};
+  const MlpWeights w = packed_mlp(z.each, E, gate_up, down, false, threads);
   parallel_ranges(count_blocks(z, offsets), threads, [&](int, int64_t begin, int64_t end) {
-    experts_forward(z, x, x_row, weights, gate_up_t, down_t, order, offsets, K > 1 ? slots : y, gu,
+    experts_forward(z, x, x_row, weights, w.gate_up, w.down, order, offsets, K > 1 ? slots : y, gu,
                     dsfast::scratch(z.forward_memory()), begin, end);
   });
   if (K > 1) combine_slots(slots, y, N, K, D, threads);
@@ -121,7 +120,8 @@ void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64
                           const float* gate_up, const float* down, const float* gu, const int32_t* order,
                           const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,
                           float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
-  const Experts z = {{D, I, D, I}, K, E};
+  const Experts z = {{D, I}, K, E};
+  const MlpWeights w = packed_mlp(z.each, E, gate_up, down, true, threads);
   const int64_t up_size = E * 2 * I * D, size = E * z.each.gradient_size();
   Partials of_gate_up, of_down;
   parallel_ranges(count_blocks(z, offsets), threads, [&](int thread, int64_t begin, int64_t end) {
@@ -129,8 +129,8 @@ void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64
     clear(dw, size);
     of_gate_up.of[thread] = dw;
     of_down.of[thread] = dw + up_size;
-    experts_backward(z, dy, dy_row, x, x_row, weights, gate_up, down, gu, order, offsets, K > 1 ? slots : dx, dweights,
-                     dw, dw + up_size, dw + size, begin, end);
+    experts_backward(z, dy, dy_row, x, x_row, weights, w.gate_up, w.down, gu, order, offsets, K > 1 ? slots : dx,
+                     dweights, dw, dw + up_size, dw + size, begin, end);
   });
   of_gate_up.add_up(dgate_up, up_size, threads);
   of_down.add_up(ddown, E * I * D, threads);

@@ -7,6 +7,7 @@
 #include "carver.h"
 #include "expert.h"
 #include "gemm.h"
+#include "linear.h"
 
 namespace DSFAST_ISA {
 
@@ -63,12 +64,12 @@ void attend_backward(const AttentionParts<const float>& in, View d_o, const floa
                      const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope);
 
 // y is added to if `add`; memory: z.forward_memory().
-void swiglu_rows(const Expert& z, const float* x, int64_t x_row, const float* gate_up_t, const float* down_t, float* y,
-                 float* gu, float* memory, int64_t N, bool add);
+void swiglu_rows(const Expert& z, const float* x, int64_t x_row, const BuildWeight& gate_up, const BuildWeight& down,
+                 float* y, float* gu, float* memory, int64_t N, bool add);
 // dgate_up and ddown are added to, dx if `add`; memory: z.backward_memory().
 void swiglu_rows_backward(const Expert& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
-                          const float* gate_up, const float* down, const float* gu, float* dx, float* dgate_up,
-                          float* ddown, float* memory, int64_t N, bool add);
+                          const BuildWeight& gate_up, const BuildWeight& down, const float* gu, float* dx,
+                          float* dgate_up, float* ddown, float* memory, int64_t N, bool add);
 
 struct Experts {
   Expert each;
@@ -83,12 +84,12 @@ int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* or
 // How many blocks the experts' slots are worked on in; the next two work on the blocks begin .. end.
 int64_t count_blocks(const Experts& z, const int32_t* offsets);
 // slots [N K, D]: each slot's result times its weight, in the order of the tokens.
-void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const float* gate_up_t,
-                     const float* down_t, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
+void experts_forward(const Experts& z, const float* x, int64_t x_row, const float* weights, const BuildWeight& gate_up,
+                     const BuildWeight& down, const int32_t* order, const int32_t* offsets, float* slots, float* gu,
                      float* memory, int64_t begin, int64_t end);
 // dgate_up [E, 2I, D] and ddown [E, D, I] are added to; slots [N K, D] is each slot's share of dx.
 void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
-                      const float* weights, const float* gate_up, const float* down, const float* gu,
+                      const float* weights, const BuildWeight& gate_up, const BuildWeight& down, const float* gu,
                       const int32_t* order, const int32_t* offsets, float* slots, float* dweights, float* dgate_up,
                       float* ddown, float* memory, int64_t begin, int64_t end);
 // out[n] = sum of the K slots of token n, in the order of the choices

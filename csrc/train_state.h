@@ -38,57 +38,53 @@ inline int64_t queries_width(const Model& m) { return m.heads * (m.nope + m.rope
 inline int64_t keys_values_width(const Model& m) { return m.heads * (m.nope + m.value); }
 inline int64_t latent_width(const Model& m) { return m.latent_rank + m.rope; }
 
-// A layer's weights as its products read them; those of all experts one after the other.
+// A layer's weights, packed; those of all experts one after the other. The router's products are always of float32.
 struct LayerWeights {
-  Weight q_a, q, kv_a, kv_b, o, router, expert_gate_up, expert_down, gate_up, down;
+  BuildWeight q_a, q, kv_a, kv_b, o, expert_gate_up, expert_down, gate_up, down;
+  Weight<float> router;
+
+  LayerWeights(Carver& c, const Model& m, const Layer& w)
+      : q_a(c, w.q_a, 1, m.query_rank, m.width),
+        q(c, w.q, 1, queries_width(m), query_width(m)),
+        kv_a(c, w.kv_a, 1, latent_width(m), m.width),
+        kv_b(c, w.kv_b, 1, keys_values_width(m), m.latent_rank),
+        o(c, w.o, 1, m.width, head_inputs(m)),
+        expert_gate_up(c, w.experts_gate_up, m.experts, 2 * m.expert_width, m.width),
+        expert_down(c, w.experts_down, m.experts, m.width, m.expert_width),
+        gate_up(c, w.gate_up, 1, 2 * w.width, m.width),
+        down(c, w.down, 1, m.width, w.width),
+        router(c, w.router, 1, m.experts, m.width) {}
+  void fill() const {
+    const BuildWeight* const all[] = {&q_a, &q, &kv_a, &kv_b, &o, &expert_gate_up, &expert_down, &gate_up, &down};
+    for (const BuildWeight* w : all) w->fill_all(1);
+    router.fill_all(1);
+  }
 };
 
-// Room for `copies` weights [O, D]; none where there are none.
-inline Weight copied(Carver& c, const float* from, int64_t copies, int64_t O, int64_t D) {
-  Weight w = {nullptr, nullptr, O, D, from, from == nullptr ? 0 : copies};
-  w.w = c.floats(w.copies * w.size()), w.w_t = c.floats(w.copies * w.transposed_size());
-  return w;
-}
-
-inline LayerWeights copied_layer(Carver& c, const Model& m, const Layer& w) {
-  LayerWeights out;
-  out.q_a = copied(c, w.q_a, 1, m.query_rank, m.width);
-  out.q = copied(c, w.q, 1, queries_width(m), query_width(m));
-  out.kv_a = copied(c, w.kv_a, 1, latent_width(m), m.width);
-  out.kv_b = copied(c, w.kv_b, 1, keys_values_width(m), m.latent_rank);
-  out.o = copied(c, w.o, 1, m.width, head_inputs(m));
-  out.router = copied(c, w.router, 1, m.experts, m.width);
-  out.expert_gate_up = copied(c, w.experts_gate_up, m.experts, 2 * m.expert_width, m.width);
-  out.expert_down = copied(c, w.experts_down, m.experts, m.width, m.expert_width);
-  out.gate_up = copied(c, w.gate_up, 1, 2 * w.width, m.width);
-  out.down = copied(c, w.down, 1, m.width, w.width);
-  return out;
-}
-
-constexpr int64_t PER_LAYER = sizeof(LayerWeights) / sizeof(Weight);
-
-// All layers' weights, the two projections' and the head's.
+// All layers' weights, the two projections' and the head's; the embedding's transposed, rows padded.
 struct Weights {
   LayerWeights* layers;
-  Weight projection, head_projection;
+  float* projection_t;
+  BuildWeight head_projection;
   HeadWeight head;
 
   // To be filled.
   Weights(const Model& m, Carver& c)
       : layers(c.of<LayerWeights>(m.layer_count)),
-        projection(copied(c, m.projection, 1, m.embedding_rank, m.width)),
-        head_projection(copied(c, m.head_projection, 1, m.head_width, m.width)),
+        projection_t(c.floats(m.projection == nullptr ? 0 : m.width * padded(m.embedding_rank))),
+        head_projection(c, m.head_projection, 1, m.head_width, m.width),
         head(m.head, m.vocabulary, m.head_width, true, c) {
     for (int64_t i = 0; i < m.layer_count; ++i) {
-      const LayerWeights layer = copied_layer(c, m, m.layers[i]);
+      const LayerWeights layer(c, m, m.layers[i]);
       if (layers != nullptr) layers[i] = layer;
     }
   }
-  void fill(int64_t layer_count, int threads) const {
-    const Weight* all = reinterpret_cast<const Weight*>(layers);
-    parallel_tasks(layer_count * PER_LAYER, threads, [&](int64_t task) { all[task].fill(); });
-    projection.fill();
-    head_projection.fill();
+  void fill(const Model& m, int threads) const {
+    parallel_tasks(m.layer_count, threads, [&](int64_t layer) { layers[layer].fill(); });
+    for (int64_t r = 0; m.projection != nullptr && r < m.embedding_rank; ++r)
+      for (int64_t d = 0; d < m.width; ++d)
+        projection_t[d * padded(m.embedding_rank) + r] = m.projection[r * m.width + d];
+    head_projection.fill_all(1);
     parallel_ranges(head.chunks(), threads, [&](int, int64_t begin, int64_t end) { head.fill(begin, end); });
   }
 };
@@ -99,7 +95,7 @@ inline Weights filled_weights(const Model& m, int threads) {
   Weights(m, count);
   Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
   const Weights weights(m, carver);
-  weights.fill(m.layer_count, threads);
+  weights.fill(m, threads);
   return weights;
 }
 
@@ -143,10 +139,6 @@ inline LayerState carve_layer(Carver& c, const Model& m, const Layer& w, int64_t
   return s;
 }
 
-inline Expert mlp_of(const Model& m, const Weight& up, const Weight& down, bool backward) {
-  return {m.width, down.D, backward ? up.row() : up.row_t(), backward ? down.row() : down.row_t()};
-}
-
 inline State carve(Carver& c, const Model& m, int64_t n) {
   State s;
   s.layers = c.of<LayerState>(m.layer_count);
@@ -164,9 +156,9 @@ inline State carve(Carver& c, const Model& m, int64_t n) {
   s.dkv = c.floats(n * padded(latent_width(m))), s.dlow = c.floats(n * padded(largest(m.query_rank, m.embedding_rank)));
   s.dlatent = c.floats(n * m.latent_rank), s.dlogits = c.floats(n * m.experts), s.dweights = c.floats(n * m.chosen);
   s.slots = c.floats(m.chosen > 1 ? n * m.chosen * D : 0);
-  const Experts experts = {{D, m.expert_width, 0, 0}, m.chosen, m.experts};
+  const Experts experts = {{D, m.expert_width}, m.chosen, m.experts};
   int64_t memory = largest(experts.forward_memory(), experts.backward_memory());
-  memory = largest(memory, Expert{D, mlp_width, 0, 0}.backward_memory());
+  memory = largest(memory, Expert{D, mlp_width}.backward_memory());
   memory = largest(memory, largest(embedding_memory(m.embedding_rank), largest(D, m.query_rank)));
   s.memory = c.floats(largest(memory, m.latent_rank));
   s.counts = c.of<int64_t>(m.experts);

@@ -74,7 +74,7 @@ struct Pass {
                                    const LayerState& l) const;
   // logits [n, E], always in float32: near ties decide the choice. A few experts do not fill the lanes, so each score
   // is a sum along the width instead
-  void scores(const float* router, const Weight& w, const float* x, float* logits) const;
+  void scores(const float* router, const Weight<float>& w, const float* x, float* logits) const;
   // x_mlp -> delta
   void mlp(int64_t number, const LayerWeights& w, const LayerState& l) const;
   // dh -> dx
@@ -91,22 +91,22 @@ struct Pass {
 void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const {
   const float* q_input = l.x;
   if (m.query_rank > 0) {
-    linear(n, w.q_a, l.x, row(), l.low, m.query_rank);
+    gemm(n, Matrix{l.x, row(), 1}, w.q_a.forward(), l.low, m.query_rank);
     clock.charge(LINEAR);
     rms_norm_rows(l.low, m.query_rank, nullptr, 0, layer.q_a_norm, m.latent_eps, l.q_input, padded(m.query_rank),
                   nullptr, l.low_rstd, n, m.query_rank);
     clock.charge(RMS_NORM);
     q_input = l.q_input;
   }
-  linear(n, w.q, q_input, padded(query_width(m)), l.q, queries_width(m));
-  linear(n, w.kv_a, l.x, row(), l.kv, latent_width(m));
+  gemm(n, Matrix{q_input, padded(query_width(m)), 1}, w.q.forward(), l.q, queries_width(m));
+  gemm(n, Matrix{l.x, row(), 1}, w.kv_a.forward(), l.kv, latent_width(m));
   clock.charge(LINEAR);
   const int64_t latent = padded(m.latent_rank), o_row = padded(head_inputs(m));
   rms_norm_rows(l.kv, latent_width(m), nullptr, 0, layer.kv_a_norm, m.latent_eps, l.latent, latent, nullptr, l.kv_rstd,
                 n, m.latent_rank);
   clock.charge(RMS_NORM);
   turn(l.q, queries_width(m), l.kv, latent_width(m), false);
-  linear(n, w.kv_b, l.latent, latent, l.keys_values, keys_values_width(m));
+  gemm(n, Matrix{l.latent, latent, 1}, w.kv_b.forward(), l.keys_values, keys_values_width(m));
   clock.charge(LINEAR);
   const auto in = parts(l);
   const Slots o = {l.o, o_row, m.value};
@@ -115,7 +115,7 @@ void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState
       attend(in.from(first), length, head, attention_sizes(), o.from(first), l.tops + head * n + first);
   });
   clock.charge(ATTENTION);
-  linear(n, w.o, l.o, o_row, s.delta, m.width);
+  gemm(n, Matrix{l.o, o_row, 1}, w.o.forward(), s.delta, m.width);
   clock.charge(LINEAR);
 }
 
@@ -159,9 +159,9 @@ void Pass::compressed_queries_backward(const Layer& layer, const LayerWeights& w
   linear_backward(n, w.q_a, s.dlow, low, l.x, row(), s.dx, m.width, gradient(g.q_a), true);
 }
 
-void Pass::scores(const float* router, const Weight& w, const float* x, float* logits) const {
+void Pass::scores(const float* router, const Weight<float>& w, const float* x, float* logits) const {
   if (m.experts >= W) {
-    linear(n, w, x, row(), logits, m.experts, gemm_float32);
+    gemm(n, Matrix{x, row(), 1}, w.forward(), logits, m.experts);
     return;
   }
   for (int64_t i = 0; i < n * m.experts; ++i) {
@@ -183,24 +183,23 @@ void Pass::mlp(int64_t number, const LayerWeights& w, const LayerState& l) const
                       m.chosen_groups, m.norm_topk_prob, m.routed_scaling, 1);
     for (int64_t e = 0; e < m.experts; ++e) loads[number * m.experts + e] += s.counts[e];
     clock.charge(ROUTE);
-    const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, false), m.chosen, m.experts};
+    const Experts z = {{m.width, m.expert_width}, m.chosen, m.experts};
     sort_slots(l.chosen, n * m.chosen, m.experts, l.order, l.offsets);
-    experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up.w_t, w.expert_down.w_t, l.order, l.offsets,
+    experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up, w.expert_down, l.order, l.offsets,
                     m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0, count_blocks(z, l.offsets));
     if (m.chosen > 1) combine_slots(s.slots, s.delta, n, m.chosen, m.width, 1);
     clock.charge(EXPERTS);
   }
   if (layer.width > 0)
-    swiglu_rows(mlp_of(m, w.gate_up, w.down, false), l.x_mlp, row(), w.gate_up.w_t, w.down.w_t, s.delta, l.gate_up,
-                s.memory, n, routed);
+    swiglu_rows({m.width, layer.width}, l.x_mlp, row(), w.gate_up, w.down, s.delta, l.gate_up, s.memory, n, routed);
   clock.charge(SWIGLU);
 }
 
 void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
   const bool routed = layer.router != nullptr;
   if (routed) {
-    const Experts z = {mlp_of(m, w.expert_gate_up, w.expert_down, true), m.chosen, m.experts};
-    experts_backward(z, s.dh, row(), l.x_mlp, row(), l.weights, w.expert_gate_up.w, w.expert_down.w, l.expert_gate_up,
+    const Experts z = {{m.width, m.expert_width}, m.chosen, m.experts};
+    experts_backward(z, s.dh, row(), l.x_mlp, row(), l.weights, w.expert_gate_up, w.expert_down, l.expert_gate_up,
                      l.order, l.offsets, m.chosen > 1 ? s.slots : s.dx, s.dweights, gradient(g.experts_gate_up),
                      gradient(g.experts_down), s.memory, 0, count_blocks(z, l.offsets));
     if (m.chosen > 1) combine_slots(s.slots, s.dx, n, m.chosen, m.width, 1);
@@ -213,8 +212,8 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
     clock.charge(LINEAR);
   }
   if (layer.width > 0)
-    swiglu_rows_backward(mlp_of(m, w.gate_up, w.down, true), s.dh, row(), l.x_mlp, row(), w.gate_up.w, w.down.w,
-                         l.gate_up, s.dx, gradient(g.gate_up), gradient(g.down), s.memory, n, routed);
+    swiglu_rows_backward({m.width, layer.width}, s.dh, row(), l.x_mlp, row(), w.gate_up, w.down, l.gate_up, s.dx,
+                         gradient(g.gate_up), gradient(g.down), s.memory, n, routed);
   clock.charge(SWIGLU);
 }
 
@@ -242,7 +241,7 @@ double Pass::forward(int64_t ignore_index, float share) const {
 
 double Pass::head(int64_t ignore_index, float share) const {
   const bool projected = m.head_projection != nullptr;
-  if (projected) linear(n, weights.head_projection, s.x, row(), s.hidden, m.head_width);
+  if (projected) gemm(n, Matrix{s.x, row(), 1}, weights.head_projection.forward(), s.hidden, m.head_width);
   clock.charge(LINEAR);
   const float* hidden = projected ? s.hidden : s.x;
   const double loss =
@@ -281,7 +280,7 @@ void Pass::embedding_backward() const {
   const int64_t R = m.embedding_rank;
   const float* taken = s.dh;
   if (m.projection != nullptr) {
-    embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection.w_t, weights.projection.row_t(), s.dlow,
+    embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection_t, padded(R), s.dlow,
                             gradient(gradients.projection), s.memory, n, R, m.width);
     taken = s.dlow;
   }

@@ -51,15 +51,14 @@ def _sizes(x, indices, down):
 
 def _forward_cpu(x, weights, indices, gate_up, down):
     x, weights, indices = rows(x), weights.contiguous(), indices.contiguous()
-    copied = native.copies_transposed(down[0])
-    gate_up_t, down_t = (w.transpose(1, 2).contiguous() if copied else w.contiguous() for w in (gate_up, down))
+    gate_up, down = gate_up.contiguous(), down.contiguous()
     n, d, k, e, i = sizes = _sizes(x, indices, down)
     y, gu = x.new_empty(n, d), x.new_empty(n * k, 2 * i)
     order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
     slots = x.new_empty(n * k if k > 1 else 0, d)
     bad = native.products().moe_experts_forward(
-        x.data_ptr(), x.stride(0), weights.data_ptr(), indices.data_ptr(), gate_up_t.data_ptr(), down_t.data_ptr(),
-        copied, y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
+        x.data_ptr(), x.stride(0), weights.data_ptr(), indices.data_ptr(), gate_up.data_ptr(), down.data_ptr(),
+        y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
         torch.get_num_threads(),
     )  # fmt: skip
     raise_out_of_range("moe_experts", "indices", bad, n * k, e)

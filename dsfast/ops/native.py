@@ -54,12 +54,6 @@ def module() -> ModuleType:
     return native
 
 
-def copies_transposed(weight: torch.Tensor) -> bool:
-    """Whether the kernels are to be given a transposed copy of a weight like this one, or to read it transposed as it lies:
-    that takes it anew for every few hundred tokens, which a small one is not worth."""
-    return weight.numel() <= 2**16
-
-
 OF_PRODUCTS = ("embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "newton_schulz")
 """The operators that are made of matrix products."""
 _products: ContextVar[torch.dtype] = ContextVar("dsfast_products", default=torch.float32)

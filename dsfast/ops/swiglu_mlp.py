@@ -32,12 +32,11 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _forward_cpu(x, gate_up, down):
-    x, copied = rows(x), native.copies_transposed(down)
-    gate_up_t, down_t = (w.t().contiguous() if copied else w.contiguous() for w in (gate_up, down))
+    x, gate_up, down = rows(x), gate_up.contiguous(), down.contiguous()
     (n, d), i = x.shape, down.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n, 2 * i)
     native.products().swiglu_mlp_forward(
-        x.data_ptr(), x.stride(0), gate_up_t.data_ptr(), down_t.data_ptr(), copied, y.data_ptr(), gu.data_ptr(), n, d, i,
+        x.data_ptr(), x.stride(0), gate_up.data_ptr(), down.data_ptr(), y.data_ptr(), gu.data_ptr(), n, d, i,
         torch.get_num_threads(),
     )  # fmt: skip
     return y, gu
