@@ -21,10 +21,11 @@ constexpr int MR = 6;  // 12 of 16
 #endif
 constexpr int NR = 2 * W;
 
-// The sums of a tile, in registers. The loops over them are unrolled by order: GCC else takes them to memory where the
-// caller goes on with them.
+// The sums of a tile, in registers; `panel`: from the second to the third vector's panel of B. The loops over them are
+// unrolled by order: GCC else takes them to memory where the caller goes on with them.
 template <int ROWS, int VECTORS, class Term>
-DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, vfloat (&sums)[ROWS][VECTORS]) {
+DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, int64_t panel,
+                             vfloat (&sums)[ROWS][VECTORS]) {
 #pragma GCC unroll 24
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
@@ -33,7 +34,7 @@ DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ld
   for (int64_t k = 0; k < K; ++k, ak += a.column, b += ldb) {
     decltype(load(b)) bk[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) bk[j] = load(b + j * W);
+    for (int j = 0; j < VECTORS; ++j) bk[j] = load(b + j / 2 * panel + j % 2 * W);
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; ++i) {
       const auto x = splat(ak[i * a.row]);
@@ -44,9 +45,10 @@ DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ld
 }
 
 template <int ROWS, int VECTORS, class Term>
-DSFAST_INLINE void tile(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+DSFAST_INLINE void tile(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, float* c, int64_t ldc, bool accumulate,
+                        int64_t panel = NR) {
   vfloat sums[ROWS][VECTORS];
-  tile_sums(K, a, b, ldb, sums);
+  tile_sums(K, a, b, ldb, panel, sums);
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) {
       float* out = c + i * ldc + j * W;
@@ -84,12 +86,12 @@ struct Rows {
   static constexpr int value = ROWS;
 };
 
-// f(Rows<n>, i) for blocks of n rows that cover 0..M, largest first.
-template <class F>
+// f(Rows<n>, i) for blocks of n rows, MOST if they can be, that cover 0..M, largest first.
+template <int MOST = MR, class F>
 DSFAST_INLINE void for_row_blocks(int64_t M, F f) {
   int64_t i = 0;
-  for (; i + MR <= M; i += MR) f(Rows<MR>{}, i);
-  if (MR > 8 && i + 8 <= M) {
+  for (; i + MOST <= M; i += MOST) f(Rows<MOST>{}, i);
+  if (MOST > 8 && i + 8 <= M) {
     f(Rows<8>{}, i);
     i += 8;
   }
@@ -107,11 +109,18 @@ __attribute__((noinline)) inline void gemm_slice(int64_t M, int64_t N, int64_t K
                                                  int64_t ldb, int64_t panel, float* c, int64_t ldc, bool accumulate) {
   // Panels outside, rows inside: one panel of B stays in the first-level cache while A streams past.
   int64_t j = 0;
-  for (; j + NR <= N; j += NR, b += panel)
+  const bool three = N % NR / W == 1 && N > NR;  // vectors in the last tile
+  for (; j + NR <= N - three * (NR + N % NR); j += NR, b += panel)
     for_row_blocks(M, [&](auto rows, int64_t i) {
       tile<rows.value, 2>(K, a.rows_from(i), b, ldb, c + i * ldc + j, ldc, accumulate);
     });
-  if (j + W <= N) {
+  if (three) {  // one vector alone would ask for as many numbers of A as for terms of B
+    for_row_blocks<MR * 2 / 3>(M, [&](auto rows, int64_t i) {
+      tile<rows.value, 3>(K, a.rows_from(i), b, ldb, c + i * ldc + j, ldc, accumulate, panel);
+    });
+    j += NR + W;
+    b += panel + W;
+  } else if (j + W <= N) {
     for_row_blocks(M, [&](auto rows, int64_t i) {
       tile<rows.value, 1>(K, a.rows_from(i), b, ldb, c + i * ldc + j, ldc, accumulate);
     });
@@ -229,11 +238,13 @@ inline Terms<Pair> packed_a(int64_t M, int64_t K, Matrix a, Pair* memory) {
   for (int64_t i = 0; i < M; ++i) {
     const float* from = a.data + i * a.row;
     Pair* to = memory + i * terms;
-    int64_t k = 0;
     if (a.column == 1)
-      for (; k + 2 * W <= K; k += 2 * W)
-        store(reinterpret_cast<float*>(to + k / 2), neighbours(from + k, 2 * W, Pair()));
-    for (; k < K; k += 2) to[k / 2] = pair(from[k * a.column], k + 1 < K ? from[(k + 1) * a.column] : 0.0f);
+      for_vectors(terms, [&](int64_t k, int64_t count) {
+        store_n(reinterpret_cast<float*>(to + k), neighbours(from + 2 * k, K - 2 * k, Pair()), count);
+      });
+    else
+      for (int64_t k = 0; k < K; k += 2)
+        to[k / 2] = pair(from[k * a.column], k + 1 < K ? from[(k + 1) * a.column] : 0.0f);
   }
   return {memory, terms, 1};
 }

@@ -49,13 +49,12 @@ class Weight {
 };
 using BuildWeight = Weight<BuildTerm>;
 
-// dw [O, D] is added to, dx [N, D] too if `add`.
+// x [N, D] packed. dw [O, D] is added to, dx [N, D] too if `add`.
 template <class Term>
-DSFAST_INLINE void linear_backward(int64_t N, const Weight<Term>& w, const float* dy, int64_t dy_row, const float* x,
-                                   int64_t x_row, float* dx, int64_t dx_row, float* dw, bool add = false,
-                                   Product product = gemm) {
-  gemm(N, Matrix{dy, dy_row, 1}, w.backward(), dx, dx_row, add);
-  product(w.O, w.D, N, {dy, 1, dy_row}, {x, x_row, 1}, dw, w.D, true);
+DSFAST_INLINE void linear_backward(int64_t N, const Weight<Term>& w, Matrix dy, const Packed<Term>& x, float* dx,
+                                   int64_t dx_row, float* dw, bool add = false) {
+  gemm(N, dy, w.backward(), dx, dx_row, add);
+  gemm(w.O, Matrix{dy.data, 1, dy.row}, x, dw, w.D, true);
 }
 
 }  // namespace DSFAST_ISA

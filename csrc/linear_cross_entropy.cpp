@@ -141,7 +141,7 @@ bool exponentials_of_sums(const HeadWeight& head, int64_t v, const Chunk& chunk,
     vfloat parts[2] = {};
     for_row_blocks(words, [&](auto rows, int64_t i) {
       vfloat sums[rows.value][2];
-      tile_sums(terms_of<BuildTerm>(head.R), head.rows(v + i), hidden, NR, sums);
+      tile_sums(terms_of<BuildTerm>(head.R), head.rows(v + i), hidden, NR, NR, sums);
 #pragma GCC unroll 24
       for (int r = 0; r < rows.value; r += PER)
 #pragma GCC unroll 2

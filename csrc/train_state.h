@@ -118,6 +118,7 @@ struct State {
   float *dh, *dx, *dq, *dkeys_values, *d_o, *dkv, *dlow;  // gradients of what the names say
   float *dlatent, *dlogits, *dweights, *dhidden, *slots;  // slots [n K, D]: a token's choices
   float* memory;                                          // for one piece at a time
+  float* factor;                                          // for the terms of what a linear layer is given
   int64_t* counts;
 };
 
@@ -161,6 +162,8 @@ inline State carve(Carver& c, const Model& m, int64_t n) {
   memory = largest(memory, Expert{D, mlp_width}.backward_memory());
   memory = largest(memory, largest(embedding_memory(m.embedding_rank), largest(D, m.query_rank)));
   s.memory = c.floats(largest(memory, m.latent_rank));
+  const int64_t widest = largest(largest(D, m.query_rank), largest(m.latent_rank, head_inputs(m)));
+  s.factor = c.floats(largest(packed_size<float>(widest, n), packed_a_size(n, widest)));
   s.counts = c.of<int64_t>(m.experts);
   return s;
 }

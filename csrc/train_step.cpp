@@ -56,6 +56,12 @@ struct Pass {
     return parts<const float>(l.q, queries_width(m), l.keys_values, keys_values_width(m), l.kv, latent_width(m));
   }
 
+  // x [n, width] as the second factor of a weight's gradient; one at a time.
+  template <class Term>
+  Packed<Term> packed(const float* x, int64_t x_row, int64_t width) const {
+    return pack_b(width, n, {x, x_row, 1}, reinterpret_cast<Term*>(s.factor));
+  }
+
   // Turns the rope parts of queries and keys, in place.
   void turn(float* q, int64_t q_row, float* kv, int64_t kv_row, bool inverse) const {
     float *query = q + m.nope, *key = kv + m.latent_rank;
@@ -69,7 +75,7 @@ struct Pass {
   void attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const;
   // dh -> dx
   void attention_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const;
-  // dq -> dx, added
+  // dq -> dlow
   void compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g,
                                    const LayerState& l) const;
   // logits [n, E], always in float32: near ties decide the choice. A few experts do not fill the lanes, so each score
@@ -89,17 +95,18 @@ struct Pass {
 };
 
 void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const {
-  const float* q_input = l.x;
+  const Terms<BuildTerm> x = packed_a(n, m.width, {l.x, row(), 1}, reinterpret_cast<BuildTerm*>(s.factor));
+  gemm(n, x, w.kv_a.forward(), l.kv, latent_width(m));
   if (m.query_rank > 0) {
-    gemm(n, Matrix{l.x, row(), 1}, w.q_a.forward(), l.low, m.query_rank);
+    gemm(n, x, w.q_a.forward(), l.low, m.query_rank);
     clock.charge(LINEAR);
     rms_norm_rows(l.low, m.query_rank, nullptr, 0, layer.q_a_norm, m.latent_eps, l.q_input, padded(m.query_rank),
                   nullptr, l.low_rstd, n, m.query_rank);
     clock.charge(RMS_NORM);
-    q_input = l.q_input;
+    gemm(n, Matrix{l.q_input, padded(m.query_rank), 1}, w.q.forward(), l.q, queries_width(m));
+  } else {
+    gemm(n, x, w.q.forward(), l.q, queries_width(m));
   }
-  gemm(n, Matrix{q_input, padded(query_width(m)), 1}, w.q.forward(), l.q, queries_width(m));
-  gemm(n, Matrix{l.x, row(), 1}, w.kv_a.forward(), l.kv, latent_width(m));
   clock.charge(LINEAR);
   const int64_t latent = padded(m.latent_rank), o_row = padded(head_inputs(m));
   rms_norm_rows(l.kv, latent_width(m), nullptr, 0, layer.kv_a_norm, m.latent_eps, l.latent, latent, nullptr, l.kv_rstd,
@@ -122,7 +129,8 @@ void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState
 void Pass::attention_backward(const Layer& layer, const LayerWeights& w, const Layer& g, const LayerState& l) const {
   const int64_t o_row = padded(head_inputs(m)), q_row = padded(queries_width(m)), kv_row = padded(latent_width(m));
   const int64_t keys_values_row = padded(keys_values_width(m)), latent = padded(m.latent_rank);
-  linear_backward(n, w.o, s.dh, row(), l.o, o_row, s.d_o, head_inputs(m), gradient(g.o));
+  linear_backward(n, w.o, {s.dh, row(), 1}, packed<BuildTerm>(l.o, o_row, head_inputs(m)), s.d_o, head_inputs(m),
+                  gradient(g.o));
   clock.charge(LINEAR);
   const auto in = parts(l);
   const auto grads = parts<float>(s.dq, q_row, s.dkeys_values, keys_values_row, s.dkv, kv_row);
@@ -134,29 +142,31 @@ void Pass::attention_backward(const Layer& layer, const LayerWeights& w, const L
   });
   clock.charge(ATTENTION);
   turn(s.dq, q_row, s.dkv, kv_row, true);
-  linear_backward(n, w.kv_b, s.dkeys_values, keys_values_row, l.latent, latent, s.dlatent, m.latent_rank,
-                  gradient(g.kv_b));
+  linear_backward(n, w.kv_b, {s.dkeys_values, keys_values_row, 1}, packed<BuildTerm>(l.latent, latent, m.latent_rank),
+                  s.dlatent, m.latent_rank, gradient(g.kv_b));
   clock.charge(LINEAR);
   rms_norm_rows_backward(s.dlatent, m.latent_rank, nullptr, 0, l.kv, latent_width(m), layer.kv_a_norm, l.kv_rstd, s.dkv,
                          kv_row, gradient(g.kv_a_norm), s.memory, n, m.latent_rank);
   clock.charge(RMS_NORM);
-  linear_backward(n, w.kv_a, s.dkv, kv_row, l.x, row(), s.dx, m.width, gradient(g.kv_a));
-  if (m.query_rank == 0)
-    linear_backward(n, w.q, s.dq, q_row, l.x, row(), s.dx, m.width, gradient(g.q), true);
+  if (m.query_rank > 0) compressed_queries_backward(layer, w, g, l);
+  const PackedB x = packed<BuildTerm>(l.x, row(), m.width);
+  linear_backward(n, w.kv_a, {s.dkv, kv_row, 1}, x, s.dx, m.width, gradient(g.kv_a));
+  if (m.query_rank > 0)
+    linear_backward(n, w.q_a, {s.dlow, padded(m.query_rank), 1}, x, s.dx, m.width, gradient(g.q_a), true);
   else
-    compressed_queries_backward(layer, w, g, l);
+    linear_backward(n, w.q, {s.dq, q_row, 1}, x, s.dx, m.width, gradient(g.q), true);
   clock.charge(LINEAR);
 }
 
 void Pass::compressed_queries_backward(const Layer& layer, const LayerWeights& w, const Layer& g,
                                        const LayerState& l) const {
   const int64_t low = padded(m.query_rank);
-  linear_backward(n, w.q, s.dq, padded(queries_width(m)), l.q_input, low, s.dlow, low, gradient(g.q));
+  linear_backward(n, w.q, {s.dq, padded(queries_width(m)), 1}, packed<BuildTerm>(l.q_input, low, m.query_rank), s.dlow,
+                  low, gradient(g.q));
   clock.charge(LINEAR);
   rms_norm_rows_backward(s.dlow, low, nullptr, 0, l.low, m.query_rank, layer.q_a_norm, l.low_rstd, s.dlow, low,
                          gradient(g.q_a_norm), s.memory, n, m.query_rank);
   clock.charge(RMS_NORM);
-  linear_backward(n, w.q_a, s.dlow, low, l.x, row(), s.dx, m.width, gradient(g.q_a), true);
 }
 
 void Pass::scores(const float* router, const Weight<float>& w, const float* x, float* logits) const {
@@ -207,8 +217,8 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
     moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,
                        m.routed_scaling, 1);
     clock.charge(ROUTE);
-    linear_backward(n, w.router, s.dlogits, m.experts, l.x_mlp, row(), s.dx, m.width, gradient(g.router), true,
-                    gemm_float32);
+    linear_backward(n, w.router, {s.dlogits, m.experts, 1}, packed<float>(l.x_mlp, row(), m.width), s.dx, m.width,
+                    gradient(g.router), true);
     clock.charge(LINEAR);
   }
   if (layer.width > 0)
@@ -250,8 +260,8 @@ double Pass::head(int64_t ignore_index, float share) const {
   clock.charge(HEAD);
   clock.backward = 1;
   if (projected)
-    linear_backward(n, weights.head_projection, s.dhidden, m.head_width, s.x, row(), s.dx, m.width,
-                    gradient(gradients.head_projection));
+    linear_backward(n, weights.head_projection, {s.dhidden, m.head_width, 1}, packed<BuildTerm>(s.x, row(), m.width),
+                    s.dx, m.width, gradient(gradients.head_projection));
   clock.charge(LINEAR);
   return loss;
 }
