@@ -86,7 +86,7 @@ class DeepseekV3(nn.Module):
             raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, got {_shape(labels)}")
         ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
         labels = labels.reshape(-1)
-        _check_range("labels", labels[labels != IGNORED] if labels.is_cpu else labels, self.config.vocab_size)
+        _check_range("labels", labels.where(labels != IGNORED, 0) if labels.is_cpu else labels, self.config.vocab_size)
         return ids, labels, positions, cu_seqlens
 
     def hidden(
@@ -165,6 +165,8 @@ class DeepseekV3(nn.Module):
         device, n = input_ids.device, input_ids.numel()
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, n + 1, max(length, 1), dtype=torch.int32, device=device)
+            if positions is None:
+                positions = torch.arange(length, device=device).repeat(len(input_ids))
         if positions is None:
             place = torch.arange(n, dtype=torch.int32, device=device)
             segment = torch.searchsorted(cu_seqlens, place, right=True) - 1

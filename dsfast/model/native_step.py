@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ PARTS = (
 MOST_UNEVEN = 1.5
 """A thread's share of the tokens, times the threads, above which the operators' own division of the work is better."""
 _ALIGNMENT = 16  # floats of a cache line
+_PARAMETER_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_MODULE_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NativeStep:
@@ -36,7 +39,9 @@ class NativeStep:
     def __init__(self, model: DeepseekV3):
         self.model = model
         self._seconds = torch.zeros(2, len(PARTS), dtype=torch.float64)  # [forward or backward, part], of all threads
-        self._parameters = list(model.parameters())
+        # Walking through the modules takes longer than all else that a step does outside its call.
+        self._parameters, self._modules = list(model.parameters()), list(model.modules())
+        self._routers = [getattr(layer.mlp, "gate", None) for layer in model.layers]
         sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in self._parameters]
         self._shared = torch.empty(sum(sizes))
         parts = self._shared.split(sizes)
@@ -59,7 +64,7 @@ class NativeStep:
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
             return False
-        if any(map(_hooked, self._parameters)) or any(map(_hooked, self.model.modules())):
+        if any(map(_hooked, self._parameters)) or any(map(_hooked, self._modules)):
             return False
         if any(x.dtype != torch.int64 for x in (ids, labels, positions)) or cu_seqlens.dtype != torch.int32:
             return False
@@ -73,7 +78,8 @@ class NativeStep:
 
         The gradients are views of memory that the next call overwrites.
         """
-        addresses = [x.data_ptr() for x in (*self._parameters, *self.model.buffers())]
+        buffers = (x for module in self._modules for x in module._buffers.values())
+        addresses = [x.data_ptr() for x in (*self._parameters, *buffers)]
         if addresses != self._addresses:  # first call, or the memory of a weight or buffer was replaced
             self._weights, self._addresses = NativeModel(self.model), addresses
         ids, labels, positions, cu_seqlens = (x.contiguous() for x in (ids, labels, positions, cu_seqlens))
@@ -84,9 +90,9 @@ class NativeStep:
         )  # fmt: skip
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        for layer, load in zip(self.model.layers, self._loads, strict=True):
-            if hasattr(layer.mlp, "gate"):
-                layer.mlp.gate.load.copy_(load)
+        for router, load in zip(self._routers, self._loads, strict=True):
+            if router is not None:
+                router.load.copy_(load)
         return loss
 
     def thread_seconds(self) -> dict[str, tuple[float, float]]:
@@ -97,10 +103,7 @@ class NativeStep:
 
 def _hooked(part: Tensor | torch.nn.Module) -> bool:
     """Whether a hook waits to see what goes through this parameter or module: a native call would pass it by."""
-    hooks = (
-        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks",
-    )  # fmt: skip
-    return any(getattr(part, name, None) for name in hooks)
+    return any(_PARAMETER_HOOKS(part) if isinstance(part, Tensor) else _MODULE_HOOKS(part))
 
 
 def uneven(boundaries: list[int], threads: int) -> float:
