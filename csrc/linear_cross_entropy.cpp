@@ -16,7 +16,7 @@
 namespace DSFAST_ISA {
 namespace {
 
-constexpr int64_t TOKENS = 4 * NR;  // at a time: the more, the less often the weights and their gradient are read
+constexpr int64_t TOKENS = 2 * NR;  // at a time: the more, the less often the weights and their gradient are read
 constexpr int64_t PER = PER_TERM<BuildTerm>;
 static_assert(HeadWeight::NARROW % PER == 0 && HeadWeight::WIDE % PER == 0 && TOKENS % PER == 0,
               "a chunk must fill whole terms");

@@ -100,7 +100,7 @@ class HeadWeight {
  public:
   // Words at a time: so few that their exponentials, weights, hidden and its gradient fit the first-level cache; where
   // they are too wide for that, so many that the gradient is seldom gone through.
-  static constexpr int64_t NARROW = PER_TERM<BuildTerm> > 1 ? 72 : 48, WIDE = 480;
+  static constexpr int64_t NARROW = 144, WIDE = 480;
 
   const float* numbers;
   int64_t V, R;
