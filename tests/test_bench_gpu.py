@@ -168,7 +168,8 @@ def forward_only(x, weight, eps, residual):
 
 
 @needs_native
-def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch):
+def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch, caplog):
+    caplog.set_level("DEBUG", "dsfast.bench")
     others = {
         "right": peer("it", peers.eager.rms_norm),
         "wrong": peer("1% off", lambda *a: tuple(x * 1.01 for x in peers.eager.rms_norm(*a))),
@@ -184,6 +185,7 @@ def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypat
     assert found["wrong"][0] == "wrong"
     assert found["wrong"][1].startswith("output 0: error")
     assert found["broken"] == ("failed", "RuntimeError: no kernel")
+    assert 'raise RuntimeError("no kernel' in caplog.text
     assert found["missing"] == ("missing", "not installed")
     assert found["refusing"] == ("refused", "heads of 48")
     both = row["passes"]["forward+backward"]["variants"]
@@ -462,8 +464,8 @@ def parts_run(monkeypatch):
         asked.append((part, seconds))
         now[0] += 30.0
         if part == "bounds":
-            return {"status": "done", "seconds": 1.0}, [dataclasses.asdict(BOUNDS)]
-        return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}]
+            return {"status": "done", "seconds": 1.0}, [dataclasses.asdict(BOUNDS)], "measured\n"
+        return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}], f"{part} said\n"
 
     monkeypatch.setattr(run, "run_part", run_part)
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -472,7 +474,14 @@ def parts_run(monkeypatch):
 
 
 def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
-    found = run.run_gpu(run.PARTS, 130, False, lambda text: None)
+    kept = []
+
+    def keep(found, said):
+        kept.append((said, [row["part"] for row in found["rows"]], found["parts"]["route"]["status"]))
+
+    found = run.run_gpu(run.PARTS, 130, False, lambda text: None, keep)
+    assert kept[:2] == [("measured\n", [], run.NOT_YET), ("attention said\n", ["attention"], run.NOT_YET)]
+    assert len(kept) == 5
     assert parts_run == [("bounds", 100.0), ("attention", 100.0), ("experts", 70.0), ("head", 40.0), ("decode", 10.0)]
     assert found["parts"]["route"]["status"] == "not measured: out of time"
     assert found["bounds"]["bandwidth"] == 4e12
@@ -481,26 +490,28 @@ def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
 
 
 def test_what_was_not_asked_for_is_said(parts_run):
-    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    found = run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: None)
     assert [part for part, _ in parts_run] == ["bounds", "norm"]
     assert found["parts"]["attention"]["status"] == "not measured: not asked for (--only)"
 
 
 def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
     begin = time.perf_counter()
-    assert run._in_a_process([sys.executable, "-c", "import time; time.sleep(60)"], "", 0.5) == run.OUT_OF_TIME
+    hangs = "import sys, time; print('so far', file=sys.stderr, flush=True); time.sleep(60)"
+    assert run._in_a_process([sys.executable, "-c", hangs], "", 3) == (run.OUT_OF_TIME, "so far\n")
     assert time.perf_counter() - begin < 30
-    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('boom')"], "", 30) == "failed: boom"
-    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == "done"
+    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('a\\nb')"], "", 30) == ("failed: b", "a\nb\n")
+    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == ("done", "")
 
 
 def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
     def cut(command, request, seconds):
         Path(json.loads(request)["file"]).write_text('{"part": "norm", "case": "V3"}\n{"part": "no', encoding="utf-8")
-        return run.OUT_OF_TIME
+        return run.OUT_OF_TIME, "said"
 
     monkeypatch.setattr(run, "_in_a_process", cut)
-    state, rows = run.run_part("norm", None, False, 20.0)
+    state, rows, said = run.run_part("norm", None, False, 20.0)
+    assert said == "said"
     assert rows == [{"part": "norm", "case": "V3"}]
     assert state["status"] == "cut: out of time, the rest is not measured"
 
@@ -519,7 +530,7 @@ def document(found: dict) -> dict:
 
 @needs_native
 def test_everything_found_is_shown(parts_run, monkeypatch):
-    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    found = run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: None)
     timed = run_tiny("norm")
     timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
     timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
@@ -608,7 +619,8 @@ def test_a_rehearsal_runs_the_whole_command_and_claims_nothing(parts, tmp_path):
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rehearsal.json", "rehearsal.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rehearsal.json", "rehearsal.log", "rehearsal.txt"]
+    assert f"done: {parts.split(',')[0]} tiny" in (tmp_path / "rehearsal.log").read_text(encoding="utf-8")
     written = json.loads((tmp_path / "rehearsal.json").read_text(encoding="utf-8"))
     results = written["results"]
     assert results["measured_on"] == "CPU (rehearsal)"

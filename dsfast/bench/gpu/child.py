@@ -1,8 +1,12 @@
-"""One part of `bench gpu` in a process of its own: the request on standard input, each row into a file as soon as it is there."""
+"""One part of `bench gpu` in a process of its own: the request on standard input, each row into a file as soon as it is there.
+
+On standard error it says what it does, and of everything that fails where.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,10 +59,15 @@ def _operator(part: str, rehearsal: bool, run: Callable[[Any], Json], expired: C
 
 def main() -> None:
     request = json.load(sys.stdin)
+    logging.basicConfig(format="%(relativeCreated)d ms: %(message)s")
+    log = logging.getLogger("dsfast.bench")
+    log.setLevel(logging.DEBUG)
+    log.debug("begin: %s", request["part"])
     with open(request.pop("file"), "w", encoding="utf-8") as file:
         for row in rows_of(**request):
             file.write(json.dumps(finite(row)) + "\n")
             file.flush()
+            log.debug("done: %s %s", request["part"], row.get("case", ""))
 
 
 if __name__ == "__main__":

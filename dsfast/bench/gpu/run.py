@@ -29,6 +29,7 @@ LEAST = 10.0  # seconds below which no part is started
 SHARE = 100.0  # seconds that one part may take, but for the tests
 GRACE = 15.0  # seconds between a part's own end and its process's
 OUT_OF_TIME = "not measured: out of time"
+NOT_YET = "not measured: the command ended before"
 NOT_ASKED = "not measured: not asked for (--only)"
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 
@@ -66,71 +67,83 @@ def check_gpu(rehearsal: bool) -> None:
     )
 
 
-def run_gpu(parts: Sequence[str], seconds: float, rehearsal: bool, progress: Callable[[str], None]) -> Json:
+def run_gpu(
+    parts: Sequence[str], seconds: float, rehearsal: bool, progress: Callable[[str], None],
+    keep: Callable[[Json, str], None],
+) -> Json:  # fmt: skip
     """Run `parts`, each in a process of its own, for `seconds` in all; `progress` is told what comes next.
 
     Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, bounds, parts (name -> status,
-    seconds), rows and figures.
+    seconds), rows and figures. keep(as much of that as there is, what its process said) after each part.
     """
     end = time.perf_counter() + seconds
-    progress("bounds")
-    bounds_state, found = run_part("bounds", None, rehearsal, min(SHARE, seconds))
-    bounds = found[0] if found else None
-    states, rows = {"bounds": bounds_state}, []
-    for part in PARTS:
-        left = end - time.perf_counter()
-        if part not in parts:
-            states[part] = {"status": NOT_ASKED, "seconds": 0.0}
-        elif left < LEAST:
-            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
-        else:
-            progress(f"{part}, {left:.0f} s left")
-            states[part], found = run_part(part, bounds, rehearsal, left if part == "tests" else min(SHARE, left))
-            rows += found
-    return {
+    states = {part: {"status": NOT_YET if part in parts else NOT_ASKED, "seconds": 0.0} for part in PARTS}
+    found = {
         "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
-        "bounds": bounds, "parts": states, "rows": rows, "figures": figures([] if rehearsal else rows),
+        "bounds": None, "parts": states, "rows": [], "figures": figures([]),
     }  # fmt: skip
+    for part in ("bounds", *(part for part in PARTS if part in parts)):
+        left = end - time.perf_counter()
+        if part != "bounds" and left < LEAST:
+            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
+            continue
+        progress(f"{part}, {left:.0f} s left")
+        states[part], rows, said = run_part(
+            part, found["bounds"], rehearsal, left if part == "tests" else min(SHARE, left)
+        )
+        if part == "bounds":
+            found["bounds"] = rows[0] if rows else None
+        else:
+            found["rows"] += rows
+        found["figures"] = figures([] if rehearsal else found["rows"])
+        keep(found, said)
+    return found
 
 
-def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json]]:
-    """(status and seconds, the rows that its process wrote before it ended or its time was up)."""
+def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json], str]:
+    """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way)."""
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
         request = {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        status = _in_a_process([sys.executable, "-m", "dsfast.bench.gpu.child"], json.dumps(request), seconds)
+        status, said = _in_a_process([sys.executable, "-m", "dsfast.bench.gpu.child"], json.dumps(request), seconds)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
     if status == OUT_OF_TIME and rows:
         status = "cut: out of time, the rest is not measured"
-    return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows
+    return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows, said
 
 
-def _in_a_process(command: list[str], request: str, seconds: float) -> str:
-    """ "done", OUT_OF_TIME, or "failed: " and the last line of what it said."""
+def _in_a_process(command: list[str], request: str, seconds: float) -> tuple[str, str]:
+    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said)."""
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     try:
-        _, errors = child.communicate(request, timeout=seconds)
+        _, said = child.communicate(request, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return OUT_OF_TIME
+        return OUT_OF_TIME, _end(child)
     finally:
         if child.poll() is None:
-            os.killpg(child.pid, 9)  # it and what it has started: compilers, pytest
-            child.communicate()
+            _end(child)
     if child.returncode == 0:
-        return "done"
-    lines = errors.strip().splitlines() or [f"exit status {child.returncode}"]
-    return f"failed: {lines[-1]}"
+        return "done", said
+    lines = said.strip().splitlines() or [f"exit status {child.returncode}"]
+    return f"failed: {lines[-1]}", said
+
+
+def _end(child: subprocess.Popen) -> str:
+    """End it and what it has started, compilers and pytest; what it said before."""
+    os.killpg(child.pid, 9)
+    return child.communicate()[1]
 
 
 def gpu_facts() -> Json:
