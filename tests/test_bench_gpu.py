@@ -337,7 +337,10 @@ def test_every_figure_names_what_the_parts_measure():
         by_run.setdefault((one["part"], one["case"]), {**one, "passes": {}})["passes"] |= one["passes"]
     config = whole.comparable(whole.whole_config(False))
     size = f"{config.train.batch_size} x {config.data.sequence_length}"
-    steps = row("step", size, "step", **dict.fromkeys(whole.GPU_PEERS, 1.0))
+    steps = [
+        row("step", size, "step", eager=1.0),
+        row("step", f"{size}{whole.COMPILED_CASE}", "step", **{"reduce-overhead": 1.0}),
+    ]
     trained = [
         {
             **row("training", case, "training"),
@@ -346,7 +349,7 @@ def test_every_figure_names_what_the_parts_measure():
         for case in ("cold", "warm", "CPU")
     ]
     generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
-    assert [f["what"] for f in figures([*by_run.values(), steps, *trained, *generated]) if f["got"] is None] == []
+    assert [f["what"] for f in figures([*by_run.values(), *steps, *trained, *generated]) if f["got"] is None] == []
 
 
 class TestTheStep:
@@ -362,7 +365,7 @@ class TestTheStep:
         monkeypatch.setattr(
             whole, "DeviceSteps", lambda trainer, launch: make(trainer, lambda step: lambda: launched.append(step()))
         )
-        found = whole.run_step(HostClock(), None, True)
+        found = next(whole.run_step(HostClock(), None, True))
         assert len(launched) == 1 + whole.WARM_CALLS + 1  # checked, warm, timed
         assert found["check"] == ""
         assert found["preparation_seconds"] > 0
@@ -370,8 +373,21 @@ class TestTheStep:
 
     def test_is_held_against_the_models_loss(self, monkeypatch):
         monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
-        check = whole.run_step(HostClock(), None, True)["check"]
+        check = next(whole.run_step(HostClock(), None, True))["check"]
         assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
+
+
+def test_compiled_peers_of_the_step_are_a_row_of_their_own_that_comes_last(monkeypatch):
+    monkeypatch.setattr(
+        whole, "GPU_PEERS", {name: whole.GPU_PEERS[name] for name in ("compile", "eager", "reduce-overhead")}
+    )
+    rows = list(whole.run_step(HostClock(), None, True))
+    assert [row["case"] for row in rows] == ["1 x 8", "1 x 8, compiled"]
+    assert [{name: state["status"] for name, state in row["peers"].items()} for row in rows] == [
+        {"eager": "ready"},
+        {"compile": "missing", "reduce-overhead": "missing"},
+    ]
+    assert [set(row["passes"]["step"]["variants"]) for row in rows] == [{"dsfast", "eager"}, {"dsfast"}]
 
 
 TOOK = {

@@ -39,7 +39,7 @@ def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> 
     elif part == "tests":
         yield from run_tests(seconds)
     elif part == "step":
-        yield run_step(clock, found, rehearsal)
+        yield from run_step(clock, found, rehearsal)
     elif part == "training":
         yield from run_training(rehearsal)
     elif part == "generate":
