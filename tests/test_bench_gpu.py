@@ -38,7 +38,10 @@ def never() -> bool:
 
 
 def run_tiny(part: str, expired=never) -> dict:
-    return operators.run_case(cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1)
+    *_, row = operators.run_case(
+        cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1
+    )
+    return row
 
 
 # clock, bounds
@@ -205,11 +208,29 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 @needs_native
-def test_a_case_ends_where_the_time_does():
-    turns = iter([False, False, True])
+@needs_native
+@pytest.mark.parametrize(("looks", "ready"), [(0, []), (1, []), (2, []), (3, ["a"]), (4, ["a", "b"])])
+def test_what_is_ready_when_the_time_is_up_is_timed(looks, ready, monkeypatch):
+    """There is a look at the time before each of two peers is checked, and before each is prepared."""
+    others = {name: peer("it", peers.eager.swiglu_mlp) for name in ("a", "b")} | {"c": peer("", broken, lambda: "gone")}
+    monkeypatch.setitem(peers._PEERS, "mlp", others)
+    turns = iter([*[False] * looks, *[True] * 4])
     row = run_tiny("mlp", lambda: next(turns))
-    assert row["cut"] == "not measured: out of time"
-    assert row["passes"] == {}
+    assert set(row["passes"]["forward+backward"]["variants"]) == {"dsfast", *ready}
+    assert {name: state["status"] for name, state in row["peers"].items()} == {
+        "a": "ready" if "a" in ready else "skipped", "b": "ready" if "b" in ready else "skipped", "c": "missing"
+    }  # fmt: skip
+    assert ("skipped: mlp tiny: b: out of time" in plain(document(run_document([row])))) == ("b" not in ready)
+
+
+@needs_native
+def test_a_case_says_what_it_has_so_far():
+    grown = [
+        json.loads(json.dumps(row))
+        for row in operators.run_case(cases.build("mlp", "tiny", True), HostClock(), BOUNDS, "cpu", never, rounds=1)
+    ]
+    assert [list(row["passes"]) for row in grown] == [[], ["forward"], ["forward", "forward+backward"]]
+    assert [row["check"] for row in grown] == [""] * 3
 
 
 def test_sdpa_refuses_documents_of_unequal_lengths_and_says_why():
@@ -522,13 +543,14 @@ def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
 
 def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
     def cut(command, request, seconds):
-        Path(json.loads(request)["file"]).write_text('{"part": "norm", "case": "V3"}\n{"part": "no', encoding="utf-8")
+        rows = '{"part": "norm", "case": "V3"}\n{"part": "norm", "case": "V3", "passes": {}}\n{"part": "no'
+        Path(json.loads(request)["file"]).write_text(rows, encoding="utf-8")
         return run.OUT_OF_TIME, "said"
 
     monkeypatch.setattr(run, "_in_a_process", cut)
     state, rows, said = run.run_part("norm", None, False, 20.0)
     assert said == "said"
-    assert rows == [{"part": "norm", "case": "V3"}]
+    assert rows == [{"part": "norm", "case": "V3", "passes": {}}]
     assert state["status"] == "cut: out of time, the rest is not measured"
 
 
@@ -552,7 +574,7 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
     timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
     failing = suite._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
     timed["fallbacks"] = [{"operator": "decode_step", "device": "cuda", "reason": "capture failed"}]
-    found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}, "cut": "out of time"}]
+    found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}}]
     shown = plain(document(found))
     for text in ("copy 4.00 TB/s", "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
                  "missing: norm tiny: liger: liger-kernel is not installed", "failed: a::b: c",

@@ -26,7 +26,8 @@ OUT_OF_TIME = "not measured: out of time"
 
 
 def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> Iterator[Json]:
-    """The rows of `part`, none begun after `seconds`; "bounds" has one, what measure_bounds returns."""
+    """The rows of `part`, none begun after `seconds`; of one part and case the last counts. "bounds" has one, what measure_bounds
+    returns."""
     end = time.perf_counter() + seconds
     clock, device = (HostClock(), "cpu") if rehearsal else (GpuClock(), "cuda")
     found = None if bounds is None else Bounds(**bounds)
@@ -49,12 +50,14 @@ def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> 
             case, clock, found, device, expired, 1 if rehearsal else ROUNDS), expired)  # fmt: skip
 
 
-def _operator(part: str, rehearsal: bool, run: Callable[[Any], Json], expired: Callable[[], bool]) -> Iterator[Json]:
+def _operator(
+    part: str, rehearsal: bool, run: Callable[[Any], Iterator[Json]], expired: Callable[[], bool]
+) -> Iterator[Json]:
     for name in (cases.TINY if rehearsal else cases.SIZES)[part]:
         if expired():
             yield {"part": part, "case": name, "status": OUT_OF_TIME}
         else:
-            yield run(cases.build(part, name, rehearsal))
+            yield from run(cases.build(part, name, rehearsal))
 
 
 def main() -> None:
