@@ -599,9 +599,20 @@ def test_tests_are_counted_and_failures_named(tmp_path):
 
 def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
     (tmp_path / "test_a.py").write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
-    assert suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)["status"] == "not measured: out of time"
+    stopped = suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)
+    assert (stopped["status"], stopped["reason"]) == ("not measured: out of time", "stopped after 0 s")
     assert suite.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
     assert suite.run_tests(60, tmp_path)[0]["status"] == "missing"
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_tests_that_ran_before_the_time_was_up_are_counted(bad, tmp_path):
+    tests = f"import time\ndef test_a(): assert {not bad}\ndef test_b(): pass\ndef test_c(): time.sleep(60)\n"
+    (tmp_path / "test_a.py").write_text(tests, encoding="utf-8")
+    found = suite.run_pytest("kernels", [str(tmp_path)], 8, tmp_path)
+    assert found["status"] == ("failed" if bad else "not measured: out of time")
+    assert found["reason"] == "stopped after 8 s"
+    assert (found["counts"]["tests"], len(found["failures"])) == (2, int(bad))
 
 
 # the command

@@ -164,7 +164,9 @@ class TritonContract:
         arguments = on_the_device(drawn(self.tiny))
         graph = torch.cuda.CUDAGraph()
         with ops.use("triton", self.tiny.operator):
-            expected = self.tiny.function(*arguments)  # compiles what a pass without gradients takes: not during a capture
+            expected = self.tiny.function(
+                *arguments
+            )  # compiles what a pass without gradients takes: not during a capture
             with torch.cuda.graph(graph):
                 outputs = self.tiny.function(*arguments)
         graph.replay()
