@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, operators, peers, run, suite, training, whole
+from dsfast.bench.gpu import cases, child, operators, peers, run, suite, training, whole
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
@@ -505,6 +506,7 @@ def parts_run(monkeypatch):
         return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}], f"{part} said\n"
 
     monkeypatch.setattr(run, "run_part", run_part)
+    monkeypatch.setattr(run, "compile_parts", lambda parts, rehearsal, seconds: dict.fromkeys(parts, "done"))
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
     return asked
@@ -524,6 +526,37 @@ def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
     assert found["bounds"]["bandwidth"] == 4e12
     assert found["measured_on"] == "GPU"
     assert run.sound(found)
+
+
+def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
+    """Each waits for the other two here."""
+    meet, asked = threading.Barrier(3), []
+
+    def in_a_process(command, request, seconds):
+        asked.append((json.loads(request), seconds))
+        meet.wait(timeout=30)
+        return (run.OUT_OF_TIME if "muon" in request else "done"), ""
+
+    monkeypatch.setattr(run, "_in_a_process", in_a_process)
+    assert run.compile_parts(["norm", "muon", "step"], True, 7.0) == {
+        "norm": "done", "muon": "not ready in time", "step": "done"
+    }  # fmt: skip
+    assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
+    assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
+    assert run.compile_parts([], True, 7.0) == {}
+    assert set(run.PARTS) - set(run.COMPILED) == {"training", "tests"}
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_compiled_before_is_what_is_checked(monkeypatch):
+    checked = []
+    for name in ("check_ours", "check_peers"):
+        monkeypatch.setattr(child, name, lambda case, *rest, name=name: checked.append((name, case.part, case.name)))
+    child.compile_part("norm", False)
+    assert checked == [(name, "norm", size) for size in cases.SIZES["norm"] for name in ("check_ours", "check_peers")]
+    child.compile_part("step", True)
+    child.compile_part("generate", True)
 
 
 def test_what_was_not_asked_for_is_said(parts_run):
@@ -674,6 +707,7 @@ def test_a_rehearsal_runs_the_whole_command_and_claims_nothing(parts, tmp_path):
     results = written["results"]
     assert results["measured_on"] == "CPU (rehearsal)"
     assert results["gpu"] is None
+    assert set(results["compilation"].values()) <= {"done", "not ready in time"}
     assert results["environment"]["TRITON_INTERPRET"] == "1"
     assert {figure["met"] for figure in results["figures"]} == {"not measured"}
     assert {row["part"] for row in results["rows"]} == set(parts.split(","))

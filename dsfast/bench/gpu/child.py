@@ -15,10 +15,10 @@ from typing import Any
 from dsfast.bench.gpu import cases
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.clock import GpuClock, HostClock
-from dsfast.bench.gpu.operators import ROUNDS, run_case
+from dsfast.bench.gpu.operators import ROUNDS, check_ours, check_peers, run_case
 from dsfast.bench.gpu.suite import run_tests
 from dsfast.bench.gpu.training import run_training
-from dsfast.bench.gpu.whole import run_generation, run_step
+from dsfast.bench.gpu.whole import compile_generation, compile_step, run_generation, run_step
 from dsfast.files import finite
 
 Json = dict[str, Any]
@@ -60,12 +60,29 @@ def _operator(
             yield from run(cases.build(part, name, rehearsal))
 
 
+def compile_part(part: str, rehearsal: bool) -> None:
+    """Run what is compiled for `part` before it is timed, so that the caches have it: the checks of all its cases."""
+    if part == "step":
+        compile_step(rehearsal)
+    elif part == "generate":
+        compile_generation(rehearsal)
+    else:
+        for name in (cases.TINY if rehearsal else cases.SIZES)[part]:
+            case, device = cases.build(part, name, rehearsal), "cpu" if rehearsal else "cuda"
+            check_ours(case, device)
+            check_peers(case, device, {}, lambda: False)
+
+
 def main() -> None:
+    """A request without a file is one to compile."""
     request = json.load(sys.stdin)
     logging.basicConfig(format="%(relativeCreated)d ms: %(message)s")
     log = logging.getLogger("dsfast.bench")
     log.setLevel(logging.DEBUG)
     log.debug("begin: %s", request["part"])
+    if "file" not in request:
+        compile_part(**request)
+        return
     with open(request.pop("file"), "w", encoding="utf-8") as file:
         for row in rows_of(**request):
             file.write(json.dumps(finite(row)) + "\n")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,10 +28,13 @@ BUDGET = 450
 """Seconds: with what starting and writing take, below 8 minutes."""
 LEAST = 10.0  # seconds below which no part is started
 SHARE = 100.0  # seconds that one part may take, but for the tests
+COMPILING = 90.0  # seconds at most, before anything is timed, in which all parts compile at once
+COMPILED = tuple(part for part in PARTS if part not in ("training", "tests"))  # training has caches of its own
 GRACE = 15.0  # seconds between a part's own end and its process's
 OUT_OF_TIME = "not measured: out of time"
 NOT_YET = "not measured: the command ended before"
 NOT_ASKED = "not measured: not asked for (--only)"
+_CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 
 Json = dict[str, Any]
@@ -73,16 +77,21 @@ def run_gpu(
 ) -> Json:  # fmt: skip
     """Run `parts`, each in a process of its own, for `seconds` in all; `progress` is told what comes next.
 
-    Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, bounds, parts (name -> status,
-    seconds), rows and figures. keep(as much of that as there is, what its process said) after each part.
+    Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, compilation (see
+    compile_parts), bounds, parts (name -> status, seconds), rows and figures. keep(as much of that as there is, what its process
+    said) after each part.
     """
     end = time.perf_counter() + seconds
     states = {part: {"status": NOT_YET if part in parts else NOT_ASKED, "seconds": 0.0} for part in PARTS}
     found = {
         "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
-        "bounds": None, "parts": states, "rows": [], "figures": figures([]),
+        "compilation": {}, "bounds": None, "parts": states, "rows": [], "figures": figures([]),
     }  # fmt: skip
+    progress("compiling, all parts at once")
+    found["compilation"] = compile_parts(
+        [part for part in parts if part in COMPILED], rehearsal, min(COMPILING, seconds / 4)
+    )
     for part in ("bounds", *(part for part in PARTS if part in parts)):
         left = end - time.perf_counter()
         if part != "bounds" and left < LEAST:
@@ -101,6 +110,20 @@ def run_gpu(
     return found
 
 
+def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json:
+    """Let each part compile what it will run, all of them at once: one takes a processor or two, and a GPU's host has many.
+
+    Returns part -> "done", "failed: ..." or that it was not ready in time: what is missing in the caches is compiled later.
+    """
+
+    def run(part: str) -> str:
+        return _in_a_process(_CHILD, json.dumps({"part": part, "rehearsal": rehearsal}), seconds)[0]
+
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
+        ended = dict(zip(parts, pool.map(run, parts), strict=True))
+    return {part: "not ready in time" if status == OUT_OF_TIME else status for part, status in ended.items()}
+
+
 def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json], str]:
     """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way)."""
     begin = time.perf_counter()
@@ -108,7 +131,7 @@ def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) ->
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
         request = {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        status, said = _in_a_process([sys.executable, "-m", "dsfast.bench.gpu.child"], json.dumps(request), seconds)
+        status, said = _in_a_process(_CHILD, json.dumps(request), seconds)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
     rows = list({(row.get("part"), row.get("case")): row for row in rows}.values())  # of one that grew the last

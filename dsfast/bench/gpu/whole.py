@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.generation import run_generate
+from dsfast.bench.generation import PROMPT_TOKENS, run_generate
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.operators import BUDGET, ROUNDS, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
@@ -89,6 +89,17 @@ def _step(clock: Any, bounds: Bounds | None, rehearsal: bool, names: list[str], 
     }  # fmt: skip
 
 
+def compile_step(rehearsal: bool) -> None:
+    """Take the steps of dsfast's that `_step` takes, for the kernels that are compiled on the way."""
+    config = comparable(whole_config(rehearsal))
+    rows = random_batch(config, *((1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)))
+    trainer = trainer_on(config, *rows, steps=2)
+    rows = [x.to(trainer.device) for x in rows]
+    trainer.step(*rows)
+    with trainer.kernels():
+        recorded_steps(trainer, rows, not rehearsal)
+
+
 class SameRows:
     """In place of a data set's rows: the same batch at every step, each row a document."""
 
@@ -127,12 +138,8 @@ def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
 
     Two passes: the whole call, prompt included, by the host's clock; and one step, by `clock`.
     """
-    config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
-    torch.manual_seed(config.seed)
-    model = DeepseekV3(config.model).to(config.runtime.device)
-    batches, tokens, repeats = ((1, 2), 2, 1) if rehearsal else (BATCHES, NEW_TOKENS, REPEATS)
-    launch = {"launch": lambda step: step} if rehearsal else {}
-    ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
+    model, batches, ours = _generating(rehearsal)
+    tokens, repeats = (2, 1) if rehearsal else (NEW_TOKENS, REPEATS)
     uncaptured = {UNCAPTURED: partial(generate_ids, decoder_type=OperatorDecoder)}
     for batch in batches:
         found = run_generate(model, [batch], tokens, repeats, lambda text: None, ours, uncaptured)
@@ -141,6 +148,23 @@ def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
         if not row["check"]:
             row["passes"]["one step"] = _one_step(clock, model, batch, tokens)
         yield row
+
+
+def compile_generation(rehearsal: bool) -> None:
+    """Generate two tokens for each batch, for the kernels that are compiled on the way."""
+    model, batches, ours = _generating(rehearsal)
+    for batch in batches:
+        ours(model, [[1] * PROMPT_TOKENS] * batch, 2)
+
+
+def _generating(rehearsal: bool) -> tuple[DeepseekV3, tuple[int, ...], Callable]:
+    """Model, batches, and dsfast's way to generate."""
+    config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
+    torch.manual_seed(config.seed)
+    model = DeepseekV3(config.model).to(config.runtime.device)
+    launch = {"launch": lambda step: step} if rehearsal else {}
+    ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
+    return model, (1, 2) if rehearsal else BATCHES, ours
 
 
 def _generation_row(found: Json, tokens: int, peer: Json) -> Json:
