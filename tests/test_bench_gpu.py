@@ -361,7 +361,7 @@ def test_every_figure_names_what_the_parts_measure():
     size = f"{config.train.batch_size} x {config.data.sequence_length}"
     steps = [
         row("step", size, "step", eager=1.0),
-        row("step", f"{size}{whole.COMPILED_CASE}", "step", **{"reduce-overhead": 1.0}),
+        row("compiled", size, "step", **{"reduce-overhead": 1.0}),
     ]
     trained = [
         {
@@ -387,7 +387,7 @@ class TestTheStep:
         monkeypatch.setattr(
             whole, "DeviceSteps", lambda trainer, launch: make(trainer, lambda step: lambda: launched.append(step()))
         )
-        found = next(whole.run_step(HostClock(), None, True))
+        found = whole.run_step(HostClock(), None, True)
         assert len(launched) == 1 + whole.WARM_CALLS + 1  # checked, warm, timed
         assert found["check"] == ""
         assert found["preparation_seconds"] > 0
@@ -395,21 +395,21 @@ class TestTheStep:
 
     def test_is_held_against_the_models_loss(self, monkeypatch):
         monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
-        check = next(whole.run_step(HostClock(), None, True))["check"]
+        check = whole.run_step(HostClock(), None, True)["check"]
         assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
 
 
-def test_compiled_peers_of_the_step_are_a_row_of_their_own_that_comes_last(monkeypatch):
-    monkeypatch.setattr(
-        whole, "GPU_PEERS", {name: whole.GPU_PEERS[name] for name in ("compile", "eager", "reduce-overhead")}
-    )
-    rows = list(whole.run_step(HostClock(), None, True))
-    assert [row["case"] for row in rows] == ["1 x 8", "1 x 8, compiled"]
+def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monkeypatch):
+    names = ("compile", "eager", "reduce-overhead")
+    monkeypatch.setattr(whole, "GPU_PEERS", {name: whole.GPU_PEERS[name] for name in names})
+    rows = [*rows_of("step", True, None, 60.0), *rows_of("compiled", True, None, 60.0)]
+    assert [(row["part"], row["case"]) for row in rows] == [("step", "1 x 8"), ("compiled", "1 x 8")]
     assert [{name: state["status"] for name, state in row["peers"].items()} for row in rows] == [
         {"eager": "ready"},
         {"compile": "missing", "reduce-overhead": "missing"},
     ]
     assert [set(row["passes"]["step"]["variants"]) for row in rows] == [{"dsfast", "eager"}, {"dsfast"}]
+    assert run.PARTS[-2:] == ("compiled", "tests")
 
 
 TOOK = {
@@ -544,7 +544,7 @@ def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
     assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
     assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
     assert run.compile_parts([], True, 7.0) == {}
-    assert set(run.PARTS) - set(run.COMPILED) == {"training", "tests"}
+    assert set(run.PARTS) - set(run.COMPILED) == {"training", "compiled", "tests"}
 
 
 @needs_native
@@ -655,7 +655,7 @@ def test_tests_that_ran_before_the_time_was_up_are_counted(bad, tmp_path):
     ("arguments", "complaint"),
     [
         ([], "the following arguments are required: --out"),
-        (["--out", "DIR", "--only", "attn"], "unknown part 'attn'; known: adamw, attention, decode, "),
+        (["--out", "DIR", "--only", "attn"], "unknown part 'attn'; known: adamw, attention, compiled, "),
         (["--out", "DIR", "--seconds", "0"], "expected a whole number"),
         (["--out", "/proc/no/such"], "--out /proc/no/such: cannot be written to"),
         (["--out", "DIR"], "torch finds no GPU; nothing is measured. Without a GPU: `python -m dsfast.bench compile`"),

@@ -39,8 +39,8 @@ def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> 
         yield measure_bounds(clock, device, **({"copy_bytes": 4096, "size": 64} if rehearsal else {}))
     elif part == "tests":
         yield from run_tests(seconds)
-    elif part == "step":
-        yield from run_step(clock, found, rehearsal)
+    elif part in ("step", "compiled"):
+        yield run_step(clock, found, rehearsal, part)
     elif part == "training":
         yield from run_training(rehearsal)
     elif part == "generate":

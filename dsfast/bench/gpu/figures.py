@@ -100,7 +100,7 @@ _BOTH = "forward+backward"
 _SDPA = ("SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math")
 _H16, _H128 = (("decode", f"V3 H{heads}", "forward") for heads in (16, 128))
 _ROUTE = ("route", "V3", "forward")
-_STEP, _COMPILED = (("step", f"32 x 256{case}", "step") for case in ("", ", compiled"))
+_STEP, _COMPILED = ((part, "32 x 256", "step") for part in ("step", "compiled"))
 _MIXED_OVER_DENSE = _ratio("flops_per_second", "attention", _BOTH, "V3 mixed", "V3")
 FIGURES = (
     Figure("mla_attention 192/128 over FlexAttention", "x", 1.2, 1.5, _over("attention", "V3", _BOTH, "FlexAttention")),

@@ -36,7 +36,6 @@ WARM_CALLS = 5
 AGREEMENT = 1e-3
 """How far apart, relatively, the losses of the recorded step and of the model may be: the same kernels, in bfloat16."""
 _COMPILED = ("compile", "reduce-overhead")
-COMPILED_CASE = ", compiled"
 _SMALL = {
     "model.vocab_size": 48, "model.embedding_rank": 16, "model.hidden_size": 32, "model.num_hidden_layers": 1,
     "model.moe_intermediate_size": 16, "runtime.whole_step": False, "runtime.dtype": "float32",
@@ -48,22 +47,18 @@ def whole_config(rehearsal: bool) -> Config:
     return default_config("cpu").replace(**_SMALL) if rehearsal else default_config("gpu")
 
 
-def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Iterator[Json]:
-    """A step as the trainer records it on a GPU, its batch in device memory, against GPU_PEERS: a row for those that PyTorch
-    launches, and then, which may come too late, one for those that it has to compile."""
-    launched = [name for name in GPU_PEERS if name not in _COMPILED]
-    yield _step(clock, bounds, rehearsal, launched, "")
-    yield _step(clock, bounds, rehearsal, [name for name in GPU_PEERS if name in _COMPILED], COMPILED_CASE)
-
-
-def _step(clock: Any, bounds: Bounds | None, rehearsal: bool, names: list[str], case: str) -> Json:
-    """The row of the peers `names`."""
+def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool, part: str = "step") -> Json:
+    """A step as the trainer records it on a GPU, its batch in device memory, against those of GPU_PEERS that PyTorch launches;
+    in the part "compiled" against those that it has to compile, which takes longer than all else."""
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
     trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + ROUNDS)
     rows = [x.to(trainer.device) for x in rows]
-    here = {name: GPU_PEERS[name].missing() or (no_gpu() if name in _COMPILED else "") for name in names}
+    here = {
+        name: peer.missing() or (no_gpu() if part == "compiled" else "")
+        for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
+    }  # fmt: skip
     trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
     with trainer.kernels():
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
@@ -83,14 +78,14 @@ def _step(clock: Any, bounds: Bounds | None, rehearsal: bool, names: list[str], 
     peers = {n: {k: p[k] for k in ("what", "status", "reason")} for n, p in outcome["peers"].items()}
     passes = {"step": {"flops": flops, "bytes": None, "ideal_seconds": ideal, "variants": related(variants)}}
     return {
-        "part": "step", "case": f"{batch} x {length}{case}", "sizes": {"batch": batch, "length": length}, "check": problem,
+        "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
         "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers),
         "passes": passes, "fallbacks": ops.fallbacks(),
     }  # fmt: skip
 
 
 def compile_step(rehearsal: bool) -> None:
-    """Take the steps of dsfast's that `_step` takes, for the kernels that are compiled on the way."""
+    """Take the steps of dsfast's that `run_step` takes, for the kernels that are compiled on the way."""
     config = comparable(whole_config(rehearsal))
     rows = random_batch(config, *((1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)))
     trainer = trainer_on(config, *rows, steps=2)
