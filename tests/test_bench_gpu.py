@@ -412,6 +412,28 @@ def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monk
     assert run.PARTS[-2:] == ("compiled", "tests")
 
 
+def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
+    def build(model):
+        module, loss = whole.GPU_PEERS["eager"].build(model)
+        calls = []
+
+        def fails(*rows):
+            if calls:
+                raise RuntimeError("overwritten by a later run")
+            calls.append(None)
+            return loss(*rows)
+
+        return module, fails
+
+    eager = whole.GPU_PEERS["eager"]
+    monkeypatch.setattr(whole, "GPU_PEERS", {"broken": dataclasses.replace(eager, build=build), "right": eager})
+    monkeypatch.setitem(whole.GPU_PEERS, "eager", dataclasses.replace(eager, missing=lambda: "not asked for"))
+    row = whole.run_step(HostClock(), None, True)
+    assert row["peers"]["broken"]["status"] == "failed"
+    assert row["peers"]["broken"]["reason"] == "RuntimeError: overwritten by a later run"
+    assert set(row["passes"]["step"]["variants"]) == {"dsfast", "right"}
+
+
 TOOK = {
     "seconds": 0.08, "preparation_seconds": 11.0, "utilisation": 0.9, "tokens_per_second": 2e7, "memory_gb": 0.4,
     "losses": [9.0, 0.7], "fallbacks": [], "dtype": "bfloat16",

@@ -16,7 +16,7 @@ from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.operators import BUDGET, ROUNDS, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
 from dsfast.bench.peers import GPU_PEERS
-from dsfast.bench.step import first_steps
+from dsfast.bench.step import attempt, first_steps
 from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
@@ -62,10 +62,15 @@ def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool, part: str = "st
     trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
     with trainer.kernels():
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
-        calls = {"dsfast": steps.call} | {name: partial(peer.step, *rows) for name, peer in trainings.items()}
-        for call in calls.values():
-            for _ in range(WARM_CALLS):
-                call()
+        calls = {"dsfast": steps.call}
+        _warm(steps.call)
+        for name, peer in trainings.items():
+            call = partial(peer.step, *rows)
+            _, failed = attempt(partial(_warm, call))
+            if failed:
+                outcome["peers"][name] |= {"status": "failed", "reason": failed}
+            else:
+                calls[name] = call
         turns = {name: (call,) for name, call in calls.items()}
         taken = take_turns(turns, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)
     flops, variants = matrix_flops(config.model, batch, length), {}
@@ -82,6 +87,11 @@ def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool, part: str = "st
         "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers),
         "passes": passes, "fallbacks": ops.fallbacks(),
     }  # fmt: skip
+
+
+def _warm(call: Callable[[], object]) -> None:
+    for _ in range(WARM_CALLS):
+        call()
 
 
 def compile_step(rehearsal: bool) -> None:
