@@ -542,7 +542,8 @@ def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
 
     found = run.run_gpu(run.PARTS, 130, False, lambda text: None, keep)
     assert kept[:2] == [("measured\n", [], run.NOT_YET), ("attention said\n", ["attention"], run.NOT_YET)]
-    assert len(kept) == 5
+    assert len(kept) == 6
+    assert kept[-1] == ("", ["attention", "experts", "head", "decode"], run.OUT_OF_TIME)
     assert parts_run == [("bounds", 100.0), ("attention", 100.0), ("experts", 70.0), ("head", 40.0), ("decode", 10.0)]
     assert found["parts"]["route"]["status"] == "not measured: out of time"
     assert found["bounds"]["bandwidth"] == 4e12

@@ -109,6 +109,7 @@ def run_gpu(
             found["rows"] += rows
         found["figures"] = figures([] if rehearsal else found["rows"])
         keep(found, said)
+    keep(found, "")  # what was not begun too
     return found
 
 
