@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, operators, peers, run, suite, training, whole
+from dsfast.bench.gpu import cases, child, operators, peers, run, suite, training, whole
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
@@ -38,7 +39,10 @@ def never() -> bool:
 
 
 def run_tiny(part: str, expired=never) -> dict:
-    return operators.run_case(cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1)
+    *_, row = operators.run_case(
+        cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1
+    )
+    return row
 
 
 # clock, bounds
@@ -168,7 +172,8 @@ def forward_only(x, weight, eps, residual):
 
 
 @needs_native
-def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch):
+def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch, caplog):
+    caplog.set_level("DEBUG", "dsfast.bench")
     others = {
         "right": peer("it", peers.eager.rms_norm),
         "wrong": peer("1% off", lambda *a: tuple(x * 1.01 for x in peers.eager.rms_norm(*a))),
@@ -184,6 +189,7 @@ def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypat
     assert found["wrong"][0] == "wrong"
     assert found["wrong"][1].startswith("output 0: error")
     assert found["broken"] == ("failed", "RuntimeError: no kernel")
+    assert 'raise RuntimeError("no kernel' in caplog.text
     assert found["missing"] == ("missing", "not installed")
     assert found["refusing"] == ("refused", "heads of 48")
     both = row["passes"]["forward+backward"]["variants"]
@@ -203,11 +209,29 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 @needs_native
-def test_a_case_ends_where_the_time_does():
-    turns = iter([False, False, True])
+@needs_native
+@pytest.mark.parametrize(("looks", "ready"), [(0, []), (1, []), (2, []), (3, ["a"]), (4, ["a", "b"])])
+def test_what_is_ready_when_the_time_is_up_is_timed(looks, ready, monkeypatch):
+    """There is a look at the time before each of two peers is checked, and before each is prepared."""
+    others = {name: peer("it", peers.eager.swiglu_mlp) for name in ("a", "b")} | {"c": peer("", broken, lambda: "gone")}
+    monkeypatch.setitem(peers._PEERS, "mlp", others)
+    turns = iter([*[False] * looks, *[True] * 4])
     row = run_tiny("mlp", lambda: next(turns))
-    assert row["cut"] == "not measured: out of time"
-    assert row["passes"] == {}
+    assert set(row["passes"]["forward+backward"]["variants"]) == {"dsfast", *ready}
+    assert {name: state["status"] for name, state in row["peers"].items()} == {
+        "a": "ready" if "a" in ready else "skipped", "b": "ready" if "b" in ready else "skipped", "c": "missing"
+    }  # fmt: skip
+    assert ("skipped: mlp tiny: b: out of time" in plain(document(run_document([row])))) == ("b" not in ready)
+
+
+@needs_native
+def test_a_case_says_what_it_has_so_far():
+    grown = [
+        json.loads(json.dumps(row))
+        for row in operators.run_case(cases.build("mlp", "tiny", True), HostClock(), BOUNDS, "cpu", never, rounds=1)
+    ]
+    assert [list(row["passes"]) for row in grown] == [[], ["forward"], ["forward", "forward+backward"]]
+    assert [row["check"] for row in grown] == [""] * 3
 
 
 def test_sdpa_refuses_documents_of_unequal_lengths_and_says_why():
@@ -335,7 +359,10 @@ def test_every_figure_names_what_the_parts_measure():
         by_run.setdefault((one["part"], one["case"]), {**one, "passes": {}})["passes"] |= one["passes"]
     config = whole.comparable(whole.whole_config(False))
     size = f"{config.train.batch_size} x {config.data.sequence_length}"
-    steps = row("step", size, "step", **dict.fromkeys(whole.GPU_PEERS, 1.0))
+    steps = [
+        row("step", size, "step", eager=1.0),
+        row("compiled", size, "step", **{"reduce-overhead": 1.0}),
+    ]
     trained = [
         {
             **row("training", case, "training"),
@@ -344,7 +371,7 @@ def test_every_figure_names_what_the_parts_measure():
         for case in ("cold", "warm", "CPU")
     ]
     generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
-    assert [f["what"] for f in figures([*by_run.values(), steps, *trained, *generated]) if f["got"] is None] == []
+    assert [f["what"] for f in figures([*by_run.values(), *steps, *trained, *generated]) if f["got"] is None] == []
 
 
 class TestTheStep:
@@ -370,6 +397,41 @@ class TestTheStep:
         monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
         check = whole.run_step(HostClock(), None, True)["check"]
         assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
+
+
+def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monkeypatch):
+    names = ("compile", "eager", "reduce-overhead")
+    monkeypatch.setattr(whole, "GPU_PEERS", {name: whole.GPU_PEERS[name] for name in names})
+    rows = [*rows_of("step", True, None, 60.0), *rows_of("compiled", True, None, 60.0)]
+    assert [(row["part"], row["case"]) for row in rows] == [("step", "1 x 8"), ("compiled", "1 x 8")]
+    assert [{name: state["status"] for name, state in row["peers"].items()} for row in rows] == [
+        {"eager": "ready"},
+        {"compile": "missing", "reduce-overhead": "missing"},
+    ]
+    assert [set(row["passes"]["step"]["variants"]) for row in rows] == [{"dsfast", "eager"}, {"dsfast"}]
+    assert run.PARTS[-2:] == ("compiled", "tests")
+
+
+def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
+    def build(model):
+        module, loss = whole.GPU_PEERS["eager"].build(model)
+        calls = []
+
+        def fails(*rows):
+            if calls:
+                raise RuntimeError("overwritten by a later run")
+            calls.append(None)
+            return loss(*rows)
+
+        return module, fails
+
+    eager = whole.GPU_PEERS["eager"]
+    monkeypatch.setattr(whole, "GPU_PEERS", {"broken": dataclasses.replace(eager, build=build), "right": eager})
+    monkeypatch.setitem(whole.GPU_PEERS, "eager", dataclasses.replace(eager, missing=lambda: "not asked for"))
+    row = whole.run_step(HostClock(), None, True)
+    assert row["peers"]["broken"]["status"] == "failed"
+    assert row["peers"]["broken"]["reason"] == "RuntimeError: overwritten by a later run"
+    assert set(row["passes"]["step"]["variants"]) == {"dsfast", "right"}
 
 
 TOOK = {
@@ -462,17 +524,26 @@ def parts_run(monkeypatch):
         asked.append((part, seconds))
         now[0] += 30.0
         if part == "bounds":
-            return {"status": "done", "seconds": 1.0}, [dataclasses.asdict(BOUNDS)]
-        return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}]
+            return {"status": "done", "seconds": 1.0}, [dataclasses.asdict(BOUNDS)], "measured\n"
+        return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}], f"{part} said\n"
 
     monkeypatch.setattr(run, "run_part", run_part)
+    monkeypatch.setattr(run, "compile_parts", lambda parts, rehearsal, seconds: dict.fromkeys(parts, "done"))
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
     return asked
 
 
 def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
-    found = run.run_gpu(run.PARTS, 130, False, lambda text: None)
+    kept = []
+
+    def keep(found, said):
+        kept.append((said, [row["part"] for row in found["rows"]], found["parts"]["route"]["status"]))
+
+    found = run.run_gpu(run.PARTS, 130, False, lambda text: None, keep)
+    assert kept[:2] == [("measured\n", [], run.NOT_YET), ("attention said\n", ["attention"], run.NOT_YET)]
+    assert len(kept) == 6
+    assert kept[-1] == ("", ["attention", "experts", "head", "decode"], run.OUT_OF_TIME)
     assert parts_run == [("bounds", 100.0), ("attention", 100.0), ("experts", 70.0), ("head", 40.0), ("decode", 10.0)]
     assert found["parts"]["route"]["status"] == "not measured: out of time"
     assert found["bounds"]["bandwidth"] == 4e12
@@ -480,28 +551,62 @@ def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
     assert run.sound(found)
 
 
+def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
+    """Each waits for the other two here."""
+    meet, asked = threading.Barrier(3), []
+
+    def in_a_process(command, request, seconds):
+        asked.append((json.loads(request), seconds))
+        meet.wait(timeout=30)
+        return (run.OUT_OF_TIME if "muon" in request else "done"), ""
+
+    monkeypatch.setattr(run, "_in_a_process", in_a_process)
+    assert run.compile_parts(["norm", "muon", "step"], True, 7.0) == {
+        "norm": "done", "muon": "not ready in time", "step": "done"
+    }  # fmt: skip
+    assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
+    assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
+    assert run.compile_parts([], True, 7.0) == {}
+    assert set(run.PARTS) - set(run.COMPILED) == {"training", "compiled", "tests"}
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_compiled_before_is_what_is_checked(monkeypatch):
+    checked = []
+    for name in ("check_ours", "check_peers"):
+        monkeypatch.setattr(child, name, lambda case, *rest, name=name: checked.append((name, case.part, case.name)))
+    child.compile_part("norm", False)
+    assert checked == [(name, "norm", size) for size in cases.SIZES["norm"] for name in ("check_ours", "check_peers")]
+    child.compile_part("step", True)
+    child.compile_part("generate", True)
+
+
 def test_what_was_not_asked_for_is_said(parts_run):
-    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    found = run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: None)
     assert [part for part, _ in parts_run] == ["bounds", "norm"]
     assert found["parts"]["attention"]["status"] == "not measured: not asked for (--only)"
 
 
 def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
     begin = time.perf_counter()
-    assert run._in_a_process([sys.executable, "-c", "import time; time.sleep(60)"], "", 0.5) == run.OUT_OF_TIME
+    hangs = "import sys, time; print('so far', file=sys.stderr, flush=True); time.sleep(60)"
+    assert run._in_a_process([sys.executable, "-c", hangs], "", 3) == (run.OUT_OF_TIME, "so far\n")
     assert time.perf_counter() - begin < 30
-    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('boom')"], "", 30) == "failed: boom"
-    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == "done"
+    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('a\\nb')"], "", 30) == ("failed: b", "a\nb\n")
+    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == ("done", "")
 
 
 def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
     def cut(command, request, seconds):
-        Path(json.loads(request)["file"]).write_text('{"part": "norm", "case": "V3"}\n{"part": "no', encoding="utf-8")
-        return run.OUT_OF_TIME
+        rows = '{"part": "norm", "case": "V3"}\n{"part": "norm", "case": "V3", "passes": {}}\n{"part": "no'
+        Path(json.loads(request)["file"]).write_text(rows, encoding="utf-8")
+        return run.OUT_OF_TIME, "said"
 
     monkeypatch.setattr(run, "_in_a_process", cut)
-    state, rows = run.run_part("norm", None, False, 20.0)
-    assert rows == [{"part": "norm", "case": "V3"}]
+    state, rows, said = run.run_part("norm", None, False, 20.0)
+    assert said == "said"
+    assert rows == [{"part": "norm", "case": "V3", "passes": {}}]
     assert state["status"] == "cut: out of time, the rest is not measured"
 
 
@@ -519,13 +624,13 @@ def document(found: dict) -> dict:
 
 @needs_native
 def test_everything_found_is_shown(parts_run, monkeypatch):
-    found = run.run_gpu(("norm",), 100, False, lambda text: None)
+    found = run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: None)
     timed = run_tiny("norm")
     timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
     timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
     failing = suite._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
     timed["fallbacks"] = [{"operator": "decode_step", "device": "cuda", "reason": "capture failed"}]
-    found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}, "cut": "out of time"}]
+    found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}}]
     shown = plain(document(found))
     for text in ("copy 4.00 TB/s", "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
                  "missing: norm tiny: liger: liger-kernel is not installed", "failed: a::b: c",
@@ -550,9 +655,20 @@ def test_tests_are_counted_and_failures_named(tmp_path):
 
 def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
     (tmp_path / "test_a.py").write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
-    assert suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)["status"] == "not measured: out of time"
+    stopped = suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)
+    assert (stopped["status"], stopped["reason"]) == ("not measured: out of time", "stopped after 0 s")
     assert suite.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
     assert suite.run_tests(60, tmp_path)[0]["status"] == "missing"
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_tests_that_ran_before_the_time_was_up_are_counted(bad, tmp_path):
+    tests = f"import time\ndef test_a(): assert {not bad}\ndef test_b(): pass\ndef test_c(): time.sleep(60)\n"
+    (tmp_path / "test_a.py").write_text(tests, encoding="utf-8")
+    found = suite.run_pytest("kernels", [str(tmp_path)], 8, tmp_path)
+    assert found["status"] == ("failed" if bad else "not measured: out of time")
+    assert found["reason"] == "stopped after 8 s"
+    assert (found["counts"]["tests"], len(found["failures"])) == (2, int(bad))
 
 
 # the command
@@ -562,7 +678,7 @@ def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
     ("arguments", "complaint"),
     [
         ([], "the following arguments are required: --out"),
-        (["--out", "DIR", "--only", "attn"], "unknown part 'attn'; known: adamw, attention, decode, "),
+        (["--out", "DIR", "--only", "attn"], "unknown part 'attn'; known: adamw, attention, compiled, "),
         (["--out", "DIR", "--seconds", "0"], "expected a whole number"),
         (["--out", "/proc/no/such"], "--out /proc/no/such: cannot be written to"),
         (["--out", "DIR"], "torch finds no GPU; nothing is measured. Without a GPU: `python -m dsfast.bench compile`"),
@@ -608,11 +724,13 @@ def test_a_rehearsal_runs_the_whole_command_and_claims_nothing(parts, tmp_path):
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rehearsal.json", "rehearsal.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rehearsal.json", "rehearsal.log", "rehearsal.txt"]
+    assert f"done: {parts.split(',')[0]} tiny" in (tmp_path / "rehearsal.log").read_text(encoding="utf-8")
     written = json.loads((tmp_path / "rehearsal.json").read_text(encoding="utf-8"))
     results = written["results"]
     assert results["measured_on"] == "CPU (rehearsal)"
     assert results["gpu"] is None
+    assert set(results["compilation"].values()) <= {"done", "not ready in time"}
     assert results["environment"]["TRITON_INTERPRET"] == "1"
     assert {figure["met"] for figure in results["figures"]} == {"not measured"}
     assert {row["part"] for row in results["rows"]} == set(parts.split(","))

@@ -320,7 +320,7 @@ class TestCapture:
             step()
             return lambda: (replayed.append(None), step())
 
-        monkeypatch.setattr(gpu, "_record", record)
+        monkeypatch.setattr(gpu, "record", record)
         model = random_model()
         for temperature in (0.0, 1.0):
             found = self.generate(model, prompts_of(model), 2 * BLOCK, temperature, seed=3)
@@ -351,7 +351,7 @@ class TestCapture:
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        monkeypatch.setattr(gpu, "_record", record)
+        monkeypatch.setattr(gpu, "record", record)
         model = random_model()
         with pytest.warns(ops.FallbackWarning, match="decode_step is launched operator by operator: capture as a CUDA"):
             assert self.generate(model, [[3]], 9) == by_operators(model, [[3]], 9)

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -484,8 +486,6 @@ class TestCapture:
 
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch):
-        from contextlib import nullcontext
-
         monkeypatch.setattr(gpu, "_side_stream", nullcontext)
         monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
 
@@ -496,7 +496,7 @@ class TestCapture:
             step()
             return lambda: (calls.append(None), step())
 
-        monkeypatch.setattr(gpu, "_record", record)
+        monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
         assert_same_run(trainer, host_trainer(), 1e-6)
         assert len(calls) == 10
@@ -519,7 +519,7 @@ class TestCapture:
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        monkeypatch.setattr(gpu, "_record", record)
+        monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
         with pytest.warns(
             ops.FallbackWarning, match="train_step is launched operator by operator: capture as a CUDA graph"
@@ -529,11 +529,38 @@ class TestCapture:
         assert row["device"] == "cuda"
         assert row["reason"].endswith("operation not permitted when stream is capturing")
 
+    def test_it_is_said_what_went_wrong_in_the_capture_and_not_that_it_could_not_be_ended(self, monkeypatch):
+        def record(step):
+            try:
+                raise RuntimeError("the cause")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        monkeypatch.setattr(gpu, "record", record)
+        with pytest.warns(ops.FallbackWarning, match="capture as a CUDA graph failed: the cause$"):
+            device_trainer(launch=captured).train(quiet=True)
+
+    def test_a_step_that_waits_for_the_device_is_found_out_before_the_capture(self, monkeypatch):
+        log, modes = [], ["default"]
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(log.append("capture")))
+        gpu.record(lambda: log.append(modes[-1]))()
+        assert log == ["error", "capture", "default", "replay"]
+
+        def waiting():
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+        with pytest.raises(RuntimeError, match="called a synchronizing"):
+            gpu.record(waiting)
+        assert log.count("capture") == 1
+        assert modes[-1] == "default"
+
     def test_out_of_memory_is_no_reason_for_another_way(self, monkeypatch):
         def record(step):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-        monkeypatch.setattr(gpu, "_record", record)
+        monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
         expected = (
             r"out of GPU memory after step 0 with train.batch_size 3 and data.sequence_length 16: lower one of them; no "

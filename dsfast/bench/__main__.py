@@ -111,7 +111,7 @@ def _parser() -> CommandParser:
 
 
 def _add_gpu(commands) -> None:
-    purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json and DIR/gpu.txt"
+    purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json, gpu.txt and gpu.log"
     gpu = commands.add_parser("gpu", help=purpose, description=purpose)
     gpu.add_path("--out", metavar="DIR", required=True, help="where the results go")
     gpu.add_argument("--only", metavar="PART,...", type=_names, help=f"default: {','.join(PARTS)}")
@@ -119,25 +119,31 @@ def _add_gpu(commands) -> None:
     gpu.add_argument(
         "--rehearse",
         action="store_true",
-        help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json and .txt",
+        help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json, .txt and .log",
     )
 
 
 def _gpu(arguments: Namespace, argv: list[str]) -> int:
-    """The whole command: it writes into a folder, and its table as well."""
+    """The whole command: it writes into a folder, after each part, and its table as well."""
     parts = choose_parts(arguments.only)
     check_gpu(arguments.rehearse)
     folder = check_output_folder(arguments.out, "--out")
     reporter = Reporter()
-    found = run_gpu(parts, arguments.seconds, arguments.rehearse, reporter.progress)
     settings = {"bench": "gpu", "parts": list(parts), "seconds": arguments.seconds, "rehearsal": arguments.rehearse}
-    written = results.document(argv, settings, found)
     name = "rehearsal" if arguments.rehearse else "gpu"
-    with os_errors_as(f"--out {folder}: cannot be written to"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.json", written)
-        write_text(folder / f"{name}.txt", plain(written))
-    reporter.show(written)
+    log = []
+
+    def keep(found: Json, said: str) -> None:
+        written = results.document(argv, settings, found)
+        log.append(said)
+        with os_errors_as(f"--out {folder}: cannot be written to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{name}.json", written)
+            write_text(folder / f"{name}.txt", plain(written))
+            write_text(folder / f"{name}.log", "".join(log))
+
+    found = run_gpu(parts, arguments.seconds, arguments.rehearse, reporter.progress, keep)
+    reporter.show(results.document(argv, settings, found))
     return 0 if gpu_is_sound(found) else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from dsfast.train import Trainer
 PROFILED_STEPS = 3
 ROUNDED = 1e-2
 """How far apart, relatively, two losses may be where one is computed in bfloat16."""
+
+_log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
@@ -135,4 +138,5 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
             warnings.simplefilter("ignore")
             return call(), ""
     except Exception as error:  # whatever stops a peer is the peer's own
+        _log.debug("this failed:", exc_info=True)
         return None, f"{type(error).__name__}: {error}".splitlines()[0]

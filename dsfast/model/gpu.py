@@ -37,11 +37,12 @@ def captured(step: Step) -> Callable[[], None]:
             restore()
     with unchanged(step.state()):
         try:
-            return _record(step)
+            return record(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = f"capture as a CUDA graph failed: {_first_line(error)}"
+            # What went wrong in the capture, not that the capture could not be ended, which is raised on top of it.
+            reason = f"capture as a CUDA graph failed: {_first_line(error.__context__ or error)}"
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
     return step
 
@@ -67,16 +68,34 @@ def _side_stream() -> Iterator[None]:
     """Work inside runs on another stream than the default one, which cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
-def _record(step: Callable[[], None]) -> Callable[[], None]:
+def record(call: Callable[[], object]) -> Callable[[], None]:
+    """`call` as a CUDA graph: what replays it. It is called once more before, on a stream of its own.
+
+    Raises RuntimeError where it makes the host wait for the device. That is found out before the capture: one that fails leaves
+    torch 2.11 unable to capture another, and to give memory back, for as long as the process lives.
+    """
+    with _side_stream(), _waiting_refused():
+        call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        call()
     return graph.replay
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Kept:

@@ -1,7 +1,9 @@
 """What is timed on a GPU: each operator at the sizes that DeepSeek-V3 and the 500K model give it.
 
 Letters as in dsfast.bench.cases. Each size has a smaller one beside it, on which values and gradients are first checked: the
-reference in float64 at the full size would take memory or minutes. bfloat16, but for what a model runs in float32.
+reference in float64 at the full size would take memory or minutes. It is chosen so that the kernels are the ones that are timed,
+and not others of the same source: compiled once, and what is timed is what was checked. bfloat16, but for what a model runs in
+float32.
 """
 
 from __future__ import annotations
@@ -43,22 +45,22 @@ MIXED = (4096, 2048, 2048, 1024, 1024, 1024, 1024, 777, 700, 571, 512, 512, 256,
 # part -> name -> (timed, checked)
 SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
     "attention": {
-        "V3": ({"N": 16384, "T": 4096, "H": 16, **_V3_HEAD}, {"N": 1024, "T": 512, "H": 4, **_V3_HEAD}),
-        "V3 mixed": ({"lengths": MIXED, "H": 16, **_V3_HEAD}, {"lengths": (777, 256, 100, 17, 1), "H": 4, **_V3_HEAD}),
+        "V3": ({"N": 16384, "T": 4096, "H": 16, **_V3_HEAD}, {"N": 1024, "T": 512, "H": 16, **_V3_HEAD}),
+        "V3 mixed": ({"lengths": MIXED, "H": 16, **_V3_HEAD}, {"lengths": (777, 256, 100, 17, 1), "H": 16, **_V3_HEAD}),
         "500K": ({"N": 8192, "T": 256, "H": 4, **_SMALL_HEAD}, {"N": 1024, "T": 256, "H": 4, **_SMALL_HEAD}),
     },
     "experts": {
-        "E128": ({"N": 32768, "D": 2048, "E": 128, "K": 8, "I": 768}, {"N": 512, "D": 2048, "E": 16, "K": 8, "I": 768}),
-        "500K": ({"N": 8192, "D": 128, "E": 2, "K": 1, "I": 64}, {"N": 2048, "D": 128, "E": 2, "K": 1, "I": 64}),
+        "E128": ({"N": 32768, "D": 2048, "E": 128, "K": 8, "I": 768}, {"N": 4096, "D": 2048, "E": 128, "K": 8, "I": 768}),
+        "500K": ({"N": 8192, "D": 128, "E": 2, "K": 1, "I": 64}, {"N": 8192, "D": 128, "E": 2, "K": 1, "I": 64}),
     },
     "head": {
-        "V3": ({"N": 2048, "R": 7168, "V": 129280}, {"N": 256, "R": 7168, "V": 4096}),
+        "V3": ({"N": 2048, "R": 7168, "V": 129280}, {"N": 256, "R": 7168, "V": 16000}),
         "500K": ({"N": 8192, "R": 32, "V": 8000}, {"N": 1024, "R": 32, "V": 8000}),
     },
     "decode": {
         f"V3 H{h}": (
-            {"B": 128, "C": 4096, "H": h, "R": 512, **_V3_HEAD}, {"B": 4, "C": 1024, "H": h, "R": 512, **_V3_HEAD},
-        ) for h in (16, 128)
+            {"B": 128, "C": 4096, "H": h, "R": 512, **_V3_HEAD}, {"B": b, "C": 1024, "H": h, "R": 512, **_V3_HEAD},
+        ) for h, b in ((16, 4), (128, 32))
     } | {"500K": ({"B": 256, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD}, {"B": 32, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD})},
     "route": {  # checked on few: a near tie falls either way in float32
         "V3": ({"N": 8192, "E": 256, "K": 8, "G": 8, "kept": 4}, {"N": 128, "E": 256, "K": 8, "G": 8, "kept": 4}),
@@ -72,11 +74,11 @@ SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
     "adamw": {name: ({"P": 519_360, "tensors": 21}, {"P": 519_360, "tensors": 21}) for name in ("500K", "500K clip")},
     "muon": {"500K": ({"shapes": MATRICES}, {"shapes": MATRICES})},
     "mlp": {
-        "V3": ({"N": 8192, "D": 7168, "I": 2048}, {"N": 512, "D": 7168, "I": 2048}),
-        "500K": ({"N": 8192, "D": 128, "I": 64}, {"N": 1024, "D": 128, "I": 64}),
+        "V3": ({"N": 8192, "D": 7168, "I": 2048}, {"N": 2048, "D": 7168, "I": 2048}),
+        "500K": ({"N": 8192, "D": 128, "I": 64}, {"N": 8192, "D": 128, "I": 64}),
     },
     "embedding": {
-        "V3": ({"N": 8192, "V": 129280, "R": 7168, "D": 0}, {"N": 512, "V": 2048, "R": 7168, "D": 0}),
+        "V3": ({"N": 8192, "V": 129280, "R": 7168, "D": 0}, {"N": 512, "V": 32768, "R": 7168, "D": 0}),
         "500K": ({"N": 8192, "V": 8000, "R": 32, "D": 128}, {"N": 1024, "V": 8000, "R": 32, "D": 128}),
     },
 }  # fmt: skip

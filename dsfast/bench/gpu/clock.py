@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from dsfast.bench.timing import Call, seconds
+from dsfast.model.gpu import record
 
 FLUSH_BYTES = 2**28
 """Written before each timed call: several times any L2."""
@@ -43,17 +44,14 @@ class GpuClock:
 
         The median of REPLAYS. Raises what the capture raises, where `call` cannot be captured.
         """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def calls() -> None:
             for _ in range(GRAPH_CALLS):
                 call()
-        graph.replay()
-        return statistics.median(self.seconds(graph.replay) for _ in range(REPLAYS)) / GRAPH_CALLS
+
+        replay = record(calls)
+        replay()
+        return statistics.median(self.seconds(replay) for _ in range(REPLAYS)) / GRAPH_CALLS
 
     def launches(self, call: Call) -> int:
         """Kernels and copies that `call` starts."""

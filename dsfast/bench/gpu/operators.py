@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -30,34 +30,27 @@ PEER_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 ITERATED = {"muon": 4}
 """So many times as much where steps enlarge the rounding of those before: five of them in bfloat16 make some 3e-2."""
 
+_SKIPPED = {"status": "skipped", "reason": "out of time"}
+
 Json = dict[str, Any]
-
-
-class OutOfTimeError(Exception):
-    """The budget is spent; what was measured before stands."""
 
 
 def run_case(
     case: GpuCase, clock: Any, bounds: Bounds | None, device: str, expired: Callable[[], bool], rounds: int = ROUNDS
-) -> Json:
-    """A row: part, case, sizes, checked_sizes, dtype, check ("" or what is wrong), peers (name -> what, status, reason) and
-    passes (name -> see `time_pass`). Where `expired()` becomes true the row ends there and has `cut`.
+) -> Iterator[Json]:
+    """The row, again and again as it grows, in case there is no time for more: part, case, sizes, checked_sizes, dtype, check
+    ("" or what is wrong), peers (name -> what, status, reason) and passes (name -> see `time_pass`).
+
+    Once `expired()` is true no other peer is prepared; what is ready is timed.
     """
     row = {
         "part": case.part, "operator": OPERATORS[case.part], "case": case.name, "sizes": case.sizes,
         "checked_sizes": case.checked_sizes, "dtype": str(case.dtype).removeprefix("torch."), "peers": {}, "passes": {},
     }  # fmt: skip
     row["check"] = check_ours(case, device)
+    yield row
     if row["check"]:
-        return row
-    try:
-        _time_case(row, case, clock, bounds, device, expired, rounds)
-    except OutOfTimeError:
-        row["cut"] = "not measured: out of time"
-    return row
-
-
-def _time_case(row: Json, case: GpuCase, clock, bounds, device: str, expired, rounds: int) -> None:
+        return
     positions = case.timed.differentiable
     right = check_peers(case, device, row["peers"], expired)
     if "torch._dynamo" in sys.modules:
@@ -65,25 +58,19 @@ def _time_case(row: Json, case: GpuCase, clock, bounds, device: str, expired, ro
     arguments = draw(case.timed, device, case.dtype)
     prepared = {"dsfast": direct(case.ours, arguments, positions)}
     for name, peer in right.items():
-        _stop(expired)
-        ready, problem = attempt(partial(peer.prepare, arguments, positions))
-        if problem:
-            row["peers"][name] |= _failed(problem)
+        ready, problem = (None, "") if expired() else attempt(partial(peer.prepare, arguments, positions))
+        if ready is None:
+            row["peers"][name] |= _failed(problem) if problem else _SKIPPED
         else:
             prepared[name] = ready
     passes = {"update" if case.part == "adamw" else "forward": (case.forward, forward_call)}
     if case.backward is not None:
         passes["forward+backward"] = (case.forward + case.backward, backward_call)
     for name, (work, make) in passes.items():
-        _stop(expired)
         row["passes"][name] = time_pass(
             {n: partial(make, p) for n, p in prepared.items()}, work, case.dtype, clock, bounds, rounds
         )
-
-
-def _stop(expired: Callable[[], bool]) -> None:
-    if expired():
-        raise OutOfTimeError
+        yield row
 
 
 def _failed(problem: str) -> Json:
@@ -122,9 +109,10 @@ def check_peers(case: GpuCase, device: str, found: Json, expired: Callable[[], b
         expected = None if case.part == "adamw" else case.canonical(_tuple(case.checked.function(*wide)))
     right = {}
     for name, peer in peers_of(case).items():
-        _stop(expired)
         state = {"status": "missing", "reason": peer.missing()}
-        if not state["reason"]:
+        if not state["reason"] and expired():
+            state = _SKIPPED
+        elif not state["reason"]:
             problem = attempt(partial(_check_peer, peer, case, arguments, expected))
             state = (
                 _failed(problem[1])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,16 +21,22 @@ from dsfast.ops import triton
 
 PARTS = (
     "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon", "mlp",
-    "embedding", "tests",
+    "embedding", "compiled", "tests",
 )  # fmt: skip
 """In order of importance; "bounds" comes before them all. The tests take what is left."""
 BUDGET = 450
 """Seconds: with what starting and writing take, below 8 minutes."""
 LEAST = 10.0  # seconds below which no part is started
 SHARE = 100.0  # seconds that one part may take, but for the tests
+SHARES = {"training": 160.0}  # in place of it: empty caches are what it is about
+COMPILING = 90.0  # seconds at most, before anything is timed, in which all parts compile at once
+COMPILED = tuple(part for part in PARTS if part not in ("training", "compiled", "tests"))
+"""What compiles then: training has caches of its own, compiled shares those of the step."""
 GRACE = 15.0  # seconds between a part's own end and its process's
 OUT_OF_TIME = "not measured: out of time"
+NOT_YET = "not measured: the command ended before"
 NOT_ASKED = "not measured: not asked for (--only)"
+_CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 
 Json = dict[str, Any]
@@ -66,71 +73,104 @@ def check_gpu(rehearsal: bool) -> None:
     )
 
 
-def run_gpu(parts: Sequence[str], seconds: float, rehearsal: bool, progress: Callable[[str], None]) -> Json:
+def run_gpu(
+    parts: Sequence[str], seconds: float, rehearsal: bool, progress: Callable[[str], None],
+    keep: Callable[[Json, str], None],
+) -> Json:  # fmt: skip
     """Run `parts`, each in a process of its own, for `seconds` in all; `progress` is told what comes next.
 
-    Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, bounds, parts (name -> status,
-    seconds), rows and figures.
+    Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, compilation (see
+    compile_parts), bounds, parts (name -> status, seconds), rows and figures. keep(as much of that as there is, what its process
+    said) after each part.
     """
     end = time.perf_counter() + seconds
-    progress("bounds")
-    bounds_state, found = run_part("bounds", None, rehearsal, min(SHARE, seconds))
-    bounds = found[0] if found else None
-    states, rows = {"bounds": bounds_state}, []
-    for part in PARTS:
-        left = end - time.perf_counter()
-        if part not in parts:
-            states[part] = {"status": NOT_ASKED, "seconds": 0.0}
-        elif left < LEAST:
-            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
-        else:
-            progress(f"{part}, {left:.0f} s left")
-            states[part], found = run_part(part, bounds, rehearsal, left if part == "tests" else min(SHARE, left))
-            rows += found
-    return {
+    states = {part: {"status": NOT_YET if part in parts else NOT_ASKED, "seconds": 0.0} for part in PARTS}
+    found = {
         "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
-        "bounds": bounds, "parts": states, "rows": rows, "figures": figures([] if rehearsal else rows),
+        "compilation": {}, "bounds": None, "parts": states, "rows": [], "figures": figures([]),
     }  # fmt: skip
+    progress("compiling, all parts at once")
+    found["compilation"] = compile_parts(
+        [part for part in parts if part in COMPILED], rehearsal, min(COMPILING, seconds / 4)
+    )
+    for part in ("bounds", *(part for part in PARTS if part in parts)):
+        left = end - time.perf_counter()
+        if part != "bounds" and left < LEAST:
+            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
+            continue
+        progress(f"{part}, {left:.0f} s left")
+        states[part], rows, said = run_part(
+            part, found["bounds"], rehearsal, left if part == "tests" else min(SHARES.get(part, SHARE), left)
+        )
+        if part == "bounds":
+            found["bounds"] = rows[0] if rows else None
+        else:
+            found["rows"] += rows
+        found["figures"] = figures([] if rehearsal else found["rows"])
+        keep(found, said)
+    keep(found, "")  # what was not begun too
+    return found
 
 
-def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json]]:
-    """(status and seconds, the rows that its process wrote before it ended or its time was up)."""
+def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json:
+    """Let each part compile what it will run, all of them at once: one takes a processor or two, and a GPU's host has many.
+
+    Returns part -> "done", "failed: ..." or that it was not ready in time: what is missing in the caches is compiled later.
+    """
+
+    def run(part: str) -> str:
+        return _in_a_process(_CHILD, json.dumps({"part": part, "rehearsal": rehearsal}), seconds)[0]
+
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
+        ended = dict(zip(parts, pool.map(run, parts), strict=True))
+    return {part: "not ready in time" if status == OUT_OF_TIME else status for part, status in ended.items()}
+
+
+def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json], str]:
+    """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way)."""
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
         request = {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        status = _in_a_process([sys.executable, "-m", "dsfast.bench.gpu.child"], json.dumps(request), seconds)
+        status, said = _in_a_process(_CHILD, json.dumps(request), seconds)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
+    rows = list({(row.get("part"), row.get("case")): row for row in rows}.values())  # of one that grew the last
     if status == OUT_OF_TIME and rows:
         status = "cut: out of time, the rest is not measured"
-    return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows
+    return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows, said
 
 
-def _in_a_process(command: list[str], request: str, seconds: float) -> str:
-    """ "done", OUT_OF_TIME, or "failed: " and the last line of what it said."""
+def _in_a_process(command: list[str], request: str, seconds: float) -> tuple[str, str]:
+    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said)."""
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     try:
-        _, errors = child.communicate(request, timeout=seconds)
+        _, said = child.communicate(request, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return OUT_OF_TIME
+        return OUT_OF_TIME, _end(child)
     finally:
         if child.poll() is None:
-            os.killpg(child.pid, 9)  # it and what it has started: compilers, pytest
-            child.communicate()
+            _end(child)
     if child.returncode == 0:
-        return "done"
-    lines = errors.strip().splitlines() or [f"exit status {child.returncode}"]
-    return f"failed: {lines[-1]}"
+        return "done", said
+    lines = said.strip().splitlines() or [f"exit status {child.returncode}"]
+    return f"failed: {lines[-1]}", said
+
+
+def _end(child: subprocess.Popen) -> str:
+    """End it and what it has started, compilers and pytest; what it said before."""
+    os.killpg(child.pid, 9)
+    return child.communicate()[1]
 
 
 def gpu_facts() -> Json:

@@ -66,8 +66,6 @@ def _row(console: Console, row: Json) -> None:
                     )
     for fallback in row.get("fallbacks", ()):
         _say(console, f"fell back: {row['part']} {row['case']}: {fallback['operator']}: {fallback['reason']}", "yellow")
-    if "cut" in row:
-        _say(console, f"{row['part']} {row['case']}, the rest: {row['cut']}", "yellow")
 
 
 def _passes(title: str, passes: Json) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[3]
 NOT_ON_A_GPU = ("test_triton_compile.py",)  # compiles for chips that are not there
+ENDING = 10.0  # seconds to end in
+MOST_TOGETHER = 8
 
 Json = dict[str, Any]
 
@@ -25,27 +28,63 @@ def run_tests(seconds: float, root: Path = ROOT) -> list[Json]:
         return [_row("kernels", "missing", "no source tree with tests here")]
     if importlib.util.find_spec("pytest") is None:
         return [_row("kernels", "missing", "pytest is not installed")]
+    seconds = max(seconds - 2 * ENDING, seconds / 2)
     marked = run_pytest("marked gpu", ["-m", "gpu", *map(str, others)], seconds / 3, root)
-    chosen = ["-m", "not slow", "-k", "not in_the_interpreter", *map(str, kernels)]
+    chosen = ["-m", "not slow", "-k", "not in_the_interpreter", *_together(), *map(str, kernels)]
     return [marked, run_pytest("kernels", chosen, seconds * 2 / 3, root)]
 
 
+def _together() -> list[str]:
+    """Processes that share the GPU: most of the time goes into compiling."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(MOST_TOGETHER, (os.cpu_count() or 1) // 2)))]
+
+
 def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> Json:
-    """The row of one run: status "passed", "failed", "failed to run" or "not measured: out of time", counts, failures."""
+    """The row of one run: status "passed", "failed", "failed to run" or "not measured: out of time", counts, failures.
+
+    Where time is up it is interrupted, and the tests so far are counted.
+    """
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        try:
-            child = subprocess.run(
-                command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return _row(name, "not measured: out of time", f"stopped after {seconds:.0f} s")
-        if not report.exists():
-            lines = (child.stderr.strip() or child.stdout.strip()).splitlines() or [""]
-            return _row(name, "failed to run", lines[-1])
-        return _counted(name, ElementTree.parse(report).getroot().find("testsuite"))
+        child = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        said, in_time = _end_of(child, seconds)
+        suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+    if suite is not None:
+        row = _counted(name, suite)
+        return row if in_time else {**row, **_stopped(row["failures"], seconds)}
+    if not in_time:
+        return {**_row(name, "", ""), **_stopped([], seconds)}
+    lines = said.strip().splitlines() or [""]
+    return _row(name, "failed to run", lines[-1])
+
+
+def _end_of(child: subprocess.Popen, seconds: float) -> tuple[str, bool]:
+    """(what it said, whether it ended by itself within `seconds`)."""
+    try:
+        return child.communicate(timeout=seconds)[0], True
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+    try:
+        return child.communicate(timeout=ENDING)[0], False
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.communicate()[0], False
+
+
+def _stopped(failures: list[str], seconds: float) -> Json:
+    return {"status": "failed" if failures else "not measured: out of time", "reason": f"stopped after {seconds:.0f} s"}
 
 
 def _counted(name: str, suite: ElementTree.Element) -> Json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.generation import run_generate
+from dsfast.bench.generation import PROMPT_TOKENS, run_generate
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.operators import BUDGET, ROUNDS, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
 from dsfast.bench.peers import GPU_PEERS
-from dsfast.bench.step import first_steps
+from dsfast.bench.step import attempt, first_steps
 from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
@@ -47,21 +47,30 @@ def whole_config(rehearsal: bool) -> Config:
     return default_config("cpu").replace(**_SMALL) if rehearsal else default_config("gpu")
 
 
-def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Json:
-    """A step as the trainer records it on a GPU, its batch in device memory, against GPU_PEERS."""
+def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool, part: str = "step") -> Json:
+    """A step as the trainer records it on a GPU, its batch in device memory, against those of GPU_PEERS that PyTorch launches;
+    in the part "compiled" against those that it has to compile, which takes longer than all else."""
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
     trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + ROUNDS)
     rows = [x.to(trainer.device) for x in rows]
-    here = {name: peer.missing() or (no_gpu() if name in _COMPILED else "") for name, peer in GPU_PEERS.items()}
+    here = {
+        name: peer.missing() or (no_gpu() if part == "compiled" else "")
+        for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
+    }  # fmt: skip
     trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
     with trainer.kernels():
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
-        calls = {"dsfast": steps.call} | {name: partial(peer.step, *rows) for name, peer in trainings.items()}
-        for call in calls.values():
-            for _ in range(WARM_CALLS):
-                call()
+        calls = {"dsfast": steps.call}
+        _warm(steps.call)
+        for name, peer in trainings.items():
+            call = partial(peer.step, *rows)
+            _, failed = attempt(partial(_warm, call))
+            if failed:
+                outcome["peers"][name] |= {"status": "failed", "reason": failed}
+            else:
+                calls[name] = call
         turns = {name: (call,) for name, call in calls.items()}
         taken = take_turns(turns, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)
     flops, variants = matrix_flops(config.model, batch, length), {}
@@ -74,10 +83,26 @@ def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool) -> Json:
     peers = {n: {k: p[k] for k in ("what", "status", "reason")} for n, p in outcome["peers"].items()}
     passes = {"step": {"flops": flops, "bytes": None, "ideal_seconds": ideal, "variants": related(variants)}}
     return {
-        "part": "step", "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
+        "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
         "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers),
         "passes": passes, "fallbacks": ops.fallbacks(),
     }  # fmt: skip
+
+
+def _warm(call: Callable[[], object]) -> None:
+    for _ in range(WARM_CALLS):
+        call()
+
+
+def compile_step(rehearsal: bool) -> None:
+    """Take the steps of dsfast's that `run_step` takes, for the kernels that are compiled on the way."""
+    config = comparable(whole_config(rehearsal))
+    rows = random_batch(config, *((1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)))
+    trainer = trainer_on(config, *rows, steps=2)
+    rows = [x.to(trainer.device) for x in rows]
+    trainer.step(*rows)
+    with trainer.kernels():
+        recorded_steps(trainer, rows, not rehearsal)
 
 
 class SameRows:
@@ -118,12 +143,8 @@ def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
 
     Two passes: the whole call, prompt included, by the host's clock; and one step, by `clock`.
     """
-    config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
-    torch.manual_seed(config.seed)
-    model = DeepseekV3(config.model).to(config.runtime.device)
-    batches, tokens, repeats = ((1, 2), 2, 1) if rehearsal else (BATCHES, NEW_TOKENS, REPEATS)
-    launch = {"launch": lambda step: step} if rehearsal else {}
-    ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
+    model, batches, ours = _generating(rehearsal)
+    tokens, repeats = (2, 1) if rehearsal else (NEW_TOKENS, REPEATS)
     uncaptured = {UNCAPTURED: partial(generate_ids, decoder_type=OperatorDecoder)}
     for batch in batches:
         found = run_generate(model, [batch], tokens, repeats, lambda text: None, ours, uncaptured)
@@ -132,6 +153,23 @@ def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
         if not row["check"]:
             row["passes"]["one step"] = _one_step(clock, model, batch, tokens)
         yield row
+
+
+def compile_generation(rehearsal: bool) -> None:
+    """Generate two tokens for each batch, for the kernels that are compiled on the way."""
+    model, batches, ours = _generating(rehearsal)
+    for batch in batches:
+        ours(model, [[1] * PROMPT_TOKENS] * batch, 2)
+
+
+def _generating(rehearsal: bool) -> tuple[DeepseekV3, tuple[int, ...], Callable]:
+    """Model, batches, and dsfast's way to generate."""
+    config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
+    torch.manual_seed(config.seed)
+    model = DeepseekV3(config.model).to(config.runtime.device)
+    launch = {"launch": lambda step: step} if rehearsal else {}
+    ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
+    return model, (1, 2) if rehearsal else BATCHES, ours
 
 
 def _generation_row(found: Json, tokens: int, peer: Json) -> Json:
