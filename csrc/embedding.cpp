@@ -23,35 +23,46 @@ void take(const int64_t* ids, const float* table, int64_t table_row, int64_t row
 struct Occurrences {
   int64_t* words;  // that occur, in rising order
   int32_t *order, *offsets;
-  int64_t count = 0, bad;  // ids out of range; if any, no word occurs
+  int64_t count = 0;
 
   // In memory of this thread that stays until it sorts again.
   Occurrences(const int64_t* ids, int64_t N, int64_t V) {
     const int64_t most = least(N, V);
     Carver carver = {dsfast::scratch(2 * most + N + V + 6 * LINE, dsfast::WORDS)};
     words = carver.of<int64_t>(most), order = carver.of<int32_t>(N), offsets = carver.of<int32_t>(V + 1);
-    bad = sort_slots(ids, N, V, order, offsets);
-    for (int64_t v = 0; bad == 0 && v < V; ++v)
+    sort_slots(ids, N, V, order, offsets);
+    for (int64_t v = 0; v < V; ++v)
       if (offsets[v] < offsets[v + 1]) words[count++] = v;
+  }
+
+  // f(token) for the tokens of a word, in their order
+  template <class F>
+  DSFAST_INLINE void for_tokens(int64_t word, F f) const {
+    for (int32_t i = offsets[word]; i < offsets[word + 1]; ++i) f(int64_t(order[i]));
   }
 };
 
-// Each word is multiplied once, however many tokens it stands for.
-int64_t project_words(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
-                      int64_t N, int64_t V, int64_t R, int64_t D, int threads) {
+// y = table[ids] projection; memory: embedding_memory.
+void project(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+             float* memory, int64_t N, int64_t R, int64_t D) {
+  for (int64_t n = 0; n < N; n += TOKENS) {
+    const int64_t rows = least(N - n, TOKENS);
+    take(ids + n, table, table_row, rows, R, memory);
+    gemm(rows, D, R, {memory, R, 1}, {projection, D, 1}, y + n * D, D);
+  }
+}
+
+// The same where words come several times: each is multiplied once. memory: embedding_memory and TOKENS D more.
+void project_words(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+                   float* memory, int64_t N, int64_t V, int64_t R, int64_t D) {
   const Occurrences found(ids, N, V);
-  parallel_ranges(found.count, threads, [&](int, int64_t begin, int64_t end) {
-    float *taken = dsfast::scratch(TOKENS * (R + D)), *rows = taken + TOKENS * R;
-    for (int64_t w = begin; w < end; w += TOKENS) {
-      const int64_t count = least(end - w, TOKENS);
-      take(found.words + w, table, table_row, count, R, taken);
-      gemm(count, D, R, {taken, R, 1}, {projection, D, 1}, rows, D);
-      for (int64_t i = 0; i < count; ++i)
-        for (int32_t j = found.offsets[found.words[w + i]]; j < found.offsets[found.words[w + i] + 1]; ++j)
-          copy(rows + i * D, y + found.order[j] * D, D);
-    }
-  });
-  return found.bad;
+  float* rows = memory + TOKENS * R;
+  for (int64_t w = 0; w < found.count; w += TOKENS) {
+    const int64_t count = least(found.count - w, TOKENS);
+    project(found.words + w, table, table_row, projection, rows, memory, count, R, D);
+    for (int64_t i = 0; i < count; ++i)
+      found.for_tokens(found.words[w + i], [&](int64_t t) { copy(rows + i * D, y + t * D, D); });
+  }
 }
 
 // out = the sum of the rows of a word's tokens
@@ -79,22 +90,17 @@ int64_t embedding_memory(int64_t R) { return TOKENS * R; }
 
 int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
                           int64_t N, int64_t V, int64_t R, int64_t D, int threads) {
-  if (projection != nullptr && N >= V / 4)
-    return project_words(ids, table, table_row, projection, y, N, V, R, D, threads);
   int64_t bad = 0;
   for (int64_t n = 0; n < N; ++n) bad += ids[n] < 0 || ids[n] >= V;
   if (bad != 0) return bad;
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    if (projection == nullptr) {
+    float* memory = dsfast::scratch(TOKENS * (R + D));
+    if (projection == nullptr)
       take(ids + begin, table, table_row, end - begin, R, y + begin * D);
-      return;
-    }
-    float* taken = dsfast::scratch(TOKENS * R);
-    for (int64_t n = begin; n < end; n += TOKENS) {
-      const int64_t rows = least(end - n, TOKENS);
-      take(ids + n, table, table_row, rows, R, taken);
-      gemm(rows, D, R, {taken, R, 1}, {projection, D, 1}, y + n * D, D);
-    }
+    else if (end - begin < V / 4)  // hardly a word twice
+      project(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, R, D);
+    else
+      project_words(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, V, R, D);
   });
   return 0;
 }
