@@ -10,18 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsfast.ops import native, triton
+from dsfast.ops import library, native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import (
-    autograd,
-    call,
-    define,
-    expect_dtype,
-    expect_range,
-    expect_shape,
-    raise_out_of_range,
-    rows,
-)
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
 
 
 def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
@@ -44,7 +35,7 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     if choose("embedding", table) == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
         return embedding_reference(input_ids, table, projection)
-    return call("embedding", input_ids, table, projection)
+    return library.call("embedding", input_ids, table, projection)
 
 
 def _width(table: Tensor, projection: Tensor | None) -> int:
@@ -86,7 +77,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     input_ids, table, projection = ctx.saved_tensors
-    dtable, dprojection = call("embedding_backward", dy, input_ids, table, projection)
+    dtable, dprojection = library.call("embedding_backward", dy, input_ids, table, projection)
     return None, dtable, None if projection is None else dprojection
 
 
