@@ -69,7 +69,7 @@ struct Work {
     gate_up = carve(2 * mlp * NR), h = carve(mlp * NR), scores = carve(m.experts * NR);
     taken = carve(m.width * NR), expert_out = carve(m.width * NR), weights = carve(m.chosen * NR);
     chosen = reinterpret_cast<int64_t*>(carve(2 * m.chosen * NR));
-    memory = carve(largest(attention_of(m).memory(capacity), choice_of(m).memory() + m.experts));
+    memory = carve(largest(attention_of(m).memory(capacity), choice_of(m).memory() + 2 * m.chosen * W));
   }
 };
 
@@ -159,13 +159,15 @@ void Block::mlp(int64_t width, const float* gate_up, const float* down, const fl
 
 void Block::route(const Layer& layer) const {
   const Choice z = choice_of(m);
-  float* scores = w.memory + z.memory();
+  float* weights = w.memory + z.memory();
+  int32_t* chosen = reinterpret_cast<int32_t*>(weights + m.chosen * W);
   product(m.experts, m.width, layer.router, w.x, w.scores, lanes);
   for_vectors(m.experts * lanes,
               [&](int64_t i, int64_t n) { store_n(w.scores + i, sigmoid(load_n(w.scores + i, n)), n); });
-  for (int64_t i = 0; i < count; ++i) {
-    take_lane(w.scores, lanes, i, m.experts, scores);
-    route_token(z, scores, layer.router_bias, w.weights + i * m.chosen, w.chosen + i * m.chosen, w.memory);
+  for (int64_t i = 0; i < count; i += W) {
+    route_lanes(z, w.scores + i, lanes, layer.router_bias, weights, chosen, w.memory);
+    to_rows(weights, m.chosen, least(count - i, W), w.weights + i * m.chosen);
+    to_rows(chosen, m.chosen, least(count - i, W), w.chosen + i * m.chosen);
   }
 }
 
