@@ -34,36 +34,7 @@ struct Occurrences {
     for (int64_t v = 0; v < V; ++v)
       if (offsets[v] < offsets[v + 1]) words[count++] = v;
   }
-
-  // f(token) for the tokens of a word, in their order
-  template <class F>
-  DSFAST_INLINE void for_tokens(int64_t word, F f) const {
-    for (int32_t i = offsets[word]; i < offsets[word + 1]; ++i) f(int64_t(order[i]));
-  }
 };
-
-// y = table[ids] projection; memory: embedding_memory.
-void project(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
-             float* memory, int64_t N, int64_t R, int64_t D) {
-  for (int64_t n = 0; n < N; n += TOKENS) {
-    const int64_t rows = least(N - n, TOKENS);
-    take(ids + n, table, table_row, rows, R, memory);
-    gemm(rows, D, R, {memory, R, 1}, {projection, D, 1}, y + n * D, D);
-  }
-}
-
-// The same where words come several times: each is multiplied once. memory: embedding_memory and TOKENS D more.
-void project_words(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
-                   float* memory, int64_t N, int64_t V, int64_t R, int64_t D) {
-  const Occurrences found(ids, N, V);
-  float* rows = memory + TOKENS * R;
-  for (int64_t w = 0; w < found.count; w += TOKENS) {
-    const int64_t count = least(found.count - w, TOKENS);
-    project(found.words + w, table, table_row, projection, rows, memory, count, R, D);
-    for (int64_t i = 0; i < count; ++i)
-      found.for_tokens(found.words[w + i], [&](int64_t t) { copy(rows + i * D, y + t * D, D); });
-  }
-}
 
 // out = the sum of the rows of a word's tokens
 void sum_of_word(const Occurrences& found, int64_t word, const float* dy, int64_t dy_row, int64_t width, float* out) {
@@ -74,15 +45,25 @@ void sum_of_word(const Occurrences& found, int64_t word, const float* dy, int64_
 
 }  // namespace
 
+void embedding_rows(const int64_t* ids, const float* table, int64_t table_row, const BuildWeight& projection, float* y,
+                    float* memory, int64_t N, int64_t R, int64_t D) {
+  if (projection.numbers == nullptr) return take(ids, table, table_row, N, R, y);
+  for (int64_t n = 0; n < N; n += TOKENS) {
+    const int64_t rows = least(N - n, TOKENS);
+    take(ids + n, table, table_row, rows, R, memory);
+    gemm(rows, Matrix{memory, R, 1}, projection.backward(), y + n * D, D);
+  }
+}
+
 void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                             const float* projection_t, int64_t projection_row, float* taken_grad, float* dprojection,
-                             float* memory, int64_t N, int64_t R, int64_t D) {
+                             const BuildWeight& projection, float* taken_grad, float* dprojection, float* memory,
+                             int64_t N, int64_t R, int64_t D) {
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t rows = least(N - n, TOKENS);
     const float* g = dy + n * dy_row;
     take(ids + n, table, table_row, rows, R, memory);
     gemm(R, D, rows, {memory, 1, R}, {g, dy_row, 1}, dprojection, D, true);
-    gemm(rows, R, D, {g, dy_row, 1}, {projection_t, projection_row, 1}, taken_grad + n * R, R);
+    gemm(rows, Matrix{g, dy_row, 1}, projection.forward(), taken_grad + n * R, R);
   }
 }
 
@@ -93,28 +74,25 @@ int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_
   int64_t bad = 0;
   for (int64_t n = 0; n < N; ++n) bad += ids[n] < 0 || ids[n] >= V;
   if (bad != 0) return bad;
+  const BuildWeight packed = packed_weight(projection, R, D, false);
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(TOKENS * (R + D));
-    if (projection == nullptr)
-      take(ids + begin, table, table_row, end - begin, R, y + begin * D);
-    else if (end - begin < V / 4)  // hardly a word twice
-      project(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, R, D);
-    else
-      project_words(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, V, R, D);
+    embedding_rows(ids + begin, table, table_row, packed, y + begin * D, dsfast::scratch(embedding_memory(R)),
+                   end - begin, R, D);
   });
   return 0;
 }
 
 void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                        const float* projection_t, float* dtable, float* dprojection, int64_t N, int64_t V, int64_t R,
+                        const float* projection, float* dtable, float* dprojection, int64_t N, int64_t V, int64_t R,
                         int64_t D, int threads) {
   const Occurrences found(ids, N, V);
+  const BuildWeight packed = packed_weight(projection, R, D, true);
   Partials partials;
   parallel_ranges(found.count, threads, [&](int thread, int64_t begin, int64_t end) {
     if (begin == end && found.count > 0) return;
     float* dp = dsfast::scratch(R * D + embedding_memory(R) + TOKENS * (R + D));
     float *memory = dp + R * D, *taken_grad = memory + embedding_memory(R), *sums = taken_grad + TOKENS * R;
-    if (projection_t != nullptr) {
+    if (projection != nullptr) {
       partials.of[thread] = dp;
       clear(dp, R * D);
     }
@@ -122,18 +100,18 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
     for (int64_t w = begin; w < end; w += TOKENS) {
       const int64_t count = least(end - w, TOKENS), *words = found.words + w;
       for (int64_t i = 0; i < count; ++i)
-        sum_of_word(found, words[i], dy, dy_row, D, projection_t == nullptr ? dtable + words[i] * R : sums + i * D);
-      if (projection_t != nullptr)
-        embedding_rows_backward(sums, D, words, table, table_row, projection_t, R, taken_grad, dp, memory, count, R, D);
+        sum_of_word(found, words[i], dy, dy_row, D, projection == nullptr ? dtable + words[i] * R : sums + i * D);
+      if (projection != nullptr)
+        embedding_rows_backward(sums, D, words, table, table_row, packed, taken_grad, dp, memory, count, R, D);
       for (int64_t i = 0; i < count; ++i) {
         clear(dtable + next * R, (words[i] - next) * R);
-        if (projection_t != nullptr) copy(taken_grad + i * R, dtable + words[i] * R, R);
+        if (projection != nullptr) copy(taken_grad + i * R, dtable + words[i] * R, R);
         next = words[i] + 1;
       }
     }
     clear(dtable + next * R, ((end == found.count ? V : found.words[end]) - next) * R);
   });
-  if (projection_t != nullptr) partials.add_up(dprojection, R * D, threads);
+  if (projection != nullptr) partials.add_up(dprojection, R * D, threads);
 }
 
 }  // namespace DSFAST_ISA

@@ -49,6 +49,16 @@ class Weight {
 };
 using BuildWeight = Weight<BuildTerm>;
 
+// One weight packed for one pass, in this thread's memory.
+inline BuildWeight packed_weight(const float* numbers, int64_t O, int64_t D, bool forward) {
+  Carver count = {nullptr};
+  BuildWeight(count, numbers, 1, O, D, forward, !forward);
+  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
+  const BuildWeight w(carver, numbers, 1, O, D, forward, !forward);
+  w.fill_all(1);
+  return w;
+}
+
 // x [N, D] packed. dw [O, D] is added to, dx [N, D] too if `add`.
 template <class Term>
 DSFAST_INLINE void linear_backward(int64_t N, const Weight<Term>& w, Matrix dy, const Packed<Term>& x, float* dx,

@@ -23,11 +23,14 @@ void rope_rows(const float* x, int64_t x_token, int64_t x_head, const float* cos
                const int64_t* positions, float* y, int64_t y_token, int64_t y_head, int64_t N, int64_t H, int64_t Dr,
                bool inverse);
 
+// projection [R, D] (numbers null: none, and D = R) is a layer from D to R that is gone through backwards.
+void embedding_rows(const int64_t* ids, const float* table, int64_t table_row, const BuildWeight& projection, float* y,
+                    float* memory, int64_t N, int64_t R, int64_t D);
 // dprojection is added to; taken_grad [N, R] is the gradient of each token's row of the table; memory:
-// embedding_memory.
+// embedding_memory, in both.
 void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                             const float* projection_t, int64_t projection_row, float* taken_grad, float* dprojection,
-                             float* memory, int64_t N, int64_t R, int64_t D);
+                             const BuildWeight& projection, float* taken_grad, float* dprojection, float* memory,
+                             int64_t N, int64_t R, int64_t D);
 int64_t embedding_memory(int64_t R);
 
 // A [token, head, width] array by its strides.

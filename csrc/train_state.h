@@ -61,17 +61,16 @@ struct LayerWeights {
   }
 };
 
-// All layers' weights, the two projections' and the head's; the embedding's transposed, rows padded.
+// All layers' weights, the two projections' and the head's.
 struct Weights {
   LayerWeights* layers;
-  float* projection_t;
-  BuildWeight head_projection;
+  BuildWeight projection, head_projection;
   HeadWeight head;
 
   // To be filled.
   Weights(const Model& m, Carver& c)
       : layers(c.of<LayerWeights>(m.layer_count)),
-        projection_t(c.floats(m.projection == nullptr ? 0 : m.width * padded(m.embedding_rank))),
+        projection(c, m.projection, 1, m.embedding_rank, m.width),
         head_projection(c, m.head_projection, 1, m.head_width, m.width),
         head(m.head, m.vocabulary, m.head_width, true, c) {
     for (int64_t i = 0; i < m.layer_count; ++i) {
@@ -81,9 +80,7 @@ struct Weights {
   }
   void fill(const Model& m, int threads) const {
     parallel_tasks(m.layer_count, threads, [&](int64_t layer) { layers[layer].fill(); });
-    for (int64_t r = 0; m.projection != nullptr && r < m.embedding_rank; ++r)
-      for (int64_t d = 0; d < m.width; ++d)
-        projection_t[d * padded(m.embedding_rank) + r] = m.projection[r * m.width + d];
+    projection.fill_all(1);
     head_projection.fill_all(1);
     parallel_ranges(head.chunks(), threads, [&](int, int64_t begin, int64_t end) { head.fill(begin, end); });
   }

@@ -230,8 +230,7 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
 double Pass::forward(int64_t ignore_index, float share) const {
   const int64_t D = m.width;
   const float* stream = nullptr;  // what delta is to be added to
-  embedding_forward(ids, m.table, m.embedding_rank, m.projection, s.layers[0].h, n, m.vocabulary, m.embedding_rank, D,
-                    1);
+  embedding_rows(ids, m.table, m.embedding_rank, weights.projection, s.layers[0].h, s.memory, n, m.embedding_rank, D);
   clock.charge(EMBEDDING);
   for (int64_t i = 0; i < m.layer_count; ++i) {
     const LayerState& l = s.layers[i];
@@ -290,8 +289,8 @@ void Pass::embedding_backward() const {
   const int64_t R = m.embedding_rank;
   const float* taken = s.dh;
   if (m.projection != nullptr) {
-    embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection_t, padded(R), s.dlow,
-                            gradient(gradients.projection), s.memory, n, R, m.width);
+    embedding_rows_backward(s.dh, row(), ids, m.table, R, weights.projection, s.dlow, gradient(gradients.projection),
+                            s.memory, n, R, m.width);
     taken = s.dlow;
   }
   const int64_t taken_row = m.projection != nullptr ? R : row();

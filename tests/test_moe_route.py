@@ -45,7 +45,7 @@ class TestMoeRoute(OperatorContract):
         scores, (n, e) = 1 / (1 + torch.exp(-logits)), logits.shape
         indices = torch.zeros(n, top_k, dtype=torch.int64)
         for token in range(n):
-            value = {i: float(scores[token, i] + bias[i]) for i in range(e)}
+            value = dict(enumerate((scores[token] + bias).tolist()))
             groups = [range(e * g // n_group, e * (g + 1) // n_group) for g in range(n_group)]
             groups.sort(key=lambda group: sum(sorted((value[i] for i in group), reverse=True)[:2]), reverse=True)
             allowed = [i for group in groups[:topk_group] for i in group]
