@@ -1,10 +1,19 @@
-// One query of each sequence against its cached latents, for a block of sequences in the lanes; shared by mla_decode
-// and the decoding step. See dsfast/ops/mla_decode.py.
+// One query of a sequence against its cached latents; shared by mla_decode and the decoding step. See
+// dsfast/ops/mla_decode.py.
 #pragma once
-#include "lanes.h"
-#include "softmax.h"
+#include <cmath>
+
+#include "rows.h"
 
 namespace DSFAST_ISA {
+
+constexpr int HEADS = W / 4;  // whose scores share a vector: four dimensions of each
+constexpr int KEYS = 8;       // scored at a time
+#if defined(__AVX512F__)
+constexpr int MOST_GROUPS = 2;  // of HEADS heads at a time: 16 of 32 registers hold sums
+#else
+constexpr int MOST_GROUPS = 1;  // 8 of 16
+#endif
 
 // The cache of one sequence: `length` tokens whose latents [R] and rope keys [Dr] lie the given strides apart.
 struct Cached {
@@ -12,59 +21,136 @@ struct Cached {
   int64_t length;
 };
 
+// A query's heads, [R] and [Dr] of each, the given strides apart.
+struct Query {
+  const float* latent;
+  int64_t latent_head;
+  const float* rope;
+  int64_t rope_head;
+};
+
 struct LatentAttention {
-  int64_t H, R, Dn, Dr, Dv;
+  int64_t H, R, Dr;
   int64_t latent_token, rope_token;  // strides
   float scale;
 
-  int64_t head_lanes() const { return (H + W - 1) / W * W; }
-  // Floats of working memory for `attend_block` where no sequence is longer than `longest`.
-  int64_t memory(int64_t longest) const { return H * R * (NR + 1) + (R + Dr + longest + 2) * head_lanes(); }
+  int64_t groups() const { return (H + HEADS - 1) / HEADS; }
+  // Fours of dimensions, those of each part filled up.
+  int64_t fours() const { return (R + 3) / 4 + (Dr + 3) / 4; }
+  static int64_t places(int64_t length) {
+    constexpr int64_t MULTIPLE = W > KEYS ? W : KEYS;
+    return (length + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+  }
+  // Floats of working memory for `attend_one` where no sequence is longer than `longest`.
+  int64_t memory(int64_t longest) const { return groups() * (fours() * W + HEADS * (places(longest) + 1)); }
 };
 
-// The query of one lane with the heads in the lanes, [R + Dr][head_lanes], scaled.
-inline void heads_in_lanes(const LatentAttention& z, const float* q_latent, const float* q, int64_t lanes, int64_t lane,
-                           float* out) {
-  const int64_t heads = z.head_lanes();
-  clear(out, (z.R + z.Dr) * heads);
+// Fours of one part of all heads, scaled: out [groups][fours][W], of which this part's begin at `first`.
+inline void lay_out(const LatentAttention& z, const float* part, int64_t head, int64_t width, int64_t first,
+                    float* out) {
+  for (int64_t h = 0; h < z.groups() * HEADS; ++h)
+    for (int64_t d = 0; d < width; d += 4) {
+      float* to = out + (h / HEADS * z.fours() + first + d / 4) * W + h % HEADS * 4;
+      for (int64_t i = 0; i < 4; ++i) to[i] = h < z.H && d + i < width ? part[h * head + d + i] * z.scale : 0.0f;
+    }
+}
+
+// The first `count` of four, and zeros, in every four lanes.
+DSFAST_INLINE vfloat repeat_part(const float* p, int64_t count) {
+  float four[4] = {};
+  for (int64_t i = 0; i < count; ++i) four[i] = p[i];
+  return repeat_four(four);
+}
+
+// sums += the dimensions of one part. q: fours of the first group.
+template <int GROUPS>
+DSFAST_INLINE void add_part(const float* (&keys)[KEYS], int64_t width, const float* q, int64_t group,
+                            vfloat (&sums)[KEYS][GROUPS]) {
+  for (int64_t d = 0; d < width; d += 4, q += W) {
+    vfloat queries[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) queries[g] = load(q + g * group);
+#pragma GCC unroll 8
+    for (int i = 0; i < KEYS; ++i) {
+      const vfloat key = d + 4 <= width ? repeat_four(keys[i] + d) : repeat_part(keys[i] + d, width - d);
+      for (int g = 0; g < GROUPS; ++g) sums[i][g] += key * queries[g];
+    }
+  }
+}
+
+// Every four lanes of `keys` summed: four scores of each of HEADS heads.
+DSFAST_INLINE vfloat sums_of_fours(vfloat a, vfloat b, vfloat c, vfloat d) {
+  using Lanes = typename Count<W>::type;
+  interleave(a, b, Lanes{});
+  interleave(c, d, Lanes{});
+  a += b, c += d;
+  exchange<2>(a, c, Lanes{});
+  return a + c;
+}
+
+// scores [H][places] of KEYS keys from j on, of GROUPS groups of heads from `group` on. Behind the last key it is
+// repeated.
+template <int GROUPS>
+DSFAST_INLINE void score(const LatentAttention& z, Cached cached, const float* q, int64_t group, int64_t j,
+                         float* scores) {
+  const float *latents[KEYS], *ropes[KEYS];
+  vfloat sums[KEYS][GROUPS];
+  for (int i = 0; i < KEYS; ++i) {
+    const int64_t key = least(j + i, cached.length - 1);
+    latents[i] = cached.latent + key * z.latent_token;
+    ropes[i] = cached.k_rope + key * z.rope_token;
+    for (int g = 0; g < GROUPS; ++g) sums[i][g] = vfloat{};
+  }
+  const int64_t size = z.fours() * W;
+  q += group * size;
+  add_part(latents, z.R, q, size, sums);
+  add_part(ropes, z.Dr, q + (z.R + 3) / 4 * W, size, sums);
+  const int64_t places = z.places(cached.length);
+  for (int g = 0; g < GROUPS; ++g)
+    for (int i = 0; i < KEYS; i += 4) {
+      float four[W];
+      store(four, sums_of_fours(sums[i][g], sums[i + 1][g], sums[i + 2][g], sums[i + 3][g]));
+      for (int h = 0; h < HEADS; ++h)
+        __builtin_memcpy(scores + ((group + g) * HEADS + h) * places + j + i, four + 4 * h, 16);
+    }
+}
+
+// Scores [places] -> their exponentials, of which the sum is returned; those behind `length` become 0.
+inline float exponentials_of_row(float* scores, int64_t length, int64_t places) {
+  for (int64_t j = length; j < places; ++j) scores[j] = -INFINITY;
+  vfloat highest = splat(-INFINITY), total = {};
+  for (int64_t j = 0; j < places; j += W) highest = maximum(highest, load(scores + j));
+  float high = highest[0];
+  for (int i = 1; i < W; ++i) high = highest[i] > high ? highest[i] : high;
+  for (int64_t j = 0; j < places; j += W) {
+    const vfloat e = exp(load(scores + j) - high);
+    store(scores + j, e);
+    total += e;
+  }
+  return sum(total);
+}
+
+// mixed [H][R]: the softmax of the scores times the latents; zeros for an empty cache. May lie where the query does.
+inline void attend_one(const LatentAttention& z, Cached cached, Query query, float* mixed, float* memory) {
+  const int64_t length = cached.length, places = z.places(length);
+  if (length == 0) return clear(mixed, z.H * z.R);
+  float *q = memory, *scores = q + z.groups() * z.fours() * W, *totals = scores + z.groups() * HEADS * places;
+  lay_out(z, query.latent, query.latent_head, z.R, 0, q);
+  lay_out(z, query.rope, query.rope_head, z.Dr, (z.R + 3) / 4, q);
+  for (int64_t j = 0; j < length; j += KEYS) {
+    int64_t group = 0;
+    for (; group + MOST_GROUPS <= z.groups(); group += MOST_GROUPS) score<MOST_GROUPS>(z, cached, q, group, j, scores);
+    for (; group < z.groups(); ++group) score<1>(z, cached, q, group, j, scores);
+  }
+  for (int64_t h = 0; h < z.H; ++h) totals[h] = exponentials_of_row(scores + h * places, length, places);
+  for (int64_t k = 0; k < length; k += TERMS) {
+    const float* latents = cached.latent + k * z.latent_token;
+    gemm(z.H, z.R, least(length - k, TERMS), {scores + k, places, 1}, {latents, z.latent_token, 1}, mixed, z.R, k > 0);
+  }
   for (int64_t h = 0; h < z.H; ++h) {
-    const float *latent = q_latent + h * z.R * lanes, *rope = q + (h * (z.Dn + z.Dr) + z.Dn) * lanes;
-    for (int64_t r = 0; r < z.R; ++r) out[r * heads + h] = latent[r * lanes + lane] * z.scale;
-    for (int64_t r = 0; r < z.Dr; ++r) out[(z.R + r) * heads + h] = rope[r * lanes + lane] * z.scale;
+    const float share = 1.0f / totals[h];
+    for_vectors(z.R,
+                [&](int64_t r, int64_t n) { store_n(mixed + h * z.R + r, load_n(mixed + h * z.R + r, n) * share, n); });
   }
-}
-
-// mixed [H][R]: the softmax of the scores times the latents. q_t [R + Dr][head_lanes]; zeros for an empty cache.
-inline void attend_one(const LatentAttention& z, Cached cached, const float* q_t, float* mixed, float* memory) {
-  const int64_t heads = z.head_lanes(), length = cached.length;
-  float *top = memory, *total = top + heads, *scores = total + heads;
-  gemm_in_parts(length, heads, z.R, {cached.latent, z.latent_token, 1}, q_t, heads, scores, heads);
-  gemm_in_parts(length, heads, z.Dr, {cached.k_rope, z.rope_token, 1}, q_t + z.R * heads, heads, scores, heads, true);
-  exponentials(scores, length, heads, scores, top, total);
-  gemm_in_parts(z.H, z.R, length, {scores, 1, heads}, cached.latent, z.latent_token, mixed, z.R);
-  for (int64_t h = 0; h < z.H && length > 0; ++h) {
-    const float share = 1.0f / total[h];
-    for (int64_t r = 0; r < z.R; ++r) mixed[h * z.R + r] *= share;
-  }
-}
-
-// q [H (Dn + Dr)][lanes], the rope part turned; up [H, Dn + Dv, R]; cached [tokens] -> values [H Dv][lanes]. Lanes from
-// `tokens` on are left undefined.
-inline void attend_block(const LatentAttention& z, const float* q, const float* up, const Cached* cached,
-                         int64_t tokens, int64_t lanes, float* values, float* memory) {
-  float *latents = memory, *mixed = latents + z.H * z.R * lanes, *q_t = mixed + z.H * z.R;
-  float* rest = q_t + (z.R + z.Dr) * z.head_lanes();
-  for (int64_t h = 0; h < z.H; ++h)
-    product_transposed(z.R, z.Dn, up + h * (z.Dn + z.Dv) * z.R, q + h * (z.Dn + z.Dr) * lanes,
-                       latents + h * z.R * lanes, lanes);
-  for (int64_t lane = 0; lane < tokens; ++lane) {
-    heads_in_lanes(z, latents, q, lanes, lane, q_t);
-    attend_one(z, cached[lane], q_t, mixed, rest);
-    put_lane(mixed, z.H * z.R, latents, lanes, lane);  // in place of the lane's query
-  }
-  for (int64_t h = 0; h < z.H; ++h)
-    product(z.Dv, z.R, up + (h * (z.Dn + z.Dv) + z.Dn) * z.R, latents + h * z.R * lanes, values + h * z.Dv * lanes,
-            lanes);
 }
 
 }  // namespace DSFAST_ISA

@@ -28,6 +28,14 @@ DSFAST_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligne
 DSFAST_INLINE vfloat splat(float x) {
   return x - vfloat{};
 }  // not 0 + x: that turns -0 into 0, so it stays an addition
+// The same four floats in every four lanes.
+#if defined(__AVX512F__)
+DSFAST_INLINE vfloat repeat_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+#elif defined(__AVX2__)
+DSFAST_INLINE vfloat repeat_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+#else
+DSFAST_INLINE vfloat repeat_four(const float* p) { return load(p); }
+#endif
 // Where one operand is NaN the result is the second operand. `a > b ? a : b` says the same, but GCC makes two
 // instructions of it.
 #if defined(__AVX512F__)

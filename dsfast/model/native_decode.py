@@ -33,6 +33,14 @@ class NativeDecoder:
         self.chosen = torch.empty(batch, dtype=torch.int64)
         self._rows, self._lengths = torch.arange(batch), torch.empty(batch, dtype=torch.int64)
         self._decode_step = native.module().decode_step
+        self._panels = self._packed()
+
+    def _packed(self) -> Tensor:
+        """The weights once more, as a step reads them."""
+        pack, model = native.module().decode_panels, self._description.address
+        panels = torch.empty(pack(model, 0, 1))
+        pack(model, panels.data_ptr(), torch.get_num_threads())
+        return panels
 
     def start(self, prompts: Prompts) -> list[int]:
         self._lengths.copy_(prompts.lengths)
@@ -64,7 +72,7 @@ class NativeDecoder:
             drawn = torch.rand(len(self.chosen), dtype=torch.float64, generator=self._generator)
             logits, uniforms = self.logits.data_ptr(), drawn.data_ptr()
         not_finite = self._decode_step(
-            self._description.address, *self._places, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids),
+            self._description.address, self._panels.data_ptr(), *self._places, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids),
             self._hidden.data_ptr(), logits, uniforms, self._temperature, self.chosen.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not_finite:
