@@ -301,15 +301,20 @@ struct Best {
   int64_t* word;
 };
 
+// Most chunks hold no better word, and in one that does most vectors do not.
 void keep_best(const float* logits, int64_t word, int64_t count, float& value, int64_t& at) {
-  vint better = {};  // most chunks hold no better word: W words at a time tell
-  for_vectors(count, [&](int64_t i, int64_t n) { better |= ~(load_n(logits + i, n) <= value); });
-  if (!any(better) || value != value) return;
-  for (int64_t i = 0; i < count; ++i)
-    if (larger(logits[i], value)) {
-      value = logits[i];
-      at = word + i;
-    }
+  const auto better = [&](int64_t i, int64_t n) { return ~(load_n(logits + i, n) <= value); };
+  vint found = {};
+  for_vectors(count, [&](int64_t i, int64_t n) { found |= better(i, n); });
+  if (!any(found) || value != value) return;
+  for_vectors(count, [&](int64_t i, int64_t n) {
+    if (!any(better(i, n))) return;
+    for (int64_t j = i; j < i + n; ++j)
+      if (larger(logits[j], value)) {
+        value = logits[j];
+        at = word + j;
+      }
+  });
 }
 
 // chosen [rows]: the word of the largest logit, the lowest of equals; NaN counts as the largest.

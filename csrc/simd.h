@@ -49,11 +49,17 @@ DSFAST_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 DSFAST_INLINE vfloat minimum(vfloat a, vfloat b) { return a < b ? a : b; }
 #endif
 // Whether a comparison holds in any lane.
+#if defined(__AVX512F__)
+DSFAST_INLINE bool any(vint holds) { return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0; }
+#elif defined(__AVX2__)
+DSFAST_INLINE bool any(vint holds) { return _mm256_testz_si256((__m256i)holds, (__m256i)holds) == 0; }
+#else
 DSFAST_INLINE bool any(vint holds) {
   int32_t found = 0;
   for (int i = 0; i < W; ++i) found |= holds[i];
   return found != 0;
 }
+#endif
 
 // The first `count` (< W) floats; the other lanes are zero.
 #if defined(__AVX512F__)
