@@ -60,25 +60,22 @@ DSFAST_INLINE vfloat repeat_part(const float* p, int64_t count) {
   return repeat_four(four);
 }
 
-// One part of the keys, `token` apart, from key j on; behind the last of `length` it is repeated.
+// One part of the keys, `token` apart.
 struct Part {
   const float* data;
   int64_t token, width;
 };
 
-// sums += KEYS keys times the queries, fours of the first group where q is, `group` to the next.
-template <int GROUPS>
-DSFAST_INLINE void add_part(Part part, int64_t j, int64_t length, const float* q, int64_t group,
-                            vfloat (&sums)[KEYS][GROUPS]) {
-  const float* keys[KEYS];
-#pragma GCC unroll 8
-  for (int i = 0; i < KEYS; ++i) keys[i] = part.data + least(j + i, length - 1) * part.token;
+// sums += KEYS keys times the queries, fours of the first group where q is, `group` to the next. LAST: there are
+// `count` of the keys, and the last is taken for those behind it.
+template <bool LAST, int GROUPS>
+DSFAST_INLINE void add_part(Part part, int64_t count, const float* q, int64_t group, vfloat (&sums)[KEYS][GROUPS]) {
   const auto add_four = [&](int64_t d, auto load_key) {
     vfloat queries[GROUPS];
     for (int g = 0; g < GROUPS; ++g) queries[g] = load(q + g * group + d / 4 * W);
 #pragma GCC unroll 8
     for (int i = 0; i < KEYS; ++i) {
-      const vfloat key = load_key(keys[i] + d);
+      const vfloat key = load_key(part.data + (LAST ? least(i, count - 1) : i) * part.token + d);
       for (int g = 0; g < GROUPS; ++g) sums[i][g] += key * queries[g];
     }
   };
@@ -109,7 +106,7 @@ DSFAST_INLINE vint lane_of_four(Numbers<L...>) {
 }
 
 // scores [groups][places][W] of KEYS keys from j on, of GROUPS groups of heads from `group` on; -inf behind the last.
-template <int GROUPS>
+template <bool LAST, int GROUPS>
 DSFAST_INLINE void score(const LatentAttention& z, Cached cached, const float* q, int64_t group, int64_t j,
                          float* scores) {
   vfloat sums[KEYS][GROUPS];
@@ -118,10 +115,11 @@ DSFAST_INLINE void score(const LatentAttention& z, Cached cached, const float* q
     for (int g = 0; g < GROUPS; ++g) sums[i][g] = vfloat{};
   const int64_t size = z.fours() * W;
   q += group * size;
-  add_part({cached.latent, z.latent_token, z.R}, j, cached.length, q, size, sums);
-  add_part({cached.k_rope, z.rope_token, z.Dr}, j, cached.length, q + (z.R + 3) / 4 * W, size, sums);
+  const int64_t count = cached.length - j;
+  add_part<LAST>({cached.latent + j * z.latent_token, z.latent_token, z.R}, count, q, size, sums);
+  add_part<LAST>({cached.k_rope + j * z.rope_token, z.rope_token, z.Dr}, count, q + (z.R + 3) / 4 * W, size, sums);
   for (int i = 0; i < KEYS; i += 4) {
-    const vint there = lane_of_four(Lanes{}) < int32_t(cached.length - j - i);
+    const vint there = lane_of_four(Lanes{}) < int32_t(count - i);
     for (int g = 0; g < GROUPS; ++g) {
       const vfloat four = sums_of_fours(sums[i][g], sums[i + 1][g], sums[i + 2][g], sums[i + 3][g]);
       store(scores + ((group + g) * z.places(cached.length) + (j + i) / 4) * W, there ? four : splat(-INFINITY));
@@ -192,7 +190,9 @@ inline void mix_all(const LatentAttention& z, Cached cached, const float* weight
 template <int GROUPS>
 DSFAST_INLINE void attend_groups(const LatentAttention& z, Cached cached, const float* q, int64_t group, float* scores,
                                  float* mixed) {
-  for (int64_t j = 0; j < cached.length; j += KEYS) score<GROUPS>(z, cached, q, group, j, scores);
+  int64_t j = 0;
+  for (; j + KEYS <= cached.length; j += KEYS) score<false, GROUPS>(z, cached, q, group, j, scores);
+  if (j < cached.length) score<true, GROUPS>(z, cached, q, group, j, scores);
   const int64_t size = z.places(cached.length) * W;
   for (int g = 0; g < GROUPS; ++g) softmax_of_fours(scores + (group + g) * size, z.places(cached.length));
   mix_all<GROUPS>(z, cached, scores + group * size, z.H - group * HEADS, mixed + group * HEADS * z.R);
