@@ -50,6 +50,19 @@ DSFAST_INLINE void tile_end(int64_t K, int64_t count, Matrix a, const float* b, 
       c[i * ldc + j] = accumulate ? c[i * ldc + j] + sums[i * NR + j] : sums[i * NR + j];
 }
 
+// Some of the columns for ROWS rows.
+template <int ROWS>
+__attribute__((noinline)) void rows_product(int64_t K, int64_t columns, Matrix a, const float* b, int64_t panel,
+                                            float* c, int64_t ldc, bool accumulate) {
+  constexpr int TOGETHER = ROWS == 1 ? 4 : ROWS <= 3 ? 2 : 1;
+  int64_t j = 0;
+  for (; j + TOGETHER * NR <= columns; j += TOGETHER * NR, b += TOGETHER * panel)
+    tile_panels<ROWS, TOGETHER>(K, a, b, panel, c + j, ldc, accumulate);
+  if constexpr (TOGETHER > 1)
+    for (; j + NR <= columns; j += NR, b += panel) tile_panels<ROWS, 1>(K, a, b, panel, c + j, ldc, accumulate);
+  if (j < columns) tile_end<ROWS>(K, columns - j, a, b, c + j, ldc, accumulate);
+}
+
 // f(Rows<rows>), 1 <= rows <= MOST.
 template <int MOST = MR, class F>
 DSFAST_INLINE void with_rows(int64_t rows, const F& f) {
@@ -58,30 +71,21 @@ DSFAST_INLINE void with_rows(int64_t rows, const F& f) {
   f(Rows<MOST>{});
 }
 
-// c [M][N] = a b, or added to it; the rows of a, of K floats, are contiguous.
-__attribute__((noinline)) inline void product(int64_t M, Matrix a, Packed<float> b, float* c, int64_t ldc,
-                                              bool accumulate = false) {
+// c [M][N] = a b, or added to it; the rows of a, of K floats, are contiguous. They are taken MR at a time or, shared
+// out evenly, fewer, and meet as many columns of b as stay in the second-level cache.
+inline void product(int64_t M, Matrix a, Packed<float> b, float* c, int64_t ldc, bool accumulate = false) {
   const int64_t blocks = (M + MR - 1) / MR;
-  for (int64_t from = 0; from < b.K || from == 0; from += TERMS, accumulate = true) {
-    const int64_t terms = least(b.K - from, TERMS), together = M == 1 ? 4 : M <= 3 ? 2 : 1;
-    const float* weights = b.terms + from * NR;
-    for (int64_t j = 0, panels; j < b.N; j += panels * NR, weights += panels * b.panel) {
-      panels = j + together * NR <= b.N ? together : 1;
+  for (int64_t k = 0; k < b.K || k == 0; k += TERMS) {
+    const int64_t terms = least(b.K - k, TERMS), columns = columns_at_once(terms);
+    for (int64_t j = 0; j < b.N; j += columns)
       for (int64_t block = 0, i = 0, rows; block < blocks; ++block, i += rows) {
         rows = (M - i) / (blocks - block);
         with_rows(rows, [&](auto count) {
-          constexpr int ROWS = count.value;
-          const Matrix part = a.rows_from(i).columns_from(from);
-          float* out = c + i * ldc + j;
-          if (j + NR > b.N) return tile_end<ROWS>(terms, b.N - j, part, weights, out, ldc, accumulate);
-          if constexpr (ROWS == 1)
-            if (panels == 4) return tile_panels<1, 4>(terms, part, weights, b.panel, out, ldc, accumulate);
-          if constexpr (ROWS <= 3)
-            if (panels == 2) return tile_panels<ROWS, 2>(terms, part, weights, b.panel, out, ldc, accumulate);
-          tile_panels<ROWS, 1>(terms, part, weights, b.panel, out, ldc, accumulate);
+          rows_product<count.value>(terms, least(b.N - j, columns), a.rows_from(i).columns_from(k),
+                                    b.rows(k, terms).columns_from(j).terms, b.panel, c + i * ldc + j, ldc,
+                                    accumulate || k > 0);
         });
       }
-    }
   }
 }
 
