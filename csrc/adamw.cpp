@@ -8,6 +8,7 @@ namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t CHUNK = 16384;  // elements of one task
+constexpr int LANES = 16;         // sums side by side: an addition takes as long as several that do not wait for it
 
 // f(chunk, tensor, begin, count) for every chunk of every tensor, shared among the threads.
 template <class F>
@@ -52,12 +53,14 @@ double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensor
   double* parts = reinterpret_cast<double*>(dsfast::scratch(2 * chunks));
   for_chunks(sizes, tensors, threads, [&](int64_t chunk, int64_t t, int64_t begin, int64_t count) {
     const float* grad = grads[t] + begin;
-    double lanes[8] = {};
+    double lanes[LANES] = {};
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-      for (int j = 0; j < 8; ++j) lanes[j] += double(grad[i + j]) * double(grad[i + j]);
+    for (; i + LANES <= count; i += LANES)
+      for (int j = 0; j < LANES; ++j) lanes[j] += double(grad[i + j]) * double(grad[i + j]);
     for (; i < count; ++i) lanes[0] += double(grad[i]) * double(grad[i]);
-    parts[chunk] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    for (int half = LANES / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    parts[chunk] = lanes[0];
   });
   for (int64_t c = 0; c < chunks; ++c) squares += parts[c];
   return std::sqrt(squares);

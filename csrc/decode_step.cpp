@@ -124,7 +124,8 @@ struct Work {
     taken = rows(m.width), expert_out = rows(m.width), weights = rows(m.chosen);
     chosen = carver.of<int64_t>(TOKENS * m.chosen);
     rstd = rows(1);
-    memory = carver.floats(largest(attention_of(m).memory(capacity), choice_of(m).memory()));
+    memory = carver.floats(
+        largest(attention_of(m).memory(capacity), choice_of(m).memory() + (m.experts + 2 * m.chosen) * W));
   }
 };
 
@@ -223,12 +224,20 @@ void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>&
 }
 
 void Block::route(const Layer& layer, const LayerWeights& weights) const {
+  const Choice z = choice_of(m);
+  float *scores = w.memory + z.memory(), *of_lanes = scores + m.experts * W;  // [E][W]: a token in each lane
+  int32_t* chosen = reinterpret_cast<int32_t*>(of_lanes + m.chosen * W);
   product(count, {w.x, m.width, 1}, weights.router.at(), w.scores, m.experts);
-  for_vectors(m.experts * count,
-              [&](int64_t i, int64_t n) { store_n(w.scores + i, sigmoid(load_n(w.scores + i, n)), n); });
-  for (int64_t i = 0; i < count; ++i)
-    route_token(choice_of(m), w.scores + i * m.experts, layer.router_bias, w.weights + i * m.chosen,
-                w.chosen + i * m.chosen, w.memory);
+  for (int64_t first_lane = 0; first_lane < count; first_lane += W) {
+    const int64_t lanes = least(count - first_lane, W);
+    clear(scores, m.experts * W);
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t e = 0; e < m.experts; ++e) scores[e * W + i] = w.scores[(first_lane + i) * m.experts + e];
+    for (int64_t e = 0; e < m.experts; ++e) store(scores + e * W, sigmoid(load(scores + e * W)));
+    route_lanes(z, scores, W, layer.router_bias, of_lanes, chosen, w.memory);
+    to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
+    to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);
+  }
 }
 
 void Block::expert(const LayerWeights& weights, int64_t e) const {

@@ -1,4 +1,5 @@
 // y[n] = table[ids[n]] projection; see dsfast/ops/embedding.py.
+#include "carver.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -18,19 +19,57 @@ void take(const int64_t* ids, const float* table, int64_t table_row, int64_t row
   for (int64_t i = 0; i < rows; ++i) copy(table + ids[i] * table_row, taken + i * R, R);
 }
 
-// dtable[v] = sum of the gradients of v's tokens, in their order. Each thread owns a range of words.
-void scatter(const float* taken_grad, int64_t row, const int64_t* ids, float* dtable, int64_t N, int64_t V, int64_t R,
-             int threads) {
-  parallel_ranges(V, threads, [&](int, int64_t begin, int64_t end) {
-    clear(dtable + begin * R, (end - begin) * R);
-    for (int64_t t = 0; t < N; ++t) {
-      if (ids[t] < begin || ids[t] >= end) continue;
-      float* out = dtable + ids[t] * R;
-      for_vectors(R, [&](int64_t i, int64_t n) {
-        store_n(out + i, load_n(out + i, n) + load_n(taken_grad + t * row + i, n), n);
-      });
-    }
-  });
+// The tokens by word: those of word v are order[offsets[v]] .. order[offsets[v + 1]].
+struct Occurrences {
+  int64_t* words;  // that occur, in rising order
+  int32_t *order, *offsets;
+  int64_t count = 0;
+
+  // In memory of this thread that stays until it sorts again.
+  Occurrences(const int64_t* ids, int64_t N, int64_t V) {
+    const int64_t most = least(N, V);
+    Carver carver = {dsfast::scratch(2 * most + N + V + 6 * LINE, dsfast::WORDS)};
+    words = carver.of<int64_t>(most), order = carver.of<int32_t>(N), offsets = carver.of<int32_t>(V + 1);
+    sort_slots(ids, N, V, order, offsets);
+    for (int64_t v = 0; v < V; ++v)
+      if (offsets[v] < offsets[v + 1]) words[count++] = v;
+  }
+
+  // f(token) for the tokens of a word, in their order
+  template <class F>
+  DSFAST_INLINE void for_tokens(int64_t word, F f) const {
+    for (int32_t i = offsets[word]; i < offsets[word + 1]; ++i) f(int64_t(order[i]));
+  }
+};
+
+// y = table[ids] projection; memory: embedding_memory.
+void project(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+             float* memory, int64_t N, int64_t R, int64_t D) {
+  for (int64_t n = 0; n < N; n += TOKENS) {
+    const int64_t rows = least(N - n, TOKENS);
+    take(ids + n, table, table_row, rows, R, memory);
+    gemm(rows, D, R, {memory, R, 1}, {projection, D, 1}, y + n * D, D);
+  }
+}
+
+// The same where words come several times: each is multiplied once. memory: embedding_memory and TOKENS D more.
+void project_words(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
+                   float* memory, int64_t N, int64_t V, int64_t R, int64_t D) {
+  const Occurrences found(ids, N, V);
+  float* rows = memory + TOKENS * R;
+  for (int64_t w = 0; w < found.count; w += TOKENS) {
+    const int64_t count = least(found.count - w, TOKENS);
+    project(found.words + w, table, table_row, projection, rows, memory, count, R, D);
+    for (int64_t i = 0; i < count; ++i)
+      found.for_tokens(found.words[w + i], [&](int64_t t) { copy(rows + i * D, y + t * D, D); });
+  }
+}
+
+// out = the sum of the rows of a word's tokens
+void sum_of_word(const Occurrences& found, int64_t word, const float* dy, int64_t dy_row, int64_t width, float* out) {
+  const int32_t first = found.offsets[word];
+  copy(dy + found.order[first] * dy_row, out, width);
+  for (int32_t i = first + 1; i < found.offsets[word + 1]; ++i) add(dy + found.order[i] * dy_row, out, width);
 }
 
 }  // namespace
@@ -55,36 +94,46 @@ int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_
   for (int64_t n = 0; n < N; ++n) bad += ids[n] < 0 || ids[n] >= V;
   if (bad != 0) return bad;
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    if (projection == nullptr) {
+    float* memory = dsfast::scratch(TOKENS * (R + D));
+    if (projection == nullptr)
       take(ids + begin, table, table_row, end - begin, R, y + begin * D);
-      return;
-    }
-    float* taken = dsfast::scratch(TOKENS * R);
-    for (int64_t n = begin; n < end; n += TOKENS) {
-      const int64_t rows = least(end - n, TOKENS);
-      take(ids + n, table, table_row, rows, R, taken);
-      gemm(rows, D, R, {taken, R, 1}, {projection, D, 1}, y + n * D, D);
-    }
+    else if (end - begin < V / 4)  // hardly a word twice
+      project(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, R, D);
+    else
+      project_words(ids + begin, table, table_row, projection, y + begin * D, memory, end - begin, V, R, D);
   });
   return 0;
 }
 
 void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                        const float* projection_t, float* taken_grad, float* dtable, float* dprojection, int64_t N,
-                        int64_t V, int64_t R, int64_t D, int threads) {
-  if (projection_t == nullptr) {
-    scatter(dy, dy_row, ids, dtable, N, V, R, threads);
-    return;
-  }
+                        const float* projection_t, float* dtable, float* dprojection, int64_t N, int64_t V, int64_t R,
+                        int64_t D, int threads) {
+  const Occurrences found(ids, N, V);
   Partials partials;
-  parallel_ranges(N, threads, [&](int thread, int64_t n, int64_t end) {
-    float* dp = partials.of[thread] = dsfast::scratch(R * D + embedding_memory(R));
-    clear(dp, R * D);
-    embedding_rows_backward(dy + n * dy_row, dy_row, ids + n, table, table_row, projection_t, R, taken_grad + n * R, dp,
-                            dp + R * D, end - n, R, D);
+  parallel_ranges(found.count, threads, [&](int thread, int64_t begin, int64_t end) {
+    if (begin == end && found.count > 0) return;
+    float* dp = dsfast::scratch(R * D + embedding_memory(R) + TOKENS * (R + D));
+    float *memory = dp + R * D, *taken_grad = memory + embedding_memory(R), *sums = taken_grad + TOKENS * R;
+    if (projection_t != nullptr) {
+      partials.of[thread] = dp;
+      clear(dp, R * D);
+    }
+    int64_t next = begin == 0 ? 0 : found.words[begin];  // the first row of dtable that is not written yet
+    for (int64_t w = begin; w < end; w += TOKENS) {
+      const int64_t count = least(end - w, TOKENS), *words = found.words + w;
+      for (int64_t i = 0; i < count; ++i)
+        sum_of_word(found, words[i], dy, dy_row, D, projection_t == nullptr ? dtable + words[i] * R : sums + i * D);
+      if (projection_t != nullptr)
+        embedding_rows_backward(sums, D, words, table, table_row, projection_t, R, taken_grad, dp, memory, count, R, D);
+      for (int64_t i = 0; i < count; ++i) {
+        clear(dtable + next * R, (words[i] - next) * R);
+        if (projection_t != nullptr) copy(taken_grad + i * R, dtable + words[i] * R, R);
+        next = words[i] + 1;
+      }
+    }
+    clear(dtable + next * R, ((end == found.count ? V : found.words[end]) - next) * R);
   });
-  partials.add_up(dprojection, R * D, threads);
-  scatter(taken_grad, R, ids, dtable, N, V, R, threads);
+  if (projection_t != nullptr) partials.add_up(dprojection, R * D, threads);
 }
 
 }  // namespace DSFAST_ISA

@@ -19,12 +19,12 @@ int64_t rope(const float* x, int64_t x_token, int64_t x_head, const float* cos, 
              const int64_t* positions, float* y, int64_t N, int64_t H, int64_t Dr, int64_t P, bool inverse,
              int threads);
 
-// projection null: y is the table's row and R = D. projection_t [D, R]; taken_grad [N, R] is working memory.
+// projection null: y is the table's row and R = D. projection_t [D, R].
 int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,
                           int64_t N, int64_t V, int64_t R, int64_t D, int threads);
 void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, const float* table, int64_t table_row,
-                        const float* projection_t, float* taken_grad, float* dtable, float* dprojection, int64_t N,
-                        int64_t V, int64_t R, int64_t D, int threads);
+                        const float* projection_t, float* dtable, float* dprojection, int64_t N, int64_t V, int64_t R,
+                        int64_t D, int threads);
 
 // Inputs by strides (token, head); o [N, H, Dv]; tops [H, N], the highest
 // score of each query, is what the backward pass needs. Returns whether cu_seqlens rises from 0 to N.

@@ -2,14 +2,63 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "route.h"
+#include "transpose.h"
 
 namespace DSFAST_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;  // tokens whose scores are made together: a token alone may not fill a vector
+constexpr int64_t BLOCK = 64;  // tokens of the backward pass worked on at a time
 
-void sigmoids(const float* logits, int64_t E, float* scores) {
-  for_vectors(E, [&](int64_t e, int64_t n) { store_n(scores + e, sigmoid(load_n(logits + e, n)), n); });
+// Of two vectors, one behind the other, the even numbers and the odd ones.
+template <int... L>
+DSFAST_INLINE void unzip(vfloat& a, vfloat& b, Numbers<L...>) {
+  const vfloat x = a, y = b;
+  a = vfloat{(2 * L < W ? x[2 * L % W] : y[2 * L % W])...};
+  b = vfloat{(2 * L < W ? x[2 * L % W + 1] : y[2 * L % W + 1])...};
+}
+
+// x [W, E] -> [E][W] for E a power of two: the even numbers first, log2 E times. Returns `to` or `memory`.
+float* turn_small(const float* x, int64_t E, float* to, float* memory) {
+  for (int64_t step = 1; step < E; step *= 2) {
+    for (int64_t i = 0; i < E / 2; ++i) {
+      vfloat a = load(x + 2 * i * W), b = load(x + (2 * i + 1) * W);
+      unzip(a, b, typename Count<W>::type{});
+      store(to + i * W, a);
+      store(to + (E / 2 + i) * W, b);
+    }
+    x = to;
+    float* other = memory;
+    memory = to;
+    to = other;
+  }
+  return memory;
+}
+
+// logits [count, E] of up to W tokens -> scores [E][W]
+void scores_of(const float* logits, int64_t count, int64_t E, float* scores, float* memory) {
+  if (count == W && (E == 2 || E == 4 || E == 8)) {
+    const float* turned = turn_small(logits, E, scores, memory);
+    for (int64_t e = 0; e < E; ++e) store(scores + e * W, sigmoid(load(turned + e * W)));
+    return;
+  }
+  for (int64_t e = 0; e < E; e += W) {
+    const int64_t experts = least(E - e, W);
+    vfloat tile[W];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i) tile[i] = i < count ? load_n(logits + i * E + e, experts) : vfloat{};
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i)
+      if (i < experts) store(scores + (e + i) * W, sigmoid(tile[column(int(i))]));
+  }
+}
+
+// Adds the choice of `count` lanes to counts [E][W].
+DSFAST_INLINE void count_lanes(vint at, int64_t count, int64_t E, int32_t* counts) {
+  if (count == W && E <= FEW)
+    for (int64_t e = 0; e < E; ++e) store(counts + e * W, load(counts + e * W) - (at == int32_t(e)));
+  else
+    for (int64_t i = 0; i < count; ++i) ++counts[at[i] * W + i];
 }
 
 }  // namespace
@@ -18,16 +67,26 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
                        int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
                        float scaling, int threads) {
   const Choice z = {E, K, n_group, topk_group, norm_topk_prob, scaling};
-  parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float *biased = dsfast::scratch(z.memory() + BLOCK * E), *block = biased + z.memory();
-    for (int64_t n = begin; n < end; ++n) {
-      const float* scores = block + (n - begin) % BLOCK * E;
-      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (least(end - n, BLOCK)) * E, block);
-      route_token(z, scores, bias, weights + n * K, indices + n * K, biased);
+  int32_t* of_thread[MAX_THREADS] = {};  // [E][W]: a lane's tokens
+  parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
+    float *memory = dsfast::scratch(z.memory() + 3 * E * W + 2 * K * W), *scores = memory + z.memory();
+    float *turned = scores + E * W, *chosen = turned + E * W;
+    int32_t *at = reinterpret_cast<int32_t*>(chosen + K * W), *own = of_thread[thread] = at + K * W;
+    clear(reinterpret_cast<float*>(own), E * W);
+    for (int64_t n = begin; n < end; n += W) {
+      const int64_t count = least(end - n, W);
+      scores_of(logits + n * E, count, E, scores, turned);
+      route_lanes(z, scores, W, bias, chosen, at, memory);
+      to_rows(chosen, K, count, weights + n * K);
+      to_rows(at, K, count, indices + n * K);
+      for (int64_t k = 0; k < K; ++k) count_lanes(load(at + k * W), count, E, own);
     }
   });
-  for (int64_t e = 0; e < E; ++e) counts[e] = 0;
-  for (int64_t i = 0; i < N * K; ++i) ++counts[indices[i]];
+  for (int64_t e = 0; e < E; ++e) {
+    counts[e] = 0;
+    for (int t = 0; t < MAX_THREADS && of_thread[t] != nullptr; ++t)
+      for (int64_t i = 0; i < W; ++i) counts[e] += of_thread[t][e * W + i];
+  }
 }
 
 // With s the chosen scores, T their sum:  w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
@@ -35,24 +94,34 @@ void moe_route_backward(const float* dweights, int64_t dweights_row, const float
                         float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
                         int threads) {
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float* block = dsfast::scratch(BLOCK * E);
-    for (int64_t n = begin; n < end; ++n) {
-      const float* scores = block + (n - begin) % BLOCK * E;
-      if ((n - begin) % BLOCK == 0) sigmoids(logits + n * E, (least(end - n, BLOCK)) * E, block);
-      const float* dw = dweights + n * dweights_row;
+    float *s = dsfast::scratch(2 * K * BLOCK), *d = s + K * BLOCK;  // [K][BLOCK]; d: of the weights, then the logits
+    for (int64_t n = begin; n < end; n += BLOCK) {
+      const int64_t count = least(end - n, BLOCK);
       const int64_t* chosen = indices + n * K;
-      float total = 0, product = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        total += scores[chosen[k]];
-        product += dw[k] * scores[chosen[k]];
+      float* out = dlogits + n * E;
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t i = 0; i < count; ++i) {
+          s[k * BLOCK + i] = logits[(n + i) * E + chosen[i * K + k]];
+          d[k * BLOCK + i] = dweights[(n + i) * dweights_row + k];
+        }
+      for (int64_t i = 0; i < count; i += W) {
+        vfloat total = {}, product = {};
+        for (int64_t k = i; k < K * BLOCK; k += BLOCK) {
+          const vfloat score = sigmoid(load(s + k));
+          store(s + k, score);
+          total += score;
+          product += load(d + k) * score;
+        }
+        total += 1e-20f;
+        for (int64_t k = i; k < K * BLOCK; k += BLOCK) {
+          const vfloat score = load(s + k), dw = load(d + k);
+          const vfloat ds = norm_topk_prob ? (dw - product / total) / total : dw;
+          store(d + k, scaling * ds * score * (1.0f - score));
+        }
       }
-      total += 1e-20f;
-      for (int64_t e = 0; e < E; ++e) dlogits[n * E + e] = 0.0f;
-      for (int64_t k = 0; k < K; ++k) {
-        const float s = scores[chosen[k]];
-        const float ds = norm_topk_prob ? (dw[k] - product / total) / total : dw[k];
-        dlogits[n * E + chosen[k]] = scaling * ds * s * (1.0f - s);
-      }
+      clear(out, count * E);
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t i = 0; i < count; ++i) out[i * E + chosen[i * K + k]] = d[k * BLOCK + i];
     }
   });
 }

@@ -1,8 +1,7 @@
-// The choice of experts for one token, shared by moe_route and the decoding step; see dsfast/ops/moe_route.py.
+// The choice of the largest: of experts for W tokens, one in each lane, shared by moe_route and the decoding step; see
+// dsfast/ops/moe_route.py.
 #pragma once
-#include <cmath>
-
-#include "simd.h"
+#include "terms.h"
 
 namespace DSFAST_ISA {
 
@@ -17,51 +16,102 @@ inline int64_t best(const float* values, int64_t count) {
   return at;
 }
 
-// Sets the values outside the topk_group best groups to -inf. `group` is working memory [n_group].
-inline void limit_groups(float* values, int64_t E, int64_t n_group, int64_t topk_group, float* group) {
+// Numbers as integers of that order, so that a maximum is one instruction and NaN needs none of its own. -0 is 0.
+DSFAST_INLINE vint key_of(vfloat x) {
+  const vint bits = (vint)(x + 0.0f), key = bits ^ ((bits >> 31) & INT32_MAX);
+  return x == x ? key : splat(INT32_MAX);
+}
+DSFAST_INLINE vfloat value_of(vint key) { return (vfloat)(key ^ ((key >> 31) & INT32_MAX)); }
+constexpr int32_t NONE = int32_t(0x807fffff);  // the key of -inf
+
+DSFAST_INLINE vint maximum(vint a, vint b) { return a > b ? a : b; }
+DSFAST_INLINE vint minimum(vint a, vint b) { return a < b ? a : b; }
+
+// `best` in each lane; keys [count][W]
+DSFAST_INLINE vint best_lanes(const int32_t* keys, int64_t count) {
+  vint high = load(keys), at = {};
+  for (int64_t i = 1; i < count; ++i) high = maximum(high, load(keys + i * W));
+  for (int64_t i = count - 1; i >= 0; --i) at = load(keys + i * W) == high ? splat(int32_t(i)) : at;
+  return at;
+}
+
+// Up to so many numbers all are looked at, of more one for each lane: a vector read where a lane was just written
+// waits.
+constexpr int64_t FEW = 8;
+
+// scores [count][lanes] -> number at[i] of lane i; lanes: 1, or W and more
+DSFAST_INLINE vfloat pick(vint at, const float* scores, int64_t count, int64_t lanes) {
+  const int64_t used = least(lanes, W);
+  vfloat picked = {};
+  if (count <= FEW)
+    for (int64_t e = 0; e < count; ++e) picked = at == int32_t(e) ? load_n(scores + e * lanes, used) : picked;
+  else
+    for (int64_t i = 0; i < used; ++i) picked[i] = scores[at[i] * lanes + i];
+  return picked;
+}
+
+DSFAST_INLINE void remove(vint at, int32_t* keys, int64_t count) {
+  if (count <= FEW)
+    for (int64_t e = 0; e < count; ++e) store(keys + e * W, at == int32_t(e) ? splat(NONE) : load(keys + e * W));
+  else
+    for (int i = 0; i < W; ++i) keys[at[i] * W + i] = NONE;
+}
+
+// Removes the keys outside the topk_group best groups. `group` is working memory [n_group][W].
+inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk_group, int32_t* group) {
   const int64_t size = E / n_group;
   for (int64_t g = 0; g < n_group; ++g) {
-    float first = -INFINITY, second = -INFINITY;
+    vint first = splat(NONE), second = first;
     for (int64_t i = 0; i < size; ++i) {
-      const float value = values[g * size + i];
-      if (larger(value, first)) {
-        second = first;
-        first = value;
-      } else if (larger(value, second)) {
-        second = value;
-      }
+      const vint key = load(keys + (g * size + i) * W);
+      second = maximum(second, minimum(first, key));
+      first = maximum(first, key);
     }
-    group[g] = size > 1 ? first + second : first;
+    store(group + g * W, size > 1 ? key_of(value_of(first) + value_of(second)) : first);
   }
-  for (int64_t k = 0; k < topk_group; ++k) group[best(group, n_group)] = -INFINITY;
-  for (int64_t g = 0; g < n_group; ++g)
-    if (group[g] != -INFINITY)
-      for (int64_t i = 0; i < size; ++i) values[g * size + i] = -INFINITY;
+  for (int64_t k = 0; k < topk_group; ++k) remove(best_lanes(group, n_group), group, n_group);
+  for (int64_t e = 0; e < E; ++e) {
+    const vint kept = load(group + e / size * W) == NONE;
+    store(keys + e * W, kept ? load(keys + e * W) : splat(NONE));
+  }
 }
 
 struct Choice {
   int64_t E, K, n_group, topk_group;
   bool norm_topk_prob;
   float scaling;
-  // Floats of working memory for `route_token`.
-  int64_t memory() const { return E + n_group; }
+  // Floats of working memory for `route_lanes`.
+  int64_t memory() const { return (E + n_group) * W; }
 };
 
-// scores and bias [E] -> weights and indices [K], the best first
-inline void route_token(const Choice& z, const float* scores, const float* bias, float* weights, int64_t* indices,
-                        float* memory) {
-  float* biased = memory;
-  for (int64_t e = 0; e < z.E; ++e) biased[e] = scores[e] + bias[e];
-  if (z.topk_group < z.n_group) limit_groups(biased, z.E, z.n_group, z.topk_group, memory + z.E);
-  float total = 0;
+// scores [E][lanes] and bias [E] -> weights and indices [K][W] of the first W lanes, the best first. lanes: 1, or W and
+// more.
+inline void route_lanes(const Choice& z, const float* scores, int64_t lanes, const float* bias, float* weights,
+                        int32_t* indices, float* memory) {
+  int32_t* keys = reinterpret_cast<int32_t*>(memory);
+  for (int64_t e = 0; e < z.E; ++e) store(keys + e * W, key_of(load_n(scores + e * lanes, least(lanes, W)) + bias[e]));
+  if (z.topk_group < z.n_group) limit_groups(keys, z.E, z.n_group, z.topk_group, keys + z.E * W);
+  vfloat total = {};
   for (int64_t k = 0; k < z.K; ++k) {
-    const int64_t e = indices[k] = best(biased, z.E);
-    biased[e] = -INFINITY;
-    weights[k] = scores[e];
-    total += scores[e];
+    const vint at = best_lanes(keys, z.E);
+    if (k + 1 < z.K) remove(at, keys, z.E);
+    const vfloat score = pick(at, scores, z.E, lanes);
+    total += score;
+    store(indices + k * W, at);
+    store(weights + k * W, score);
   }
-  const float factor = z.norm_topk_prob ? z.scaling / (total + 1e-20f) : z.scaling;
-  for (int64_t k = 0; k < z.K; ++k) weights[k] *= factor;
+  const vfloat factor = z.norm_topk_prob ? z.scaling / (total + 1e-20f) : splat(z.scaling);
+  for (int64_t k = 0; k < z.K; ++k) store(weights + k * W, load(weights + k * W) * factor);
+}
+
+// [K][W] -> [count][K], from and to
+template <class From, class To>
+DSFAST_INLINE void to_rows(const From* __restrict from, int64_t K, int64_t count, To* __restrict to) {
+  if (K == 1 && count == W)
+    for (int i = 0; i < W; ++i) to[i] = from[i];
+  else
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t i = 0; i < count; ++i) to[i * K + k] = from[k * W + i];
 }
 
 }  // namespace DSFAST_ISA

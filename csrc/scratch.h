@@ -6,7 +6,7 @@
 namespace dsfast {
 
 // What must stay while others call `scratch` takes a slot of its own.
-enum ScratchSlot { OF_PIECES, GRADIENTS, ACTIVATIONS, WEIGHTS, FIRST_FACTORS, SECOND_FACTORS, SCRATCH_SLOTS };
+enum ScratchSlot { OF_PIECES, GRADIENTS, ACTIVATIONS, WEIGHTS, WORDS, FIRST_FACTORS, SECOND_FACTORS, SCRATCH_SLOTS };
 
 // At least `count` floats, 64-byte aligned, this thread's own; the content is whatever was left there. A second call
 // by the same thread for the same slot hands out the same memory again.

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from operator_cases import needs_native
+from operator_cases import RecordCalls, needs_native
 
 from dsfast import ops
 from dsfast.errors import UserError
@@ -132,6 +132,43 @@ class TestAuto:
         assert ("dsfast" in y.grad_fn.name()) == (implementation == "native")
         y.sum().backward()
         assert x.grad.shape == x.shape
+
+
+class TestCallsWithoutTheDispatcher:
+    """`library.call`: whoever watches the dispatcher still sees the operator, and what only it understands is right."""
+
+    def route(self, logits):
+        needs_native()
+        with ops.use("native"):
+            return ops.moe_route(logits, torch.zeros(3), 2, 1, 1, True, 1.0)[0]
+
+    def test_a_profiler_sees_both_passes(self):
+        with torch.profiler.profile() as profile:
+            self.route(torch.randn(4, 3, requires_grad=True)).sum().backward()
+        names = {event.name for event in profile.events()}
+        assert {"dsfast::moe_route", "dsfast::moe_route_backward"} <= names
+
+    def test_a_mode_sees_both_passes(self):
+        with RecordCalls() as record:
+            self.route(torch.randn(4, 3, requires_grad=True)).sum().backward()
+        assert {str(operator) for operator in record.calls} == {
+            "dsfast.moe_route.default",
+            "dsfast.moe_route_backward.default",
+        }
+
+    def test_a_view_that_is_negated_lazily(self):
+        logits = torch.randn(4, 3, dtype=torch.complex64).conj().imag
+        assert logits.is_neg()
+        assert torch.equal(self.route(logits), self.route(logits.resolve_neg()))
+
+    def test_inference_mode_and_no_grad(self):
+        logits = torch.randn(4, 3, requires_grad=True)
+        expected = self.route(logits)
+        for context in (torch.inference_mode(), torch.no_grad()):
+            with context:
+                found = self.route(logits)
+            assert torch.equal(found, expected)
+            assert not found.requires_grad
 
 
 class TestReport:

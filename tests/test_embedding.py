@@ -18,6 +18,9 @@ class TestEmbedding(OperatorContract):
         embedding_case("one word: every gradient falls on one row", 97, 1, 7, 13),
         embedding_case("far more words than tokens: most rows have no gradient", 5, 1009, 3, 7),
         embedding_case("sums over 641 tokens", 641, 3, 5, 17),
+        embedding_case("more than a block of words, each once or several times", 700, 400, 5, 17),
+        embedding_case("the same without projection", 700, 400, 19, None),
+        embedding_case("just too few tokens to look for equal words", 99, 400, 3, 7),
     )
     tiny = embedding_case("tiny", 4, 3, 2, 5)
     summed_over_threads = frozenset({"grad projection"})

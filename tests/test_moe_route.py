@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from operator_cases import OperatorContract, assert_passed, bad, edges, needs_native
@@ -90,6 +92,49 @@ class TestChoice:
         weights, _, counts = self.route(implementation, [logits], [0.0] * 4, 1, 1, 1, False, 1.0)
         assert weights.isnan().all()
         assert counts[at] == 1
+
+
+def chosen_one_by_one(logits, bias, top_k, n_group, topk_group):
+    """Experts of each token by comparing Python numbers: NaN is the largest, of equals the lowest comes first."""
+
+    def rank(value):
+        return (1, 0.0) if math.isnan(value) else (0, value)
+
+    def largest(values, count):
+        return sorted(values, key=lambda i: rank(values[i]), reverse=True)[:count]  # a stable sort
+
+    size, indices = logits.size(1) // n_group, []
+    for token in (logits.sigmoid() + bias).tolist():
+        values = dict(enumerate(token))
+        if topk_group < n_group:
+            two_best = {}
+            for group in range(n_group):
+                own = {e: values[e] for e in range(group * size, (group + 1) * size)}
+                pair = [torch.tensor(own[e]) for e in largest(own, 2)]
+                two_best[group] = float(sum(pair[1:], pair[0]))  # in float32
+            kept = largest(two_best, topk_group)
+            values = {e: value for e, value in values.items() if e // size in kept}
+        indices.append(largest(values, top_k))
+    return indices
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 37])
+@pytest.mark.parametrize("choice", [(2, 1, 1, 1), (8, 2, 1, 1), (8, 3, 4, 2), (21, 4, 3, 2), (40, 5, 8, 3)])
+def test_ties_and_nan_in_every_lane(tokens, choice):
+    """Few different values: ties in all lanes, each token its own; partly filled vectors of tokens and experts; any group."""
+    needs_native()
+    experts, top_k, n_group, topk_group = choice
+    generator = torch.Generator().manual_seed(experts + tokens)
+    values = torch.tensor([0.0, -0.0, 90.0, 90.0, math.nan])  # whose scores, 1/2 and 1, PyTorch has exactly as well
+    logits = values[torch.randint(0, 5, (tokens, experts), generator=generator)]
+    bias = torch.tensor([0.0, 0.25, -0.5])[torch.randint(0, 3, (experts,), generator=generator)]
+    with ops.use("native"):
+        weights, indices, counts = ops.moe_route(logits, bias, top_k, n_group, topk_group, False, 1.0)
+        alone = [ops.moe_route(row[None], bias, top_k, n_group, topk_group, False, 1.0)[1][0] for row in logits]
+    assert indices.tolist() == chosen_one_by_one(logits, bias, top_k, n_group, topk_group)
+    assert torch.equal(indices, torch.stack(alone))
+    assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=experts))
+    torch.testing.assert_close(weights, logits.sigmoid().gather(1, indices), equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [20.0, 80.0, 200.0])

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
+from dsfast.ops.library import (
+    autograd,
+    call,
+    define,
+    expect_dtype,
+    expect_range,
+    expect_shape,
+    raise_out_of_range,
+    rows,
+)
 
 
 def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
@@ -35,7 +44,7 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     if choose("embedding", table) == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
         return embedding_reference(input_ids, table, projection)
-    return torch.ops.dsfast.embedding(input_ids, table, projection)
+    return call("embedding", input_ids, table, projection)
 
 
 def _width(table: Tensor, projection: Tensor | None) -> int:
@@ -57,12 +66,11 @@ def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) ->
 def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None):
     dy, input_ids, table = rows(dy), input_ids.contiguous(), rows(table)
     projection_t = None if projection is None else projection.t().contiguous()
-    taken_grad = table.new_empty(0 if projection is None else input_ids.size(0), table.size(1))
     dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
     native.products().embedding_backward(
         dy.data_ptr(), dy.stride(0), input_ids.data_ptr(), table.data_ptr(), table.stride(0),
-        0 if projection_t is None else projection_t.data_ptr(), taken_grad.data_ptr(), dtable.data_ptr(),
-        dprojection.data_ptr(), input_ids.size(0), *table.shape, _width(table, projection), torch.get_num_threads(),
+        0 if projection_t is None else projection_t.data_ptr(), dtable.data_ptr(), dprojection.data_ptr(),
+        input_ids.size(0), *table.shape, _width(table, projection), torch.get_num_threads(),
     )  # fmt: skip
     return dtable, dprojection
 
@@ -78,7 +86,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     input_ids, table, projection = ctx.saved_tensors
-    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, input_ids, table, projection)
+    dtable, dprojection = call("embedding_backward", dy, input_ids, table, projection)
     return None, dtable, None if projection is None else dprojection
 
 

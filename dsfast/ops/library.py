@@ -1,31 +1,85 @@
-"""Registration with torch.library, and the checks every operator makes before a pointer crosses into C++."""
+"""Registration with torch.library, calls, and the checks every operator makes before a pointer crosses into C++."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from dsfast.ops.triton import INTERPRETED
 
 _LIBRARY = torch.library.Library("dsfast", "DEF")
+_ON_CPU: dict[str, Callable] = {}
+_DERIVATIVES: dict[str, type[torch.autograd.Function]] = {}
+_PLAIN_TENSOR = _C._dispatch_keys(torch.empty(0))
+"""The dispatch keys of a CPU tensor that is nothing else besides, a subclass or a lazily negated view."""
+_PLAIN_THREAD = _C._dispatch_tls_local_include_set()
+"""The dispatch keys of a thread without a mode, a transformation or a trace."""
 
 
 def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None = None) -> None:
     """Register `dsfast::<schema>` with its CPU kernel, its shape function and, where there is one, its GPU kernel."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cuda if INTERPRETED and cuda is not None else cpu, "CPU")
+    _ON_CPU[name] = cuda if INTERPRETED and cuda is not None else cpu
+    _LIBRARY.impl(name, _ON_CPU[name], "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"dsfast::{name}", fake, lib=_LIBRARY)
 
 
+def call(name: str, *inputs):
+    """`torch.ops.dsfast.name(*inputs)`, for inputs that are no lists.
+
+    On CPU tensors that nothing else looks at, no compiler, mode, transformation or profiler, the kernel is called at once: the
+    dispatcher, which comes back to Python twice, takes longer than a small kernel.
+    """
+    if torch.compiler.is_compiling() or _observed(inputs):
+        return getattr(torch.ops.dsfast, name)(*inputs)
+    return _run(name, _ON_CPU[name], inputs)
+
+
+def _observed(inputs: tuple) -> bool:
+    if _C._dispatch_tls_local_include_set() != _PLAIN_THREAD or _C._autograd._profiler_enabled():
+        return True
+    return any(isinstance(x, Tensor) and _C._dispatch_keys(x) != _PLAIN_TENSOR for x in inputs)
+
+
+def _run(name: str, kernel: Callable, inputs: tuple):
+    derivative = _DERIVATIVES.get(name)
+    if derivative is None or not (torch.is_grad_enabled() and _C._any_requires_grad(*inputs)):
+        return kernel(*inputs)
+    return derivative.apply(kernel, *inputs)
+
+
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused."""
-    torch.library.register_autograd(f"dsfast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    if hasattr(torch.ops.dsfast, f"{name}_backward"):
+    """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused.
+
+    As torch.library.register_autograd does, in half the time.
+    """
+    operator = getattr(torch.ops.dsfast, name).default
+
+    def forward(ctx, kernel, *inputs):
+        output = kernel(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def with_kernel(ctx, *gradients):
+        gradients = backward(ctx, *gradients)
+        return None, *(gradients if isinstance(gradients, tuple) else (gradients,))
+
+    def dispatched(keys, *inputs):
+        def below_autograd(*inputs):
+            with _C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & _C._after_autograd_keyset, *inputs)
+
+        return _run(name, below_autograd, inputs)
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(with_kernel)}
+    _DERIVATIVES[name] = type(f"dsfast_{name}", (torch.autograd.Function,), functions)
+    _LIBRARY.impl(name, dispatched, "Autograd", with_keyset=True)
+    if f"{name}_backward" in _ON_CPU:
         why = f"dsfast::{name} has first derivatives only; ops.use('reference') has second ones"
         _refuse(f"{name}_backward", why)
 
@@ -41,12 +95,14 @@ def _refuse(name: str, why: str) -> None:
     def refuse(ctx, *_):
         raise NotImplementedError(why)
 
-    torch.library.register_autograd(f"dsfast::{name}", refuse, lib=_LIBRARY)
+    autograd(name, refuse, lambda ctx, inputs, output: None)
 
 
 def expect_shape(operator: str, argument: str, x: Tensor, *shape: int | str) -> None:
     """Raise ValueError unless `x` has `shape`; a letter stands for any size."""
-    fits = x.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, x.shape, strict=True))
+    fits = x.dim() == len(shape)
+    for expected, size in zip(shape, x.shape, strict=False):
+        fits = fits and (isinstance(expected, str) or expected == size)
     if not fits:
         expected = ", ".join(str(s) for s in shape)
         raise ValueError(f"{operator}: {argument} must have shape [{expected}], got {list(x.shape)}")

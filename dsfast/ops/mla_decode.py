@@ -18,6 +18,7 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import (
+    call,
     define,
     expect_dtype,
     expect_range,
@@ -72,7 +73,7 @@ def mla_decode(
     if choose("mla_decode", q_nope) == "reference":
         expect_range("mla_decode", "lengths", lengths, _capacity(latent, pages) + 1)
         return mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
-    return torch.ops.dsfast.mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
+    return call("mla_decode", q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
 
 
 def _capacity(latent: Tensor, pages: Tensor | None) -> int:

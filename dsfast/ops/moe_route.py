@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.library import autograd, call, define, expect_dtype, expect_shape, rows
 
 
 def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
@@ -59,7 +59,7 @@ def moe_route(
         raise ValueError(f"moe_route: top_k must be 1..{experts // n_group * topk_group}, got {top_k}")
     if choose("moe_route", logits) == "reference":
         return moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
-    return torch.ops.dsfast.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+    return call("moe_route", logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
 
 
 def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
@@ -100,7 +100,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dweights, *_):
     if dweights is None:
         return (None,) * 7
-    dlogits = torch.ops.dsfast.moe_route_backward(dweights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.scaling)
+    dlogits = call("moe_route_backward", dweights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.scaling)
     return dlogits, None, None, None, None, None, None
 
 
