@@ -1,10 +1,12 @@
 // A whole model's step for N tokens in one call: each writes its latent to the cache, attends to what its sequence
 // holds up to itself, and the state after the last token of each sequence chooses the next. See
 // dsfast/model/native_decode.py.
+#include "carver.h"
 #include "kernels.h"
 #include "latent_attention.h"
 #include "model.h"
 #include "parallel.h"
+#include "pieces.h"
 #include "route.h"
 
 namespace DSFAST_ISA {
@@ -13,7 +15,64 @@ namespace {
 using dsfast::Layer;
 using dsfast::Model;
 
-constexpr int64_t WORDS = 96;  // of the vocabulary whose logits are made at a time: they stay in the first-level cache
+constexpr int64_t TOKENS = 48;  // that go through the layers together: what is kept of them stays in the cache
+constexpr int64_t WORDS = 128;  // of the vocabulary whose logits are made at a time: they stay in the first-level cache
+
+// Weights [N, K] of the same size, one behind the other, as `product` reads them.
+struct Weights {
+  const float* panels;
+  int64_t N, K;
+  Packed<float> at(int64_t i = 0) const { return {panels + i * packed_size<float>(N, K), N, K, panel_size<float>(K)}; }
+};
+
+// Goes through the weights of a model, which lie packed in one block of memory; with `threads` it packs a thread's
+// share of each.
+struct Packing {
+  Carver memory;
+  int64_t thread = 0, threads = 0;
+
+  // `count` weights [N, K] where `from` is and then each `distance` floats on, or with `turned` [K, N]; none if null.
+  Weights next(const float* from, int64_t N, int64_t K, int64_t count = 1, int64_t distance = 0, bool turned = false) {
+    if (from == nullptr) return {};
+    const int64_t size = packed_size<float>(N, K), panel = panel_size<float>(K), panels = (N + NR - 1) / NR;
+    float* packed = memory.floats(count * size);
+    const int64_t begin = threads == 0 ? 0 : panels * thread / threads * NR;
+    const int64_t end = threads == 0 ? 0 : least(N, panels * (thread + 1) / threads * NR);
+    for (int64_t i = 0; i < count && begin < end; ++i) {
+      const Matrix w = {from + i * distance, turned ? N : 1, turned ? 1 : K};
+      pack_b(end - begin, K, w.rows_from(0).columns_from(begin), packed + i * size + begin / NR * panel);
+    }
+    return {packed, N, K};
+  }
+};
+
+struct ModelWeights {
+  Weights projection, head_projection, head;
+  ModelWeights(const Model& m, Packing& packing) {
+    projection = packing.next(m.projection, m.width, m.embedding_rank, 1, 0, true);
+    head_projection = packing.next(m.head_projection, m.head_width, m.width);
+    head = packing.next(m.head, m.vocabulary, m.head_width);
+  }
+};
+
+struct LayerWeights {
+  Weights q_a, q, kv_a, up_key, up_value, o, router, gate_up, down, experts_gate_up, experts_down;
+  LayerWeights(const Model& m, const Layer& layer, Packing& packing) {
+    const int64_t D = m.width, R = m.latent_rank, up = (m.nope + m.value) * R, I = m.expert_width;
+    q_a = packing.next(m.query_rank > 0 ? layer.q_a : nullptr, m.query_rank, D);
+    q = packing.next(layer.q, m.heads * (m.nope + m.rope), m.query_rank > 0 ? m.query_rank : D);
+    kv_a = packing.next(layer.kv_a, R + m.rope, D);
+    up_key = packing.next(layer.kv_b, R, m.nope, m.heads, up, true);
+    up_value = packing.next(layer.kv_b + m.nope * R, m.value, R, m.heads, up);
+    o = packing.next(layer.o, D, m.heads * m.value);
+    router = packing.next(layer.router, m.experts, D);
+    gate_up = packing.next(layer.width > 0 ? layer.gate_up : nullptr, 2 * layer.width, D);
+    down = packing.next(layer.width > 0 ? layer.down : nullptr, D, layer.width);
+    experts_gate_up =
+        packing.next(layer.router == nullptr ? nullptr : layer.experts_gate_up, 2 * I, D, m.experts, 2 * I * D);
+    experts_down = packing.next(layer.router == nullptr ? nullptr : layer.experts_down, D, I, m.experts, D * I);
+  }
+};
 
 // The cache [layers][rows][capacity][R or Dr].
 struct Cache {
@@ -31,7 +90,7 @@ struct Tokens {
 };
 
 LatentAttention attention_of(const Model& m) {
-  return {m.heads, m.latent_rank, m.nope, m.rope, m.value, m.latent_rank, m.rope, m.softmax_scale};
+  return {m.heads, m.latent_rank, m.rope, m.latent_rank, m.rope, m.softmax_scale};
 }
 
 Choice choice_of(const Model& m) {
@@ -44,278 +103,247 @@ int64_t widest_mlp(const Model& m) {
   return width;
 }
 
-// A thread's working memory; all but the last two are [width][lanes].
+// A thread's working memory; all but the last two are [TOKENS][width].
 struct Work {
-  float *stream, *x, *delta, *cos, *sin;
-  float *low, *q, *kv, *values;         // attention: queries before q_b, queries, latent and rope key, its result
+  float *stream, *x, *low;              // low: what is projected up or down
+  float *q, *kv, *latents, *values;     // attention: queries, latent and rope key; queries for latents, the result
   float *gate_up, *h, *scores;          // MLP and router
   float *taken, *expert_out, *weights;  // an expert's tokens and results; the weights of its choices
-  int64_t* chosen;                      // [lanes][K]
+  int64_t* chosen;                      // [TOKENS][K]
+  float* rstd;                          // [TOKENS]
   float* memory;                        // for attention and routing
-  int64_t size = 0;
 
-  Work(const Model& m, int64_t capacity, float* base) {
-    const auto carve = [&](int64_t count) {
-      float* part = base == nullptr ? nullptr : base + size;
-      size += (count + 15) / 16 * 16;
-      return part;
-    };
+  Work(const Model& m, int64_t capacity, Carver& carver) {
+    const auto rows = [&](int64_t width) { return carver.floats(TOKENS * width); };
     const int64_t mlp = widest_mlp(m);
-    stream = carve(m.width * NR), x = carve(m.width * NR), delta = carve(m.width * NR);
-    cos = carve(m.rope / 2 * NR), sin = carve(m.rope / 2 * NR);
-    low = carve(largest(m.query_rank, largest(m.embedding_rank, m.head_width)) * NR);
-    q = carve(m.heads * (m.nope + m.rope) * NR), kv = carve((m.latent_rank + m.rope) * NR);
-    values = carve(m.heads * m.value * NR);
-    gate_up = carve(2 * mlp * NR), h = carve(mlp * NR), scores = carve(m.experts * NR);
-    taken = carve(m.width * NR), expert_out = carve(m.width * NR), weights = carve(m.chosen * NR);
-    chosen = reinterpret_cast<int64_t*>(carve(2 * m.chosen * NR));
-    memory = carve(largest(attention_of(m).memory(capacity), choice_of(m).memory() + 2 * m.chosen * W));
+    stream = rows(m.width), x = rows(m.width);
+    low = rows(largest(m.query_rank, largest(m.embedding_rank, m.head_width)));
+    q = rows(m.heads * (m.nope + m.rope)), kv = rows(m.latent_rank + m.rope);
+    latents = rows(m.heads * m.latent_rank), values = rows(m.heads * m.value);
+    gate_up = rows(2 * mlp), h = rows(mlp), scores = rows(m.experts);
+    taken = rows(m.width), expert_out = rows(m.width), weights = rows(m.chosen);
+    chosen = carver.of<int64_t>(TOKENS * m.chosen);
+    rstd = rows(1);
+    memory = carver.floats(
+        largest(attention_of(m).memory(capacity), choice_of(m).memory() + (m.experts + 2 * m.chosen) * W));
   }
 };
 
-// Up to NR tokens, one in each lane, on their way through the layers.
+// Up to TOKENS tokens on their way through the layers.
 struct Block {
   const Model& m;
   const Cache& cache;
   const Tokens& tokens;
-  Work& w;
-  int64_t first, count, lanes;
+  const Work& w;
+  int64_t first, count;
 
-  void embed() const;
-  void look_up_turns() const;
-  // x [Dr][lanes], in place
-  void turn(float* x) const;
-  // w.x -> w.delta
-  void attention(const Layer& layer, int64_t number) const;
-  void mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y, int64_t in_lanes) const;
-  void route(const Layer& layer) const;
-  // Adds expert e's share to w.delta, for the lanes that chose it.
-  void expert(const Layer& layer, int64_t e) const;
-  // w.x -> w.delta
-  void feed_forward(const Layer& layer) const;
+  void embed(const ModelWeights& weights) const;
+  void norm(const float* x, int64_t width, int64_t row, const float* weight, float eps, float* y) const;
+  // x: the rotary parts of each token's heads, the given strides apart; in place
+  void turn(float* x, int64_t token, int64_t head, int64_t heads) const;
+  // The next three add what they make of w.x to w.stream.
+  void attention(const Layer& layer, const LayerWeights& weights, int64_t number) const;
+  // w.latents: from the queries without position, and for the values
+  void attend(const LayerWeights& weights, int64_t number) const;
+  void mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y,
+           bool add) const;
+  void route(const Layer& layer, const LayerWeights& weights) const;
+  void expert(const LayerWeights& weights, int64_t e) const;
+  void feed_forward(const Layer& layer, const LayerWeights& weights) const;
   // The state after the last token of each sequence goes to hidden [rows][head_width].
-  void run(float* hidden) const;
+  void run(Packing packing, float* hidden) const;
 };
 
-void Block::embed() const {
+void Block::embed(const ModelWeights& weights) const {
   float* rows = m.projection == nullptr ? w.stream : w.low;
-  if (count < lanes) clear(rows, m.embedding_rank * lanes);
   for (int64_t i = 0; i < count; ++i)
-    put_lane(m.table + tokens.ids[first + i] * m.embedding_rank, m.embedding_rank, rows, lanes, i);
-  if (m.projection != nullptr) product_transposed(m.width, m.embedding_rank, m.projection, rows, w.stream, lanes);
+    copy(m.table + tokens.ids[first + i] * m.embedding_rank, rows + i * m.embedding_rank, m.embedding_rank);
+  if (m.projection != nullptr) product(count, {rows, m.embedding_rank, 1}, weights.projection.at(), w.stream, m.width);
 }
 
-void Block::look_up_turns() const {
-  const int64_t pairs = m.rope / 2;
-  if (count < lanes) clear(w.cos, pairs * lanes), clear(w.sin, pairs * lanes);
-  for (int64_t i = 0; i < count; ++i) {
-    put_lane(m.cos + tokens.positions[first + i] * pairs, pairs, w.cos, lanes, i);
-    put_lane(m.sin + tokens.positions[first + i] * pairs, pairs, w.sin, lanes, i);
-  }
+void Block::norm(const float* x, int64_t width, int64_t row, const float* weight, float eps, float* y) const {
+  rms_norm_rows(x, row, nullptr, 0, weight, eps, y, row, nullptr, w.rstd, count, width);
 }
 
-void Block::turn(float* x) const {
-  for (int64_t pair = 0; pair < m.rope / 2; ++pair, x += 2 * lanes)
-    for_vectors(lanes, [&](int64_t lane, int64_t n) {
-      const vfloat even = load_n(x + lane, n), odd = load_n(x + lanes + lane, n);
-      const vfloat c = load_n(w.cos + pair * lanes + lane, n), s = load_n(w.sin + pair * lanes + lane, n);
-      store_n(x + lane, even * c - odd * s, n);
-      store_n(x + lanes + lane, even * s + odd * c, n);
-    });
+void Block::turn(float* x, int64_t token, int64_t head, int64_t heads) const {
+  rope_rows(x, token, head, m.cos, m.sin, tokens.positions + first, x, token, head, count, heads, m.rope, false);
 }
 
-void Block::attention(const Layer& layer, int64_t number) const {
-  const LatentAttention z = attention_of(m);
-  const float* compressed = w.x;
+void Block::attention(const Layer& layer, const LayerWeights& weights, int64_t number) const {
+  const int64_t head = m.nope + m.rope, q_row = m.heads * head, kv_row = m.latent_rank + m.rope;
+  Matrix compressed = {w.x, m.width, 1};
   if (m.query_rank > 0) {
-    product(m.query_rank, m.width, layer.q_a, w.x, w.low, lanes);
-    rms_norm_lanes(m.query_rank, layer.q_a_norm, m.latent_eps, w.low, w.low, lanes);
-    compressed = w.low;
+    product(count, compressed, weights.q_a.at(), w.low, m.query_rank);
+    norm(w.low, m.query_rank, m.query_rank, layer.q_a_norm, m.latent_eps, w.low);
+    compressed = {w.low, m.query_rank, 1};
   }
-  const int64_t head_width = m.nope + m.rope;
-  product(m.heads * head_width, m.query_rank > 0 ? m.query_rank : m.width, layer.q, compressed, w.q, lanes);
-  for (int64_t h = 0; h < m.heads; ++h) turn(w.q + (h * head_width + m.nope) * lanes);
-  product(m.latent_rank + m.rope, m.width, layer.kv_a, w.x, w.kv, lanes);
-  rms_norm_lanes(m.latent_rank, layer.kv_a_norm, m.latent_eps, w.kv, w.kv, lanes);
-  turn(w.kv + m.latent_rank * lanes);
-  Cached cached[NR];
+  product(count, compressed, weights.q.at(), w.q, q_row);
+  turn(w.q + m.nope, q_row, head, m.heads);
+  product(count, {w.x, m.width, 1}, weights.kv_a.at(), w.kv, kv_row);
+  norm(w.kv, m.latent_rank, kv_row, layer.kv_a_norm, m.latent_eps, w.kv);
+  turn(w.kv + m.latent_rank, kv_row, 0, 1);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = tokens.rows[first + i], position = tokens.positions[first + i];
-    const int64_t begin = cache.place(number, row, 0), here = begin + position;
-    take_lane(w.kv, lanes, i, m.latent_rank, cache.latent + here * m.latent_rank);
-    take_lane(w.kv + m.latent_rank * lanes, lanes, i, m.rope, cache.k_rope + here * m.rope);
-    cached[i] = {cache.latent + begin * m.latent_rank, cache.k_rope + begin * m.rope, position + 1};
+    const int64_t here = cache.place(number, tokens.rows[first + i], tokens.positions[first + i]);
+    copy(w.kv + i * kv_row, cache.latent + here * m.latent_rank, m.latent_rank);
+    copy(w.kv + i * kv_row + m.latent_rank, cache.k_rope + here * m.rope, m.rope);
   }
-  attend_block(z, w.q, layer.kv_b, cached, count, lanes, w.values, w.memory);
-  product(m.width, m.heads * m.value, layer.o, w.values, w.delta, lanes);
+  attend(weights, number);
+  product(count, {w.values, m.heads * m.value, 1}, weights.o.at(), w.stream, m.width, true);
 }
 
-void Block::mlp(int64_t width, const float* gate_up, const float* down, const float* x, float* y,
-                int64_t in_lanes) const {
-  product(2 * width, m.width, gate_up, x, w.gate_up, in_lanes);
-  swiglu(w.gate_up, w.gate_up + width * in_lanes, w.h, width * in_lanes);
-  product(m.width, width, down, w.h, y, in_lanes);
+void Block::attend(const LayerWeights& weights, int64_t number) const {
+  const LatentAttention z = attention_of(m);
+  const int64_t head = m.nope + m.rope, q_row = m.heads * head, row = m.heads * m.latent_rank;
+  for (int64_t h = 0; h < m.heads; ++h)
+    product(count, {w.q + h * head, q_row, 1}, weights.up_key.at(h), w.latents + h * m.latent_rank, row);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = cache.place(number, tokens.rows[first + i], 0);
+    const Cached cached = {cache.latent + begin * m.latent_rank, cache.k_rope + begin * m.rope,
+                           tokens.positions[first + i] + 1};
+    float* latents = w.latents + i * row;
+    attend_one(z, cached, {latents, m.latent_rank, w.q + i * q_row + m.nope, head}, latents, w.memory);
+  }
+  for (int64_t h = 0; h < m.heads; ++h)
+    product(count, {w.latents + h * m.latent_rank, row, 1}, weights.up_value.at(h), w.values + h * m.value,
+            m.heads * m.value);
 }
 
-void Block::route(const Layer& layer) const {
+void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y,
+                bool add) const {
+  const int64_t width = down.K;
+  product(rows, {x, m.width, 1}, gate_up, w.gate_up, 2 * width);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* gate = w.gate_up + 2 * i * width;
+    swiglu(gate, gate + width, w.h + i * width, width);
+  }
+  product(rows, {w.h, width, 1}, down, y, m.width, add);
+}
+
+void Block::route(const Layer& layer, const LayerWeights& weights) const {
   const Choice z = choice_of(m);
-  float* weights = w.memory + z.memory();
-  int32_t* chosen = reinterpret_cast<int32_t*>(weights + m.chosen * W);
-  product(m.experts, m.width, layer.router, w.x, w.scores, lanes);
-  for_vectors(m.experts * lanes,
-              [&](int64_t i, int64_t n) { store_n(w.scores + i, sigmoid(load_n(w.scores + i, n)), n); });
-  for (int64_t i = 0; i < count; i += W) {
-    route_lanes(z, w.scores + i, lanes, layer.router_bias, weights, chosen, w.memory);
-    to_rows(weights, m.chosen, least(count - i, W), w.weights + i * m.chosen);
-    to_rows(chosen, m.chosen, least(count - i, W), w.chosen + i * m.chosen);
+  float *scores = w.memory + z.memory(), *of_lanes = scores + m.experts * W;  // [E][W]: a token in each lane
+  int32_t* chosen = reinterpret_cast<int32_t*>(of_lanes + m.chosen * W);
+  product(count, {w.x, m.width, 1}, weights.router.at(), w.scores, m.experts);
+  for (int64_t first_lane = 0; first_lane < count; first_lane += W) {
+    const int64_t lanes = least(count - first_lane, W);
+    clear(scores, m.experts * W);
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t e = 0; e < m.experts; ++e) scores[e * W + i] = w.scores[(first_lane + i) * m.experts + e];
+    for (int64_t e = 0; e < m.experts; ++e) store(scores + e * W, sigmoid(load(scores + e * W)));
+    route_lanes(z, scores, W, layer.router_bias, of_lanes, chosen, w.memory);
+    to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
+    to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);
   }
 }
 
-void Block::expert(const Layer& layer, int64_t e) const {
-  int64_t of[NR], in_group = 0;
-  float weight[NR];
+void Block::expert(const LayerWeights& weights, int64_t e) const {
+  int64_t of[TOKENS], rows = 0;
+  float weight[TOKENS];
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; k < m.chosen; ++k)
       if (w.chosen[i * m.chosen + k] == e) {
-        of[in_group] = i;
-        weight[in_group++] = w.weights[i * m.chosen + k];
+        of[rows] = i;
+        weight[rows++] = w.weights[i * m.chosen + k];
       }
-  if (in_group == 0) return;
-  const int64_t group_lanes = lanes_for(in_group), size = m.expert_width * m.width;
-  if (in_group < group_lanes) clear(w.taken, m.width * group_lanes);
-  for (int64_t d = 0; d < m.width; ++d)
-    for (int64_t g = 0; g < in_group; ++g) w.taken[d * group_lanes + g] = w.x[d * lanes + of[g]];
-  mlp(m.expert_width, layer.experts_gate_up + 2 * e * size, layer.experts_down + e * size, w.taken, w.expert_out,
-      group_lanes);
-  for (int64_t d = 0; d < m.width; ++d)
-    for (int64_t g = 0; g < in_group; ++g) w.delta[d * lanes + of[g]] += w.expert_out[d * group_lanes + g] * weight[g];
+  if (rows == 0) return;
+  for (int64_t i = 0; i < rows; ++i) copy(w.x + of[i] * m.width, w.taken + i * m.width, m.width);
+  mlp(rows, weights.experts_gate_up.at(e), weights.experts_down.at(e), w.taken, w.expert_out, false);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* out = w.expert_out + i * m.width;
+    float* to = w.stream + of[i] * m.width;
+    for_vectors(m.width,
+                [&](int64_t d, int64_t n) { store_n(to + d, load_n(to + d, n) + load_n(out + d, n) * weight[i], n); });
+  }
 }
 
-void Block::feed_forward(const Layer& layer) const {
-  if (layer.width > 0)
-    mlp(layer.width, layer.gate_up, layer.down, w.x, w.delta, lanes);
-  else
-    clear(w.delta, m.width * lanes);
+void Block::feed_forward(const Layer& layer, const LayerWeights& weights) const {
+  if (layer.width > 0) mlp(count, weights.gate_up.at(), weights.down.at(), w.x, w.stream, true);
   if (layer.router == nullptr) return;
-  route(layer);
-  for (int64_t e = 0; e < m.experts; ++e) expert(layer, e);
+  route(layer, weights);
+  for (int64_t e = 0; e < m.experts; ++e) expert(weights, e);
 }
 
-void Block::run(float* hidden) const {
-  embed();
-  look_up_turns();
+void Block::run(Packing packing, float* hidden) const {
+  const ModelWeights weights(m, packing);
+  embed(weights);
   for (int64_t number = 0; number < m.layer_count; ++number) {
     const Layer& layer = m.layers[number];
-    rms_norm_lanes(m.width, layer.input_norm, m.eps, w.stream, w.x, lanes);
-    attention(layer, number);
-    add(w.delta, w.stream, m.width * lanes);
-    rms_norm_lanes(m.width, layer.mlp_norm, m.eps, w.stream, w.x, lanes);
-    feed_forward(layer);
-    add(w.delta, w.stream, m.width * lanes);
+    const LayerWeights its(m, layer, packing);
+    norm(w.stream, m.width, m.width, layer.input_norm, m.eps, w.x);
+    attention(layer, its, number);
+    norm(w.stream, m.width, m.width, layer.mlp_norm, m.eps, w.x);
+    feed_forward(layer, its);
   }
-  rms_norm_lanes(m.width, m.norm, m.eps, w.stream, w.x, lanes);
-  if (m.head_projection != nullptr) product(m.head_width, m.width, m.head_projection, w.x, w.low, lanes);
+  norm(w.stream, m.width, m.width, m.norm, m.eps, w.x);
+  if (m.head_projection != nullptr)
+    product(count, {w.x, m.width, 1}, weights.head_projection.at(), w.low, m.head_width);
   const float* state = m.head_projection == nullptr ? w.x : w.low;
   for (int64_t i = 0; i < count; ++i)
     if (tokens.ends_row(first + i))
-      take_lane(state, lanes, i, m.head_width, hidden + tokens.rows[first + i] * m.head_width);
+      copy(state + i * m.head_width, hidden + tokens.rows[first + i] * m.head_width, m.head_width);
 }
 
 // Every thread takes whole sequences: no two work on the cache of one.
-void run_layers(const Model& m, const Cache& cache, const Tokens& tokens, float* hidden, int threads) {
+void run_layers(const Model& m, float* panels, const Cache& cache, const Tokens& tokens, float* hidden, int threads) {
   const auto next_row = [&](int64_t n) {
     while (n > 0 && n < tokens.count && !tokens.ends_row(n - 1)) ++n;
     return n;
   };
   parallel_ranges(tokens.count, threads, [&](int, int64_t begin, int64_t end) {
     begin = next_row(begin), end = next_row(end);
-    Work w(m, cache.capacity, dsfast::scratch(Work(m, cache.capacity, nullptr).size));
-    for (int64_t first = begin; first < end; first += NR) {
-      const int64_t count = least(end - first, NR);
-      Block{m, cache, tokens, w, first, count, lanes_for(count)}.run(hidden);
-    }
+    Carver size = {};
+    Work(m, cache.capacity, size);
+    Carver memory = {dsfast::scratch(size.size, dsfast::ACTIVATIONS)};
+    const Work w(m, cache.capacity, memory);
+    for (int64_t first = begin; first < end; first += TOKENS)
+      Block{m, cache, tokens, w, first, least(end - first, TOKENS)}.run({{panels}}, hidden);
   });
 }
-
-// hidden [rows][width] -> blocks of NR rows, [width][lanes] one behind the other; f(block, first row, lanes) for each.
-template <class F>
-void for_row_lanes(float* blocks, int64_t rows, int64_t width, F f) {
-  for (int64_t first = 0; first < rows; first += NR)
-    f(blocks + first * width, first, lanes_for(least(rows - first, NR)));
-}
-
-int64_t padded_rows(int64_t rows) { return (rows + NR - 1) / NR * NR; }
-
-// f(words, first word, count, block, first row, lanes): the logits [count][lanes] of WORDS words at a time for NR rows.
-template <class F>
-void for_logits(const Model& m, const float* hidden, int64_t rows, int64_t begin, int64_t end, float* memory, F f) {
-  float *logits = memory, *blocks = logits + WORDS * NR;
-  if (rows > 1) clear(blocks, padded_rows(rows) * m.head_width);
-  for_row_lanes(blocks, rows, m.head_width, [&](float* block, int64_t first, int64_t lanes) {
-    for (int64_t i = 0; i < least(rows - first, NR); ++i)
-      put_lane(hidden + (first + i) * m.head_width, m.head_width, block, lanes, i);
-  });
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t word = chunk * WORDS, count = least(m.vocabulary - word, WORDS);
-    for_row_lanes(blocks, rows, m.head_width, [&](float* block, int64_t first, int64_t lanes) {
-      product(count, m.head_width, m.head + word * m.head_width, block, logits, lanes);
-      f(logits, word, count, first, lanes);
-    });
-  }
-}
-
-int64_t logits_memory(const Model& m, int64_t rows) { return WORDS * NR + padded_rows(rows) * m.head_width; }
 
 // The largest logit of each row so far and its word.
 struct Best {
   float* value;
-  int32_t* word;
+  int64_t* word;
 };
 
-void keep_best(const float* logits, int64_t word, int64_t count, int64_t lanes, Best best) {
-  if (lanes == 1) {
-    vint better = {};  // most chunks hold no better word: W words at a time tell
-    for_vectors(count, [&](int64_t i, int64_t n) {
-      better |= ~(load_n(logits + i, n) <= best.value[0]) & (splat(best.value[0]) == splat(best.value[0]));
-    });
-    const bool found = any(better);
-    for (int64_t i = 0; found && i < count; ++i)
-      if (larger(logits[i], best.value[0])) {
-        best.value[0] = logits[i];
-        best.word[0] = int32_t(word + i);
+// Most chunks hold no better word, and in one that does most vectors do not.
+void keep_best(const float* logits, int64_t word, int64_t count, float& value, int64_t& at) {
+  const auto better = [&](int64_t i, int64_t n) { return ~(load_n(logits + i, n) <= value); };
+  vint found = {};
+  for_vectors(count, [&](int64_t i, int64_t n) { found |= better(i, n); });
+  if (!any(found) || value != value) return;
+  for_vectors(count, [&](int64_t i, int64_t n) {
+    if (!any(better(i, n))) return;
+    for (int64_t j = i; j < i + n; ++j)
+      if (larger(logits[j], value)) {
+        value = logits[j];
+        at = word + j;
       }
-    return;
-  }
-  for (int64_t lane = 0; lane < lanes; lane += W) {
-    vfloat high = load(best.value + lane);
-    vint at;
-    for (int i = 0; i < W; ++i) at[i] = best.word[lane + i];
-    for (int64_t i = 0; i < count; ++i) {
-      const vfloat value = load(logits + i * lanes + lane);
-      const vint better = ~(value <= high) & (high == high);  // `larger`
-      high = better ? value : high;
-      at = better ? vint{} + int32_t(word + i) : at;
-    }
-    store(best.value + lane, high);
-    for (int i = 0; i < W; ++i) best.word[lane + i] = at[i];
-  }
+  });
 }
 
 // chosen [rows]: the word of the largest logit, the lowest of equals; NaN counts as the largest.
-void choose_greedily(const Model& m, const float* hidden, int64_t rows, int64_t* chosen, int threads) {
+void choose_greedily(const Model& m, const Packed<float>& head, const float* hidden, int64_t rows, int64_t* chosen,
+                     int threads) {
   Best found[MAX_THREADS] = {};
-  const int64_t padded = padded_rows(rows);
   parallel_ranges((m.vocabulary + WORDS - 1) / WORDS, threads, [&](int thread, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(2 * padded + logits_memory(m, rows));
-    const Best best = found[thread] = {memory, reinterpret_cast<int32_t*>(memory + padded)};
-    for (int64_t i = 0; i < padded; ++i) {
-      best.value[i] = -INFINITY;
-      best.word[i] = int32_t(begin * WORDS);
+    Carver memory = {dsfast::scratch(TOKENS * WORDS + 3 * rows + 4 * LINE, dsfast::ACTIVATIONS)};
+    float* logits = memory.floats(TOKENS * WORDS);
+    const Best best = found[thread] = {memory.floats(rows), memory.of<int64_t>(rows)};
+    for (int64_t row = 0; row < rows; ++row) {
+      best.value[row] = -INFINITY;
+      best.word[row] = begin * WORDS;
     }
-    for_logits(m, hidden, rows, begin, end, memory + 2 * padded,
-               [&](const float* logits, int64_t word, int64_t count, int64_t first, int64_t lanes) {
-                 keep_best(logits, word, count, lanes, {best.value + first, best.word + first});
-               });
+    for (int64_t word = begin * WORDS; word < least(end * WORDS, m.vocabulary); word += WORDS) {
+      Packed<float> words = head.columns_from(word);
+      words.N = least(words.N, WORDS);
+      for (int64_t first = 0; first < rows; first += TOKENS) {
+        const int64_t some = least(rows - first, TOKENS);
+        product(some, {hidden + first * m.head_width, m.head_width, 1}, words, logits, WORDS);
+        for (int64_t i = 0; i < some; ++i)
+          keep_best(logits + i * WORDS, word, words.N, best.value[first + i], best.word[first + i]);
+      }
+    }
   });
   for (int64_t row = 0; row < rows; ++row) {
     chosen[row] = found[0].word[row];
@@ -329,13 +357,12 @@ void choose_greedily(const Model& m, const float* hidden, int64_t rows, int64_t*
 }
 
 // logits [rows][V]
-void write_logits(const Model& m, const float* hidden, int64_t rows, float* out, int threads) {
-  parallel_ranges((m.vocabulary + WORDS - 1) / WORDS, threads, [&](int, int64_t begin, int64_t end) {
-    for_logits(m, hidden, rows, begin, end, dsfast::scratch(logits_memory(m, rows)),
-               [&](const float* logits, int64_t word, int64_t count, int64_t first, int64_t lanes) {
-                 for (int64_t i = 0; i < least(rows - first, lanes); ++i)
-                   take_lane(logits, lanes, i, count, out + (first + i) * m.vocabulary + word);
-               });
+void write_logits(const Model& m, const Packed<float>& head, const float* hidden, int64_t rows, float* out,
+                  int threads) {
+  parallel_ranges((m.vocabulary + NR - 1) / NR, threads, [&](int, int64_t begin, int64_t end) {
+    Packed<float> words = head.columns_from(begin * NR);
+    words.N = least(words.N, (end - begin) * NR);
+    product(rows, {hidden, m.head_width, 1}, words, out + begin * NR, m.vocabulary);
   });
 }
 
@@ -358,16 +385,31 @@ int64_t sample(const float* logits, int64_t V, double temperature, double unifor
 
 }  // namespace
 
-int64_t decode_step(const Model* model, float* latent, float* k_rope, int64_t rows, int64_t capacity,
+int64_t decode_panels(const Model* model, float* memory, int threads) {
+  const auto go_through = [&](Packing packing) {
+    ModelWeights(*model, packing);
+    for (int64_t i = 0; i < model->layer_count; ++i) LayerWeights(*model, model->layers[i], packing);
+    return packing.memory.size;
+  };
+  if (memory != nullptr)
+    parallel_ranges(threads, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t share = begin; share < end; ++share) go_through({{memory}, share, threads});
+    });
+  return go_through({});
+}
+
+int64_t decode_step(const Model* model, float* panels, float* latent, float* k_rope, int64_t rows, int64_t capacity,
                     const int64_t* ids, const int64_t* token_rows, const int64_t* positions, int64_t N, float* hidden,
                     float* logits, const double* uniforms, double temperature, int64_t* chosen, int threads) {
   const Model& m = *model;
-  run_layers(m, {latent, k_rope, rows, capacity}, {ids, token_rows, positions, N}, hidden, threads);
+  Packing packing = {{panels}};
+  const Packed<float> head = ModelWeights(m, packing).head.at();
+  run_layers(m, panels, {latent, k_rope, rows, capacity}, {ids, token_rows, positions, N}, hidden, threads);
   if (uniforms == nullptr) {
-    choose_greedily(m, hidden, rows, chosen, threads);
+    choose_greedily(m, head, hidden, rows, chosen, threads);
     return 0;
   }
-  write_logits(m, hidden, rows, logits, threads);
+  write_logits(m, head, hidden, rows, logits, threads);
   parallel_ranges(rows, threads, [&](int, int64_t begin, int64_t end) {
     float* memory = dsfast::scratch(m.vocabulary);
     for (int64_t row = begin; row < end; ++row)

@@ -10,10 +10,6 @@ namespace {
 
 constexpr int64_t TOKENS = 8 * MR;  // tokens worked on at a time
 
-void copy(const float* from, float* to, int64_t count) {
-  for_vectors(count, [&](int64_t i, int64_t n) { store_n(to + i, load_n(from + i, n), n); });
-}
-
 // The table rows of tokens first .. first + rows.
 void take(const int64_t* ids, const float* table, int64_t table_row, int64_t rows, int64_t R, float* taken) {
   for (int64_t i = 0; i < rows; ++i) copy(table + ids[i] * table_row, taken + i * R, R);

@@ -21,24 +21,24 @@ constexpr int MR = 6;  // 12 of 16
 #endif
 constexpr int NR = 2 * W;
 
-// The sums of a tile, in registers; `panel`: from the second to the third vector's panel of B. The loops over them are
+// The sums of a tile, in registers; `panel`: from one panel of B, two vectors, to the next. The loops over them are
 // unrolled by order: GCC else takes them to memory where the caller goes on with them.
 template <int ROWS, int VECTORS, class Term>
 DSFAST_INLINE void tile_sums(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, int64_t panel,
                              vfloat (&sums)[ROWS][VECTORS]) {
 #pragma GCC unroll 24
   for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = vfloat{};
   const Term* ak = a.data;
   for (int64_t k = 0; k < K; ++k, ak += a.column, b += ldb) {
     decltype(load(b)) bk[VECTORS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) bk[j] = load(b + j / 2 * panel + j % 2 * W);
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; ++i) {
       const auto x = splat(ak[i * a.row]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) sums[i][j] = multiply_add(x, bk[j], sums[i][j]);
     }
   }
@@ -49,7 +49,9 @@ DSFAST_INLINE void tile(int64_t K, Terms<Term> a, const Term* b, int64_t ldb, fl
                         int64_t panel = NR) {
   vfloat sums[ROWS][VECTORS];
   tile_sums(K, a, b, ldb, panel, sums);
+#pragma GCC unroll 24
   for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
       float* out = c + i * ldc + j * W;
       store(out, accumulate ? load(out) + sums[i][j] : sums[i][j]);

@@ -4,6 +4,11 @@
 #include "parallel.h"
 
 namespace DSFAST_ISA {
+namespace {
+
+constexpr int64_t SEQUENCES = 32;  // whose queries meet a head's weights at a time
+
+}  // namespace
 
 int64_t mla_decode(const float* q_nope, int64_t qn_row, int64_t qn_head, const float* q_rope, int64_t qr_row,
                    int64_t qr_head, const float* latent, int64_t latent_row, int64_t latent_token, const float* k_rope,
@@ -15,28 +20,32 @@ int64_t mla_decode(const float* q_nope, int64_t qn_row, int64_t qn_head, const f
     longest = lengths[b] > longest ? lengths[b] : longest;
   }
   if (bad != 0) return bad;
-  const LatentAttention z = {H, R, Dn, Dr, Dv, latent_token, rope_token, scale};
-  const int64_t q_width = H * (Dn + Dr);
-  parallel_ranges(B, threads, [&](int, int64_t begin, int64_t end) {
-    float* q = dsfast::scratch((q_width + H * Dv) * NR + z.memory(longest));
-    float *values = q + q_width * NR, *memory = values + H * Dv * NR;
-    for (int64_t first = begin; first < end; first += NR) {
-      const int64_t rows = least(end - first, NR), lanes = lanes_for(rows);
-      if (rows < lanes) clear(q, q_width * lanes);
-      Cached cached[NR];
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t b = first + i;
-        cached[i] = {latent + b * latent_row, k_rope + b * rope_row, lengths[b]};
-        for (int64_t h = 0; h < H; ++h) {
-          float* head = q + h * (Dn + Dr) * lanes;
-          put_lane(q_nope + b * qn_row + h * qn_head, Dn, head, lanes, i);
-          put_lane(q_rope + b * qr_row + h * qr_head, Dr, head + Dn * lanes, lanes, i);
-        }
-      }
-      attend_block(z, q, up, cached, rows, lanes, values, memory);
-      for (int64_t i = 0; i < rows; ++i) take_lane(values, lanes, i, H * Dv, o + (first + i) * H * Dv);
+  const auto some = [&](int64_t first, int64_t rows, int64_t head, int64_t heads) {
+    const LatentAttention z = {heads, R, Dr, latent_token, rope_token, scale};
+    float* mixed = dsfast::scratch(rows * heads * R + z.memory(longest));  // first the queries
+    for (int64_t h = 0; h < heads; ++h)
+      gemm(rows, R, Dn, {q_nope + first * qn_row + (head + h) * qn_head, qn_row, 1},
+           {up + (head + h) * (Dn + Dv) * R, R, 1}, mixed + h * R, heads * R);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t b = first + i;
+      float* here = mixed + i * heads * R;
+      attend_one(z, {latent + b * latent_row, k_rope + b * rope_row, lengths[b]},
+                 {here, R, q_rope + b * qr_row + head * qr_head, qr_head}, here, mixed + rows * heads * R);
     }
-  });
+    for (int64_t h = 0; h < heads; ++h)
+      gemm(rows, Dv, R, {mixed + h * R, heads * R, 1}, {up + ((head + h) * (Dn + Dv) + Dn) * R, 1, R},
+           o + (first * H + head + h) * Dv, H * Dv);
+  };
+  // What is larger, cache or weights, is read by one thread alone.
+  if (H * (Dn + Dv) > B * C)
+    parallel_ranges(H, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t first = 0; first < B; first += SEQUENCES)
+        some(first, least(B - first, SEQUENCES), begin, end - begin);
+    });
+  else
+    parallel_ranges(B, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += SEQUENCES) some(first, least(end - first, SEQUENCES), 0, H);
+    });
   return 0;
 }
 

@@ -28,6 +28,14 @@ DSFAST_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligne
 DSFAST_INLINE vfloat splat(float x) {
   return x - vfloat{};
 }  // not 0 + x: that turns -0 into 0, so it stays an addition
+// The same four floats in every four lanes.
+#if defined(__AVX512F__)
+DSFAST_INLINE vfloat repeat_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+#elif defined(__AVX2__)
+DSFAST_INLINE vfloat repeat_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+#else
+DSFAST_INLINE vfloat repeat_four(const float* p) { return load(p); }
+#endif
 // Where one operand is NaN the result is the second operand. `a > b ? a : b` says the same, but GCC makes two
 // instructions of it.
 #if defined(__AVX512F__)
@@ -41,11 +49,17 @@ DSFAST_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 DSFAST_INLINE vfloat minimum(vfloat a, vfloat b) { return a < b ? a : b; }
 #endif
 // Whether a comparison holds in any lane.
+#if defined(__AVX512F__)
+DSFAST_INLINE bool any(vint holds) { return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0; }
+#elif defined(__AVX2__)
+DSFAST_INLINE bool any(vint holds) { return _mm256_testz_si256((__m256i)holds, (__m256i)holds) == 0; }
+#else
 DSFAST_INLINE bool any(vint holds) {
   int32_t found = 0;
   for (int i = 0; i < W; ++i) found |= holds[i];
   return found != 0;
 }
+#endif
 
 // The first `count` (< W) floats; the other lanes are zero.
 #if defined(__AVX512F__)
@@ -145,6 +159,10 @@ DSFAST_INLINE void swiglu(const float* gate, const float* up, float* y, int64_t 
 
 DSFAST_INLINE void clear(float* x, int64_t size) {
   for_vectors(size, [&](int64_t i, int64_t n) { store_n(x + i, vfloat{}, n); });
+}
+
+DSFAST_INLINE void copy(const float* x, float* to, int64_t size) {
+  for_vectors(size, [&](int64_t i, int64_t n) { store_n(to + i, load_n(x + i, n), n); });
 }
 
 // to += x

@@ -136,6 +136,29 @@ def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_with_any_threads(
         torch.set_num_threads(before)
 
 
+def test_a_sequence_gives_the_same_bits_beside_any_number_of_others():
+    """Rows are taken 1 .. MR at a time, 48 tokens together, words 128 at a time: one below and above all of them."""
+    needs_native()
+    model = random_model(vocab_size=389, num_attention_heads=9, embedding_rank=8)
+    ids = random_ids(model, 99, 4)
+    expected = forced_logits(model, ids, [2] * 99, 2)
+    for batch in (*range(1, 15), 23, 24, 25, 47, 48, 49, 95, 96, 97):
+        assert torch.equal(forced_logits(model, ids[:batch], [2] * batch, 2), expected[:, :batch])
+
+
+def test_weights_are_packed_alike_by_any_number_of_threads():
+    needs_native()
+    model, before = random_model(vocab_size=389, embedding_rank=8), torch.get_num_threads()
+    ids = random_ids(model, 3, 6)
+    expected = forced_logits(model, ids, [2] * 3, 2)
+    try:
+        for threads in (1, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(forced_logits(model, ids, [2] * 3, 2), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_more_threads_than_sequences():
     needs_native()
     model, before = random_model(), torch.get_num_threads()

@@ -88,18 +88,15 @@ def _own_decoder(model: DeepseekV3) -> Callable[..., Decoder]:
 
 def _collect(decoder: Decoder, prompts: Prompts, room: list[int], eos_id: int | None) -> list[list[int]]:
     """Each row's new tokens, until it ends with `eos_id` or has `room[row]` of them."""
-    new: list[list[int]] = [[] for _ in room]
-    running = set(range(len(room)))
-    chosen = decoder.start(prompts)
+    steps = [decoder.start(prompts)]
+    ends = list(room)
     while True:
-        for row, token in enumerate(chosen):
-            if row in running and token != eos_id:
-                new[row].append(token)
-            if token == eos_id or len(new[row]) == room[row]:
-                running.discard(row)
-        if not running:
-            return new
-        chosen = decoder.step()
+        if eos_id in steps[-1]:
+            ended = len(steps) - 1
+            ends = [min(end, ended) if token == eos_id else end for end, token in zip(ends, steps[-1], strict=True)]
+        if len(steps) >= max(ends):
+            return [list(row[:end]) for row, end in zip(zip(*steps, strict=True), ends, strict=True)]
+        steps.append(decoder.step())
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:

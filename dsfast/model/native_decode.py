@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Generator, Tensor
 
@@ -26,19 +29,40 @@ class NativeDecoder:
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator):
         self._model, self._description = model, NativeModel(model)
         self._cache = LatentCache(model.config, batch, capacity, torch.device("cpu"), torch.float32)
-        self._places = (self._cache.latent.data_ptr(), self._cache.k_rope.data_ptr(), batch, capacity)
         self._hidden, self._last_place = torch.empty(batch, self._description.head_width), capacity - 1
         self._temperature, self._generator = temperature, generator
         self.logits = torch.empty(batch if temperature > 0 else 0, model.config.vocab_size)
         self.chosen = torch.empty(batch, dtype=torch.int64)
+        self._uniforms = torch.empty(batch if temperature > 0 else 0, dtype=torch.float64)
         self._rows, self._lengths = torch.arange(batch), torch.empty(batch, dtype=torch.int64)
-        self._decode_step = native.module().decode_step
+        self._longest = 0
+        self._panels = self._packed()
+        self._step = self._call(self.chosen, self._rows, self._lengths)
+
+    def _packed(self) -> Tensor:
+        """The weights once more, as a step reads them."""
+        pack, model = native.module().decode_panels, self._description.address
+        panels = torch.empty(pack(model, 0, 1))
+        pack(model, panels.data_ptr(), torch.get_num_threads())
+        return panels
+
+    def _call(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Callable[[], int]:
+        """The C++ step for these tokens, whose tensors must stay."""
+        samples = self._temperature > 0
+        return partial(
+            native.module().decode_step, self._description.address, self._panels.data_ptr(),
+            self._cache.latent.data_ptr(), self._cache.k_rope.data_ptr(), len(self.chosen), self._cache.capacity,
+            ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids), self._hidden.data_ptr(),
+            self.logits.data_ptr() if samples else 0, self._uniforms.data_ptr() if samples else 0, self._temperature,
+            self.chosen.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
 
     def start(self, prompts: Prompts) -> list[int]:
         self._lengths.copy_(prompts.lengths)
-        if bool((prompts.lengths > LONG_PROMPT).any()):
+        self._longest = int(prompts.lengths.max())
+        if self._longest > LONG_PROMPT:
             prompts = self._fill_long(prompts)
-        return self._run(prompts.ids, prompts.rows, prompts.positions)
+        return self._run(self._call(prompts.ids, prompts.rows, prompts.positions))
 
     def _fill_long(self, prompts: Prompts) -> Prompts:
         """Long prompts but for their last token, by operators; what remains."""
@@ -53,20 +77,16 @@ class NativeDecoder:
         return Prompts(*remaining, prompts.lengths)
 
     def step(self) -> list[int]:
-        positions = self._lengths.clamp_(max=self._last_place)
-        chosen = self._run(self.chosen, self._rows, positions)
+        if self._longest > self._last_place:
+            self._lengths.clamp_(max=self._last_place)
+        chosen = self._run(self._step)
         self._lengths += 1
+        self._longest += 1
         return chosen
 
-    def _run(self, ids: Tensor, rows: Tensor, positions: Tensor) -> list[int]:
-        logits = uniforms = 0
+    def _run(self, call: Callable[[], int]) -> list[int]:
         if self._temperature > 0:
-            drawn = torch.rand(len(self.chosen), dtype=torch.float64, generator=self._generator)
-            logits, uniforms = self.logits.data_ptr(), drawn.data_ptr()
-        not_finite = self._decode_step(
-            self._description.address, *self._places, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), len(ids),
-            self._hidden.data_ptr(), logits, uniforms, self._temperature, self.chosen.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        if not_finite:
+            torch.rand(len(self._uniforms), dtype=torch.float64, generator=self._generator, out=self._uniforms)
+        if call():
             raise UserError(NOT_FINITE)
         return self.chosen.tolist()

@@ -78,7 +78,9 @@ class NativeModel:
         """`struct` with its fields set: numbers as they are, tensors as addresses, None as null."""
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                value = self._of(value).detach().contiguous()
+                value = self._of(value)
+                if not value.is_contiguous():
+                    value = value.detach().contiguous()
                 self._kept.append(value)
             setattr(struct, name, value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value)
         return struct
