@@ -1,7 +1,5 @@
 #include "scratch.h"
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <new>
 
@@ -21,10 +19,8 @@ float* scratch(int64_t count, ScratchSlot slot) {
   Buffer& buffer = buffers[slot];
   if (count > buffer.capacity) {
     std::free(buffer.data);
-    const size_t need = static_cast<size_t>(count) * sizeof(float), page = need >= (1u << 20) ? 1u << 21 : 64;
-    const size_t bytes = (need + page - 1) / page * page;
-    buffer.data = static_cast<float*>(std::aligned_alloc(page, bytes));
-    if (page > 64 && buffer.data != nullptr) madvise(buffer.data, bytes, MADV_HUGEPAGE);
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
     if (buffer.data == nullptr) throw std::bad_alloc();
     buffer.capacity = count;
   }
