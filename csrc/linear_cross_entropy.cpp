@@ -223,7 +223,7 @@ void HeadWeight::fill(int64_t begin, int64_t end) const {
   for (int64_t v = begin * chunk(); v < end * chunk(); v += chunk()) {
     const Matrix words = {numbers + v * R, R, 1};
     const int64_t count = least(V - v, chunk());
-    packed_a(count, R, words, const_cast<BuildTerm*>(rows(v).data));
+    if (terms != nullptr) packed_a(count, R, words, terms + v * terms_of<BuildTerm>(R));
     if (packed != nullptr) pack_b(R, count, words, packed + v / chunk() * packed_size<BuildTerm>(R, chunk()));
   }
 }
