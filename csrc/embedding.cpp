@@ -47,7 +47,7 @@ void embedding_rows(const int64_t* ids, const float* table, int64_t table_row, c
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t rows = least(N - n, TOKENS);
     take(ids + n, table, table_row, rows, R, memory);
-    gemm(rows, Matrix{memory, R, 1}, projection.backward(), y + n * D, D);
+    projection.backward(rows, {memory, R, 1}, y + n * D, D);
   }
 }
 
@@ -59,7 +59,7 @@ void embedding_rows_backward(const float* dy, int64_t dy_row, const int64_t* ids
     const float* g = dy + n * dy_row;
     take(ids + n, table, table_row, rows, R, memory);
     gemm(R, D, rows, {memory, 1, R}, {g, dy_row, 1}, dprojection, D, true);
-    gemm(rows, Matrix{g, dy_row, 1}, projection.forward(), taken_grad + n * R, R);
+    projection.forward(rows, Matrix{g, dy_row, 1}, taken_grad + n * R, R);
   }
 }
 

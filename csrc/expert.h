@@ -17,7 +17,7 @@ struct Expert {
   int64_t gradient_size() const { return 3 * I * D; }
 };
 
-// The weights [E, 2I, D] and [E, D, I] of E experts, packed for one pass.
+// The weights [E, 2I, D] and [E, D, I] of E experts, for one pass.
 struct MlpWeights {
   BuildWeight gate_up, down;
   MlpWeights(Carver& c, const Expert& z, int64_t E, const float* gate_up, const float* down, bool backward)
@@ -31,27 +31,26 @@ inline MlpWeights packed_mlp(const Expert& z, int64_t E, const float* gate_up, c
   MlpWeights(count, z, E, gate_up, down, backward);
   Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
   const MlpWeights w(carver, z, E, gate_up, down, backward);
-  w.gate_up.fill_all(threads);
-  w.down.fill_all(threads);
+  w.gate_up.fill(threads);
+  w.down.fill(threads);
   return w;
 }
 
-// gate_up [D, 2I] and down [I, D] of the forward pass; gu [rows, 2I] keeps what the backward pass needs. y is added to
-// if `add`.
-inline void expert_forward(const Expert& z, int64_t rows, Matrix x, const PackedB& gate_up, const PackedB& down,
-                           float* gu, float* y, float* memory, bool add = false) {
-  gemm(rows, x, gate_up, gu, 2 * z.I);
+// Expert e. gu [rows, 2I] keeps what the backward pass needs. y is added to if `add`.
+inline void expert_forward(const Expert& z, int64_t rows, Matrix x, const BuildWeight& gate_up, const BuildWeight& down,
+                           int64_t e, float* gu, float* y, float* memory, bool add = false) {
+  gate_up.forward(rows, x, gu, 2 * z.I, false, e);
   for (int64_t n = 0; n < rows; ++n) swiglu(gu + n * 2 * z.I, gu + n * 2 * z.I + z.I, memory + n * z.I, z.I);
-  gemm(rows, Matrix{memory, z.I, 1}, down, y, z.D, add);
+  down.forward(rows, Matrix{memory, z.I, 1}, y, z.D, add, e);
 }
 
-// gate_up [2I, D] and down [D, I] of the backward pass. dx is written, or added to if `add`; dgate_up [2I, D] and ddown
-// [D, I] are added to. The output was scaled by weights[n] (null: by 1), whose gradient goes to dweights.
-inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, const PackedB& gate_up,
-                            const PackedB& down, const float* gu, const float* weights, float* dweights, float* dx,
-                            float* dgate_up, float* ddown, float* memory, bool add = false) {
+// Expert e. dx is written, or added to if `add`; dgate_up [2I, D] and ddown [D, I] are added to. The output was scaled
+// by weights[n] (null: by 1), whose gradient goes to dweights.
+inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, const BuildWeight& gate_up,
+                            const BuildWeight& down, int64_t e, const float* gu, const float* weights, float* dweights,
+                            float* dx, float* dgate_up, float* ddown, float* memory, bool add = false) {
   float *dh = memory, *h = dh + z.block() * z.I, *dgu = h + z.block() * z.I;
-  gemm(rows, dy, down, dh, z.I);
+  down.backward(rows, dy, dh, z.I, false, e);
   for (int64_t n = 0; n < rows; ++n) {
     const float weight = weights == nullptr ? 1.0f : weights[n];
     vfloat dweight = {};
@@ -65,7 +64,7 @@ inline void expert_backward(const Expert& z, int64_t rows, Matrix dy, Matrix x, 
     });
     if (dweights != nullptr) dweights[n] = sum(dweight);
   }
-  gemm(rows, Matrix{dgu, 2 * z.I, 1}, gate_up, dx, z.D, add);
+  gate_up.backward(rows, {dgu, 2 * z.I, 1}, dx, z.D, add, e);
   gemm(2 * z.I, z.D, rows, {dgu, 1, 2 * z.I}, x, dgate_up, z.D, true);
   gemm(z.D, z.I, rows, {dy.data, 1, dy.row}, {h, z.I, 1}, ddown, z.I, true);
 }

@@ -10,10 +10,13 @@ namespace DSFAST_ISA {
 // the first-level cache, and a product that goes down a column throws out what it has just read.
 DSFAST_INLINE int64_t padded(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
 
-// `copies` weights [O, D], one after the other, packed as the second factors of a forward and of a backward pass.
+// `copies` weights [O, D], one after the other. Small ones are packed beforehand as the second factors of a forward and
+// of a backward pass; of others each product packs a part at a time.
 template <class Term>
 class Weight {
  public:
+  static constexpr int64_t SMALL = 1 << 18;
+
   const float* numbers = nullptr;
   int64_t copies = 0, O = 0, D = 0;
 
@@ -22,30 +25,44 @@ class Weight {
   Weight(Carver& c, const float* numbers, int64_t copies, int64_t O, int64_t D, bool forward = true,
          bool backward = true)
       : numbers(numbers), copies(numbers == nullptr ? 0 : copies), O(O), D(D) {
+    if (O * D > SMALL) return;
     if (forward) across = c.of<Term>(this->copies * packed_size<Term>(O, D));
     if (backward) along = c.of<Term>(this->copies * packed_size<Term>(D, O));
   }
-  void fill(int64_t copy) const {
-    const float* w = numbers + copy * O * D;
-    if (across != nullptr) pack_b(O, D, {w, 1, D}, across + copy * packed_size<Term>(O, D));
-    if (along != nullptr) pack_b(D, O, {w, D, 1}, along + copy * packed_size<Term>(D, O));
-  }
-  void fill_all(int threads) const {
+  void fill(int threads) const {
     parallel_ranges(copies, threads, [&](int, int64_t begin, int64_t end) {
-      for (int64_t copy = begin; copy < end; ++copy) fill(copy);
+      for (int64_t copy = begin; copy < end; ++copy) {
+        if (across != nullptr) pack_b(O, D, transposed(copy), across + copy * packed_size<Term>(O, D));
+        if (along != nullptr) pack_b(D, O, plain(copy), along + copy * packed_size<Term>(D, O));
+      }
     });
   }
 
-  // w^T [D, O], for y = x w^T, and w [O, D], for dx = dy w.
-  Packed<Term> forward(int64_t copy = 0) const {
-    return {across + copy * packed_size<Term>(O, D), O, D, panel_size<Term>(D)};
+  // y [N, O] = x w^T, or added to it; x as numbers or terms.
+  template <class X>
+  void forward(int64_t N, X x, float* y, int64_t y_row, bool add = false, int64_t copy = 0) const {
+    product(N, O, D, x, across, transposed(copy), y, y_row, add, copy);
   }
-  Packed<Term> backward(int64_t copy = 0) const {
-    return {along + copy * packed_size<Term>(D, O), D, O, panel_size<Term>(O)};
+  // dx [N, D] = dy w, or added to it.
+  void backward(int64_t N, Matrix dy, float* dx, int64_t dx_row, bool add = false, int64_t copy = 0) const {
+    product(N, D, O, dy, along, plain(copy), dx, dx_row, add, copy);
   }
 
  private:
   Term *across = nullptr, *along = nullptr;
+
+  Matrix plain(int64_t copy) const { return {numbers + copy * O * D, D, 1}; }
+  Matrix transposed(int64_t copy) const { return {numbers + copy * O * D, 1, D}; }
+  template <class X>
+  static void product(int64_t M, int64_t N, int64_t K, X x, const Term* packed, Matrix w, float* y, int64_t y_row,
+                      bool add, int64_t copy) {
+    if (packed != nullptr)
+      gemm(M, x, Packed<Term>{packed + copy * packed_size<Term>(N, K), N, K, panel_size<Term>(K)}, y, y_row, add);
+    else if constexpr (PER_TERM<Term> == 1)
+      gemm_float32(M, N, K, x, w, y, y_row, add);
+    else
+      gemm_packed<Term>(M, N, K, x, w, y, y_row, add);
+  }
 };
 using BuildWeight = Weight<BuildTerm>;
 
@@ -55,7 +72,7 @@ inline BuildWeight packed_weight(const float* numbers, int64_t O, int64_t D, boo
   BuildWeight(count, numbers, 1, O, D, forward, !forward);
   Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
   const BuildWeight w(carver, numbers, 1, O, D, forward, !forward);
-  w.fill_all(1);
+  w.fill(1);
   return w;
 }
 
@@ -63,7 +80,7 @@ inline BuildWeight packed_weight(const float* numbers, int64_t O, int64_t D, boo
 template <class Term>
 DSFAST_INLINE void linear_backward(int64_t N, const Weight<Term>& w, Matrix dy, const Packed<Term>& x, float* dx,
                                    int64_t dx_row, float* dw, bool add = false) {
-  gemm(N, dy, w.backward(), dx, dx_row, add);
+  w.backward(N, dy, dx, dx_row, add);
   gemm(w.O, Matrix{dy.data, 1, dy.row}, x, dw, w.D, true);
 }
 

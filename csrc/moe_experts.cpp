@@ -76,7 +76,7 @@ void experts_forward(const Experts& z, const float* x, int64_t x_row, const floa
   float *in = memory + z.each.forward_memory(), *out = in + z.each.block() * D;
   for_blocks(z, offsets, begin, end, [&](int64_t e, int64_t first, int64_t rows) {
     gather(x, x_row, order + first, rows, z.K, D, in);
-    expert_forward(z.each, rows, {in, D, 1}, gate_up.forward(e), down.forward(e), gu + first * 2 * I, out, memory);
+    expert_forward(z.each, rows, {in, D, 1}, gate_up, down, e, gu + first * 2 * I, out, memory);
     scatter(out, order + first, rows, D, weights, slots);
   });
 }
@@ -93,8 +93,8 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
     gather(dy, dy_row, order + first, rows, z.K, D, grad_in);
     gather(x, x_row, order + first, rows, z.K, D, in);
     for (int64_t i = 0; i < rows; ++i) w[i] = weights[order[first + i]];
-    expert_backward(z.each, rows, {grad_in, D, 1}, {in, D, 1}, gate_up.backward(e), down.backward(e),
-                    gu + first * 2 * I, w, dw, out, dgate_up + e * 2 * I * D, ddown + e * D * I, memory);
+    expert_backward(z.each, rows, {grad_in, D, 1}, {in, D, 1}, gate_up, down, e, gu + first * 2 * I, w, dw, out,
+                    dgate_up + e * 2 * I * D, ddown + e * D * I, memory);
     for (int64_t i = 0; i < rows; ++i) dweights[order[first + i]] = dw[i];
     scatter(out, order + first, rows, D, nullptr, slots);
   });

@@ -98,7 +98,7 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
 // out[n] = sum of the K slots of token n, in the order of the choices
 void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t D, int threads);
 
-// The head's weight [V, R], and what its products read of it, a chunk of words after the other.
+// The head's weight [V, R]; of a narrow one also what its products read, a chunk of words after the other.
 class HeadWeight {
  public:
   // Words at a time: so few that their exponentials, weights, hidden and its gradient fit the first-level cache; where
@@ -110,26 +110,28 @@ class HeadWeight {
 
   // To be filled; with_grads: as a second factor, too.
   HeadWeight(const float* numbers, int64_t V, int64_t R, bool with_grads, Carver& c) : numbers(numbers), V(V), R(R) {
+    if (!narrow()) return;
     if (PER_TERM<BuildTerm> > 1) terms = c.of<BuildTerm>(V * terms_of<BuildTerm>(R));
-    if (with_grads) packed = c.of<BuildTerm>(chunks() * packed_size<BuildTerm>(R, chunk()));
+    if (with_grads) packed = c.of<BuildTerm>(chunks() * packed_size<BuildTerm>(R, NARROW));
   }
+  void fill(int threads) const;
   // Whether a logit's sum is short enough to stay in a register.
   bool narrow() const { return R <= KC; }
   int64_t chunk() const { return narrow() ? NARROW : WIDE; }
   int64_t chunks() const { return (V + chunk() - 1) / chunk(); }
-  void fill(int64_t begin, int64_t end) const;  // chunks
 
-  // The words from v on, as rows of a first factor.
+  // The words from v on.
+  Matrix words(int64_t v) const { return {numbers + v * R, R, 1}; }
+  // The same of a narrow weight as a first factor, and of the chunk that begins with word v as a second one.
   Terms<BuildTerm> rows(int64_t v) const { return rows_of(v, BuildTerm()); }
-  // Of the chunk that begins with word v, as a second factor [words, R].
   PackedB columns(int64_t v) const {
-    const int64_t words = least(V - v, chunk());
-    return {packed + v / chunk() * packed_size<BuildTerm>(R, chunk()), R, words, panel_size<BuildTerm>(words)};
+    const int64_t count = least(V - v, NARROW);
+    return {packed + v / NARROW * packed_size<BuildTerm>(R, NARROW), R, count, panel_size<BuildTerm>(count)};
   }
 
  private:
   BuildTerm *terms = nullptr, *packed = nullptr;
-  Matrix rows_of(int64_t v, float) const { return {numbers + v * R, R, 1}; }
+  Matrix rows_of(int64_t v, float) const { return words(v); }
   Terms<Pair> rows_of(int64_t v, Pair) const {
     const int64_t row = terms_of<Pair>(R);
     return {reinterpret_cast<const Pair*>(terms) + v * row, row, 1};

@@ -7,17 +7,16 @@ namespace DSFAST_ISA {
 void swiglu_rows(const Expert& z, const float* x, int64_t x_row, const BuildWeight& gate_up, const BuildWeight& down,
                  float* y, float* gu, float* memory, int64_t N, bool add) {
   for (int64_t n = 0; n < N; n += z.block())
-    expert_forward(z, least(N - n, z.block()), {x + n * x_row, x_row, 1}, gate_up.forward(), down.forward(),
-                   gu + n * 2 * z.I, y + n * z.D, memory, add);
+    expert_forward(z, least(N - n, z.block()), {x + n * x_row, x_row, 1}, gate_up, down, 0, gu + n * 2 * z.I,
+                   y + n * z.D, memory, add);
 }
 
 void swiglu_rows_backward(const Expert& z, const float* dy, int64_t dy_row, const float* x, int64_t x_row,
                           const BuildWeight& gate_up, const BuildWeight& down, const float* gu, float* dx,
                           float* dgate_up, float* ddown, float* memory, int64_t N, bool add) {
   for (int64_t n = 0; n < N; n += z.block())
-    expert_backward(z, least(N - n, z.block()), {dy + n * dy_row, dy_row, 1}, {x + n * x_row, x_row, 1},
-                    gate_up.backward(), down.backward(), gu + n * 2 * z.I, nullptr, nullptr, dx + n * z.D, dgate_up,
-                    ddown, memory, add);
+    expert_backward(z, least(N - n, z.block()), {dy + n * dy_row, dy_row, 1}, {x + n * x_row, x_row, 1}, gate_up, down,
+                    0, gu + n * 2 * z.I, nullptr, nullptr, dx + n * z.D, dgate_up, ddown, memory, add);
 }
 
 void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up, const float* down, float* y, float* gu,

@@ -56,8 +56,8 @@ struct LayerWeights {
         router(c, w.router, 1, m.experts, m.width) {}
   void fill() const {
     const BuildWeight* const all[] = {&q_a, &q, &kv_a, &kv_b, &o, &expert_gate_up, &expert_down, &gate_up, &down};
-    for (const BuildWeight* w : all) w->fill_all(1);
-    router.fill_all(1);
+    for (const BuildWeight* w : all) w->fill(1);
+    router.fill(1);
   }
 };
 
@@ -80,9 +80,9 @@ struct Weights {
   }
   void fill(const Model& m, int threads) const {
     parallel_tasks(m.layer_count, threads, [&](int64_t layer) { layers[layer].fill(); });
-    projection.fill_all(1);
-    head_projection.fill_all(1);
-    parallel_ranges(head.chunks(), threads, [&](int, int64_t begin, int64_t end) { head.fill(begin, end); });
+    projection.fill(1);
+    head_projection.fill(1);
+    head.fill(threads);
   }
 };
 

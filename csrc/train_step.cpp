@@ -96,16 +96,16 @@ struct Pass {
 
 void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState& l) const {
   const Terms<BuildTerm> x = packed_a(n, m.width, {l.x, row(), 1}, reinterpret_cast<BuildTerm*>(s.factor));
-  gemm(n, x, w.kv_a.forward(), l.kv, latent_width(m));
+  w.kv_a.forward(n, x, l.kv, latent_width(m));
   if (m.query_rank > 0) {
-    gemm(n, x, w.q_a.forward(), l.low, m.query_rank);
+    w.q_a.forward(n, x, l.low, m.query_rank);
     clock.charge(LINEAR);
     rms_norm_rows(l.low, m.query_rank, nullptr, 0, layer.q_a_norm, m.latent_eps, l.q_input, padded(m.query_rank),
                   nullptr, l.low_rstd, n, m.query_rank);
     clock.charge(RMS_NORM);
-    gemm(n, Matrix{l.q_input, padded(m.query_rank), 1}, w.q.forward(), l.q, queries_width(m));
+    w.q.forward(n, Matrix{l.q_input, padded(m.query_rank), 1}, l.q, queries_width(m));
   } else {
-    gemm(n, x, w.q.forward(), l.q, queries_width(m));
+    w.q.forward(n, x, l.q, queries_width(m));
   }
   clock.charge(LINEAR);
   const int64_t latent = padded(m.latent_rank), o_row = padded(head_inputs(m));
@@ -113,7 +113,7 @@ void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState
                 n, m.latent_rank);
   clock.charge(RMS_NORM);
   turn(l.q, queries_width(m), l.kv, latent_width(m), false);
-  gemm(n, Matrix{l.latent, latent, 1}, w.kv_b.forward(), l.keys_values, keys_values_width(m));
+  w.kv_b.forward(n, Matrix{l.latent, latent, 1}, l.keys_values, keys_values_width(m));
   clock.charge(LINEAR);
   const auto in = parts(l);
   const Slots o = {l.o, o_row, m.value};
@@ -122,7 +122,7 @@ void Pass::attention(const Layer& layer, const LayerWeights& w, const LayerState
       attend(in.from(first), length, head, attention_sizes(), o.from(first), l.tops + head * n + first);
   });
   clock.charge(ATTENTION);
-  gemm(n, Matrix{l.o, o_row, 1}, w.o.forward(), s.delta, m.width);
+  w.o.forward(n, Matrix{l.o, o_row, 1}, s.delta, m.width);
   clock.charge(LINEAR);
 }
 
@@ -171,7 +171,7 @@ void Pass::compressed_queries_backward(const Layer& layer, const LayerWeights& w
 
 void Pass::scores(const float* router, const Weight<float>& w, const float* x, float* logits) const {
   if (m.experts >= W) {
-    gemm(n, Matrix{x, row(), 1}, w.forward(), logits, m.experts);
+    w.forward(n, Matrix{x, row(), 1}, logits, m.experts);
     return;
   }
   for (int64_t i = 0; i < n * m.experts; ++i) {
@@ -250,7 +250,7 @@ double Pass::forward(int64_t ignore_index, float share) const {
 
 double Pass::head(int64_t ignore_index, float share) const {
   const bool projected = m.head_projection != nullptr;
-  if (projected) gemm(n, Matrix{s.x, row(), 1}, weights.head_projection.forward(), s.hidden, m.head_width);
+  if (projected) weights.head_projection.forward(n, Matrix{s.x, row(), 1}, s.hidden, m.head_width);
   clock.charge(LINEAR);
   const float* hidden = projected ? s.hidden : s.x;
   const double loss =
