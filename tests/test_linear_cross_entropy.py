@@ -23,7 +23,8 @@ class TestLinearCrossEntropy(OperatorContract):
         linear_cross_entropy_case("every label counts", 67, 5, 11, counted=1.0),
         linear_cross_entropy_case("a sum over 1009 words", 41, 16, 1009),
         linear_cross_entropy_case("a sum over 641 tokens", 641, 8, 97),
-        linear_cross_entropy_case("a wide head: chunks of 480 words, sums in parts of 512", 131, 521, 1009),
+        linear_cross_entropy_case("a narrow head at its widest: chunks of 144 words", 131, 256, 433),
+        linear_cross_entropy_case("a wide head: chunks of 480 words, sums in parts of 256", 131, 521, 1009),
         linear_cross_entropy_case("a wide head of fewer words than a chunk", 7, 1031, 479),
     )
     not_expanded = (1,)  # the weight: see test_equal_words
