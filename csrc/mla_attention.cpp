@@ -107,8 +107,7 @@ void gather_gradient(const Block& b, const Weighed& scores, const PackedB& y, fl
 // p = exp(score - top) / sum, ds = p (dp - sum p dp); on entry p holds the scores. Sum and delta are made anew from the
 // same numbers as p and dp, so that what must cancel does: a log-sum-exp or a delta from the output would each round by
 // itself.
-void softmax_backward(const Block& b, const float* tops, float* p, const float* dp, const Weighed& weights,
-                      const Weighed& ds) {
+void softmax_backward(const Block& b, const float* tops, float* p, const float* dp, Term* weights, const Weighed& ds) {
   for (int64_t part = 0; part < b.lanes; part += W) {
     const vfloat top = load(tops + part);
     vfloat total = {}, delta = {};
@@ -127,7 +126,7 @@ void softmax_backward(const Block& b, const float* tops, float* p, const float* 
         grad[i] = weight[i] * (load(dp + (j + i) * b.lanes + part) - delta);
       }
       const int64_t along = (j * b.lanes + part) / PER, down = j / PER * b.lanes + part;
-      store_terms(weight, weights.along + along, b.lanes / PER, weights.down + down);
+      store_terms(weight, weights + along, b.lanes / PER, nullptr);
       store_terms(grad, ds.along + along, b.lanes / PER, ds.down + down);
     }
   }
@@ -214,7 +213,7 @@ void attend_backward(const AttentionParts<const float>& in, View d_o, const floa
     products(b, values, pack_lanes(b, w.d_o, Dv, w.turned_do), w.dscores);
     b.mask(w.scores, -INFINITY);
     b.mask(w.dscores, 0.0f);
-    softmax_backward(b, top, w.scores, w.dscores, w.p, w.ds);
+    softmax_backward(b, top, w.scores, w.dscores, w.p.along, w.ds);
     gather_gradient(b, w.p, pack_b(Dv, b.rows, {w.d_o, Dv, 1}, w.packed_do), w.dvalues);
     gather_gradient(b, w.ds, pack_b(Dk, b.rows, {w.q, Dk, 1}, w.packed_q), w.dkeys);
     weighted(b, w.ds, packed_keys, w.dq, Dk);

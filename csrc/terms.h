@@ -114,8 +114,8 @@ DSFAST_INLINE vfloat neighbours(const float* from, int64_t count, Pair) {
 
 DSFAST_INLINE Pair pair(float first, float second) { return pairs(splat(first), splat(second))[0]; }
 
-// PER_TERM rows of numbers, W of each, as terms two ways: along the rows, which are `row` terms apart (null: not
-// wanted), and down the rows. Floats are the same number either way and go to `along`, else to `down`.
+// PER_TERM rows of numbers, W of each, as terms two ways: along the rows, which are `row` terms apart, and down the
+// rows (null: not wanted). Floats are the same number either way and go to `along`, else to `down`.
 DSFAST_INLINE void store_terms(const vfloat (&rows)[1], float* along, int64_t, float* down) {
   store(along != nullptr ? along : down, rows[0]);
 }
@@ -124,7 +124,7 @@ DSFAST_INLINE void store_terms(const vfloat (&rows)[2], Pair* along, int64_t row
     store_pairs(along, rows[0]);
     store_pairs(along + row, rows[1]);
   }
-  store(down, pairs(rows[0], rows[1]));
+  if (down != nullptr) store(down, pairs(rows[0], rows[1]));
 }
 
 }  // namespace DSFAST_ISA
