@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "scratch.h"
+
 namespace DSFAST_ISA {
 
 constexpr int64_t LINE = 16;  // floats of a cache line
@@ -20,5 +22,15 @@ struct Carver {
     return reinterpret_cast<T*>(floats(count * int64_t(sizeof(T)) / 4 + 1));
   }
 };
+
+// What `make(Carver&)` makes of memory that it asks for, in this thread's scratch memory. It is called twice, at first
+// only to count.
+template <class Make>
+inline auto carved(dsfast::ScratchSlot slot, Make make) {
+  Carver count = {nullptr};
+  make(count);
+  Carver carver = {dsfast::scratch(count.size, slot)};
+  return make(carver);
+}
 
 }  // namespace DSFAST_ISA

@@ -40,7 +40,7 @@ struct Packing {
     const int64_t end = threads == 0 ? 0 : least(N, panels * (thread + 1) / threads * NR);
     for (int64_t i = 0; i < count && begin < end; ++i) {
       const Matrix w = {from + i * distance, turned ? N : 1, turned ? 1 : K};
-      pack_b(end - begin, K, w.rows_from(0).columns_from(begin), packed + i * size + begin / NR * panel);
+      pack_b(end - begin, K, w.columns_from(begin), packed + i * size + begin / NR * panel);
     }
     return {packed, N, K};
   }
@@ -105,7 +105,7 @@ int64_t widest_mlp(const Model& m) {
 
 // A thread's working memory; all but the last two are [TOKENS][width].
 struct Work {
-  float *stream, *x, *low;              // low: what is projected up or down
+  float *stream, *x, *delta, *low;      // delta: what is added to the stream; low: what is projected up or down
   float *q, *kv, *latents, *values;     // attention: queries, latent and rope key; queries for latents, the result
   float *gate_up, *h, *scores;          // MLP and router
   float *taken, *expert_out, *weights;  // an expert's tokens and results; the weights of its choices
@@ -116,7 +116,7 @@ struct Work {
   Work(const Model& m, int64_t capacity, Carver& carver) {
     const auto rows = [&](int64_t width) { return carver.floats(TOKENS * width); };
     const int64_t mlp = widest_mlp(m);
-    stream = rows(m.width), x = rows(m.width);
+    stream = rows(m.width), x = rows(m.width), delta = rows(m.width);
     low = rows(largest(m.query_rank, largest(m.embedding_rank, m.head_width)));
     q = rows(m.heads * (m.nope + m.rope)), kv = rows(m.latent_rank + m.rope);
     latents = rows(m.heads * m.latent_rank), values = rows(m.heads * m.value);
@@ -141,12 +141,11 @@ struct Block {
   void norm(const float* x, int64_t width, int64_t row, const float* weight, float eps, float* y) const;
   // x: the rotary parts of each token's heads, the given strides apart; in place
   void turn(float* x, int64_t token, int64_t head, int64_t heads) const;
-  // The next three add what they make of w.x to w.stream.
+  // w.x -> w.delta
   void attention(const Layer& layer, const LayerWeights& weights, int64_t number) const;
   // w.latents: from the queries without position, and for the values
   void attend(const LayerWeights& weights, int64_t number) const;
-  void mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y,
-           bool add) const;
+  void mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y) const;
   void route(const Layer& layer, const LayerWeights& weights) const;
   void expert(const LayerWeights& weights, int64_t e) const;
   void feed_forward(const Layer& layer, const LayerWeights& weights) const;
@@ -188,7 +187,7 @@ void Block::attention(const Layer& layer, const LayerWeights& weights, int64_t n
     copy(w.kv + i * kv_row + m.latent_rank, cache.k_rope + here * m.rope, m.rope);
   }
   attend(weights, number);
-  product(count, {w.values, m.heads * m.value, 1}, weights.o.at(), w.stream, m.width, true);
+  product(count, {w.values, m.heads * m.value, 1}, weights.o.at(), w.delta, m.width);
 }
 
 void Block::attend(const LayerWeights& weights, int64_t number) const {
@@ -208,15 +207,14 @@ void Block::attend(const LayerWeights& weights, int64_t number) const {
             m.heads * m.value);
 }
 
-void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y,
-                bool add) const {
+void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>& down, const float* x, float* y) const {
   const int64_t width = down.K;
   product(rows, {x, m.width, 1}, gate_up, w.gate_up, 2 * width);
   for (int64_t i = 0; i < rows; ++i) {
     const float* gate = w.gate_up + 2 * i * width;
     swiglu(gate, gate + width, w.h + i * width, width);
   }
-  product(rows, {w.h, width, 1}, down, y, m.width, add);
+  product(rows, {w.h, width, 1}, down, y, m.width);
 }
 
 void Block::route(const Layer& layer, const LayerWeights& weights) const {
@@ -230,7 +228,7 @@ void Block::route(const Layer& layer, const LayerWeights& weights) const {
     for (int64_t i = 0; i < lanes; ++i)
       for (int64_t e = 0; e < m.experts; ++e) scores[e * W + i] = w.scores[(first_lane + i) * m.experts + e];
     for (int64_t e = 0; e < m.experts; ++e) store(scores + e * W, sigmoid(load(scores + e * W)));
-    route_lanes(z, scores, W, layer.router_bias, of_lanes, chosen, w.memory);
+    route_lanes(z, scores, layer.router_bias, of_lanes, chosen, w.memory);
     to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
     to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);
   }
@@ -247,17 +245,20 @@ void Block::expert(const LayerWeights& weights, int64_t e) const {
       }
   if (rows == 0) return;
   for (int64_t i = 0; i < rows; ++i) copy(w.x + of[i] * m.width, w.taken + i * m.width, m.width);
-  mlp(rows, weights.experts_gate_up.at(e), weights.experts_down.at(e), w.taken, w.expert_out, false);
+  mlp(rows, weights.experts_gate_up.at(e), weights.experts_down.at(e), w.taken, w.expert_out);
   for (int64_t i = 0; i < rows; ++i) {
     const float* out = w.expert_out + i * m.width;
-    float* to = w.stream + of[i] * m.width;
+    float* to = w.delta + of[i] * m.width;
     for_vectors(m.width,
                 [&](int64_t d, int64_t n) { store_n(to + d, load_n(to + d, n) + load_n(out + d, n) * weight[i], n); });
   }
 }
 
 void Block::feed_forward(const Layer& layer, const LayerWeights& weights) const {
-  if (layer.width > 0) mlp(count, weights.gate_up.at(), weights.down.at(), w.x, w.stream, true);
+  if (layer.width > 0)
+    mlp(count, weights.gate_up.at(), weights.down.at(), w.x, w.delta);
+  else
+    clear(w.delta, count * m.width);
   if (layer.router == nullptr) return;
   route(layer, weights);
   for (int64_t e = 0; e < m.experts; ++e) expert(weights, e);
@@ -271,8 +272,10 @@ void Block::run(Packing packing, float* hidden) const {
     const LayerWeights its(m, layer, packing);
     norm(w.stream, m.width, m.width, layer.input_norm, m.eps, w.x);
     attention(layer, its, number);
+    add(w.delta, w.stream, count * m.width);
     norm(w.stream, m.width, m.width, layer.mlp_norm, m.eps, w.x);
     feed_forward(layer, its);
+    add(w.delta, w.stream, count * m.width);
   }
   norm(w.stream, m.width, m.width, m.norm, m.eps, w.x);
   if (m.head_projection != nullptr)
@@ -291,10 +294,7 @@ void run_layers(const Model& m, float* panels, const Cache& cache, const Tokens&
   };
   parallel_ranges(tokens.count, threads, [&](int, int64_t begin, int64_t end) {
     begin = next_row(begin), end = next_row(end);
-    Carver size = {};
-    Work(m, cache.capacity, size);
-    Carver memory = {dsfast::scratch(size.size, dsfast::ACTIVATIONS)};
-    const Work w(m, cache.capacity, memory);
+    const auto w = carved(dsfast::ACTIVATIONS, [&](Carver& c) { return Work(m, cache.capacity, c); });
     for (int64_t first = begin; first < end; first += TOKENS)
       Block{m, cache, tokens, w, first, least(end - first, TOKENS)}.run({{panels}}, hidden);
   });

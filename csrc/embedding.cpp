@@ -26,7 +26,7 @@ struct Occurrences {
     const int64_t most = least(N, V);
     Carver carver = {dsfast::scratch(2 * most + N + V + 6 * LINE, dsfast::WORDS)};
     words = carver.of<int64_t>(most), order = carver.of<int32_t>(N), offsets = carver.of<int32_t>(V + 1);
-    sort_slots(ids, N, V, order, offsets);
+    if (sort_slots(ids, N, V, order, offsets) != 0) return;  // an id out of range: as if there were none
     for (int64_t v = 0; v < V; ++v)
       if (offsets[v] < offsets[v + 1]) words[count++] = v;
   }
@@ -86,7 +86,7 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
   Partials partials;
   parallel_ranges(found.count, threads, [&](int thread, int64_t begin, int64_t end) {
     if (begin == end && found.count > 0) return;
-    float* dp = dsfast::scratch(R * D + embedding_memory(R) + TOKENS * (R + D));
+    float* dp = dsfast::scratch(projection == nullptr ? 0 : R * D + embedding_memory(R) + TOKENS * (R + D));
     float *memory = dp + R * D, *taken_grad = memory + embedding_memory(R), *sums = taken_grad + TOKENS * R;
     if (projection != nullptr) {
       partials.of[thread] = dp;

@@ -27,10 +27,7 @@ struct MlpWeights {
 // In this thread's memory.
 inline MlpWeights packed_mlp(const Expert& z, int64_t E, const float* gate_up, const float* down, bool backward,
                              int threads) {
-  Carver count = {nullptr};
-  MlpWeights(count, z, E, gate_up, down, backward);
-  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
-  const MlpWeights w(carver, z, E, gate_up, down, backward);
+  const auto w = carved(dsfast::WEIGHTS, [&](Carver& c) { return MlpWeights(c, z, E, gate_up, down, backward); });
   w.gate_up.fill(threads);
   w.down.fill(threads);
   return w;

@@ -5,8 +5,8 @@
 // A and C are float32, and so is B; the operands are rounded to bfloat16 first in a build for bfloat16 products
 // (DSFAST_BFLOAT16, see terms.h). A may have any strides (so A or A^T), and so may B: where its rows are not
 // contiguous, or far apart, it is packed first. What goes into several products can be made into terms, A, or packed,
-// B, beforehand. The rows of C are contiguous. M rows are taken MR at a time, columns in panels of two vectors; the MR
-// x 2W sums stay in registers over the whole of K.
+// B, beforehand. The rows of C are contiguous. M rows are taken MR at a time, columns in panels of two vectors (at the
+// end three, by fewer rows); the MR x 2W sums stay in registers over the whole of K.
 #pragma once
 #include "scratch.h"
 #include "terms.h"
@@ -298,8 +298,6 @@ inline void gemm_packed(int64_t M, int64_t N, int64_t K, A a, Matrix b, float* c
            ldc, accumulate || k > 0);
   }
 }
-
-using Product = void(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate);
 
 inline void gemm_float32(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, bool accumulate) {
   // Rows of B a memory page and more apart: a panel of them would take a page each, and few sets of the cache.

@@ -11,7 +11,7 @@ namespace DSFAST_ISA {
 DSFAST_INLINE int64_t padded(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
 
 // `copies` weights [O, D], one after the other. Small ones are packed beforehand as the second factors of a forward and
-// of a backward pass; of others each product packs a part at a time.
+// of a backward pass; others are left to each product.
 template <class Term>
 class Weight {
  public:
@@ -68,10 +68,8 @@ using BuildWeight = Weight<BuildTerm>;
 
 // One weight packed for one pass, in this thread's memory.
 inline BuildWeight packed_weight(const float* numbers, int64_t O, int64_t D, bool forward) {
-  Carver count = {nullptr};
-  BuildWeight(count, numbers, 1, O, D, forward, !forward);
-  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
-  const BuildWeight w(carver, numbers, 1, O, D, forward, !forward);
+  const auto w =
+      carved(dsfast::WEIGHTS, [&](Carver& c) { return BuildWeight(c, numbers, 1, O, D, forward, !forward); });
   w.fill(1);
   return w;
 }

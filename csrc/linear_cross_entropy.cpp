@@ -1,7 +1,7 @@
 // The head's loss and gradients from blocks of logits; see dsfast/ops/linear_cross_entropy.py.
 //
 // A block of tokens meets the vocabulary chunk by chunk. Logits are kept transposed, [words][TOKENS]: the tokens lie in
-// the lanes, so that maximum, exp and sum need no work across lanes. While a chunk is in the first-level cache its
+// the lanes, so that maximum, exp and sum need no work across lanes. While a chunk is in the nearest caches its
 // exponentials give their part of dhidden; kept for the whole vocabulary, they give dweight once their sum is known.
 // They are made into terms of these two products as they come, of a narrow head out of the registers its logits are
 // summed in.
@@ -235,6 +235,12 @@ void gradients(const HeadWeight& head, const int64_t* labels, int64_t ignore_ind
       for (int64_t r = 0; r < R; ++r) dweight[labels[i] * R + r] -= b.hidden[r * TOKENS + i] * share;
 }
 
+// A token's loss. In bfloat16 the rounding of exp (see exp2 in simd.h) may take it below 0, where it cannot be.
+double loss_of(float reference, float total, float of_label) {
+  const double loss = double(reference) / PER_LN2 + std::log(double(total)) - double(of_label);
+  return loss < 0 ? 0 : loss;
+}
+
 template <int64_t TOKENS>
 double rows_by_blocks(const float* hidden, int64_t hidden_row, const HeadWeight& head, const int64_t* labels,
                       int64_t ignore_index, float share, float* dhidden, float* dweight, bool first, int64_t N) {
@@ -250,11 +256,10 @@ double rows_by_blocks(const float* hidden, int64_t hidden_row, const HeadWeight&
       set_reference(head, head.V, b);
       meet_vocabulary(head, with_grads, b);
     }
-    float of_label[TOKENS];
-    label_logits(head, labels + n, ignore_index, tokens, b, of_label);
+    float of_label[TOKENS] = {};
+    if (head.V > 0) label_logits(head, labels + n, ignore_index, tokens, b, of_label);
     for (int64_t i = 0; i < tokens; ++i)
-      if (labels[n + i] != ignore_index)
-        loss += double(b.reference[i]) / PER_LN2 + std::log(double(b.total[i])) - double(of_label[i]);
+      if (labels[n + i] != ignore_index) loss += loss_of(b.reference[i], b.total[i], of_label[i]);
     if (with_grads)
       gradients(head, labels + n, ignore_index, tokens, share, dhidden + n * head.R, dweight, first && n == 0, b);
   }
@@ -291,10 +296,7 @@ int64_t linear_cross_entropy(const float* hidden, int64_t hidden_row, const floa
   }
   if (bad != 0) return bad;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
-  Carver count = {nullptr};
-  HeadWeight(weight, V, R, with_grads, count);
-  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
-  const HeadWeight head(weight, V, R, with_grads, carver);
+  const auto head = carved(dsfast::WEIGHTS, [&](Carver& c) { return HeadWeight(weight, V, R, with_grads, c); });
   head.fill(threads);
   double losses[MAX_THREADS] = {};
   Partials partials;

@@ -76,7 +76,7 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
     for (int64_t n = begin; n < end; n += W) {
       const int64_t count = least(end - n, W);
       scores_of(logits + n * E, count, E, scores, turned);
-      route_lanes(z, scores, W, bias, chosen, at, memory);
+      route_lanes(z, scores, bias, chosen, at, memory);
       to_rows(chosen, K, count, weights + n * K);
       to_rows(at, K, count, indices + n * K);
       for (int64_t k = 0; k < K; ++k) count_lanes(load(at + k * W), count, E, own);

@@ -101,7 +101,7 @@ void combine_slots(const float* slots, float* out, int64_t N, int64_t K, int64_t
 // The head's weight [V, R]; of a narrow one also what its products read, a chunk of words after the other.
 class HeadWeight {
  public:
-  // Words at a time: so few that their exponentials, weights, hidden and its gradient fit the first-level cache; where
+  // Words at a time: so few that their exponentials, weights, hidden and its gradient fit the nearest caches; where
   // they are too wide for that, so many that the gradient is seldom gone through.
   static constexpr int64_t NARROW = 144, WIDE = 480;
 

@@ -23,6 +23,7 @@ DSFAST_INLINE vint key_of(vfloat x) {
 }
 DSFAST_INLINE vfloat value_of(vint key) { return (vfloat)(key ^ ((key >> 31) & INT32_MAX)); }
 constexpr int32_t NONE = int32_t(0x807fffff);  // the key of -inf
+constexpr int32_t TAKEN = INT32_MIN;           // below all keys: not even where all that is left is -inf taken twice
 
 DSFAST_INLINE vint maximum(vint a, vint b) { return a > b ? a : b; }
 DSFAST_INLINE vint minimum(vint a, vint b) { return a < b ? a : b; }
@@ -39,25 +40,24 @@ DSFAST_INLINE vint best_lanes(const int32_t* keys, int64_t count) {
 // waits.
 constexpr int64_t FEW = 8;
 
-// scores [count][lanes] -> number at[i] of lane i; lanes: 1, or W and more
-DSFAST_INLINE vfloat pick(vint at, const float* scores, int64_t count, int64_t lanes) {
-  const int64_t used = least(lanes, W);
+// scores [count][W] -> number at[i] of lane i
+DSFAST_INLINE vfloat pick(vint at, const float* scores, int64_t count) {
   vfloat picked = {};
   if (count <= FEW)
-    for (int64_t e = 0; e < count; ++e) picked = at == int32_t(e) ? load_n(scores + e * lanes, used) : picked;
+    for (int64_t e = 0; e < count; ++e) picked = at == int32_t(e) ? load(scores + e * W) : picked;
   else
-    for (int64_t i = 0; i < used; ++i) picked[i] = scores[at[i] * lanes + i];
+    for (int64_t i = 0; i < W; ++i) picked[i] = scores[at[i] * W + i];
   return picked;
 }
 
-DSFAST_INLINE void remove(vint at, int32_t* keys, int64_t count) {
+DSFAST_INLINE void take_out(vint at, int32_t* keys, int64_t count) {
   if (count <= FEW)
-    for (int64_t e = 0; e < count; ++e) store(keys + e * W, at == int32_t(e) ? splat(NONE) : load(keys + e * W));
+    for (int64_t e = 0; e < count; ++e) store(keys + e * W, at == int32_t(e) ? splat(TAKEN) : load(keys + e * W));
   else
-    for (int i = 0; i < W; ++i) keys[at[i] * W + i] = NONE;
+    for (int i = 0; i < W; ++i) keys[at[i] * W + i] = TAKEN;
 }
 
-// Removes the keys outside the topk_group best groups. `group` is working memory [n_group][W].
+// Makes -inf of the keys outside the topk_group best groups. `group` is working memory [n_group][W].
 inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk_group, int32_t* group) {
   const int64_t size = E / n_group;
   for (int64_t g = 0; g < n_group; ++g) {
@@ -69,9 +69,9 @@ inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk
     }
     store(group + g * W, size > 1 ? key_of(value_of(first) + value_of(second)) : first);
   }
-  for (int64_t k = 0; k < topk_group; ++k) remove(best_lanes(group, n_group), group, n_group);
+  for (int64_t k = 0; k < topk_group; ++k) take_out(best_lanes(group, n_group), group, n_group);
   for (int64_t e = 0; e < E; ++e) {
-    const vint kept = load(group + e / size * W) == NONE;
+    const vint kept = load(group + e / size * W) == TAKEN;
     store(keys + e * W, kept ? load(keys + e * W) : splat(NONE));
   }
 }
@@ -84,18 +84,17 @@ struct Choice {
   int64_t memory() const { return (E + n_group) * W; }
 };
 
-// scores [E][lanes] and bias [E] -> weights and indices [K][W] of the first W lanes, the best first. lanes: 1, or W and
-// more.
-inline void route_lanes(const Choice& z, const float* scores, int64_t lanes, const float* bias, float* weights,
-                        int32_t* indices, float* memory) {
+// scores [E][W] and bias [E] -> weights and indices [K][W], the best first
+inline void route_lanes(const Choice& z, const float* scores, const float* bias, float* weights, int32_t* indices,
+                        float* memory) {
   int32_t* keys = reinterpret_cast<int32_t*>(memory);
-  for (int64_t e = 0; e < z.E; ++e) store(keys + e * W, key_of(load_n(scores + e * lanes, least(lanes, W)) + bias[e]));
+  for (int64_t e = 0; e < z.E; ++e) store(keys + e * W, key_of(load(scores + e * W) + bias[e]));
   if (z.topk_group < z.n_group) limit_groups(keys, z.E, z.n_group, z.topk_group, keys + z.E * W);
   vfloat total = {};
   for (int64_t k = 0; k < z.K; ++k) {
     const vint at = best_lanes(keys, z.E);
-    if (k + 1 < z.K) remove(at, keys, z.E);
-    const vfloat score = pick(at, scores, z.E, lanes);
+    if (k + 1 < z.K) take_out(at, keys, z.E);
+    const vfloat score = pick(at, scores, z.E);
     total += score;
     store(indices + k * W, at);
     store(weights + k * W, score);

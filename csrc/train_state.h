@@ -88,10 +88,7 @@ struct Weights {
 
 // In this thread's memory.
 inline Weights filled_weights(const Model& m, int threads) {
-  Carver count = {nullptr};
-  Weights(m, count);
-  Carver carver = {dsfast::scratch(count.size, dsfast::WEIGHTS)};
-  const Weights weights(m, carver);
+  const auto weights = carved(dsfast::WEIGHTS, [&](Carver& c) { return Weights(m, c); });
   weights.fill(m, threads);
   return weights;
 }

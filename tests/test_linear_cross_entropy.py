@@ -8,6 +8,7 @@ from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, e
 
 from dsfast import ops
 from dsfast.errors import UserError
+from dsfast.ops import native
 from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import check, check_draws
 
@@ -60,6 +61,29 @@ def test_an_ignore_index_that_is_a_word():
     assert (labels == 3).any()
     rows = check("linear_cross_entropy", function, (hidden, weight, labels), (0, 1), ["reference", "native"])
     assert_passed(rows)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_no_words_and_nothing_that_counts(implementation):
+    needs_native()
+    hidden = torch.randn(5, 8, requires_grad=True)
+    with ops.use(implementation):
+        loss = ops.linear_cross_entropy(hidden, torch.empty(0, 8), torch.full((5,), -100))
+        loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+
+
+def test_no_loss_is_below_zero():
+    """A word some 30 likelier than all others, exponentials rounded: the loss is 0, not what is left of the rounding."""
+    needs_native()
+    weight = torch.zeros(300, 32)
+    weight[200] = torch.linspace(0.5, 1.5, 32)
+    hidden = torch.ones(1, 32) * torch.linspace(0.9, 1.1, 41)[:, None]
+    for products in [torch.float32, torch.bfloat16][: 1 + hasattr(native.module(), "bfloat16")]:
+        with ops.use("native"), native.products_in(products):
+            losses = [ops.linear_cross_entropy(row[None], weight, torch.tensor([200])) for row in hidden]
+        assert all(0 <= loss < 1e-3 for loss in losses)
 
 
 @pytest.mark.parametrize("words", [1, 2, 17])

@@ -85,6 +85,19 @@ class TestChoice:
         )
         assert indices.tolist() == [[0, 1]]
 
+    @pytest.mark.parametrize(("forbidden", "choice", "expected"), [
+        ([1], (2, 1, 1), [0, 1]),  # too few are left: no expert twice
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8], (3, 1, 1), [9, 0, 1]),
+        ([0, 2, 3], (1, 2, 1), [1]),  # the two best of both groups sum to -inf: the first is kept
+        ([0, 1, 3], (1, 2, 1), [0]),
+    ])  # fmt: skip
+    def test_experts_that_a_bias_forbids(self, implementation, forbidden, choice, expected):
+        experts = {(2, 1, 1): 2, (3, 1, 1): 10}.get(choice, 4)
+        bias = [-math.inf if e in forbidden else 0.0 for e in range(experts)]
+        _, indices, counts = self.route(implementation, [[0.5] * experts] * 20, bias, *choice, False, 1.0)
+        assert indices.tolist() == [expected] * 20
+        assert counts.tolist() == [20 * (e in expected) for e in range(experts)]
+
     @pytest.mark.parametrize("at", range(4))
     def test_nan_is_chosen_so_that_it_shows(self, implementation, at):
         logits = [1.0, 3.0, 2.0, 0.0]
