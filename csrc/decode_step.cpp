@@ -22,7 +22,7 @@ constexpr int64_t WORDS = 128;  // of the vocabulary whose logits are made at a 
 struct Weights {
   const float* panels;
   int64_t N, K;
-  Packed<float> at(int64_t i = 0) const { return {panels + i * packed_size<float>(N, K), N, K, panel_size<float>(K)}; }
+  Packed<float> at(int64_t i = 0) const { return packed_at(panels, N, K, i); }
 };
 
 // Goes through the weights of a model, which lie packed in one block of memory; with `threads` it packs a thread's
@@ -125,7 +125,7 @@ struct Work {
     chosen = carver.of<int64_t>(TOKENS * m.chosen);
     rstd = rows(1);
     memory = carver.floats(
-        largest(attention_of(m).memory(capacity), choice_of(m).memory() + (m.experts + 2 * m.chosen) * W));
+        largest(attention_of(m).memory(capacity), choice_of(m).memory() + 2 * (m.experts + m.chosen) * W));
   }
 };
 
@@ -219,15 +219,12 @@ void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>&
 
 void Block::route(const Layer& layer, const LayerWeights& weights) const {
   const Choice z = choice_of(m);
-  float *scores = w.memory + z.memory(), *of_lanes = scores + m.experts * W;  // [E][W]: a token in each lane
+  float *scores = w.memory + z.memory(), *turned = scores + m.experts * W, *of_lanes = turned + m.experts * W;
   int32_t* chosen = reinterpret_cast<int32_t*>(of_lanes + m.chosen * W);
   product(count, {w.x, m.width, 1}, weights.router.at(), w.scores, m.experts);
   for (int64_t first_lane = 0; first_lane < count; first_lane += W) {
     const int64_t lanes = least(count - first_lane, W);
-    clear(scores, m.experts * W);
-    for (int64_t i = 0; i < lanes; ++i)
-      for (int64_t e = 0; e < m.experts; ++e) scores[e * W + i] = w.scores[(first_lane + i) * m.experts + e];
-    for (int64_t e = 0; e < m.experts; ++e) store(scores + e * W, sigmoid(load(scores + e * W)));
+    scores_of(w.scores + first_lane * m.experts, lanes, m.experts, scores, turned);
     route_lanes(z, scores, layer.router_bias, of_lanes, chosen, w.memory);
     to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
     to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);

@@ -178,6 +178,12 @@ DSFAST_INLINE int64_t packed_size(int64_t N, int64_t K) {
   return (N + NR - 1) / NR * panel_size<Term>(K);
 }
 
+// The i-th of matrices [K, N] that lie packed one behind the other.
+template <class Term>
+DSFAST_INLINE Packed<Term> packed_at(const Term* terms, int64_t N, int64_t K, int64_t i = 0) {
+  return {terms + i * packed_size<Term>(N, K), N, K, panel_size<Term>(K)};
+}
+
 // A panel's W columns from j on, out [terms of K][NR].
 inline void pack_columns(int64_t K, int64_t count, Matrix b, int64_t j, float* out) {
   for (int64_t k = 0; k < K; ++k, out += NR) store(out, load_row(b.rows_from(k), j, count));

@@ -17,10 +17,9 @@ class Weight {
  public:
   static constexpr int64_t SMALL = 1 << 18;
 
-  const float* numbers = nullptr;
-  int64_t copies = 0, O = 0, D = 0;
+  const float* numbers;
+  int64_t copies, O, D;
 
-  Weight() = default;
   // To be filled, for the passes that are wanted; numbers null: there is none.
   Weight(Carver& c, const float* numbers, int64_t copies, int64_t O, int64_t D, bool forward = true,
          bool backward = true)
@@ -57,7 +56,7 @@ class Weight {
   static void product(int64_t M, int64_t N, int64_t K, X x, const Term* packed, Matrix w, float* y, int64_t y_row,
                       bool add, int64_t copy) {
     if (packed != nullptr)
-      gemm(M, x, Packed<Term>{packed + copy * packed_size<Term>(N, K), N, K, panel_size<Term>(K)}, y, y_row, add);
+      gemm(M, x, packed_at(packed, N, K, copy), y, y_row, add);
     else if constexpr (PER_TERM<Term> == 1)
       gemm_float32(M, N, K, x, w, y, y_row, add);
     else

@@ -9,7 +9,6 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "pieces.h"
-#include "softmax.h"
 
 namespace DSFAST_ISA {
 namespace {
@@ -71,7 +70,7 @@ void pack_keyed(View nope, View rope, int64_t head, int64_t count, const Attenti
 }
 
 void pack(View x, int64_t head, int64_t count, int64_t width, float* out) {
-  for (int64_t i = 0; i < count; ++i) copy_scaled(x.at(i, head), out + i * width, width, 1.0f);
+  for (int64_t i = 0; i < count; ++i) copy(x.at(i, head), out + i * width, width);
 }
 
 // The block's rows [rows][width] turned, [width][lanes]; lanes past the rows are zero
@@ -102,6 +101,23 @@ void gather_gradient(const Block& b, const Weighed& scores, const PackedB& y, fl
     gemm(keys, scores.by_queries(b).rows_from(key).columns_from(query / PER), y.rows(query, b.rows - query),
          sums + key * y.N, y.N, true);
   });
+}
+
+// exp(score - top) as terms down the keys, [terms of keys][lanes]; floats may take the scores' place. top and total
+// [lanes], the maximum and the sum of each query. lanes: of W.
+void exponentials(const float* scores, int64_t keys, int64_t lanes, Term* exps, float* top, float* total) {
+  for (int64_t part = 0; part < lanes; part += W) {
+    vfloat high = splat(-INFINITY), added = {};
+    for (int64_t j = 0; j < keys; ++j) high = maximum(high, load(scores + j * lanes + part));
+    for (int64_t j = 0; j < keys; j += PER) {
+      vfloat e[PER] = {};
+      for (int64_t p = 0; p < PER && j + p < keys; ++p)
+        added += e[p] = exp_of_difference(load(scores + (j + p) * lanes + part), high);
+      store_terms(e, nullptr, 0, exps + j / PER * lanes + part);
+    }
+    store(top + part, high);
+    store(total + part, added);
+  }
 }
 
 // p = exp(score - top) / sum, ds = p (dp - sum p dp); on entry p holds the scores. Sum and delta are made anew from the
@@ -224,12 +240,12 @@ void attend_backward(const AttentionParts<const float>& in, View d_o, const floa
   }
   for (int64_t j = 0; j < length; ++j) {
     const float* dkey = w.dkeys + j * Dk;
-    copy_scaled(dkey, grads.k_nope.at(j, head), z.Dn, 1.0f);
-    copy_scaled(w.dvalues + j * Dv, grads.v.at(j, head), Dv, 1.0f);
+    copy(dkey, grads.k_nope.at(j, head), z.Dn);
+    copy(w.dvalues + j * Dv, grads.v.at(j, head), Dv);
     if (add_k_rope)
       add(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr);
     else
-      copy_scaled(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr, 1.0f);
+      copy(dkey + z.Dn, grads.k_rope.at(j, head), z.Dr);
   }
 }
 

@@ -17,8 +17,7 @@ void for_blocks(const Experts& z, const int32_t* offsets, int64_t begin, int64_t
 }
 
 void gather(const float* x, int64_t x_row, const int32_t* order, int64_t rows, int64_t K, int64_t D, float* out) {
-  for (int64_t i = 0; i < rows; ++i)
-    for_vectors(D, [&](int64_t d, int64_t n) { store_n(out + i * D + d, load_n(x + order[i] / K * x_row + d, n), n); });
+  for (int64_t i = 0; i < rows; ++i) copy(x + order[i] / K * x_row, out + i * D, D);
 }
 
 // to[slot] = scale[slot] * rows (scale null: 1)

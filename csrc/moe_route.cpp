@@ -2,56 +2,11 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "route.h"
-#include "transpose.h"
 
 namespace DSFAST_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tokens of the backward pass worked on at a time
-
-// Of two vectors, one behind the other, the even numbers and the odd ones.
-template <int... L>
-DSFAST_INLINE void unzip(vfloat& a, vfloat& b, Numbers<L...>) {
-  const vfloat x = a, y = b;
-  a = vfloat{(2 * L < W ? x[2 * L % W] : y[2 * L % W])...};
-  b = vfloat{(2 * L < W ? x[2 * L % W + 1] : y[2 * L % W + 1])...};
-}
-
-// x [W, E] -> [E][W] for E a power of two: the even numbers first, log2 E times. Returns `to` or `memory`.
-float* turn_small(const float* x, int64_t E, float* to, float* memory) {
-  for (int64_t step = 1; step < E; step *= 2) {
-    for (int64_t i = 0; i < E / 2; ++i) {
-      vfloat a = load(x + 2 * i * W), b = load(x + (2 * i + 1) * W);
-      unzip(a, b, typename Count<W>::type{});
-      store(to + i * W, a);
-      store(to + (E / 2 + i) * W, b);
-    }
-    x = to;
-    float* other = memory;
-    memory = to;
-    to = other;
-  }
-  return memory;
-}
-
-// logits [count, E] of up to W tokens -> scores [E][W]
-void scores_of(const float* logits, int64_t count, int64_t E, float* scores, float* memory) {
-  if (count == W && (E == 2 || E == 4 || E == 8)) {
-    const float* turned = turn_small(logits, E, scores, memory);
-    for (int64_t e = 0; e < E; ++e) store(scores + e * W, sigmoid(load(turned + e * W)));
-    return;
-  }
-  for (int64_t e = 0; e < E; e += W) {
-    const int64_t experts = least(E - e, W);
-    vfloat tile[W];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < W; ++i) tile[i] = i < count ? load_n(logits + i * E + e, experts) : vfloat{};
-    transpose(tile);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < W; ++i)
-      if (i < experts) store(scores + (e + i) * W, sigmoid(tile[column(int(i))]));
-  }
-}
 
 // Adds the choice of `count` lanes to counts [E][W].
 DSFAST_INLINE void count_lanes(vint at, int64_t count, int64_t E, int32_t* counts) {

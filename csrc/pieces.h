@@ -126,7 +126,7 @@ class HeadWeight {
   Terms<BuildTerm> rows(int64_t v) const { return rows_of(v, BuildTerm()); }
   PackedB columns(int64_t v) const {
     const int64_t count = least(V - v, NARROW);
-    return {packed + v / NARROW * packed_size<BuildTerm>(R, NARROW), R, count, panel_size<BuildTerm>(count)};
+    return packed_at<BuildTerm>(packed + v / NARROW * packed_size<BuildTerm>(R, NARROW), R, count);
   }
 
  private:

@@ -10,20 +10,6 @@ namespace DSFAST_ISA {
 // whose products of a vector add up several sums side by side.
 constexpr int64_t TERMS = 128;
 
-// The last panel's `count` columns.
-template <int ROWS>
-DSFAST_INLINE void tile_end(int64_t K, int64_t count, Matrix a, const float* b, float* c, int64_t ldc,
-                            bool accumulate) {
-  float sums[ROWS * NR];
-  if (count <= W)
-    tile<ROWS, 1>(K, a, b, NR, sums, NR, false);
-  else
-    tile<ROWS, 2>(K, a, b, NR, sums, NR, false);
-  for (int i = 0; i < ROWS; ++i)
-    for (int64_t j = 0; j < count; ++j)
-      c[i * ldc + j] = accumulate ? c[i * ldc + j] + sums[i * NR + j] : sums[i * NR + j];
-}
-
 // Some of the columns for ROWS rows. The fewer rows, the more panels at a time: else the sums would wait for each
 // other.
 template <int ROWS>
@@ -35,7 +21,12 @@ __attribute__((noinline)) void rows_product(int64_t K, int64_t columns, Matrix a
     tile<ROWS, 2 * TOGETHER>(K, a, b, NR, c + j, ldc, accumulate, panel);
   if constexpr (TOGETHER > 1)
     for (; j + NR <= columns; j += NR, b += panel) tile<ROWS, 2>(K, a, b, NR, c + j, ldc, accumulate);
-  if (j < columns) tile_end<ROWS>(K, columns - j, a, b, c + j, ldc, accumulate);
+  if (j + W <= columns) {
+    tile<ROWS, 1>(K, a, b, NR, c + j, ldc, accumulate);
+    j += W;
+    b += W;
+  }
+  if (j < columns) tile_part<ROWS, true>(K, columns - j, a, b, NR, c + j, ldc, accumulate);
 }
 
 // f(Rows<rows>), 1 <= rows <= MOST.

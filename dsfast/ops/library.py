@@ -46,9 +46,7 @@ def _refuse(name: str, why: str) -> None:
 
 def expect_shape(operator: str, argument: str, x: Tensor, *shape: int | str) -> None:
     """Raise ValueError unless `x` has `shape`; a letter stands for any size."""
-    fits = x.dim() == len(shape)
-    for expected, size in zip(shape, x.shape, strict=False):
-        fits = fits and (isinstance(expected, str) or expected == size)
+    fits = x.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, x.shape, strict=True))
     if not fits:
         expected = ", ".join(str(s) for s in shape)
         raise ValueError(f"{operator}: {argument} must have shape [{expected}], got {list(x.shape)}")
