@@ -82,6 +82,18 @@ void bind_lists(py::module_& m, AdamW adamw, GradNorm grad_norm) {
   });
 }
 
+template <class Muon>
+void bind_muon(py::module_& m, Muon muon) {
+  m.def("muon",
+        [muon](const Pointers& params, const Pointers& grads, const Pointers& momenta,
+               const std::vector<int64_t>& shapes, const std::vector<double>& rates, double keep, double momentum,
+               double clip_scale, float a, float b, float c, float eps, int64_t iterations, int threads) {
+          py::gil_scoped_release release;
+          muon(pointers<float>(params), pointers<const float>(grads), pointers<float>(momenta), shapes.data(),
+               rates.data(), int64_t(rates.size()), keep, momentum, clip_scale, a, b, c, eps, iterations, threads);
+        });
+}
+
 // An attribute to be set from Python; a pointer is an integer there.
 template <class C, class B, class T>
 void field(py::class_<C>& type, const char* name, T B::* member) {
@@ -169,6 +181,7 @@ void bind_model(py::module_& m) {
     bind(m, "moe_experts_backward", ISA::moe_experts_backward);     \
     bind(m, "linear_cross_entropy", ISA::linear_cross_entropy);     \
     bind(m, "newton_schulz", ISA::newton_schulz);                   \
+    bind_muon(m, ISA::muon);                                        \
     bind(m, "train_step", ISA::train_step);                         \
   } while (false)
 

@@ -89,6 +89,11 @@ double grad_norm(const float* const* grads, const int64_t* sizes, int64_t tensor
 // shapes [stacks, 3]: n, rows, cols of matrices that lie one after the other in x and out; rows <= cols.
 void newton_schulz(const float* x, float* out, const int64_t* shapes, int64_t stacks, float a, float b, float c,
                    float eps, int64_t iterations, int threads);
+// Lists of `tensors` tensors, shapes [tensors, 3]: n, rows, cols; grads may be null. keep: of a parameter; rates
+// [tensors]: of each one's direction.
+void muon(float* const* params, const float* const* grads, float* const* momenta, const int64_t* shapes,
+          const double* rates, int64_t tensors, double keep, double momentum, double clip_scale, float a, float b,
+          float c, float eps, int64_t iterations, int threads);
 
 // The weights as decode_step reads them: how many floats, which it writes to `memory` unless that is null.
 int64_t decode_panels(const dsfast::Model* model, float* memory, int threads);

@@ -25,7 +25,7 @@ from dsfast.huggingface_config import model_section
 
 OPERATORS = (
     "rms_norm", "rope", "embedding", "mla_attention", "mla_decode", "moe_route", "moe_experts", "swiglu_mlp",
-    "linear_cross_entropy", "adamw", "newton_schulz",
+    "linear_cross_entropy", "adamw", "muon", "newton_schulz",
 )  # fmt: skip
 """The names that `runtime.kernels` may hold, beside "default"."""
 

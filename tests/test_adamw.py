@@ -142,13 +142,13 @@ class TestInPlace:
         assert norm == pytest.approx(abs(torch.tensor(value).item()), rel=1e-6, nan_ok=True)
 
 
-def as_tensors(lrs, step, clip_scale):
-    return torch.tensor(lrs), torch.tensor(step), torch.tensor(clip_scale)
+def as_tensors(step, clip_scale, lr_scale):
+    return torch.tensor(step), torch.tensor(clip_scale), torch.tensor(lr_scale, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestNumbersOnTheDevice:
-    """Learning rates, step and clip factor as tensors: what a captured step reads."""
+    """Step, clip factor and the scale of the learning rates as tensors: what a captured step reads."""
 
     def prepared(self, implementation):
         if implementation == "native":
@@ -159,12 +159,12 @@ class TestNumbersOnTheDevice:
     def test_give_what_numbers_give(self, implementation):
         tensors, lrs, settings, step, clip_scale = self.prepared(implementation)
         with ops.use(implementation):
-            expected = updated_by_adamw(*tensors, lrs, *settings, step, clip_scale)
-            given = (lrs, step, clip_scale)
-            for which in range(1, 8):  # each alone, and together
+            expected = updated_by_adamw(*tensors, [0.5 * lr for lr in lrs], *settings, step, clip_scale)
+            given = (step, clip_scale, 0.5)
+            for which in range(8):  # none, each alone, and together
                 pairs = zip(as_tensors(*given), given, range(3), strict=True)
-                a, b, c = (x if which >> i & 1 else number for x, number, i in pairs)
-                found = updated_by_adamw(*tensors, a, *settings, b, c)
+                numbers = (x if which >> i & 1 else number for x, number, i in pairs)
+                found = updated_by_adamw(*tensors, lrs, *settings, *numbers)
                 for x, y in zip(found, expected, strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
 
@@ -180,9 +180,13 @@ class TestNumbersOnTheDevice:
     @pytest.mark.parametrize(
         ("name", "value", "error", "match"),
         [
-            ("lrs", torch.ones(3), ValueError, "must be equally long"),
-            ("lrs", torch.ones(2, 1), ValueError, r"adamw: lrs must have shape \[2\], got \[2, 1\]"),
-            ("lrs", torch.ones(2).double(), TypeError, "adamw: lrs must be torch.float32 on cpu, got torch.float64"),
+            ("lr_scale", torch.ones(2).double(), ValueError, r"adamw: lr_scale must have shape \[\], got \[2\]"),
+            (
+                "lr_scale",
+                torch.tensor(1.0),
+                TypeError,
+                "adamw: lr_scale must be torch.float64 on cpu, got torch.float32",
+            ),
             ("step", torch.ones(1).long(), ValueError, r"adamw: step must have shape \[\], got \[1\]"),
             ("step", torch.tensor(1.0), TypeError, "adamw: step must be torch.int64 on cpu, got torch.float32"),
             ("step", torch.tensor(0), ValueError, "adamw: step counts from 1, got 0"),
@@ -197,9 +201,9 @@ class TestNumbersOnTheDevice:
     )
     def test_bad_ones(self, implementation, name, value, error, match):
         tensors, lrs, settings, step, clip_scale = self.prepared(implementation)
-        given = {"lrs": lrs, "step": step, "clip_scale": clip_scale, name: value}
+        given = {"step": step, "clip_scale": clip_scale, name: value}
         with ops.use(implementation), pytest.raises(error, match=match):
-            ops.adamw(*tensors, given["lrs"], *settings, given["step"], given["clip_scale"])
+            ops.adamw(*tensors, lrs, *settings, **given)
 
     @pytest.mark.parametrize("max_norm", [0.5, 5.0, 1e9])
     def test_norm_and_factor_of_gradients(self, implementation, max_norm):
@@ -217,6 +221,19 @@ class TestNumbersOnTheDevice:
             norm, scale = ops.grad_clip([torch.tensor([1.0, bad])], 1.0)
         assert not norm.isfinite()
         assert scale.isnan()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_loss_that_is_not_finite_makes_the_factor_nan(self, implementation, dtype):
+        grads = self.prepared(implementation)[0][1]
+        with ops.use(implementation):
+            expected = ops.grad_clip(grads, 0.5)
+            assert ops.grad_clip(grads, 0.5, torch.tensor(7.0, dtype=dtype)) == expected
+            for bad in (math.inf, -math.inf, math.nan):
+                norm, scale = ops.grad_clip(grads, 0.5, torch.tensor(bad, dtype=dtype))
+                assert norm == expected[0]
+                assert scale.isnan()
+            with pytest.raises(ValueError, match=r"grad_clip: loss must have shape \[\], got \[1\]"):
+                ops.grad_clip(grads, 0.5, torch.ones(1))
 
     def test_factor_of_no_gradients_is_one(self, implementation):
         self.prepared(implementation)

@@ -48,9 +48,15 @@ SMALL = {
     "swiglu_mlp": {"N": 12, "D": 7, "I": 5},
     "linear_cross_entropy": {"N": 12, "R": 5, "V": 19},
     "adamw": {"P": 50, "tensors": 4},
+    "muon": {"layers": 2, "D": 8, "I": 5},
     "newton_schulz": {"M": 3, "R": 5, "C": 7},
 }
-PASSES = {"adamw": ["update"], "mla_decode": ["forward"], "newton_schulz": ["forward"]}  # those without gradient
+PASSES = {
+    "adamw": ["update"],
+    "muon": ["update"],
+    "mla_decode": ["forward"],
+    "newton_schulz": ["forward"],
+}  # those without gradient
 CEILINGS = ceilings.Ceilings(1e11, 2e11, 1e10, 2048, 2048)
 ARCHITECTURES = {
     "factorised": {"embedding_rank": 8},
@@ -178,7 +184,16 @@ def test_every_operator_has_every_size():
 
 @pytest.mark.parametrize(
     "operator",
-    ["embedding", "mla_attention", "mla_decode", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "newton_schulz"],
+    [
+        "embedding",
+        "mla_attention",
+        "mla_decode",
+        "moe_experts",
+        "swiglu_mlp",
+        "linear_cross_entropy",
+        "muon",
+        "newton_schulz",
+    ],
 )
 def test_flops_are_those_torch_counts(operator: str):
     case = build(operator)
@@ -195,7 +210,7 @@ def test_flops_are_those_torch_counts(operator: str):
     assert counter.get_total_flops() == case.backward.flops * full
 
 
-@pytest.mark.parametrize("operator", sorted(set(SMALL) - {"embedding", "adamw"}))
+@pytest.mark.parametrize("operator", sorted(set(SMALL) - {"embedding", "adamw", "muon"}))
 def test_forward_bytes_are_those_of_inputs_and_results(operator: str):
     case = build(operator)
     arguments = inputs(case)
@@ -222,6 +237,14 @@ def test_an_embedding_reads_the_rows_it_takes_not_the_table():
     case = build("embedding")
     assert case.forward.bytes == 8 * N + 4 * (N * R + R * D + N * D)
     assert case.backward.bytes == 8 * N + 4 * (N * D + N * R + R * D + V * R + R * D)  # dy, rows, P -> dE, dP
+
+
+def test_muon_reads_and_writes_every_state_once():
+    case = build("muon")
+    count = sum(p.numel() for p in inputs(case)[0])
+    assert count == 2 * (12 * 8 + 8 * 8 + 2 * 10 * 8 + 2 * 8 * 5)
+    assert case.forward.bytes == count * 4 * (3 + 2)
+    assert case.backward is None
 
 
 def test_adamw_reads_and_writes_every_state_once():
@@ -446,7 +469,7 @@ def test_the_split_names_dsfasts_operators_forward_and_backward(whole_step):
     assert REST in rows
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=0.01)
     if kernels.native.status()[0]:
-        assert {f"dsfast::{name}" for name in set(ops.OPERATORS) - {"mla_decode", "newton_schulz"}} <= set(rows)
+        assert {f"dsfast::{name}" for name in set(ops.OPERATORS) - {"mla_decode", "muon", "newton_schulz"}} <= set(rows)
         assert ("dsfast::linear" in rows) == whole_step
         for name in ("rms_norm", "rope", "mla_attention", "moe_experts", "swiglu_mlp"):
             assert rows[f"dsfast::{name}"]["forward_seconds"] > 0

@@ -115,7 +115,7 @@ def test_every_size_can_be_built_and_is_checked_no_larger(part):
     for name in cases.SIZES[part]:
         case = cases.build(part, name)
         assert case.forward.bytes_of(2) > 0
-        assert case.dtype == (torch.float32 if part in ("route", "adamw") else torch.bfloat16)
+        assert case.dtype == (torch.float32 if part in ("route", "adamw", "muon") else torch.bfloat16)
         for letter, size in case.checked_sizes.items():
             assert (sum(size) <= sum(case.sizes[letter])) if letter == "lengths" else size <= case.sizes[letter]
 
@@ -142,9 +142,12 @@ def test_a_case_is_checked_and_timed_with_the_peers_that_run_here(part):
     assert ready, row["peers"]
     assert {peer["status"] for peer in row["peers"].values()} <= {"ready", "missing", "refused", "failed"}
     assert all(peer["reason"] for peer in row["peers"].values() if peer["status"] != "ready")
-    assert list(row["passes"]) == {"adamw": ["update"], "decode": ["forward"], "muon": ["forward"]}.get(
-        part, ["forward", "forward+backward"]
-    )
+    assert list(row["passes"]) == {
+        "adamw": ["update"],
+        "muon": ["update"],
+        "decode": ["forward"],
+        "newton_schulz": ["forward"],
+    }.get(part, ["forward", "forward+backward"])
     for timed in row["passes"].values():
         assert set(timed["variants"]) == {"dsfast", *ready}
         for variant in timed["variants"].values():

@@ -23,6 +23,7 @@ from dsfast.triton_kernels import (
     swiglu_mlp,
 )
 
+from dsfast.bench.cases import UPDATES
 from dsfast.bench.gpu import cases
 from dsfast.ops.triton import INTERPRETED
 
@@ -62,7 +63,7 @@ def turned(x, cos, sin, positions):
     rope.rope(rope.rope(x, cos, sin, positions, False), cos, sin, positions, True)
 
 
-def muon(x, shapes):
+def orthogonal(x, shapes):
     newton_schulz.newton_schulz(x, [size for shape in shapes for size in shape], (1.0, 2.0, 3.0), 1e-7, 5)
 
 
@@ -77,7 +78,7 @@ def embedded(input_ids, table, projection):
 
 PASSES = {
     "attention": attention, "experts": experts, "head": head, "decode": mla_decode.forward, "route": route, "norm": norm,
-    "rope": turned, "muon": muon, "mlp": mlp, "embedding": embedded,
+    "rope": turned, "newton_schulz": orthogonal, "mlp": mlp, "embedding": embedded,
 }  # fmt: skip
 
 
@@ -112,4 +113,4 @@ def test_what_is_timed_is_what_was_checked(part, name, kinds):
     assert timed.keys() - SUMS == checked.keys() - SUMS
     others = {kernel for kernel, kind in timed.items() if kind - checked.get(kernel, set())}
     assert others <= SUMS
-    assert set(PASSES) | {"adamw"} == set(cases.SIZES)  # adamw is checked at the size it is timed at
+    assert set(PASSES) | set(UPDATES) == set(cases.SIZES)  # these are checked at the size they are timed at

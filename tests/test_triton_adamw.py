@@ -41,11 +41,11 @@ def prepared(case, seed=0):
 
 
 def with_tensors(params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, clip_scale):
-    """updated_by_adamw with all that may lie on the device lying there."""
-    lrs, step = torch.tensor(lrs, device=DEVICE), torch.tensor(step, device=DEVICE)
-    clip_scale = torch.tensor(clip_scale, device=DEVICE)
+    """updated_by_adamw with all that may lie on the device lying there; the learning rates are 4 times the scale's quarter."""
+    step, clip_scale = torch.tensor(step, device=DEVICE), torch.tensor(clip_scale, device=DEVICE)
+    lrs, lr_scale = [4 * lr for lr in lrs], torch.tensor(0.25, dtype=torch.float64, device=DEVICE)
     return updated_by_adamw(
-        params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, clip_scale
+        params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, clip_scale, lr_scale
     )  # fmt: skip
 
 
@@ -133,6 +133,17 @@ def test_factor(max_norm, scale):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [2.0, math.inf, -math.inf, math.nan])
+def test_factor_of_a_loss(value, dtype):
+    gradients, loss = [torch.full((16,), 1.0, device=DEVICE)], torch.tensor(value, dtype=dtype, device=DEVICE)
+    with ops.use("triton"):
+        norm, scale = ops.grad_clip(gradients, 1.0, loss)
+    assert float(norm) == 4.0
+    assert float(scale) == pytest.approx(0.25 if value == 2.0 else math.nan, nan_ok=True)
+
+
+@on_device
 def test_only_float32():
     x = torch.ones(3, device=DEVICE, dtype=torch.float64)
     with ops.use("triton"):
@@ -146,30 +157,31 @@ class TestTable:
     """Host code, without a kernel."""
 
     def build(self, *arguments):
-        from dsfast.triton_kernels.adamw import build_table
+        from dsfast.triton_kernels.tables import build_table
 
         return build_table(*arguments)
 
     def test_rows(self):
-        table = self.build([[1000, 2000, 3000], [16, 32, 48]], [0, BLOCK + 1, 7], [0.5, 0.25, 0.0])
-        bits = torch.tensor([0.25, 0.25, 0.0]).view(torch.int32).tolist()
-        assert table.tolist() == [
-            [2000, 32, BLOCK, 1, bits[0]],
-            [2000 + 4 * BLOCK, 32 + 4 * BLOCK, 1, 1, bits[1]],
-            [3000, 48, 7, 2, bits[2]],
-        ]
+        table = self.build([0, BLOCK + 1, 7], [1000, 2000, 3000], [16, 32, 48])
+        assert table.tolist() == [[BLOCK, 0, 2000, 32], [1, BLOCK, 2000, 32], [7, 0, 3000, 48]]
 
     def test_more_than_2_to_31_elements(self):
-        """Addresses are computed in 64 bits: of the last element of 2^31 + 1, and of a tensor behind it."""
-        table = self.build([[2**46, 2**47]], [2**31 + 1, 5], None)
-        assert table[-2].tolist() == [2**46 + 4 * 2**31, 1]
-        assert table[-1].tolist() == [2**47, 5]
+        """Of the last element of 2^31 + 1, and of a tensor behind it."""
+        table = self.build([2**31 + 1, 5], [2**46, 2**47])
+        assert table[-2:].tolist() == [[1, 2**31, 2**46], [5, 0, 2**47]]
         assert table.size(0) == 2**31 // BLOCK + 2
+
+    @pytest.mark.parametrize("value", [0.25, -0.0, 1e-45, math.inf])
+    def test_numbers_keep_their_bits(self, value):
+        from dsfast.triton_kernels.tables import float_bits
+
+        (bits,) = float_bits([value])
+        assert torch.tensor(bits, dtype=torch.int32).view(torch.float32).item() == torch.tensor(value).item()
 
 
 class TestKept:
     def kept(self, most=2):
-        from dsfast.triton_kernels.adamw import Kept
+        from dsfast.triton_kernels.tables import Kept
 
         return Kept(most)
 
@@ -188,11 +200,11 @@ class TestKept:
     @pytest.fixture
     def capturing(self, monkeypatch):
         """As on a GPU, whose copies are left out."""
-        from dsfast.triton_kernels import adamw
+        from dsfast.triton_kernels import tables
 
         now = []
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(now))
-        monkeypatch.setattr(adamw, "_copy", lambda x, device: adamw.Entry(x, None))
+        monkeypatch.setattr(tables, "_copy", lambda x, device: tables.Entry(x, None))
         return now
 
     def test_a_capture_makes_nothing_and_what_it_read_stays(self, capturing):
@@ -210,11 +222,11 @@ class TestKept:
 
 @on_device
 def test_the_same_tensors_need_one_table(monkeypatch):
-    from dsfast.triton_kernels import adamw
+    from dsfast.triton_kernels import tables
 
     made = []
-    monkeypatch.setattr(adamw, "_kept", adamw.Kept(4))
-    monkeypatch.setattr(adamw, "build_table", lambda *a, build=adamw.build_table: made.append(1) or build(*a))
+    monkeypatch.setattr(tables, "_kept", tables.Kept(4))
+    monkeypatch.setattr(tables, "build_table", lambda *a, build=tables.build_table: made.append(1) or build(*a))
     tensors, lrs, settings, step, clip_scale = prepared(TestAdamw.tiny)
     with ops.use("triton"):
         for _ in range(3):
@@ -227,28 +239,29 @@ def test_the_same_tensors_need_one_table(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_step_reads_new_numbers():
-    """Norm, clip and update in one graph; learning rates and step change between replays; a bad gradient changes nothing."""
+    """Norm, clip and update in one graph; scale and step change between replays; a bad gradient changes nothing."""
     case = adamw_case("two", ((BLOCK,), (5,)), 1)
     tensors, lrs, settings, _, _ = prepared(case)
     expected = [[x.clone() for x in column] for column in tensors]
-    rates, step = torch.tensor(lrs, device=DEVICE), torch.tensor(1, device=DEVICE)
+    lr_scale = torch.ones((), dtype=torch.float64, device=DEVICE)
+    step = torch.tensor(1, device=DEVICE)
 
-    def update(columns, rates, step):
-        ops.adamw(*columns, rates, *settings, step, ops.grad_clip(columns[1], 1.0)[1])
+    def update(columns, lr_scale, step):
+        ops.adamw(*columns, lrs, *settings, step, ops.grad_clip(columns[1], 1.0)[1], lr_scale)
 
     with ops.use("triton"):
         graph, scratch = torch.cuda.CUDAGraph(), [[x.clone() for x in column] for column in tensors]
-        update(tensors, rates, step)  # makes the tables
+        update(tensors, lr_scale, step)  # makes the tables
         for column, old in zip(tensors, scratch, strict=True):
             for x, y in zip(column, old, strict=True):
                 x.copy_(y)
         with torch.cuda.graph(graph):
-            update(tensors, rates, step)
+            update(tensors, lr_scale, step)
         for number in range(1, 4):
-            rates.mul_(0.5)
+            lr_scale.mul_(0.5)
             step.fill_(number)
             graph.replay()
-            update(expected, rates.clone(), step.clone())
+            update(expected, lr_scale.clone(), step.clone())
         tensors[1][0][3] = math.nan
         graph.replay()
     for column in (0, 2, 3):

@@ -8,11 +8,12 @@ Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
 Letters: N tokens, T tokens per document, B sequences, C cached tokens, D model width, R rank or width of latent, table and
 head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups,
-I intermediate width, P parameters, M matrices of R rows and C columns.
+I intermediate width, P parameters, M matrices of R rows and C columns; muon's are those of `layers` layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from dsfast import ops
 from dsfast.bench.peers import operators as eager
 from dsfast.errors import UserError, choices
 from dsfast.ops import cases
+from dsfast.ops.muon import size_of
 from dsfast.ops.newton_schulz import ITERATIONS, Shape
 
 SIZE_NAMES = ("500k", "5m", "v3")
@@ -73,12 +75,19 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "5m": {"P": 5_000_000, "tensors": 41},
         "v3": {"P": 22_000_000, "tensors": 3},
     },
+    "muon": {  # matrices of the model's layers; of DeepSeek-V3 one expert's
+        "500k": {"layers": 2, "D": 128, "I": 64},
+        "5m": {"layers": 4, "D": 256, "I": 128},
+        "v3": {"layers": 1, "D": 2048, "I": 512},
+    },
     "newton_schulz": {  # the most costly stack; of DeepSeek-V3 eight heads' keys in kv_b_proj
         "500k": {"M": 2, "R": 128, "C": 192},
         "5m": {"M": 4, "R": 256, "C": 384},
         "v3": {"M": 8, "R": 128, "C": 512},
     },
 }
+UPDATES = ("adamw", "muon")
+"""Operators that work in place: what is timed of them is called "update"."""
 _INDEX = 8  # bytes
 
 
@@ -107,7 +116,7 @@ class Work:
 class BenchCase:
     """One operator at one size.
 
-    case: its inputs, and the function that is checked on them. ours, eager: what is timed on them, in place for adamw.
+    case: its inputs, and the function that is checked on them. ours, eager: what is timed on them, in place for UPDATES.
     eager_result: eager as a function without side effects, whose results are those of `case.function`.
     backward: None for an operator without gradient.
     """
@@ -136,6 +145,8 @@ def build_case(operator: str, name: str, sizes: dict[str, int] | None = None) ->
     peer = getattr(eager, operator)
     if operator == "adamw":
         return BenchCase(case, sizes, _clip_and_update, peer, _eager_update, forward, backward)
+    if operator == "muon":
+        return BenchCase(case, sizes, ops.muon, peer, _eager_muon, forward, backward)
     return BenchCase(case, sizes, case.function, peer, peer, forward, backward)
 
 
@@ -215,6 +226,23 @@ def newton_schulz(shapes: Sequence[Shape], name: str) -> tuple[cases.Case, Work,
     return cases.newton_schulz_case(name, *shapes), Work(flops, floats), None
 
 
+def _muon(name: str, layers: int, D: int, I: int):
+    """Projections, experts' gates and ups on top of each other, experts' downs. No clipping, as below."""
+    shapes, parts = [(3 * D // 2, D), (D, D), (2, 2 * I, D), (2, D, I)] * layers, [1, 1, 2, 1] * layers
+    sizes = [size_of(shape, n) for shape, n in zip(shapes, parts, strict=True)]
+    flops = sum(newton_schulz([(n, min(sides), max(sides))], name)[1].flops for n, *sides in sizes)
+    case = cases.muon_case(name, *shapes, parts=parts)
+    # It reads weights, gradients and momenta, and writes weights and momenta.
+    work = Work(flops, 5 * sum(map(math.prod, shapes)))
+    return replace(case, make_inputs=lambda generator: (*case.make_inputs(generator)[:-1], 1.0)), work, None
+
+
+def _eager_muon(params, grads, momenta, *settings):
+    copies = [[x.clone() for x in tensors] for tensors in (params, momenta)]
+    eager.muon(copies[0], grads, copies[1], *settings)
+    return tuple(torch.cat([x.flatten() for x in tensors]) for tensors in copies)
+
+
 def _adamw(name: str, P: int, tensors: int):
     rest = P // 2 // (tensors - 1)
     shapes = [(P - rest * (tensors - 1),), *[(rest,)] * (tensors - 1)]
@@ -252,5 +280,6 @@ _BUILDERS = {
     "swiglu_mlp": _swiglu_mlp,
     "linear_cross_entropy": _linear_cross_entropy,
     "adamw": _adamw,
+    "muon": _muon,
     "newton_schulz": _newton_schulz,
 }

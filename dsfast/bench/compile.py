@@ -48,8 +48,9 @@ class Example(NamedTuple):
 
 
 def operators() -> list[str]:
-    """The operators that have a Triton kernel."""
-    return [name for name in ops.OPERATORS if importlib.util.find_spec(f"dsfast.triton_kernels.{name}")]
+    """The operators that have a Triton kernel, and what else is launched in a training step."""
+    names = (*ops.OPERATORS, "after_step")
+    return [name for name in names if importlib.util.find_spec(f"dsfast.triton_kernels.{name}")]
 
 
 def kernels_of(operator: str):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.cases import BenchCase, Work, build_case
+from dsfast.bench.cases import UPDATES, BenchCase, Work, build_case
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.timing import Call, Spread, compare
 from dsfast.ops import checks, native
@@ -62,7 +62,7 @@ def run_case(bench: BenchCase, ceilings: Ceilings, repeats: int) -> Json:
     if "eager" not in variants:
         return row
     if bench.backward is None:
-        passes = {"update" if bench.case.operator == "adamw" else "forward": (bench.forward, _forward)}
+        passes = {"update" if bench.case.operator in UPDATES else "forward": (bench.forward, _forward)}
     else:
         both = (bench.forward + bench.backward, _forward_backward)
         passes = {"forward": (bench.forward, _forward), "forward+backward": both}

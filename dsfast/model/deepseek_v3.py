@@ -115,13 +115,17 @@ class DeepseekV3(nn.Module):
         """Every router, in order, those of the MTP modules last. `load` is its tokens per expert in the last step."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def update_router_bias(self, speed: float | Tensor) -> None:
-        """Balance the experts without a loss (section 2.1.2): call after each training step, outside the gradient.
+    def update_router_bias(self, speed: float, clip_scale: float | Tensor = 1.0) -> Tensor:
+        """Balance the experts without a loss, as `ops.update_bias`: call after each training step.
 
-        speed may lie on the device, float32 []; 0 changes nothing.
+        Returns the routers' loads [L, E] int64, in the order of `routers`; [0, 0] without routers.
         """
-        for router in self.routers():
-            router.update_bias(speed)
+        routers = self.routers()
+        if not routers:
+            return torch.zeros(0, 0, dtype=torch.int64, device=self.embed_tokens.weight.device)
+        loads = torch.stack([router.load for router in routers])
+        ops.update_bias([router.e_score_correction_bias for router in routers], loads, speed, clip_scale)
+        return loads
 
     def head_weights(self) -> tuple[Tensor | None, Tensor]:
         """(p, w) with logits = (hidden p^T) w^T, p None where there is no projection."""

@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
 class Router(Float32Buffers):
     """Chooses K of E experts for each token and weighs them by their sigmoid affinities.
 
-    `e_score_correction_bias` [E] takes part in the choice alone. It is outside the gradient: `update_bias` moves it.
+    `e_score_correction_bias` [E] takes part in the choice alone. It is outside the gradient: `ops.update_bias` moves it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -47,12 +47,6 @@ class Router(Float32Buffers):
         if self.training:
             self.load.copy_(counts)
         return weights.to(x.dtype), indices
-
-    @torch.no_grad()
-    def update_bias(self, speed: float | Tensor) -> None:
-        """Raise the bias of experts below the mean load, lower that of experts above it, by `speed` (or float32 [])."""
-        load = self.load.float()
-        self.e_score_correction_bias += speed * (load.mean() - load).sign()
 
 
 class DeepseekMoE(nn.Module):

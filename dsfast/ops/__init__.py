@@ -1,6 +1,7 @@
 """The operators of a DeepSeek-V3 model. Each module holds the maths, the reference, the schema, the dispatch, the backward."""
 
 from dsfast.ops.adamw import adamw, clip_scale, grad_clip, grad_norm
+from dsfast.ops.after_step import record_step, update_bias
 from dsfast.ops.checks import check_all
 from dsfast.ops.dispatch import (
     IMPLEMENTATIONS,
@@ -18,6 +19,7 @@ from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
+from dsfast.ops.muon import muon
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
 from dsfast.ops.rms_norm import rms_norm
@@ -41,12 +43,15 @@ __all__ = [
     "mla_decode",
     "moe_experts",
     "moe_route",
+    "muon",
     "newton_schulz",
     "note_fallback",
     "products_in",
+    "record_step",
     "report",
     "rms_norm",
     "rope",
     "swiglu_mlp",
+    "update_bias",
     "use",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ p = p (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from dsfast.ops.library import define, expect_dtype, expect_shape
 
 
 def adamw_reference(
-    params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, beta1, beta2, eps, step, clip_scale=1.0
+    params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, beta1, beta2, eps, step, clip_scale=1.0, lr_scale=1.0
 ) -> None:
-    for p, grad, m, v, lr, decay in zip(params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, strict=True):
-        g = grad * clip_scale
+    for p, grad, m, v, peak, decay in zip(params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, strict=True):
+        g, lr = grad * clip_scale, peak * lr_scale
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         p.mul_(1 - lr * decay)
@@ -32,21 +33,22 @@ def adamw_reference(
 @torch.no_grad()
 def adamw(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    lrs: Sequence[float] | Tensor, weight_decays: Sequence[float], beta1: float, beta2: float, eps: float,
-    step: int | Tensor, clip_scale: float | Tensor = 1.0,
+    lrs: Sequence[float], weight_decays: Sequence[float], beta1: float, beta2: float, eps: float,
+    step: int | Tensor, clip_scale: float | Tensor = 1.0, lr_scale: float | Tensor = 1.0,
 ) -> None:  # fmt: skip
     """Update `params`, `exp_avgs` and `exp_avg_sqs` in place; one learning rate and weight decay for each tensor.
 
-    step counts from 1. Gradients are multiplied by clip_scale, see `clip_scale`. Tensors of one position have one shape;
-    params and both averages must be contiguous. Raises ValueError or TypeError for lists that do not fit together.
+    step counts from 1. Gradients are multiplied by clip_scale, see `clip_scale`, learning rates by lr_scale. Tensors of one
+    position have one shape; params and both averages must be contiguous. Raises ValueError or TypeError for lists that do not
+    fit together.
 
     What changes from step to step may lie on the device of params, so that nothing waits for it and a captured CUDA graph
-    takes new values: lrs float32 [T] for T tensors, step int64 [], clip_scale float32 []. Where such a clip_scale is not finite
-    (see `grad_clip`) nothing is updated. A step below 1 on a GPU, which is not waited for, makes params NaN.
+    takes new values: step int64 [], clip_scale float32 [], lr_scale float64 []. Where such a clip_scale is not finite (see
+    `grad_clip`) nothing is updated. A step below 1 on a GPU, which is not waited for, makes params NaN.
 
     On a GPU params are float32, and what the kernel knows of the tensors is kept from call to call. During the capture of a
-    CUDA graph that must be there: RuntimeError unless the same tensors (and the same lrs, where they are numbers) were
-    updated before; and gradients are contiguous.
+    CUDA graph that must be there: RuntimeError unless the same tensors were updated before, with the same lrs and
+    weight_decays; and gradients are contiguous.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(lrs) == len(weight_decays):
         raise ValueError("adamw: params, grads, exp_avgs, exp_avg_sqs, lrs and weight_decays must be equally long")
@@ -56,12 +58,14 @@ def adamw(
         return
     if not _fit(params, grads, exp_avgs, exp_avg_sqs):
         _refuse(params, grads, exp_avgs, exp_avg_sqs)
-    _expect_on_device(params, lrs, step, clip_scale)
-    tensors, settings = (params, grads, exp_avgs, exp_avg_sqs), (weight_decays, beta1, beta2, eps)
+    expect_on_device("adamw", params[0].device, step=step, clip_scale=clip_scale, lr_scale=lr_scale)
+    tensors, settings = (params, grads, exp_avgs, exp_avg_sqs), (lrs, weight_decays, beta1, beta2, eps)
     if choose("adamw", params[0]) == "reference":
-        _reference(tensors, lrs, settings, step, clip_scale)
+        _reference(tensors, settings, step, clip_scale, lr_scale)
     else:
-        _run(tensors, lrs, settings, step, clip_scale)
+        torch.ops.dsfast.adamw(
+            *tensors, *settings, *or_tensor(lr_scale), *or_tensor(step), *or_tensor(clip_scale)
+        )  # fmt: skip
         # The kernels wrote where autograd cannot see.
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
@@ -87,18 +91,25 @@ def _refuse(params, grads, exp_avgs, exp_avg_sqs) -> None:
             raise ValueError("adamw: params, exp_avgs and exp_avg_sqs are updated in place and must be contiguous")
 
 
-def _expect_on_device(params, lrs, step, clip_scale) -> None:
-    """Check those that are tensors."""
-    float32, int64 = torch.float32, torch.int64
-    expected = {
-        "lrs": (lrs, float32, (len(params),)),
-        "step": (step, int64, ()),
-        "clip_scale": (clip_scale, float32, ()),
-    }
-    for name, (x, dtype, shape) in expected.items():
+_OF_THE_DEVICE = {"step": torch.int64, "clip_scale": torch.float32, "lr_scale": torch.float64}
+
+
+def expect_on_device(operator: str, device: torch.device, **numbers: float | Tensor) -> None:
+    """Check those numbers of an optimizer that are tensors: without dimension, on `device`, of the dtype each has there."""
+    for name, x in numbers.items():
         if isinstance(x, Tensor):
-            expect_shape("adamw", name, x, *shape)
-            expect_dtype("adamw", dtype, params[0].device, **{name: x})
+            expect_shape(operator, name, x)
+            expect_dtype(operator, _OF_THE_DEVICE[name], device, **{name: x})
+
+
+def or_tensor(x: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number as the registered operators take it: itself, or a tensor that stands for it."""
+    return (1, x) if isinstance(x, Tensor) else (x, None)
+
+
+def or_number(x: float, on_device: Tensor | None) -> float:
+    """The number again, where the device may be asked."""
+    return x if on_device is None else on_device.item()
 
 
 def _expect_counted(step: int) -> None:
@@ -106,29 +117,24 @@ def _expect_counted(step: int) -> None:
         raise ValueError(f"adamw: step counts from 1, got {step}")
 
 
-def _reference(tensors, lrs, settings, step, clip_scale) -> None:
+def _reference(tensors, settings, step, clip_scale, lr_scale) -> None:
     """`adamw_reference`, numbers on the device included; only a CPU is asked what they are."""
     if isinstance(step, Tensor):
         if step.is_cpu:
             _expect_counted(int(step))
         step = step.double()  # 1 - beta2^step would cancel in float32
-    if not isinstance(clip_scale, Tensor):
-        return adamw_reference(*tensors, lrs, *settings, step, clip_scale)
     params, _, exp_avgs, exp_avg_sqs = tensors
-    updated = [*params, *exp_avgs, *exp_avg_sqs]
-    before = [x.clone() for x in updated]
-    adamw_reference(*tensors, lrs, *settings, step, clip_scale)
-    for x, old in zip(updated, before, strict=True):
+    with unless_finite(clip_scale, [*params, *exp_avgs, *exp_avg_sqs]):
+        adamw_reference(*tensors, *settings, step, clip_scale, lr_scale)
+
+
+@contextmanager
+def unless_finite(clip_scale: float | Tensor, updated: Sequence[Tensor]) -> Iterator[None]:
+    """What is done inside to `updated` is undone where clip_scale is a tensor that is not finite; nothing waits for it."""
+    before = [x.clone() for x in updated] if isinstance(clip_scale, Tensor) else []
+    yield
+    for x, old in zip(updated, before, strict=False):
         x.copy_(torch.where(clip_scale.isfinite(), x, old))
-    return None
-
-
-def _run(tensors, lrs, settings, step, clip_scale) -> None:
-    """The registered operator, which takes each of the three as a number and as a tensor that stands for it."""
-    device_lrs, lrs = (lrs, []) if isinstance(lrs, Tensor) else (None, lrs)
-    device_step, step = (step, 1) if isinstance(step, Tensor) else (None, step)
-    device_clip_scale, clip_scale = (clip_scale, 1.0) if isinstance(clip_scale, Tensor) else (None, clip_scale)
-    torch.ops.dsfast.adamw(*tensors, lrs, device_lrs, *settings, step, device_step, clip_scale, device_clip_scale)
 
 
 @torch.no_grad()
@@ -138,24 +144,29 @@ def grad_norm(grads: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def grad_clip(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+def grad_clip(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The L2 norm over all gradients, float64 [], and the clip_scale that makes it max_norm at most, float32 [].
 
     Both lie on the gradients' device, which is not waited for; without gradients they are 0 and 1 on the CPU. Where a
-    gradient is not finite the norm is inf or nan and the clip_scale nan, with which `adamw` updates nothing. On a GPU the
-    gradients are float32; for the capture of a CUDA graph as in `adamw`.
+    gradient is not finite the norm is inf or nan and the clip_scale nan, with which `adamw` and `muon` update nothing; so it
+    is where `loss`, [] on that device, is not finite. On a GPU the gradients are float32; for the capture of a CUDA graph as
+    in `adamw`.
     """
     if not grads:
         return torch.zeros((), dtype=torch.float64), torch.ones(())
+    if loss is not None:
+        expect_shape("grad_clip", "loss", loss)
+        expect_dtype("grad_clip", loss.dtype, grads[0].device, loss=loss)
     if choose("adamw", grads[0]) == "reference":
-        return grad_clip_reference(grads, max_norm)
-    return torch.ops.dsfast.grad_clip(grads, max_norm)
+        return grad_clip_reference(grads, max_norm, loss)
+    return torch.ops.dsfast.grad_clip(grads, max_norm, loss)
 
 
-def grad_clip_reference(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+def grad_clip_reference(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
     norm = sum(g.double().square().sum() for g in grads).sqrt()
     scale = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))
-    return norm, scale.where(norm.isfinite(), math.nan).float()
+    good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    return norm, scale.where(good, math.nan).float()
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
@@ -164,44 +175,42 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 
 def _adamw_cpu(
-    params, grads, exp_avgs, exp_avg_sqs, lrs, device_lrs, weight_decays, beta1, beta2, eps, step, device_step,
-    clip_scale, device_clip_scale,
+    params, grads, exp_avgs, exp_avg_sqs, lrs, weight_decays, beta1, beta2, eps, lr_scale, device_lr_scale, step,
+    device_step, clip_scale, device_clip_scale,
 ):  # fmt: skip
-    if device_step is not None:
-        step = int(device_step)
-        _expect_counted(step)
-    if device_clip_scale is not None:
-        clip_scale = float(device_clip_scale)
-        if not math.isfinite(clip_scale):
-            return
-    lrs = list(lrs) if device_lrs is None else device_lrs.tolist()
+    step, clip_scale = or_number(step, device_step), or_number(clip_scale, device_clip_scale)
+    lr_scale = or_number(lr_scale, device_lr_scale)
+    _expect_counted(step)
+    if device_clip_scale is not None and not math.isfinite(clip_scale):
+        return
     grads = [g.contiguous() for g in grads]
     native.module().adamw(
         *([x.data_ptr() for x in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)),
-        [p.numel() for p in params], lrs, list(weight_decays), beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step,
-        clip_scale, torch.get_num_threads(),
+        [p.numel() for p in params], [lr * lr_scale for lr in lrs], list(weight_decays), beta1, beta2, eps,
+        1 - beta1**step, 1 - beta2**step, clip_scale, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _grad_clip_cpu(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+def _grad_clip_cpu(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None) -> tuple[Tensor, Tensor]:
     grads = [g.contiguous() for g in grads]
     norm = native.module().grad_norm([g.data_ptr() for g in grads], [g.numel() for g in grads], torch.get_num_threads())
-    scale = clip_scale(norm, max_norm) if math.isfinite(norm) else math.nan
+    finite = math.isfinite(norm) and (loss is None or math.isfinite(loss.item()))
+    scale = clip_scale(norm, max_norm) if finite else math.nan
     return torch.tensor(norm, dtype=torch.float64), torch.tensor(scale, dtype=torch.float32)
 
 
 define(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] lrs,"
-    " Tensor? device_lrs, float[] weight_decays, float beta1, float beta2, float eps, int step, Tensor? device_step,"
-    " float clip_scale, Tensor? device_clip_scale) -> ()",
+    " float[] weight_decays, float beta1, float beta2, float eps, float lr_scale, Tensor? device_lr_scale, int step,"
+    " Tensor? device_step, float clip_scale, Tensor? device_clip_scale) -> ()",
     cpu=_adamw_cpu,
     fake=lambda *_: None,
     cuda=triton.launcher("adamw", "adamw"),
 )
 define(
-    "grad_clip(Tensor[] grads, float max_norm) -> (Tensor, Tensor)",
+    "grad_clip(Tensor[] grads, float max_norm, Tensor? loss) -> (Tensor, Tensor)",
     cpu=_grad_clip_cpu,
-    fake=lambda grads, max_norm: (
+    fake=lambda grads, max_norm, loss: (
         grads[0].new_empty((), dtype=torch.float64),
         grads[0].new_empty((), dtype=torch.float32),
     ),

@@ -7,6 +7,7 @@ operator's own module.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
+from dsfast.ops.muon import muon
 from dsfast.ops.newton_schulz import Shape, newton_schulz
 from dsfast.ops.rms_norm import rms_norm
 from dsfast.ops.rope import rope
@@ -139,14 +141,50 @@ def newton_schulz_case(name: str, *shapes: Shape) -> Case:
     (3.4445^5), by every implementation, and the errors of two of them are as far apart as chance has it.
     """
 
-    def matrices(g: Generator, n: int, rows: int, cols: int) -> Tensor:
-        u, v = (torch.linalg.qr(_normal(g, n, size, rows))[0] for size in (rows, cols))
-        return (u * 0.1 ** torch.rand(n, 1, rows, generator=g)) @ v.mT
-
     def make_inputs(g: Generator) -> tuple:
-        return torch.cat([_normal(g, 0), *(matrices(g, *shape).flatten() for shape in shapes)]), shapes
+        return torch.cat([_normal(g, 0), *(_matrices(g, *shape).flatten() for shape in shapes)]), shapes
 
     return Case("newton_schulz", name, newton_schulz, make_inputs)
+
+
+def _matrices(g: Generator, n: int, rows: int, cols: int) -> Tensor:
+    """[n, rows, cols], singular values between 0.1 and 1."""
+    short = min(rows, cols)
+    u, v = (torch.linalg.qr(_normal(g, n, size, short))[0] for size in (rows, cols))
+    return (u * 0.1 ** torch.rand(n, 1, short, generator=g)) @ v.mT
+
+
+def muon_case(
+    name: str, *shapes: tuple[int, ...], parts: Sequence[int] | None = None, missing: int | None = None
+) -> Case:
+    """Parameters of `shapes`, the gradient of number `missing` None. The momenta have no small singular values, as above, and
+    the gradients are too small to make one."""
+    parts = list(parts or [1] * len(shapes))
+
+    def drawn(g: Generator, shape: tuple[int, ...], n: int) -> Tensor:
+        return _matrices(g, math.prod(shape[:-2]) * n, shape[-2] // n, shape[-1]).reshape(shape)
+
+    def make_inputs(g: Generator) -> tuple:
+        params = [_normal(g, *shape) for shape in shapes]
+        momenta, grads = ([drawn(g, *pair) * size for pair in zip(shapes, parts, strict=True)] for size in (1.0, 0.1))
+        if missing is not None:
+            grads[missing] = None
+        return params, grads, momenta, parts, 0.02, 0.1, 0.95, 0.7
+
+    return Case("muon", name, updated_by_muon, make_inputs)
+
+
+MUON_SETTINGS = 7
+"""Of `muon` up to the dtype."""
+
+
+def updated_by_muon(params, grads, momenta, *settings) -> tuple[Tensor, ...]:
+    """`muon` without side effects: all params and all momenta as one vector each. On a GPU it iterates in bfloat16 as a model's
+    training does there, unless `settings` go on to the dtype; what is in float64 stays so."""
+    params, momenta = ([x.clone() for x in tensors] for tensors in (params, momenta))
+    rounded = params[0].is_cuda and params[0].dtype == torch.float32 and len(settings) < MUON_SETTINGS
+    muon(params, grads, momenta, *settings, **({"dtype": torch.bfloat16} if rounded else {}))
+    return tuple(torch.cat([x.flatten() for x in tensors]) for tensors in (params, momenta))
 
 
 def adamw_case(name: str, shapes: Sequence[tuple[int, ...]], step: int) -> Case:

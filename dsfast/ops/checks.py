@@ -29,7 +29,7 @@ EAGER_FACTOR = 2
 FLOOR_ULPS = 4
 REFERENCE_ULPS = 64
 
-IN_FLOAT32 = ("moe_route", "adamw")
+IN_FLOAT32 = ("moe_route", "adamw", "muon")
 """What a model runs in float32 whatever it computes in: near ties decide the choice of experts; the weights are masters."""
 
 MATRICES = ((2, 128, 192), (2, 128, 128), (18, 64, 128), (2, 48, 128), (2, 32, 256), (1, 32, 128))
@@ -59,6 +59,8 @@ CASES = (
     cases.linear_cross_entropy_case("odd", 67, 7, 131),
     cases.adamw_case("500K", ((8000, 32), (32, 128), (2, 128, 128), (128,)), 10),
     cases.adamw_case("odd", ((1,), (0,), (17, 3), (16385,)), 1),
+    cases.muon_case("500K", (192, 128), (2, 128, 128), (2, 128, 64), (48, 128), (256, 32), parts=(1, 2, 1, 1, 1)),
+    cases.muon_case("odd", (17, 41), (3, 13, 7), (6, 5), (31, 31), (1, 1), parts=(1, 1, 2, 1, 1), missing=1),
     cases.newton_schulz_case("500K", *MATRICES),
     cases.newton_schulz_case("odd", (3, 17, 41), (0, 2, 3), (1, 1, 7), (2, 31, 31)),
 )

@@ -54,7 +54,9 @@ def module() -> ModuleType:
     return native
 
 
-OF_PRODUCTS = ("embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "newton_schulz")
+OF_PRODUCTS = (
+    "embedding", "mla_attention", "moe_experts", "swiglu_mlp", "linear_cross_entropy", "muon", "newton_schulz",
+)  # fmt: skip
 """The operators that are made of matrix products."""
 _products: ContextVar[torch.dtype] = ContextVar("dsfast_products", default=torch.float32)
 

@@ -34,11 +34,13 @@ Shape = tuple[int, int, int]
 
 def newton_schulz_reference(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
     parts = x.split([math.prod(shape) for shape in shapes])
-    return torch.cat([x[:0], *(_orthogonal(p.reshape(s)).flatten() for p, s in zip(parts, shapes, strict=True))])
+    return torch.cat(
+        [x[:0], *(orthogonal_reference(p.reshape(s)).flatten() for p, s in zip(parts, shapes, strict=True))]
+    )
 
 
-def _orthogonal(x: Tensor) -> Tensor:
-    """x [n, R, C]"""
+def orthogonal_reference(x: Tensor) -> Tensor:
+    """x [n, R, C] -> the same shape."""
     x = x / x.flatten(1).norm(dim=1).clamp(min=EPS).view(-1, 1, 1)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -83,11 +83,12 @@ class DeviceStep:
         self.parameters = self.weights.parameters
         places, device = len(batches.rows), batches.rows.device
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        self.update = torch.ones((), dtype=torch.int64, device=device)
+        """The number of the next one, from 1."""
         self.scales = torch.zeros(places, dtype=torch.float64, device=device)
         self.measured = torch.zeros(places, 4, dtype=torch.float64, device=device)
-        experts = [len(router.load) for router in self.routers[:1]]
-        self.loads = torch.zeros(places, len(self.routers), *experts, dtype=torch.int64, device=device)
+        experts = max((len(router.load) for router in self.routers), default=0)
+        self.loads = torch.zeros(places, len(self.routers), experts, dtype=torch.int64, device=device)
         self.gradients: list[Tensor] = []
         """At fixed addresses from the first call on, of the parameters that have one."""
 
@@ -99,21 +100,18 @@ class DeviceStep:
         self.batches.load([self.model.flatten(b.input_ids, b.labels, b.positions, b.cu_seqlens) for b in batches])
         self.scales[: len(scales)].copy_(torch.tensor(scales, dtype=torch.float64))
         self.place.zero_()
-        self.updates.fill_(updates)
+        self.update.fill_(updates + 1)
 
     def __call__(self) -> None:
         """One step; returns before the device has done it."""
         loss = self._gradients()
         with torch.no_grad():
-            norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip)
-            clip_scale = clip_scale + 0 * loss  # NaN, with which nothing is updated, where the loss is not finite
-            updated = clip_scale.isfinite()
+            norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip, loss)
             lr_scale = self.scales.index_select(0, self.place).squeeze(0)
-            self.optimizer.step(lr_scale, clip_scale, self.updates + 1)
-            self.model.update_router_bias(self.train.bias_update_speed * updated)
-            self.updates.add_(updated)
-            self._measure(loss, norm, lr_scale, updated)
-            self.place.add_(1)
+            self.optimizer.step(lr_scale, clip_scale, self.update)
+            loads = self.model.update_router_bias(self.train.bias_update_speed, clip_scale)
+            kept = (self.place, self.update, self.measured, self.loads)
+            ops.record_step(*kept, loss, norm, lr_scale, clip_scale, loads)
 
     def sent(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """What the steps at places begin .. end - 1 measure, on its way to the host; `read` takes it once the device is there.
@@ -125,7 +123,7 @@ class DeviceStep:
 
     def state(self) -> list[Tensor]:
         """Every tensor that a call changes for later ones to see; the gradients, which each call makes anew, left out."""
-        own = [self.place, self.updates, self.measured, self.loads]
+        own = [self.place, self.update, self.measured, self.loads]
         routers = [tensor for router in self.routers for tensor in (router.e_score_correction_bias, router.load)]
         return [*(p.detach() for p in self.parameters), *self.optimizer.tensors(), *routers, *own]
 
@@ -141,9 +139,3 @@ class DeviceStep:
             parameter.grad = kept
         torch._foreach_copy_(self.gradients, [gradient for _, gradient in pairs])
         return loss
-
-    def _measure(self, loss: Tensor, norm: Tensor, lr_scale: Tensor, updated: Tensor) -> None:
-        row = torch.stack([loss.double(), norm, lr_scale, updated.double()])
-        self.measured.index_copy_(0, self.place, row[None])
-        if self.routers:
-            self.loads.index_copy_(0, self.place, torch.stack([router.load for router in self.routers])[None])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsfast import ops
 from dsfast.config import TrainConfig
-from dsfast.train.muon import Matrix, Muon
+from dsfast.train.muon import Muon
 
 Role = Literal["embedding", "vector", "matrix"]
 
@@ -56,7 +56,6 @@ class AdamW:
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         self.updates = 0
-        self._lrs_on_device: dict[tuple[float, ...], Tensor] = {}
 
     def step(self, lr_scale: float | Tensor, clip_scale: float | Tensor, update: Tensor | None = None) -> None:
         """One update of the parameters that have a gradient; see `Optimizer.step`."""
@@ -67,29 +66,20 @@ class AdamW:
         if not chosen:
             return
         names, parameters, lrs, decays = (list(column) for column in zip(*chosen, strict=True))
-        if isinstance(lr_scale, Tensor):
-            rates = self._on_device(tuple(lrs), lr_scale.device).mul(lr_scale).float()
-        else:
-            rates = [lr * lr_scale for lr in lrs]
         ops.adamw(
             [p.detach() for p in parameters],
             [p.grad for p in parameters],
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
-            rates,
+            lrs,
             decays,
             self.beta1,
             self.beta2,
             self.eps,
             self.updates if update is None else update,
             clip_scale,
+            lr_scale,
         )
-
-    def _on_device(self, lrs: tuple[float, ...], device: torch.device) -> Tensor:
-        """float64 [T]; made once, so that the capture of a CUDA graph finds it."""
-        if lrs not in self._lrs_on_device:
-            self._lrs_on_device[lrs] = torch.tensor(lrs, dtype=torch.float64, device=device)
-        return self._lrs_on_device[lrs]
 
     def tensors(self) -> list[Tensor]:
         """What an update changes beside the parameters, in place."""
@@ -157,8 +147,9 @@ def build_optimizer(model: nn.Module, train: TrainConfig, dtype: torch.dtype = t
     muon = None
     if train.optimizer == "muon":
         names = [name for name, parameter in named.items() if role(name, parameter) == "matrix"]
-        matrices = [Matrix(name, named.pop(name), parts=2 if name.endswith("gate_up_proj") else 1) for name in names]
-        muon = Muon(matrices, train.muon_learning_rate, train.weight_decay, dtype)
+        parts = [2 if name.endswith("gate_up_proj") else 1 for name in names]
+        matrices = {name: named.pop(name) for name in names}
+        muon = Muon(matrices, parts, train.muon_learning_rate, train.weight_decay, dtype)
     roles = [role(name, parameter) for name, parameter in named.items()]
     embedding_lr = train.embedding_learning_rate or train.learning_rate
     lrs = [embedding_lr if kind == "embedding" else train.learning_rate for kind in roles]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ OPERATORS = {
     "norm": "rms_norm",
     "rope": "rope",
     "adamw": "adamw",
-    "muon": "newton_schulz",
+    "muon": "muon",
+    "newton_schulz": "newton_schulz",
     "mlp": "swiglu_mlp",
     "embedding": "embedding",
 }
@@ -72,7 +74,8 @@ SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
         "500K": ({"N": 8192, "T": 256, "H": 4, "Dr": 16}, {"N": 512, "T": 256, "H": 4, "Dr": 16}),
     },
     "adamw": {name: ({"P": 519_360, "tensors": 21}, {"P": 519_360, "tensors": 21}) for name in ("500K", "500K clip")},
-    "muon": {"500K": ({"shapes": MATRICES}, {"shapes": MATRICES})},
+    "muon": {"500K": ({"layers": 2, "D": 128, "I": 64}, {"layers": 2, "D": 128, "I": 64})},
+    "newton_schulz": {"500K": ({"shapes": MATRICES}, {"shapes": MATRICES})},
     "mlp": {
         "V3": ({"N": 8192, "D": 7168, "I": 2048}, {"N": 2048, "D": 7168, "I": 2048}),
         "500K": ({"N": 8192, "D": 128, "I": 64}, {"N": 8192, "D": 128, "I": 64}),
@@ -92,7 +95,8 @@ _TINY = {
     "norm": {"N": 12, "D": 24},
     "rope": {"N": 12, "T": 6, "H": 2, "Dr": 8},
     "adamw": {"P": 50, "tensors": 4},
-    "muon": {"M": 2, "R": 5, "C": 7},
+    "muon": {"layers": 1, "D": 8, "I": 4},
+    "newton_schulz": {"M": 2, "R": 5, "C": 7},
     "mlp": {"N": 12, "D": 16, "I": 16},
     "embedding": {"N": 12, "V": 19, "R": 8, "D": 16},
 }
@@ -133,6 +137,8 @@ def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:
         return replace(case, **routed, ours=route, canonical=_canonical_route)
     if part == "adamw":
         return replace(case, ours=clip_and_update if name.endswith("clip") else ops.adamw)
+    if part == "muon":
+        return replace(case, ours=partial(ops.muon, dtype=None if rehearsal else torch.bfloat16))
     return case
 
 

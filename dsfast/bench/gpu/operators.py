@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.cases import Work
+from dsfast.bench.cases import UPDATES, Work
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
 from dsfast.bench.gpu.peers import GpuPeer, Prepared, direct, peers_of
@@ -27,7 +27,7 @@ GRAPHED = 1e-3
 """A call shorter than this many seconds is also timed in a CUDA graph."""
 PEER_TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Of the largest value: a peer may round, but not compute something else."""
-ITERATED = {"muon": 4}
+ITERATED = {"newton_schulz": 4}
 """So many times as much where steps enlarge the rounding of those before: five of them in bfloat16 make some 3e-2."""
 
 _SKIPPED = {"status": "skipped", "reason": "out of time"}
@@ -63,7 +63,7 @@ def run_case(
             row["peers"][name] |= _failed(problem) if problem else _SKIPPED
         else:
             prepared[name] = ready
-    passes = {"update" if case.part == "adamw" else "forward": (case.forward, forward_call)}
+    passes = {"update" if case.part in UPDATES else "forward": (case.forward, forward_call)}
     if case.backward is not None:
         passes["forward+backward"] = (case.forward + case.backward, backward_call)
     for name, (work, make) in passes.items():
@@ -106,7 +106,7 @@ def check_peers(case: GpuCase, device: str, found: Json, expired: Callable[[], b
     arguments = draw(case.checked, device, case.dtype)
     with ops.use("reference", case.checked.operator):
         wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        expected = None if case.part == "adamw" else case.canonical(_tuple(case.checked.function(*wide)))
+        expected = None if case.part in UPDATES else case.canonical(_tuple(case.checked.function(*wide)))
     right = {}
     for name, peer in peers_of(case).items():
         state = {"status": "missing", "reason": peer.missing()}
@@ -135,7 +135,7 @@ def _check_peer(peer: GpuPeer, case: GpuCase, arguments: list, expected: tuple |
 
 
 def _check_update(peer: GpuPeer, case: GpuCase, arguments: list) -> str:
-    """AdamW works in place: the peer's and dsfast's parameters after one update each."""
+    """An optimizer works in place: the peer's and dsfast's parameters after one update each."""
     sides = []
     for run in (case.ours, None):
         copy = [[x.clone() for x in entry] if entry and isinstance(entry, list) and isinstance(entry[0], Tensor) else entry

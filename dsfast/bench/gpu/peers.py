@@ -332,6 +332,10 @@ def _eager_adamw(*arguments) -> None:
         _reference("adamw", ops.adamw)(*arguments)
 
 
+def _eager_muon(params: list, *arguments) -> None:
+    eager.muon(params, *arguments, dtype=torch.bfloat16 if params[0].is_cuda else None)
+
+
 _ADAMW = {
     "update": GpuPeer("torch._fused_adamw_", partial(_fused_adamw, False)),
     "clip": GpuPeer("total norm, foreach scaling, torch._fused_adamw_", partial(_fused_adamw, True)),
@@ -378,7 +382,10 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
         "liger": _plain("LigerRMSNormFunction", _liger_norm, no_liger),
     },
     "rope": {"eager": _plain("stack of two rotations", eager.rope), "compile": _compiled("it", eager.rope)},
-    "muon": {"eager": _plain("bmm, baddbmm, baddbmm", eager.newton_schulz), "compile": _compiled("it", eager.newton_schulz)},
+    "muon": {"eager": _plain("foreach, equal matrices by bmm", _eager_muon), "compile": _compiled("it", _eager_muon)},
+    "newton_schulz": {
+        "eager": _plain("bmm, baddbmm, baddbmm", eager.newton_schulz), "compile": _compiled("it", eager.newton_schulz),
+    },
     "mlp": {
         "eager": _plain("linear, silu, linear", eager.swiglu_mlp),
         "compile": _compiled("it", eager.swiglu_mlp),

@@ -20,8 +20,8 @@ from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 
 PARTS = (
-    "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon", "mlp",
-    "embedding", "compiled", "tests",
+    "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon",
+    "newton_schulz", "mlp", "embedding", "compiled", "tests",
 )  # fmt: skip
 """In order of importance; "bounds" comes before them all. The tests take what is left."""
 BUDGET = 450

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsfast.ops.muon import RMS, size_of
 from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape
 
 
@@ -107,6 +108,31 @@ def newton_schulz(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
             y = torch.baddbmm(y, polynomial, y, beta=A)
         results.append(y.flatten())
     return torch.cat(results)
+
+
+@torch.no_grad()
+def muon(
+    params, grads, momenta, parts, lr, weight_decay, momentum, clip_scale=1.0, dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """foreach for what goes element by element, equal matrices orthogonalised together; changes the gradients too."""
+    torch._foreach_mul_(grads, clip_scale)
+    torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    sizes = [size_of(p.shape, n) for p, n in zip(params, parts, strict=True)]
+    ahead = torch._foreach_lerp(grads, momenta, momentum)
+    updates = [u.view(size).to(dtype or u.dtype) for u, size in zip(ahead, sizes, strict=True)]
+    short = [u.mT if u.size(1) > u.size(2) else u for u in updates]
+    shapes = {u.shape[1:]: [i for i, v in enumerate(short) if v.shape[1:] == u.shape[1:]] for u in short}
+    for members in shapes.values():
+        stack = torch.cat([short[i] for i in members])
+        directions = newton_schulz(stack.flatten(), (stack.shape,)).view(stack.shape)
+        for i, o in zip(members, directions.split([len(short[i]) for i in members]), strict=True):
+            updates[i] = o.mT if updates[i].size(1) > updates[i].size(2) else o
+    scaled = [
+        (o * (lr * RMS * math.sqrt(max(o.shape[1:])))).reshape(p.shape).to(p.dtype)
+        for o, p in zip(updates, params, strict=True)
+    ]
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_sub_(params, scaled)
 
 
 @torch.no_grad()
