@@ -57,7 +57,7 @@ def interpreted(run: str) -> dict:
             seen |= set(guard.seen)
             places.append(addresses(steps.step))
     assert all(place == places[0] for place in places[1:]), "an address changed"
-    others = {"mla_decode"} if run == "muon" else {"mla_decode", "newton_schulz"}
+    others = {"mla_decode", "newton_schulz"} | ({"muon"} if run == "adamw" else set())  # newton_schulz is inside of muon
     missing = [op for op in OPERATORS if op not in others and f"dsfast::{op}" not in seen]
     measured = read(*steps.step.sent(0, STEPS))
     return {
