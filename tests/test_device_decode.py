@@ -23,7 +23,7 @@ from operator_cases import needs_native
 from test_device_step import eager
 from test_generate import without_cache
 from tiny_models import MORE_VARIANTS, random_ids, random_model
-from triton_contract import INTERPRETED
+from triton_contract import INTERPRETED, poisoned
 
 from dsfast import ops
 from dsfast.config import OPERATORS, default_config
@@ -397,10 +397,14 @@ def tiny_case() -> tuple[DeepseekV3, list[list[int]]]:
 
 
 def interpreted() -> dict:
-    """What is generated with every Triton kernel, the steps under the guard; and which kernels did not run."""
+    """What is generated with every Triton kernel, the steps under the guard after one without kernels, as before a recording;
+    and which kernels did not run."""
     seen = set()
 
     def guarded(step):
+        with gpu.unchanged(step.state()), poisoned():
+            triton.compile_together(step)
+
         def call():
             with GraphGuard() as guard:
                 step()

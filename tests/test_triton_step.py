@@ -18,11 +18,12 @@ from guard import GraphGuard, addresses
 from operator_cases import needs_native
 from test_device_step import eager
 from tiny import tiny_config, tiny_dataset
-from triton_contract import INTERPRETED
+from triton_contract import INTERPRETED, poisoned
 
 from dsfast import ops
 from dsfast.config import OPERATORS
 from dsfast.model.gpu import unchanged
+from dsfast.ops import triton
 from dsfast.train import Trainer, load_checkpoint
 from dsfast.train.device_step import read
 from dsfast.train.runtime import DeviceSteps
@@ -43,13 +44,17 @@ def trainer_of(run: str, **changes) -> Trainer:
 
 
 def interpreted(run: str) -> dict:
-    """What the steps measured, all under the guard after one to warm up, and which operators did not run."""
+    """What the steps measured, all under the guard after two to warm up, the first without kernels, as before a recording;
+    and which operators did not run."""
     trainer = trainer_of(run)
     steps = DeviceSteps(trainer, eager)
     steps._load()
     seen, places = set(), []
     with trainer.kernels(), ops.use("triton"):
-        with unchanged(steps.step.state()):
+        with unchanged(steps.step.state()) as restore:
+            with poisoned():
+                triton.compile_together(steps.step)
+            restore()
             steps.step()
         for _ in range(STEPS):
             with GraphGuard() as guard:

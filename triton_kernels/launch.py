@@ -1,9 +1,11 @@
 """A kernel with all it needs to run: the launchers build it, `run` starts it, dsfast.triton_kernels.ahead compiles it for a
-chip that is not here. So what is checked without a GPU is what runs on one."""
+chip that is not here, dsfast.triton_kernels.together all of a step at once. So what is checked without a GPU is what runs on
+one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
+"""Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,14 @@ class Launch:
     rows: int  # of the products' left operand in one program
 
     def run(self) -> None:
-        """Start it, if there is a program to start."""
-        if 0 not in self.grid:
-            self.kernel[self.grid](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
+        """Start it, if there is a program to start; only compile it where `compiling` says so."""
+        if 0 in self.grid:
+            return
+        arguments = (self.arguments[name] for name in self.kernel.arg_names)
+        if compiling.get():
+            self.kernel.warmup(*arguments, grid=self.grid, **self.options)
+        else:
+            self.kernel[self.grid](*arguments, **self.options)
 
 
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:

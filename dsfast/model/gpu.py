@@ -11,13 +11,17 @@ from torch import Tensor
 
 from dsfast import ops
 from dsfast.errors import UserError
+from dsfast.ops import triton
 
 WARM_UP = 3
 """Calls before a capture: kernels are compiled, libraries allocate their working memory."""
 
 
 class Step(Protocol):
-    """A function of device memory alone. `state`: every tensor that a call changes for later ones to see."""
+    """A function of device memory alone. `state`: every tensor that a call changes for later ones to see.
+
+    When its kernels are compiled a call finds memory that none has written: it must not fail for what is in there.
+    """
 
     name: str
 
@@ -29,9 +33,12 @@ class Step(Protocol):
 def captured(step: Step) -> Callable[[], None]:
     """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
 
-    Kernels are compiled on the way, and nothing that a step changes is changed.
+    Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
+    changed.
     """
     with unchanged(step.state()) as restore, _side_stream():
+        triton.compile_together(step)
+        restore()
         for _ in range(WARM_UP):
             step()
             restore()

@@ -19,6 +19,7 @@ from torch import Tensor
 from dsfast.config import OPERATORS, Implementation
 from dsfast.errors import UserError, choices
 from dsfast.ops import native, triton
+from dsfast.triton_kernels.launch import compiling
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 _OF_DEVICE = {"cpu": "triton" if triton.INTERPRETED else "native", "cuda": "triton"}
@@ -82,6 +83,8 @@ def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str, not
     implementation, reason = _resolve(operator, device, dtype, refused=refused)
     if implementation == "reference" and reason:
         note_fallback(operator, device, "runs in plain PyTorch", reason, stacklevel=5)
+    if implementation == "reference" and compiling.get():
+        raise triton.NotCompiledError(f"{operator} runs in plain PyTorch")
     return implementation
 
 

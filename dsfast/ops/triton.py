@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +67,24 @@ def launcher(operator: str, function: str) -> Callable:
             return getattr(importlib.import_module(f"dsfast.triton_kernels.{operator}"), function)(*arguments)
 
     return launch
+
+
+class NotCompiledError(RuntimeError):
+    """Where kernels are compiled and not started, something was to compute with what they should have written."""
+
+
+def compile_together(call: Callable[[], object]) -> None:
+    """Call it and start no Triton kernel: those it would start are compiled instead, all at the same time.
+
+    PyTorch's own operators run, on memory that no kernel has written. An operator of dsfast's that has no kernel here would as
+    well, and may wait for what it reads or fail: there the call ends, and what it has not come to is not compiled.
+    Raises what `call`, or the compilation of a kernel, raises otherwise.
+    """
+    if missing():
+        return
+    together = importlib.import_module("dsfast.triton_kernels.together")
+    with kept_kernels(), suppress(NotCompiledError):
+        together.compile_together(call)
 
 
 def kernel_cache() -> Path:

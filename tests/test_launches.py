@@ -1,0 +1,36 @@
+"""How many launches a GPU's training step of the 500K model has: each costs one to two microseconds beside its work."""
+
+from __future__ import annotations
+
+import torch
+from fake_driver import in_its_own_process, on_the_fake_gpu
+from launches import launches_of, training_step
+
+from dsfast import ops
+from dsfast.config import default_config
+
+TRITON, TORCH = 98, 203
+"""At most. To be lowered with what takes launches away, never raised."""
+
+test_on_a_gpu_that_is_not_there = in_its_own_process(__file__)
+
+
+@on_the_fake_gpu
+def test_of_a_training_step_of_the_500k_model():
+    found = launches_of(training_step(default_config("cpu"), 32, 256))
+    assert sum(row.startswith("triton") for row in found) <= TRITON
+    assert sum(row.startswith("torch") for row in found) <= TORCH
+
+
+@on_the_fake_gpu
+def test_what_counts():
+    """What computes, copies or casts; what an operator of dsfast's calls too; neither views nor memory nor empty grids."""
+    x, y, weight = torch.ones(2, 16), torch.empty(16, 2), torch.ones(16)
+
+    def step():
+        x.view(16, 2).add_(torch.empty_like(y))
+        ops.rms_norm(y.double().float().t()[:, ::2].repeat(1, 2)[:1], weight, 1e-6)
+        ops.rms_norm(x[:0], weight, 1e-6)
+
+    expected = "add_ [[16, 2], [16, 2]]", "_to_copy [[16, 2]]", "_to_copy [[16, 2]]", "repeat [[2, 8]]"
+    assert launches_of(step) == [*(f"torch {row}" for row in expected), "triton rms_norm.forward_kernel"]
