@@ -20,7 +20,7 @@ from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
-from dsfast.ops.rms_norm import rms_norm
+from dsfast.ops.rms_norm import rms_norm, stream_norm
 from dsfast.ops.rope import rope
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
@@ -47,6 +47,7 @@ __all__ = [
     "report",
     "rms_norm",
     "rope",
+    "stream_norm",
     "swiglu_mlp",
     "use",
 ]  # fmt: skip
