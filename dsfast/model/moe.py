@@ -45,11 +45,10 @@ class Router(Float32Buffers):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] -> weights [N, K], expert numbers [N, K] int64. Training mode sets `load` [E], in tokens."""
-        logits = nn.functional.linear(x.float(), self.weight.float())  # float32: near ties decide the choice
-        weights, indices, counts = ops.moe_route(logits, self.e_score_correction_bias, *self.choice)
+        weights, indices, counts = ops.route_tokens(x, self.weight, self.e_score_correction_bias, *self.choice)
         if self.training:
             self.load.copy_(counts)
-        return weights.to(x.dtype), indices
+        return weights, indices
 
     @torch.no_grad()
     def update_bias(self, speed: float | Tensor) -> None:

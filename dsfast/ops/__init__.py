@@ -17,7 +17,7 @@ from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
-from dsfast.ops.moe_route import moe_route
+from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
 from dsfast.ops.rms_norm import rms_norm, stream_norm
@@ -47,6 +47,7 @@ __all__ = [
     "report",
     "rms_norm",
     "rope",
+    "route_tokens",
     "stream_norm",
     "swiglu_mlp",
     "use",
