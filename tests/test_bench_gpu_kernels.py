@@ -56,7 +56,7 @@ def route(logits, bias, *choice):
 
 def norm(x, weight, eps, residual):
     y, h, rstd = rms_norm.forward(x, weight, eps, residual)
-    rms_norm.backward(y, h, h, weight, rstd)
+    rms_norm.backward([y], h, h, weight, rstd)
 
 
 def turned(x, cos, sin, positions):

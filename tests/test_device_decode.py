@@ -268,7 +268,7 @@ class TestWhatAGraphForbids:
         step = DecodeStep(model, 3, 40, temperature)
         with GraphGuard() as guard:
             step()
-        called = {name.split("::")[1] for name in guard.seen if name.startswith("dsfast::")}
+        called = {name.split("::")[1].removesuffix("_tokens") for name in guard.seen if name.startswith("dsfast::")}
         assert called == set(OPERATORS) - FOR_TRAINING
 
     @torch.inference_mode()
@@ -280,16 +280,10 @@ class TestWhatAGraphForbids:
         with GraphGuard() as guard:
             step()
         views = {
-            "to",
-            "unflatten",
-            "split_with_sizes",
-            "unsqueeze",
-            "squeeze",
-            "select",
-            "view",
-            "flatten",
-        }  # none casts
-        assert len([name for name in guard.seen if name.split("::")[1].split(".")[0] not in views]) == 16 * 2 + 9
+            "to", "unflatten", "split_with_sizes", "unsqueeze", "squeeze", "select", "view", "flatten", "detach",
+            "view_as",
+        }  # none casts  # fmt: skip
+        assert len([name for name in guard.seen if name.split("::")[1].split(".")[0] not in views]) == 15 * 2 + 9
 
     @torch.inference_mode()
     def test_the_guard_would_notice(self):
@@ -416,7 +410,8 @@ def interpreted() -> dict:
     with ops.use("triton"):
         ids = {str(t): generate_ids(model, prompts, 6, t, seed=3, decoder_type=decoder) for t in (0.0, 1.0)}
     used = set(OPERATORS) - FOR_TRAINING
-    return {"ids": ids, "missing": sorted(op for op in used if f"dsfast::{op}" not in seen)}
+    missing = sorted(op for op in used if not any(name.startswith(f"dsfast::{op}") for name in seen))
+    return {"ids": ids, "missing": missing}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")

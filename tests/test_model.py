@@ -197,6 +197,22 @@ def test_router_bias_is_a_float32_buffer_outside_the_gradient():
         assert model(random_ids(model, 1, 5)).dtype == torch.bfloat16
 
 
+def test_rotary_tables_are_cast_once_for_a_dtype_and_a_device():
+    """Recorded steps keep their addresses: neither another dtype nor a move to where it is frees them."""
+    model = random_model()
+    tables = model.rope
+    assert tables(torch.float32) == (tables.cos, tables.sin)
+    with torch.inference_mode():
+        cast = tables(torch.bfloat16)
+    assert not any(table.is_inference() for table in cast)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(cast, (tables.cos, tables.sin), strict=True))
+    assert tables(torch.float16)[0].dtype == torch.float16
+    model.to("cpu")
+    assert all(a is b for a, b in zip(tables(torch.bfloat16), cast, strict=True))
+    model.to("meta")
+    assert [table.device.type for table in tables(torch.bfloat16)] == ["meta"] * 2
+
+
 def test_initialisation_follows_the_config_and_the_seed():
     def build(seed: int) -> DeepseekV3:
         torch.manual_seed(seed)

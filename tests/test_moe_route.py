@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from operator_cases import OperatorContract, assert_passed, bad, edges, needs_native
+from operator_cases import OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
-from dsfast.ops.cases import moe_route_case
+from dsfast.ops.cases import moe_route_case, route_tokens_case
 from dsfast.ops.checks import check
 
 
@@ -54,6 +54,49 @@ class TestMoeRoute(OperatorContract):
         weights = weights / weights.sum(1, keepdim=True) if norm_topk_prob else weights
         counts = torch.tensor([int((indices == i).sum()) for i in range(e)])
         return weights * scaling, indices, counts
+
+
+class TestRouteTokens(OperatorContract):
+    cases = (
+        route_tokens_case("no tokens", 0, 5, 4, 2),
+        route_tokens_case("the 500K model: top 1 of 2", 61, 128, 2, 1),
+        route_tokens_case("2 of 3 groups, normalised", 41, 20, 21, 4, 3, 2, True),
+    )
+    tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)
+    bad_arguments = (
+        bad(r"moe_route: x must have shape \[N, D\], got \[3\]", x=lambda x: x[:, 0]),
+        bad(r"moe_route: weight must have shape \[E, 5\], got \[6, 4\]", weight=lambda w: w[:, :4]),
+        bad("moe_route: weight must be torch.float32 on cpu, got torch.bf", TypeError, weight=torch.Tensor.bfloat16),
+        bad(r"moe_route: bias must have shape \[6\], got \[5\]", bias=lambda b: b[:5]),
+        bad("moe_route: cannot take 2 of 4 equal groups of 6 experts", n_group=4),
+        bad(r"moe_route: top_k must be 1..4, got 5", top_k=5),
+    )
+
+    @staticmethod
+    def independent(x, weight, *others):
+        return TestMoeRoute.independent(x @ weight.T, *others)
+
+    def test_nan_is_not_swallowed(self):
+        """It makes NaN of all scores of a token: the experts chosen show it, eager's gradient has it for the others as well."""
+        needs_native()
+        arguments = drawn(self.tiny)
+        arguments[0][1, 2] = float("nan")
+        found = run_native(self.tiny, arguments)
+        weights, indices, x, weight = (found[name] for name in ("output 0", "output 1", "grad x", "grad weight"))
+        assert weights.isnan().any(1).tolist() == [False, True, False]
+        assert x.isnan().all(1).tolist() == [False, True, False]
+        assert sorted(weight.isnan().all(1).nonzero().flatten().tolist()) == sorted(indices[1].tolist())
+
+
+def test_tokens_of_another_dtype_are_routed_by_float32_scores():
+    needs_native()
+    x, weight, *others = drawn(route_tokens_case("", 33, 20, 5, 2))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    weights, indices, counts = ops.route_tokens(x, weight, *others)
+    expected, *choice = ops.moe_route(x.float() @ weight.float().T, *others)
+    assert weights.dtype == torch.bfloat16
+    assert torch.equal(weights, expected.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip((indices, counts), choice, strict=True))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "native"])

@@ -227,7 +227,7 @@ class TestGradients:
         trainer = Trainer(tiny_config(), dataset=tiny_dataset())
         mlp = trainer.model.layers[1].mlp
         forward = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda x: 1.01 * forward(x))
+        monkeypatch.setattr(mlp, "forward", lambda *x: 1.01 * forward(*x))
         batch = tiny_dataset().rows.batch(0, 3)
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         with pytest.warns(

@@ -46,6 +46,43 @@ def test_gradient_where_only_one_output_is_used(only):
     assert_passed(check("rms_norm", function, drawn(case), differentiable, ["native"]))
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_a_stream_read_several_times(uses, residual):
+    """All gradients count, those of the stream too; the norms are one memory, and the stream is x where nothing is added."""
+    needs_native()
+    case = rms_norm_case("read several times", 7, 19, residual)
+
+    def function(x, weight, eps, residual=None):
+        return ops.stream_norm(x, weight, eps, residual, uses)
+
+    assert_passed(check("rms_norm", function, drawn(case), case.differentiable, ["reference", "native"]))
+    arguments = drawn(case)
+    *y, h = function(*arguments)
+    assert len(y) == uses
+    assert len({tensor.data_ptr() for tensor in y}) == 1
+    assert (h.data_ptr() == arguments[0].data_ptr()) != residual
+
+
+@pytest.mark.parametrize("used", [0, 1, 2, 3])
+def test_gradient_where_only_one_reader_of_a_stream_has_one(used):
+    needs_native()
+    case = rms_norm_case("one reader", 7, 19)
+
+    def function(x, weight, eps, residual):
+        return ops.stream_norm(x, weight, eps, residual, 3)[used]
+
+    differentiable = (0, 1, 3) if used < 3 else (0, 3)
+    assert_passed(check("rms_norm", function, drawn(case), differentiable, ["native"]))
+
+
+@pytest.mark.parametrize("uses", [0, 4])
+def test_so_many_readers_are_refused(uses):
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=f"rms_norm: uses must be 1 .. 3, got {uses}"):
+        ops.stream_norm(x, weight, 1e-6, uses=uses)
+
+
 def test_zero_and_tiny_rows_are_held_up_by_eps():
     needs_native()
     x = torch.tensor([[0.0, 0.0], [1e-20, -1e-20], [1e15, 1.0]])

@@ -5,10 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_contract import DEVICE, TritonContract, in_the_interpreter, on_device, poisoned
+from triton_contract import (
+    DEVICE,
+    DRAWS,
+    DTYPES,
+    TritonContract,
+    assert_passed,
+    drawn,
+    in_the_interpreter,
+    on_device,
+    on_the_device,
+    poisoned,
+)
 
 from dsfast import ops
-from dsfast.ops.cases import moe_route_case
+from dsfast.ops.cases import moe_route_case, route_tokens_case
+from dsfast.ops.checks import check_draws
 
 
 class TestMoeRoute(TritonContract):
@@ -27,6 +39,43 @@ class TestMoeRoute(TritonContract):
     )
     tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
     registered = ("moe_route", "moe_route_backward")
+
+
+class TestRouteTokens(TritonContract):
+    # Up to 16 places, with the padding, one kernel makes the logits and chooses: 16 tokens in a tile, 64 columns of x in a step.
+    # Their gradients: 32 tokens in a tile, 32 columns in a program.
+    cases = (
+        route_tokens_case("no tokens", 0, 5, 4, 2),
+        route_tokens_case("the 500K model: top 1 of 2, one token above a tile", 17, 128, 2, 1),
+        route_tokens_case("one token, one column", 1, 1, 5, 2),
+        route_tokens_case("one expert", 7, 9, 1, 1, norm_topk_prob=True),
+        route_tokens_case("16 experts: no place is empty; one column above a step", 33, 65, 16, 5, norm_topk_prob=True),
+        route_tokens_case("2 of 3 groups of 4, all of which fit", 41, 19, 12, 4, 3, 2, True),
+        route_tokens_case("12 experts in groups of 6: the last place is empty", 19, 15, 12, 6, 2, 2),
+        route_tokens_case("groups of one expert", 23, 7, 8, 2, 8, 3),
+        route_tokens_case("one expert too many for one kernel", 21, 33, 17, 3),
+        route_tokens_case("3 groups of 7: 32 places", 41, 20, 21, 4, 3, 2, True),
+    )
+    tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)  # normalised, a sum of weights has no gradient
+    registered = ("moe_route_tokens", "moe_route_tokens_backward")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("experts", "groups"), [(4, 2), (24, 4)], ids=["one kernel", "matrix products"])
+def test_tokens_of_16_bits_have_scores_in_float32(experts, groups, dtype):
+    """The bias is float32 as well. Weights and gradients have the tokens' dtype, the choice is that of float32 scores."""
+    case = route_tokens_case("", 37, 40, experts, 2, groups, 2, True)
+    draws = [on_the_device(drawn(case, seed)) for seed in range(DRAWS)]
+    with poisoned():
+        assert_passed(check_draws("moe_route", case.function, draws, case.differentiable, ["triton"], dtype))
+        x, weight = (t.to(dtype) for t in draws[0][:2])
+        weights, indices, _ = case.function(x, weight, *draws[0][2:])
+    assert weights.dtype == dtype
+    logits = x.double() @ weight.double().T
+    with ops.use("reference"):
+        _, expected, _ = ops.moe_route(logits, draws[0][2].double(), *draws[0][3:])
+    assert torch.equal(indices, expected)
 
 
 def route(logits, bias, *choice):

@@ -52,6 +52,23 @@ def test_gradient_where_only_one_output_is_used(only):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_a_stream_read_several_times(uses, residual, dtype):
+    """One kernel adds up the gradients of all readers; some of them rows of a wider tensor."""
+    case = rms_norm_case("more tiles than programs", 65, 128, residual)
+
+    def function(x, weight, eps, residual=None):
+        *y, h = ops.stream_norm(x, weight, eps, residual, uses)
+        return *(torch.cat((y_i.detach(), y_i), 1) if i == 1 else y_i for i, y_i in enumerate(y)), h
+
+    arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.make_inputs(torch.Generator())]
+    with poisoned():
+        assert_passed(check("rms_norm", function, arguments, case.differentiable, ["triton"], dtype))
+
+
+@on_device
 def test_zero_tiny_and_large_rows():
     """eps holds up what has no size; squares are summed in float32 also where float16 would overflow."""
     x = torch.tensor([[0.0, 0.0], [1e-20, -1e-20], [1e15, 1.0]], device=DEVICE)

@@ -10,7 +10,10 @@ sort_slots is the stable permutation of the slots (token, choice) by expert that
 E + 1 bins, EP of them with the padding. A counting sort: every place follows from integer sums, so it is exact and the same
 on every run.
 
-The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in.
+The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in. A layer's router starts
+from its tokens x [N, D] and its matrix w [E, D]. Up to FEW places the choice's kernel makes the logits too, BK columns of x in a
+step, and the gradients of x and w, BD columns in a program, are made where the logits' are, which are not written; the parts of
+w's are added up by another kernel. With more places the products are cuBLAS's, that of 16-bit tokens with a float32 result.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, on_meta, rows
-from dsfast.triton_kernels.pieces import options
+from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, rows
+from dsfast.triton_kernels.pieces import options, padded, splits, sum_launch
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,9 +31,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 OUT = tl.constexpr(-(2**31))
 TAKEN = tl.constexpr(-(2**31) + 1)
 COUNTED = 512  # tiles whose counts are summed at once
+FEW = 16  # places: the narrowest product
 SORTED = 128  # slots in a block of sort_slots
 SCANNED = 512  # blocks whose histograms are summed at once
-_UNSPECIALIZED = ("N", "B", "SLOTS")  # change from batch to batch and must not cause a new compilation
+_UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
 @triton.jit
@@ -80,19 +84,42 @@ def _limit_groups(b_key, BN: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GP:
     return tl.reshape(tl.where(b_group == TAKEN, b_key, OUT), [BN, GP * SP])
 
 
+@triton.jit
+def _scores_before(x, x_n, w, n, N, e, m_e, D: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PLACES: tl.constexpr):
+    """x[n] w[e]^T, [BN, PLACES], 0 where there is no such token or expert."""
+    d = tl.arange(0, BK)
+    p_x, p_w = x + n.to(tl.int64) * x_n + d[None, :], w + e * D + d[:, None]
+    b_logits = tl.zeros([BN, PLACES], tl.float32)
+    for k in range(tl.cdiv(D, BK)):
+        m_d = k * BK + d < D
+        b_x = tl.load(p_x + k * BK, mask=(n < N) & m_d[None, :], other=0.0)  # [BN, BK]
+        b_w = tl.load(p_w + k * BK, mask=m_e & m_d[:, None], other=0.0)  # [BK, PLACES]
+        b_logits = tl.dot(b_x, b_w, b_logits, input_precision="ieee")
+    return b_logits
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
-    logits, bias, weights, indices, parts, scaling, logits_n, N,
+    logits, x, w, bias, weights, indices, parts, scaling, logits_n, x_n, N, D: tl.constexpr, BK: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E]."""
+    """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E].
+
+    Where there are x and w, from them, and logits [N, E] as well.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
     place = tl.arange(0, GP * SP)[None, :]
     e = place // SP * S + place % SP  # [1, GP SP]
     m_e = (place // SP < G) & (place % SP < S)
     p_logits = logits + n.to(tl.int64) * logits_n
-    b_scores = _sigmoid(tl.load(p_logits + e, mask=(n < N) & m_e, other=0.0))
+    if x is None:
+        b_logits = tl.load(p_logits + e, mask=(n < N) & m_e, other=0.0)
+    else:
+        b_logits = _scores_before(x, x_n, w, n, N, e, m_e, D, BK, BN, GP * SP)
+        tl.store(p_logits + e, b_logits, mask=(n < N) & m_e)
+        tl.debug_barrier()  # other threads read those of the chosen
+    b_scores = _sigmoid(b_logits)
     b_key = tl.where(m_e, _key(b_scores + tl.load(bias + e, mask=m_e, other=0.0)), OUT)  # [BN, GP SP]
     if topk_group < G:
         b_key = _limit_groups(b_key, BN, G, S, GP, SP, topk_group)
@@ -111,7 +138,7 @@ def forward_kernel(
     if norm_topk_prob:
         b_w = tl.div_rn(b_w, tl.sum(b_w, 1, keep_dims=True) + 1e-20)
     p_out = n.to(tl.int64) * K + k
-    tl.store(weights + p_out, b_w * scaling, mask=m_k)
+    tl.store(weights + p_out, (b_w * scaling).to(weights.dtype.element_ty), mask=m_k)
     tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
     b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
     tl.store(parts + tl.program_id(0).to(tl.int64) * (G * S) + e, b_count.to(tl.int8), mask=m_e)
@@ -129,16 +156,15 @@ def count_kernel(parts, counts, B, E: tl.constexpr, BB: tl.constexpr, BE: tl.con
     tl.store(counts + e, tl.sum(b_sum, 0).to(tl.int64), mask=e < E)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def backward_kernel(
-    dweights, logits, indices, dlogits, scaling, dweights_n, logits_n, N,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+@triton.jit
+def _logits_gradient(
+    dweights, logits, indices, scaling, dweights_n, logits_n, n, N,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dlogits [N, E] of one tile of tokens, 0 where an expert was not chosen.
+    """[BN, EP] of the tokens n [BN, 1], 0 where an expert was not chosen.
 
     With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
     m_n = n < N
     n_64 = n.to(tl.int64)
     if norm_topk_prob:
@@ -147,18 +173,58 @@ def backward_kernel(
         b_all = tl.load(indices + n_64 * K + k, mask=m_k, other=0)
         b_scores = tl.where(k < K, _sigmoid(tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)), 0.0)
         b_total = tl.sum(b_scores, 1, keep_dims=True) + 1e-20  # [BN, 1]
-        b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0)
+        b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0).to(tl.float32)
         b_mean = tl.div_rn(tl.sum(b_dweights * b_scores, 1, keep_dims=True), b_total)
     e = tl.arange(0, EP)[None, :]
     b_dlogits = tl.zeros([BN, EP], tl.float32)
     for rank in range(K):
         b_e = tl.load(indices + n_64 * K + rank, mask=m_n, other=0)  # [BN, 1]
         b_s = _sigmoid(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0))
-        b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0)
+        b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0).to(tl.float32)
         if norm_topk_prob:
             b_ds = tl.div_rn(b_ds - b_mean, b_total)
         b_dlogits = tl.where(e == b_e, scaling * b_ds * b_s * (1.0 - b_s), b_dlogits)
-    tl.store(dlogits + n_64 * E + e, b_dlogits, mask=m_n & (e < E))
+    return b_dlogits
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def backward_kernel(
+    dweights, logits, indices, dlogits, scaling, dweights_n, logits_n, N,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dlogits [N, E] of one tile of tokens."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+    e = tl.arange(0, EP)[None, :]
+    b_dlogits = _logits_gradient(
+        dweights, logits, indices, scaling, dweights_n, logits_n, n, N, EP, K, KP, norm_topk_prob, BN
+    )
+    tl.store(dlogits + n.to(tl.int64) * E + e, b_dlogits.to(dlogits.dtype.element_ty), mask=(n < N) & (e < E))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def tokens_backward_kernel(
+    dweights, x, w, logits, indices, dx, parts, scaling, dweights_n, x_n, logits_n, N, STEPS,
+    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BD columns of dx [N, D] for STEPS tiles of tokens, and their part of the gradient of w: one of parts [P, E, D]."""
+    share, block = tl.program_id(0) // tl.cdiv(D, BD), tl.program_id(0) % tl.cdiv(D, BD)
+    d = (block * BD + tl.arange(0, BD))[None, :]
+    e = tl.arange(0, EP)[:, None]
+    m_w, p_w = (e < E) & (d < D), e * D + d
+    b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [EP, BD]
+    b_dw = tl.zeros([EP, BD], tl.float32)
+    for step in range(STEPS):
+        n = (share * STEPS + step) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
+        m_x, n_64 = (n < N) & (d < D), n.to(tl.int64)
+        b_x = tl.load(x + n_64 * x_n + d, mask=m_x, other=0.0)  # [BN, BD]
+        b_dlogits = _logits_gradient(
+            dweights, logits, indices, scaling, dweights_n, logits_n, n, N, EP, K, KP, norm_topk_prob, BN
+        ).to(x.dtype.element_ty)
+        b_dx = tl.dot(b_dlogits, b_w, input_precision="ieee")
+        tl.store(dx + n_64 * D + d, b_dx.to(dx.dtype.element_ty), mask=m_x)
+        b_dw = tl.dot(tl.trans(b_dlogits), b_x, b_dw, input_precision="ieee")
+    tl.store(parts + tl.cast(share, tl.int64) * (E * D) + p_w, b_dw, mask=m_w)
 
 
 @triton.jit
@@ -235,15 +301,38 @@ def forward(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -
     Raises TypeError for another dtype.
     """
     _check(logits)
+    return _forward(logits, None, bias, logits.dtype, top_k, n_group, topk_group, norm_topk_prob, scaling)
+
+
+def forward_tokens(
+    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D], weight [E, D], bias [E] float32 -> weights [N, K] in x's dtype, indices, counts, as `forward`, and logits [N, E]
+    float32. Raises TypeError for other dtypes than float32, float16 and bfloat16.
+    """
+    expect_dtype("moe_route", x.dtype)
+    few = _places(weight.size(0), n_group) <= FEW
+    logits = x.new_empty(len(x), len(weight), dtype=torch.float32) if few else _float32_product(x, weight)
+    tokens = (x, weight) if few else None
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling
+    return *_forward(logits, tokens, bias, x.dtype, *choice), logits
+
+
+def _forward(logits, tokens, bias, dtype, top_k, *choice) -> tuple[Tensor, Tensor, Tensor]:
     n, e = logits.shape
-    weights, counts = logits.new_empty(n, top_k), logits.new_empty(e, dtype=torch.int64)
+    weights, counts = logits.new_empty(n, top_k, dtype=dtype), logits.new_empty(e, dtype=torch.int64)
     indices = logits.new_empty(n, top_k, dtype=torch.int64)
     with torch.cuda.device_of(logits):
-        for launch in forward_launches(
-            logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
-        ):
+        for launch in forward_launches(logits, bias, top_k, *choice, weights, indices, counts, tokens):
             launch.run()
     return weights, indices, counts
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T. Products of two 16-bit numbers are exact in float32, in which the matrix units add them up."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return x.float() @ weight.float().T
 
 
 def backward(dweights, logits, indices, norm_topk_prob, scaling) -> Tensor:
@@ -253,6 +342,26 @@ def backward(dweights, logits, indices, norm_topk_prob, scaling) -> Tensor:
     with torch.cuda.device_of(logits):
         backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
     return dlogits
+
+
+def backward_tokens(dweights, x, weight, logits, indices, n_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight from that of the weights [N, K]; TypeError as `forward_tokens`. Deterministic.
+
+    That of the logits is rounded to x's dtype.
+    """
+    expect_dtype("moe_route", x.dtype)
+    few = _places(weight.size(0), n_group) <= FEW
+    with torch.cuda.device_of(x):
+        if not few:
+            dlogits = logits.new_empty(logits.shape, dtype=x.dtype)
+            backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
+            return dlogits @ weight, dlogits.T @ x
+        dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+        for launch in tokens_backward_launches(
+            dweights, x, weight, logits, indices, norm_topk_prob, scaling, dx, dweight
+        ):
+            launch.run()
+    return dx, dweight
 
 
 def _check(logits) -> None:
@@ -268,19 +377,32 @@ def _tile(places: int, together: int) -> int:
     return max(1, min(64, together // places))
 
 
+def _places(experts: int, n_group: int) -> int:
+    return triton.next_power_of_2(n_group) * triton.next_power_of_2(experts // n_group)
+
+
 def forward_launches(
-    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts
+    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts, tokens=None
 ) -> list[Launch]:
-    """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device."""
+    """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device.
+
+    tokens: x and the router's matrix, for up to FEW places: the first kernel then makes the logits too.
+    """
     (logits,) = rows(logits)
     n, e = logits.shape
     size = e // n_group
     gp, sp = triton.next_power_of_2(n_group), triton.next_power_of_2(size)
     # One warp, so that no search along a token crosses warps: each would cost a barrier. The tokens' searches overlap.
     bn = _tile(gp * sp, 1024)
+    itemsize, product_rows, source = 4, 0, {"x": None, "w": None, "x_n": 0, "D": 0, "BK": 0}
+    if tokens is not None:
+        (x,), w = rows(tokens[0]), tokens[1].contiguous()
+        gp, bn = FEW // sp, 16
+        itemsize, product_rows, d = x.itemsize, bn, x.size(1)
+        source = {"x": x, "w": w, "x_n": x.stride(0), "D": d, "BK": min(padded(d), 256 // itemsize)}
     blocks = triton.cdiv(n, bn)
     parts = logits.new_empty(blocks, e, dtype=torch.int8)
-    arguments = {
+    arguments = source | {
         "logits": logits, "bias": bias.contiguous(), "weights": weights, "indices": indices, "parts": parts,
         "scaling": float(scaling), "logits_n": logits.stride(0), "N": n, "G": n_group, "S": size, "GP": gp, "SP": sp,
         "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
@@ -289,7 +411,7 @@ def forward_launches(
     be = min(32, triton.next_power_of_2(e))
     counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
     return [
-        Launch(forward_kernel, (blocks,), arguments, options(1), 4, 0),
+        Launch(forward_kernel, (blocks,), arguments, options(1), itemsize, product_rows),
         Launch(count_kernel, (triton.cdiv(e, be),), counting, options(8), 4, 0),
     ]
 
@@ -306,6 +428,28 @@ def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits)
         "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
     }  # fmt: skip
     return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, options(4), 4, 0)
+
+
+def tokens_backward_launches(
+    dweights, x, weight, logits, indices, norm_topk_prob, scaling, dx, dweight
+) -> list[Launch]:
+    """The kernel that fills dx, and parts of dweight, and the one that adds these up; tensors may lie on the meta device."""
+    dweights, x, weight = *rows(dweights, x), weight.contiguous()
+    (n, d), (e, top_k) = x.shape, (weight.size(0), indices.size(1))
+    bn, bd = (64, min(64, padded(d))) if x.itemsize == 2 else (32, min(32, padded(d)))
+    blocks = triton.cdiv(d, bd)
+    shares, steps = splits(blocks, max(1, triton.cdiv(n, bn)))
+    parts = x.new_empty(shares, e, d, dtype=torch.float32)
+    arguments = {
+        "dweights": dweights, "x": x, "w": weight, "logits": logits, "indices": indices, "dx": dx, "parts": parts,
+        "scaling": float(scaling), "dweights_n": dweights.stride(0), "x_n": x.stride(0), "logits_n": logits.stride(0),
+        "N": n, "STEPS": steps, "D": d, "BD": bd, "E": e, "EP": FEW, "K": top_k, "KP": triton.next_power_of_2(top_k),
+        "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+    }  # fmt: skip
+    return [
+        Launch(tokens_backward_kernel, (shares * blocks,), arguments, options(4), x.itemsize, bn),
+        sum_launch(parts, dweight),
+    ]
 
 
 def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -352,12 +496,15 @@ EXAMPLES = {
     "Qwen-like": (32768, 128, 8, 1, 1, True),
     "uneven groups": (1000, 60, 6, 5, 3, True),
     "few tokens": (16, 256, 8, 8, 4, True),
+    "few experts": (4096, 12, 4, 3, 2, True),
 }
 """N, E, K, groups, groups taken and whether the weights are normalised, that are compiled ahead."""
+OF_TOKENS = {"500K": 128, "few experts": 7168}
+"""The width of x in those compiled from the tokens on as well."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
-    """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles and float32, whatever `dtype` and `large`."""
+    """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles whatever `large`; `dtype` is that of x alone."""
     empty = on_meta(torch.float32)
     n, e, k, *choice = EXAMPLES[size]
     logits, weights = empty(n, e), empty(n, k)
@@ -367,4 +514,10 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
         backward_launch(weights, logits, indices, choice[2], 2.5, empty(n, e)),
         *sort_launches(indices, e, empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32)),
     ]
-    return {launch.kernel.__name__: launch for launch in launches}
+    found = {launch.kernel.__name__: launch for launch in launches}
+    if size in OF_TOKENS:
+        x, w, weights = (empty(*shape, dtype=dtype) for shape in ((n, OF_TOKENS[size]), (e, OF_TOKENS[size]), (n, k)))
+        first = forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts, (x, w))[0]
+        launches = tokens_backward_launches(weights, x, w, logits, indices, choice[2], 2.5, x, w)
+        found |= {"forward_kernel, from tokens": first} | {launch.kernel.__name__: launch for launch in launches}
+    return found

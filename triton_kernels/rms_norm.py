@@ -7,6 +7,8 @@ x^ = h rstd and g = dy weight, the gradients are
 
     dx = rstd (g - x^ mean(g x^)) + dh           dweight = sum over tokens of dy x^
 
+dy being the sum of up to three gradients, one for each reader of y.
+
 The backward pass has as many programs as the chip takes at once. Each goes through its share of the tiles, the next tile on
 its way while one is summed, keeps its part of dweight in registers and writes it once, as float32; a second kernel adds the
 parts up.
@@ -64,7 +66,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def backward_kernel(
-    dy, dh, h, weight, rstd, dx, parts, dy_n, dh_n, h_n, N,
+    dy, dy_2, dy_3, dh, h, weight, rstd, dx, parts, dy_n, dy_2_n, dy_3_n, dh_n, h_n, N,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], and this program's part of dweight [P, D]: tiles p, p + P, p + 2 P ..."""
@@ -76,6 +78,10 @@ def backward_kernel(
         start = (p + t * programs) * BN
         n = start + tl.arange(0, BN)
         b_dy = _load(dy, dy_n, start, N, BN, D, BD).to(tl.float32)  # [BN, BD]
+        if dy_2 is not None:
+            b_dy += _load(dy_2, dy_2_n, start, N, BN, D, BD).to(tl.float32)
+        if dy_3 is not None:
+            b_dy += _load(dy_3, dy_3_n, start, N, BN, D, BD).to(tl.float32)
         b_rstd = tl.load(rstd + n, mask=n < N, other=0.0)[:, None]
         b_x = _load(h, h_n, start, N, BN, D, BD).to(tl.float32) * b_rstd  # [BN, BD], normalised
         b_dweight += b_dy * b_x
@@ -97,6 +103,7 @@ class Tiles(NamedTuple):
 
 
 ELEMENTS = 2048  # of a tile of several rows: two of 16 bytes for each thread of four warps, in 16 bits
+ON_ITS_WAY = 98304  # bytes of a stage of the backward pass, of which large chips have two
 REGISTERS = 32768  # bytes of the tiles of the backward pass that a multiprocessor has at a time, as float32
 
 
@@ -124,8 +131,9 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> t
     return y, h, rstd
 
 
-def backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dx [N, D] and dweight [D] from the gradients of y and h. Deterministic on one chip. Errors as `forward`."""
+def backward(dys: list[Tensor], dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [N, D] and dweight [D] from the gradients of y, 1 to 3 to be added up, and of h. Deterministic on one chip. Errors as
+    `forward`."""
     expect_dtype("rms_norm", h.dtype)
     dx, dweight = h.new_empty(h.shape), weight.new_empty(weight.shape)
     programs = backward_programs(h, multiprocessors(h.device))
@@ -133,7 +141,7 @@ def backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Ten
     if not programs:
         return dx, dweight.zero_()
     with torch.cuda.device_of(h):
-        for launch in backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device)):
+        for launch in backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device)):
             launch.run()
     return dx, dweight
 
@@ -157,17 +165,17 @@ def forward_launch(x, weight, eps, residual, y, h, rstd) -> Launch:
     return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), x.dtype.itemsize, 0)
 
 
-def backward_launches(dy, dh, h, weight, rstd, dx, dweight, parts, large: bool) -> list[Launch]:
+def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: bool) -> list[Launch]:
     """The kernel that fills dx and parts [P, D], one program for each of its rows, and the one that adds the parts up."""
-    dy, h, weight = rows(dy, h, weight)
-    dh = None if dh is None else rows(dh)[0]
+    h, weight = rows(h, weight)
     (n, d), (bn, bd, _, warps), programs = h.shape, tiles(h.size(1)), parts.size(0)
-    stages = 3 if large else 2  # what is on its way must fit into shared memory
-    arguments = {
-        "dy": dy, "dh": dh, "h": h, "weight": weight, "rstd": rstd, "dx": dx, "parts": parts, "dy_n": dy.stride(0),
-        "dh_n": 0 if dh is None else dh.stride(0), "h_n": h.stride(0), "N": n, "D": d, "BD": bd, "BN": bn,
-        "STAGES": stages,
-    }  # fmt: skip
+    read = dict(zip(("dy", "dy_2", "dy_3"), rows(*dys), strict=False)) | ({} if dh is None else {"dh": rows(dh)[0]})
+    arguments = {"h": h, "weight": weight, "rstd": rstd, "dx": dx, "parts": parts, "h_n": h.stride(0), "N": n, "D": d}
+    for name in ("dy", "dy_2", "dy_3", "dh"):
+        arguments |= {name: read.get(name), f"{name}_n": read[name].stride(0) if name in read else 0}
+    # What is on its way must fit into shared memory.
+    stages = 3 if large and (len(read) + 1) * bn * bd * h.element_size() <= ON_ITS_WAY else 2
+    arguments |= {"BD": bd, "BN": bn, "STAGES": stages}
     return [
         Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
         sum_launch(parts, dweight),
@@ -185,8 +193,12 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     x, weight, rstd = empty(n, d), empty(d), empty(n, dtype=torch.float32)
     parts = x.new_empty(backward_programs(x, 132), d, dtype=torch.float32)
     launches = [forward_launch(x, weight, 1e-6, x, x, x, rstd)]
-    launches += backward_launches(x, x, x, weight, rstd, x, weight, parts, large)
+    launches += backward_launches([x], x, x, weight, rstd, x, weight, parts, large)
     alone = [forward_launch(x, weight, 1e-6, None, x, x, rstd)]
-    alone += backward_launches(x, None, x, weight, rstd, x, weight, parts, large)[:1]
+    alone += backward_launches([x], None, x, weight, rstd, x, weight, parts, large)[:1]
     found = {launch.kernel.__name__: launch for launch in launches}
-    return found | {f"{launch.kernel.__name__}, no residual": launch for launch in alone}
+    found |= {f"{launch.kernel.__name__}, no residual": launch for launch in alone}
+    for uses in (2, 3):
+        shared = backward_launches([x] * uses, x, x, weight, rstd, x, weight, parts, large)[0]
+        found[f"{shared.kernel.__name__}, {uses} uses"] = shared
+    return found

@@ -20,6 +20,9 @@ LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
+    uses = 2
+    """How often `forward` takes its x: for the queries, and for keys and values."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c = config
@@ -40,11 +43,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None
-    ) -> Tensor:
-        """x [N, D] -> [N, D]. `cu_seqlens` None: one new token for each sequence of `cache`, which then is required."""
-        q_nope, q_rope = self._queries(x).split(self.query_widths, dim=-1)  # [N, H, Dn], [N, H, Dr]
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)  # [N, R], [N, Dr]
+        self, x_q: Tensor, x_kv: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None,
+        cache: LatentCache | None,
+    ) -> Tensor:  # fmt: skip
+        """x_q and x_kv [N, D], the same numbers (see `ops.stream_norm`) -> [N, D].
+
+        `cu_seqlens` None: one new token for each sequence of `cache`, which then is required.
+        """
+        q_nope, q_rope = self._queries(x_q).split(self.query_widths, dim=-1)  # [N, H, Dn], [N, H, Dr]
+        latent, k_rope = self.kv_a_proj_with_mqa(x_kv).split(self.latent_widths, dim=-1)  # [N, R], [N, Dr]
         latent = self.kv_a_layernorm(latent)
         q_rope = ops.rope(q_rope, *rope, positions)
         k_rope = ops.rope(k_rope.unsqueeze(1), *rope, positions).squeeze(1)

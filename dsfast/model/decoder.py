@@ -37,13 +37,10 @@ class DecoderLayer(nn.Module):
         cache: LatentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(delta, residual) [N, D], whose sum is the stream (None counts as 0) -> the same pair, one layer on."""
-        if residual is None:
-            x, residual = self.input_layernorm(delta), delta
-        else:
-            x, residual = self.input_layernorm(delta, residual)
-        x = self.self_attn(x, rope, positions, cu_seqlens, cache)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.input_layernorm.of_stream(delta, residual, self.self_attn.uses)
+        delta = self.self_attn(*x, rope, positions, cu_seqlens, cache)
+        x, residual = self.post_attention_layernorm.of_stream(delta, residual, self.mlp.uses)
+        return self.mlp(*x), residual
 
 
 class MultiTokenPrediction(nn.Module):

@@ -34,3 +34,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, D] -> [N, D]; with `residual` [N, D]: (norm(x + residual), x + residual)."""
         return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+
+    def of_stream(self, x: Tensor, residual: Tensor | None, uses: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x, residual [N, D] (None counts as 0) -> (norm(x + residual), once for each of its `uses`), x + residual."""
+        *y, h = ops.stream_norm(x, self.weight, self.eps, residual, uses)
+        return tuple(y), h

@@ -16,6 +16,9 @@ from dsfast.model.layers import Float32Buffers
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are the first and second half of `gate_up_proj`."""
 
+    uses = 1
+    """How often `forward` takes its x."""
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
@@ -42,11 +45,10 @@ class Router(Float32Buffers):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] -> weights [N, K], expert numbers [N, K] int64. Training mode sets `load` [E], in tokens."""
-        logits = nn.functional.linear(x.float(), self.weight.float())  # float32: near ties decide the choice
-        weights, indices, counts = ops.moe_route(logits, self.e_score_correction_bias, *self.choice)
+        weights, indices, counts = ops.route_tokens(x, self.weight, self.e_score_correction_bias, *self.choice)
         if self.training:
             self.load.copy_(counts)
-        return weights.to(x.dtype), indices
+        return weights, indices
 
 
 class DeepseekMoE(nn.Module):
@@ -59,11 +61,12 @@ class DeepseekMoE(nn.Module):
         self.experts = Experts(c)
         shared_width = c.n_shared_experts * c.moe_intermediate_size
         self.shared_experts = SwiGLU(c.hidden_size, shared_width) if shared_width else None
+        self.uses = 3 if shared_width else 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, D] -> [N, D]."""
-        routed = self.experts(x, *self.gate(x))
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+    def forward(self, x: Tensor, x_experts: Tensor, x_shared: Tensor | None = None) -> Tensor:
+        """x of the router, of the routed and of the shared experts [N, D], the same numbers (see `ops.stream_norm`) -> [N, D]."""
+        routed = self.experts(x_experts, *self.gate(x))
+        return routed if self.shared_experts is None else routed + self.shared_experts(x_shared)
 
 
 class Experts(nn.Module):

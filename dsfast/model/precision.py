@@ -67,6 +67,7 @@ class FixedWeights:
     def __init__(self, model: DeepseekV3, dtype: torch.dtype):
         named = dict(model.named_parameters())
         self.model, self.parameters = model, list(named.values())
+        self._one = torch.ones((), dtype=torch.promote_types(dtype, torch.float32), device=self.parameters[0].device)
         self.cast = None
         if any(p.dtype != dtype for p in self.parameters):
             copies = {
@@ -85,4 +86,4 @@ class FixedWeights:
             with torch.no_grad():
                 torch._foreach_copy_(weights, self.parameters)
             loss = torch.func.functional_call(self._loss, self.cast, (*flat, mtp_loss_weight))
-        return loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss, weights, self._one, allow_unused=True)

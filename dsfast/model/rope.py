@@ -34,10 +34,17 @@ class RotaryTables(Float32Buffers):
         factor = _table_factor(config)
         self.register_buffer("cos", (angles.cos() * factor).float(), persistent=False)
         self.register_buffer("sin", (angles.sin() * factor).float(), persistent=False)
+        self._cast: dict[tuple[torch.dtype, torch.device], Tables] = {}
 
     def forward(self, dtype: torch.dtype) -> Tables:
-        """(cos, sin) in the dtype of what they will turn."""
-        return self.cos.to(dtype), self.sin.to(dtype)
+        """(cos, sin) in the dtype of what they will turn; the same tensors in every call: a CUDA graph keeps their addresses."""
+        key = dtype, self.cos.device
+        if dtype == self.cos.dtype:
+            return self.cos, self.sin
+        if key not in self._cast:
+            with torch.inference_mode(False):  # else a first use in generation would forbid later ones in training
+                self._cast[key] = self.cos.to(dtype), self.sin.to(dtype)
+        return self._cast[key]
 
 
 def softmax_scale(config: ModelConfig) -> float:

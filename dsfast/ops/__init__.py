@@ -18,11 +18,11 @@ from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
-from dsfast.ops.moe_route import moe_route
+from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.muon import muon
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
-from dsfast.ops.rms_norm import rms_norm
+from dsfast.ops.rms_norm import rms_norm, stream_norm
 from dsfast.ops.rope import rope
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
@@ -51,6 +51,8 @@ __all__ = [
     "report",
     "rms_norm",
     "rope",
+    "route_tokens",
+    "stream_norm",
     "swiglu_mlp",
     "update_bias",
     "use",

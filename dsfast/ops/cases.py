@@ -21,7 +21,7 @@ from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.moe_experts import moe_experts
-from dsfast.ops.moe_route import moe_route
+from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.muon import muon
 from dsfast.ops.newton_schulz import Shape, newton_schulz
 from dsfast.ops.rms_norm import rms_norm
@@ -103,6 +103,23 @@ def moe_route_case(
         return _normal(g, n, e), _normal(g, e, scale=0.1), k, n_group, topk_group, norm_topk_prob, 2.5
 
     return Case("moe_route", name, moe_route, make_inputs, (0,))
+
+
+def route_tokens_case(
+    name: str, n: int, d: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False
+) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        x, weight, bias = _normal(g, n, d), _normal(g, e, d, scale=d**-0.5), _normal(g, e, scale=0.1)
+        return x, weight, bias, k, n_group, topk_group, norm_topk_prob, 2.5
+
+    return Case("moe_route", name, routed_tokens, make_inputs, (0, 1))
+
+
+def routed_tokens(
+    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`route_tokens` with the bias in float32 whatever the others are cast to."""
+    return route_tokens(x, weight, bias.float(), top_k, n_group, topk_group, norm_topk_prob, scaling)
 
 
 def moe_experts_case(name: str, n: int, d: int, k: int, e: int, i: int, used: Sequence[int] | None = None) -> Case:

@@ -12,11 +12,13 @@ from dsfast.ops.triton import INTERPRETED
 _LIBRARY = torch.library.Library("dsfast", "DEF")
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable, cuda: Callable | None = None) -> None:
-    """Register `dsfast::<schema>` with its CPU kernel, its shape function and, where there is one, its GPU kernel."""
+def define(schema: str, *, cpu: Callable | None, fake: Callable, cuda: Callable | None = None) -> None:
+    """Register `dsfast::<schema>` with its shape function and the kernels there are of it: the CPU's, the GPU's."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cuda if INTERPRETED and cuda is not None else cpu, "CPU")
+    on_cpu = cuda if INTERPRETED and cuda is not None else cpu
+    if on_cpu is not None:
+        _LIBRARY.impl(name, on_cpu, "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"dsfast::{name}", fake, lib=_LIBRARY)

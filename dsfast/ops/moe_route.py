@@ -4,8 +4,8 @@
     chosen      = the top_k experts by score + bias, from the topk_group groups whose two best such values sum highest
     weight      = score of the chosen, divided by their sum if norm_topk_prob, times scaling
 
-N tokens, E experts, K chosen (top_k), G groups (n_group). The bias steers the choice only: it has no gradient and is not
-in the weights. Equal values: the lower index wins.
+N tokens, D model width, E experts, K chosen (top_k), G groups (n_group). The logits of a layer's router are x weight^T. The bias
+steers the choice only: it has no gradient and is not in the weights. Equal values: the lower index wins.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob
     return weights * scaling, indices, counts
 
 
+def route_tokens_reference(x, weight, bias, *choice):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = torch.nn.functional.linear(x.to(wide), weight.to(wide))
+    weights, indices, counts = moe_route_reference(logits, bias.to(wide), *choice)
+    return weights.to(x.dtype), indices, counts
+
+
 def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
     grouped_NGe = biased.unflatten(1, (n_group, -1))
     group_score = grouped_NGe.topk(min(2, grouped_NGe.size(2)), dim=2).values.sum(2)
@@ -50,16 +57,44 @@ def moe_route(
     Raises ValueError for other shapes or a choice that cannot be made, TypeError for mixed dtypes or devices.
     """
     expect_shape("moe_route", "logits", logits, "N", "E")
-    experts = logits.size(1)
-    expect_shape("moe_route", "bias", bias, experts)
+    expect_shape("moe_route", "bias", bias, logits.size(1))
     expect_dtype("moe_route", logits.dtype, logits.device, bias=bias)
+    _check_choice(logits.size(1), top_k, n_group, topk_group)
+    if choose("moe_route", logits) == "reference":
+        return moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+    return torch.ops.dsfast.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+
+
+def route_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`moe_route` of the logits x weight^T: x [N, D], weight [E, D], bias [E] float32 -> weights in x's dtype, indices, counts.
+
+    The logits are float32 whatever x is: near ties decide the choice. Where 16-bit x lies on a GPU, the gradient of the logits is
+    rounded to its dtype before it is multiplied. Errors as `moe_route`.
+    """
+    expect_shape("moe_route", "x", x, "N", "D")
+    expect_shape("moe_route", "weight", weight, "E", x.size(1))
+    expect_dtype("moe_route", x.dtype, x.device, weight=weight)
+    expect_shape("moe_route", "bias", bias, weight.size(0))
+    expect_dtype("moe_route", torch.float32, x.device, bias=bias)
+    _check_choice(weight.size(0), top_k, n_group, topk_group)
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling
+    implementation = choose("moe_route", bias)
+    if implementation == "reference":
+        return route_tokens_reference(x, weight, bias, *choice)
+    if implementation == "triton":
+        return torch.ops.dsfast.moe_route_tokens(x, weight, bias, *choice)[:3]
+    weights, indices, counts = moe_route(torch.nn.functional.linear(x.float(), weight.float()), bias, *choice)
+    return weights.to(x.dtype), indices, counts
+
+
+def _check_choice(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
     if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
         raise ValueError(f"moe_route: cannot take {topk_group} of {n_group} equal groups of {experts} experts")
     if not 1 <= top_k <= experts // n_group * topk_group:
         raise ValueError(f"moe_route: top_k must be 1..{experts // n_group * topk_group}, got {top_k}")
-    if choose("moe_route", logits) == "reference":
-        return moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
-    return torch.ops.dsfast.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
 
 
 def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
@@ -90,6 +125,12 @@ def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling):
     return dlogits
 
 
+def _tokens_fake(x, weight, bias, *choice):
+    logits = x.new_empty(x.size(0), weight.size(0), dtype=torch.float32)
+    weights, indices, counts = _forward_fake(logits, bias, *choice)
+    return weights.to(x.dtype), indices, counts, logits
+
+
 def _setup_context(ctx, inputs, output):
     logits, _, _, _, _, ctx.norm_topk_prob, ctx.scaling = inputs
     ctx.save_for_backward(logits, output[1])
@@ -102,6 +143,24 @@ def _backward(ctx, dweights, *_):
         return (None,) * 7
     dlogits = torch.ops.dsfast.moe_route_backward(dweights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.scaling)
     return dlogits, None, None, None, None, None, None
+
+
+def _tokens_setup_context(ctx, inputs, output):
+    x, weight, _, _, *ctx.choice = inputs
+    _, indices, counts, logits = output
+    ctx.save_for_backward(x, weight, logits, indices)
+    ctx.mark_non_differentiable(indices, counts, logits)
+    ctx.set_materialize_grads(False)
+
+
+def _tokens_backward(ctx, dweights, *_):
+    if dweights is None:
+        return (None,) * 8
+    n_group, _, norm_topk_prob, scaling = ctx.choice
+    gradients = torch.ops.dsfast.moe_route_tokens_backward(
+        dweights, *ctx.saved_tensors, n_group, norm_topk_prob, scaling
+    )
+    return *gradients, *(None,) * 6
 
 
 define(
@@ -118,3 +177,19 @@ define(
     cuda=triton.launcher("moe_route", "backward"),
 )
 autograd("moe_route", _backward, _setup_context)
+
+define(
+    "moe_route_tokens(Tensor x, Tensor weight, Tensor bias, int top_k, int n_group, int topk_group, bool norm_topk_prob,"
+    " float scaling) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=None,
+    fake=_tokens_fake,
+    cuda=triton.launcher("moe_route", "forward_tokens"),
+)
+define(
+    "moe_route_tokens_backward(Tensor dweights, Tensor x, Tensor weight, Tensor logits, Tensor indices, int n_group,"
+    " bool norm_topk_prob, float scaling) -> (Tensor, Tensor)",
+    cpu=None,
+    fake=lambda dweights, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    cuda=triton.launcher("moe_route", "backward_tokens"),
+)
+autograd("moe_route_tokens", _tokens_backward, _tokens_setup_context)

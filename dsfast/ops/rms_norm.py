@@ -15,6 +15,8 @@ from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 
+MOST_USES = 3
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     h = x if residual is None else x + residual
@@ -28,15 +30,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Raises ValueError for other shapes and TypeError for mixed dtypes or devices.
     """
+    _check(x, weight, residual)
+    if choose("rms_norm", x) == "reference":
+        return rms_norm_reference(x, weight, eps, residual)
+    y, h, _ = torch.ops.dsfast.rms_norm(x, weight, eps, residual)
+    return y if residual is None else (y, h)
+
+
+def stream_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, uses: int = 1
+) -> tuple[Tensor, ...]:
+    """As `rms_norm` -> y [N, D] `uses` times, then h = x + residual, or x itself where no residual is given.
+
+    One memory, and one gradient for each that reads it: the backward pass reads them all, and that of h, where autograd would
+    add them up one after the other. Errors as `rms_norm`, and ValueError for `uses` not in 1 .. MOST_USES.
+    """
+    if not 1 <= uses <= MOST_USES:
+        raise ValueError(f"rms_norm: uses must be 1 .. {MOST_USES}, got {uses}")
+    _check(x, weight, residual)
+    if choose("rms_norm", x) == "reference":
+        found = rms_norm_reference(x, weight, eps, residual)
+        y, h = (found, x) if residual is None else found
+        return *[y] * uses, h
+    return _StreamNorm.apply(x, weight, eps, residual, uses)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     expect_shape("rms_norm", "x", x, "N", "D")
     expect_shape("rms_norm", "weight", weight, x.size(1))
     expect_dtype("rms_norm", x.dtype, x.device, weight=weight, residual=residual)
     if residual is not None:
         expect_shape("rms_norm", "residual", residual, *x.shape)
-    if choose("rms_norm", x) == "reference":
-        return rms_norm_reference(x, weight, eps, residual)
-    y, h, _ = torch.ops.dsfast.rms_norm(x, weight, eps, residual)
-    return y if residual is None else (y, h)
 
 
 def _forward_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
@@ -59,8 +83,8 @@ def _forward_fake(x, weight, eps, residual):
     return x.new_empty(n, d), x.new_empty(0 if residual is None else n, d), rstd
 
 
-def _backward_cpu(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor):
-    dy, h, weight = rows(dy), rows(h), weight.contiguous()
+def _backward_cpu(dys: list[Tensor], dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor):
+    dy, h, weight = rows(sum(dys[1:], dys[0])), rows(h), weight.contiguous()
     dh = None if dh is None else rows(dh)
     n, d = h.shape
     dx, dweight = h.new_empty(n, d), torch.empty_like(weight)
@@ -81,10 +105,28 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, _):
+    return _gradients(ctx, [dy], dh if ctx.has_residual else None)
+
+
+def _gradients(ctx, dys: list[Tensor | None], dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, weight, eps and residual."""
     h, weight, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(h) if dy is None else dy
-    dx, dweight = torch.ops.dsfast.rms_norm_backward(dy, dh if ctx.has_residual else None, h, weight, rstd)
+    dys = [dy for dy in dys if dy is not None] or [torch.zeros_like(h)]
+    dx, dweight = torch.ops.dsfast.rms_norm_backward(dys, dh, h, weight, rstd)
     return dx, dweight, None, dx if ctx.has_residual else None
+
+
+class _StreamNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual, uses):
+        output = y, h, _ = torch.ops.dsfast.rms_norm(x, weight, eps, residual)
+        _setup_context(ctx, (x, weight, eps, residual), output)
+        return *(y.detach() for _ in range(uses)), x if residual is None else h
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        *dys, dh = gradients
+        return *_gradients(ctx, dys[::-1], dh), None
 
 
 define(
@@ -94,9 +136,9 @@ define(
     cuda=triton.launcher("rms_norm", "forward"),
 )
 define(
-    "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor[] dys, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
-    fake=lambda dy, dh, h, weight, rstd: (h.new_empty(h.shape), torch.empty_like(weight)),
+    fake=lambda dys, dh, h, weight, rstd: (h.new_empty(h.shape), torch.empty_like(weight)),
     cuda=triton.launcher("rms_norm", "backward"),
 )
 autograd("rms_norm", _backward, _setup_context)

@@ -37,7 +37,7 @@ def read(numbers: Tensor, loads: Tensor) -> list[Measured]:
 
 
 class Batches:
-    """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1].
+    """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1], int32 by twos.
 
     Those with fewer segments end in empty ones, boundaries N, so that all have one shape.
     """
@@ -48,22 +48,23 @@ class Batches:
 
     def load(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
         """Put them in the first places; each flat, as `DeepseekV3.flatten` returns it, on the CPU."""
-        rows = torch.full((len(batches), self.rows.size(1)), self.tokens, dtype=torch.int64)
-        for row, flat in zip(rows, batches, strict=True):
-            joined = torch.cat([part.long() for part in flat])
-            row[: len(joined)] = joined
+        rows = torch.empty(len(batches), self.rows.size(1), dtype=torch.int64)
+        for row, (*parts, cu_seqlens) in zip(rows, batches, strict=True):
+            row[: 3 * self.tokens] = torch.cat([part.long() for part in parts])
+            boundaries = row[3 * self.tokens :].view(torch.int32).fill_(self.tokens)
+            boundaries[: len(cu_seqlens)] = cu_seqlens
         self.rows[: len(batches)].copy_(rows)
 
     def at(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """ids, labels, positions [N] int64 and cu_seqlens [S + 1] int32 of the batch at place [1] int64."""
         row = self.rows.index_select(0, place).squeeze(0)
-        *parts, cu_seqlens = row.split([self.tokens, self.tokens, self.tokens, self.segments + 1])
-        return *parts, cu_seqlens.int()
+        ids, labels, positions, boundaries = row.tensor_split([n * self.tokens for n in (1, 2, 3)])
+        return ids, labels, positions, boundaries.view(torch.int32)[: self.segments + 1]
 
 
 def row_elements(tokens: int, segments: int) -> int:
     """int64 elements that a batch takes."""
-    return 3 * tokens + segments + 1
+    return 3 * tokens + segments // 2 + 1
 
 
 class DeviceStep:
