@@ -12,6 +12,9 @@ that expert's matrix or, for the gradients of the matrices, rows transposed time
     matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
     sum              y = sum over k of y_slot                        and over the parts of a split sum
 
+    narrow_backward  all from dy[n] down on                          where D and I are small, in 16 bits; the matrices by tiles
+    add_tiles        dgate_up, ddown                                 sums over an expert's tiles
+
 With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
 its token and there is one expert. An index that names no expert makes everything of its slot NaN: the token's row of y and of
 dx, and its weight's gradient. The gradients of the matrices leave it out.
@@ -32,17 +35,24 @@ from torch import Tensor
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
 FULL = 264  # programs that fill a large chip twice
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
+NARROW = 128  # widest D at which, where I is no wider than FUSED too, one kernel does the backward pass
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
 
 
 @triton.jit
-def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    """(expert, its first place in the tile, the place after its last); E for places of no expert, an empty range beyond all."""
+def _tiles_of_bins(offsets, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Tiles of BM places that each expert has [EP]; the last one's, at E, are those of the places of no expert."""
     bins = tl.arange(0, EP)
     b_first = tl.load(offsets + bins, mask=bins <= E, other=R)
     b_last = tl.load(offsets + bins + 1, mask=bins < E, other=R)
-    b_tiles = tl.cumsum((b_last - b_first + BM - 1) // BM, 0)  # tiles of this bin and those before
+    return (b_last - b_first + BM - 1) // BM
+
+
+@triton.jit
+def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """(expert, its first place in the tile, the place after its last); E for places of no expert, an empty range beyond all."""
+    b_tiles = tl.cumsum(_tiles_of_bins(offsets, R, E, EP, BM), 0)  # of this bin and those before
     b_before = b_tiles <= tile
     e = tl.sum(b_before.to(tl.int32), 0)
     within = tile - tl.max(tl.where(b_before, b_tiles, 0), 0)
@@ -165,6 +175,14 @@ def project_kernel(
     _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
+@triton.jit
+def _swiglu_backward(b_dh, b_gate, b_up):
+    """(h, dgate, dup) of h = silu(gate) * up, all float32."""
+    b_s = tl.sigmoid(b_gate)
+    b_silu = b_gate * b_s
+    return b_silu * b_up, b_dh * b_up * b_s * (1.0 + b_gate * (1.0 - b_s)), b_dh * b_silu
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def swiglu_backward_kernel(
     dh, gu, weights, dgu, dweights, order, offsets, R,
@@ -185,17 +203,13 @@ def swiglu_backward_kernel(
         b_dh = tl.load(p_h, mask=m_i, other=0.0).to(tl.float32)
         b_gate = tl.load(gu + tile_gu, mask=m_i, other=0.0).to(tl.float32)
         b_up = tl.load(gu + tile_gu + I, mask=m_i, other=0.0).to(tl.float32)
-        b_s = tl.sigmoid(b_gate)
-        b_silu = b_gate * b_s
-        b_h = b_silu * b_up
+        b_h, b_dgate, b_dup = _swiglu_backward(b_dh, b_gate, b_up)
         if ROUTED:
             b_dw += tl.sum(b_dh * b_h, 1)
-            b_h *= b_weight
-            b_dh *= b_weight
+            b_h, b_dgate, b_dup = b_h * b_weight, b_dgate * b_weight, b_dup * b_weight
         tl.store(p_h, b_h.to(dh.dtype.element_ty), mask=m_i)
-        b_dgate = b_dh * b_up * b_s * (1.0 + b_gate * (1.0 - b_s))
         tl.store(dgu + tile_gu, b_dgate.to(dgu.dtype.element_ty), mask=m_i)
-        tl.store(dgu + tile_gu + I, (b_dh * b_silu).to(dgu.dtype.element_ty), mask=m_i)
+        tl.store(dgu + tile_gu + I, b_dup.to(dgu.dtype.element_ty), mask=m_i)
     if ROUTED:
         tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
 
@@ -237,6 +251,95 @@ def matrix_kernel(
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])
 
 
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def narrow_backward_kernel(
+    dy, x, gu, weights, gate_up, down, out, dweights, parts, order, offsets, dy_n, x_n, R,
+    D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """The backward pass for one tile of places and BN columns of x and dy: dx to out [R, D] by slot, dweights by slot, and in a
+    row of parts what the tile adds to dgate_up [2I, D] and ddown [D, I]. IP: I, padded.
+
+    All programs of a tile make dgu, from BK columns of dy at a time: one of six products of this size.
+    """
+    columns: tl.constexpr = (D + BN - 1) // BN
+    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
+    if e == E:
+        _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
+        if ROUTED:
+            tl.store(dweights + slot, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
+        return
+    i, i_col, d, m_row = tl.arange(0, IP)[None, :], tl.arange(0, IP)[:, None], tl.arange(0, BK), m_r[:, None]
+    p_dy = dy + (slot // K * dy_n)[:, None]
+    p_down = down + tl.cast(e, tl.int64) * (D * I) + d[:, None] * I + i
+    b_dh = tl.zeros([BM, IP], tl.float32)
+    for k in range(0, D, BK):
+        b_dy = tl.load(p_dy + k + d[None, :], mask=m_row & (k + d[None, :] < D), other=0.0)  # [BM, BK]
+        b_w = _load(p_down + k * I, k + d[:, None], D, BK, i, I, IP)  # [BK, IP]
+        b_dh = tl.dot(b_dy, b_w, b_dh, input_precision="ieee")
+    p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
+    b_gate = tl.load(p_gu, mask=m_row & (i < I), other=0.0).to(tl.float32)  # [BM, IP]
+    b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
+    _, b_dgate, b_dup = _swiglu_backward(b_dh, b_gate, b_up)
+    if ROUTED:
+        b_weight = tl.load(weights + slot).to(tl.float32)[:, None]
+        b_dw = tl.sum(b_dup * b_up, 1)  # of dh h
+        if block == 0:
+            tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
+        b_dgate, b_dup = b_dgate * b_weight, b_dup * b_weight
+    b_dgate, b_dup = b_dgate.to(x.dtype.element_ty), b_dup.to(x.dtype.element_ty)
+
+    p_gate_up = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i_col * D + n
+    b_dx = tl.dot(b_dgate, _load(p_gate_up, i_col, I, IP, n, D, BN), input_precision="ieee")  # [BM, BN]
+    b_dx = tl.dot(b_dup, _load(p_gate_up + I * D, i_col, I, IP, n, D, BN), b_dx, input_precision="ieee")
+    _scatter(out, weights, slot, m_r, n, D, b_dx, False)
+
+    # Transposed is what comes from memory, the left operand: what was made here would need more registers for that.
+    p_parts, m_parts = parts + tl.cast(tile, tl.int64) * (3 * I * D), (n_col < D) & (i < I)
+    b_x = tl.load(x + (slot // K * x_n)[:, None] + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
+    b_part = tl.dot(tl.trans(b_x), b_dgate, input_precision="ieee")  # [BN, IP]
+    tl.store(p_parts + i * D + n_col, b_part, mask=m_parts)
+    b_part = tl.dot(tl.trans(b_x), b_dup, input_precision="ieee")
+    tl.store(p_parts + I * D + i * D + n_col, b_part, mask=m_parts)
+    # h from gate and up anew: kept, and in the layout of dh, it would need registers that sm_90 lacks.
+    b_gate = tl.load(p_gu, mask=m_row & (i < I), other=0.0).to(tl.float32)
+    b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
+    b_h = b_gate * tl.sigmoid(b_gate) * b_up
+    if ROUTED:
+        b_h *= tl.load(weights + slot).to(tl.float32)[:, None]
+    b_dy = tl.load(p_dy + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
+    b_part = tl.dot(tl.trans(b_dy), b_h.to(x.dtype.element_ty), input_precision="ieee")
+    tl.store(p_parts + 2 * I * D + n_col * I + i, b_part, mask=m_parts)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def add_tiles_kernel(
+    parts, dgate_up, ddown, offsets, R,
+    D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    ROUTED: tl.constexpr,
+):  # fmt: skip
+    """BN elements of one expert's dgate_up and ddown, as in narrow_backward_kernel: the sum over its tiles of BM places, BT of
+    them at a time, always in the same order."""
+    blocks: tl.constexpr = (3 * I * D + BN - 1) // BN
+    e, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    first, tiles = 0, tl.cdiv(R, BM)
+    if ROUTED:
+        bins, b_tiles = tl.arange(0, EP), _tiles_of_bins(offsets, R, E, EP, BM)
+        first, tiles = tl.sum(tl.where(bins < e, b_tiles, 0), 0), tl.sum(tl.where(bins == e, b_tiles, 0), 0)
+    n, t = block * BN + tl.arange(0, BN)[None, :], tl.arange(0, BT)[:, None]
+    p_parts = parts + (first + t).to(tl.int64) * (3 * I * D) + n
+    b_sum = tl.zeros([BT, BN], tl.float32)
+    for start in range(0, tiles, BT):
+        m_parts = (start + t < tiles) & (n < 3 * I * D)
+        b_sum += tl.load(p_parts + tl.cast(start, tl.int64) * (3 * I * D), mask=m_parts, other=0.0)
+    b_sum = tl.sum(b_sum, 0, keep_dims=True).to(dgate_up.dtype.element_ty)
+    e_64 = tl.cast(e, tl.int64)
+    tl.store(dgate_up + e_64 * (2 * I * D) + n, b_sum, mask=n < 2 * I * D)
+    tl.store(ddown + e_64 * (D * I) + n - 2 * I * D, b_sum, mask=(n >= 2 * I * D) & (n < 3 * I * D))
+
+
 class Tiles(NamedTuple):
     """BM rows by BN columns, in steps of BK."""
 
@@ -259,17 +362,23 @@ _LARGE = {
     "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 3), 128: Tiles(128, 128, 64, 8, 3)},
     "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 4)},
     "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 256, 64, 8, 3)},
+    "narrow": {128: Tiles(128, 64, 128, 8, 1)},
 }
 _SMALL = {
     "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
     "project": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 128, 64, 4, 2)},
     "matrix": {64: Tiles(64, 64, 32, 4, 2)},
+    "narrow": {64: Tiles(64, 32, 32, 4, 1)},
 }
+
+
+def _table(dtype: torch.dtype, large: bool) -> dict[str, dict[int, Tiles]]:
+    return _FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL
 
 
 def _tiles(kernel: str, dtype: torch.dtype, large: bool, size: int, width: int, depth: int) -> Tiles:
     """Those with the most rows up to `size`, no wider and no deeper than the matrix."""
-    by_rows = (_FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL)[kernel]
+    by_rows = _table(dtype, large)[kernel]
     bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
     bn, bk = (min(block, padded(n)) for block, n in ((bn, width), (bk, depth)))
     return Tiles(bm, bn, bk, warps, min(stages, max(1, triton.cdiv(depth, bk))))
@@ -334,8 +443,11 @@ def backward_launches(
     """The launches that fill the gradients; as `forward_launches`."""
     dy, x = rows(dy, x)
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
-    dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
+    if make.narrow():
+        narrow = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
+        return [*narrow, *make.combine(slots, dx)]
+    dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
     return [
         make.project(dy, make.down, dh, None, make.i, 1, gather=True),
         make.swiglu_backward(dh=dh, gu=gu, dgu=dgu, dweights=dweights),
@@ -373,11 +485,15 @@ class _Launches:
         return _tiles(name, self.x.dtype, self.large, _size(self.places, self.e, width), width, depth)
 
     def rows(self, name: str, kernel, width: int, depth: int, **arguments) -> Launch:
-        """A kernel whose programs have a tile of places each. As many as there can be: every expert may end in a tile begun."""
+        """A kernel whose programs have a tile of places each."""
         tiles = self.tiles(name, width, depth)
-        begun = self.places // tiles.bm + min(self.e + 1, self.places)
-        tiles_of_places = triton.cdiv(self.places, tiles.bm) if self.order is None else begun
-        return self.launch(kernel, tiles_of_places * triton.cdiv(width, tiles.bn), tiles, arguments)
+        return self.launch(kernel, self.tiles_of(tiles.bm) * triton.cdiv(width, tiles.bn), tiles, arguments)
+
+    def tiles_of(self, bm: int) -> int:
+        """Tiles of bm places. As many as there can be: every expert may end in a tile begun."""
+        if self.order is None:
+            return triton.cdiv(self.places, bm)
+        return self.places // bm + min(self.e + 1, self.places)
 
     def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False) -> Launch:
         depth, width = a.size(1), out.size(1)
@@ -394,6 +510,27 @@ class _Launches:
     def combine(self, slots, out) -> list[Launch]:
         """The sum over each token's slots; none where a slot is its token."""
         return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out)] if self.k != 1 else []
+
+    def narrow(self) -> bool:
+        """Whether experts are narrow enough for one kernel to do the backward pass.
+
+        Not in float32, where products take longer than launches and would be made several times.
+        """
+        return self.d <= NARROW and self.i <= FUSED and "narrow" in _table(self.x.dtype, self.large)
+
+    def narrow_backward(self, dy, x, gu, out, dweights, dgate_up, ddown) -> list[Launch]:
+        tiles = _tiles("narrow", self.x.dtype, self.large, 128, self.d, self.d)
+        most, blocks, size = self.tiles_of(tiles.bm), triton.cdiv(self.d, tiles.bn), 3 * self.i * self.d
+        arguments = {
+            "dy": dy, "dy_n": dy.stride(0), "x": x, "x_n": x.stride(0), "gu": gu, "out": out, "dweights": dweights,
+            "parts": x.new_empty(most, size, dtype=torch.float32), "dgate_up": dgate_up, "ddown": ddown,
+            "IP": padded(self.i), "BT": 64,
+        }  # fmt: skip
+        added = Tiles(tiles.bm, 64, 0, 4, 1)
+        return [
+            self.launch(narrow_backward_kernel, most * blocks, tiles, arguments),
+            self.launch(add_tiles_kernel, self.e * triton.cdiv(size, added.bn), added, arguments),
+        ]
 
     def matrix(self, p, q, out, out_p: int, out_q: int) -> list[Launch]:
         """The gradient of a matrix of every expert: split over the places where its tiles are few, then added up."""
@@ -428,6 +565,7 @@ EXAMPLES = {
     "DeepSeek-V3": (4096, 7168, 8, 256, 2048),
     "Qwen-like": (32768, 2048, 8, 128, 768),
     "few tokens": (16, 7168, 8, 256, 2048),
+    "narrow": (4096, 64, 2, 8, 48),
 }
 """N, D, K, E and I that are compiled ahead."""
 
