@@ -38,7 +38,7 @@ from dsfast.ops import triton
 on_device = partial(DeviceDecoder, launch=eager)
 by_device = partial(generate_ids, decoder_type=on_device)
 by_operators = partial(generate_ids, decoder_type=OperatorDecoder)
-FOR_TRAINING = {"mla_attention", "linear_cross_entropy", "adamw", "newton_schulz"}
+FOR_TRAINING = {"mla_attention", "linear_cross_entropy", "adamw", "muon", "newton_schulz"}
 LENGTHS = (5, 1, 17, 8)
 
 
