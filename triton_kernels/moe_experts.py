@@ -12,7 +12,9 @@ that expert's matrix or, for the gradients of the matrices, rows transposed time
     matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
     sum              y = sum over k of y_slot                        and over the parts of a split sum
 
-    narrow_backward  all from dy[n] down on                          where D and I are small, in 16 bits; the matrices by tiles
+Where D and I are small the backward pass is, in 16 bits, two launches:
+
+    narrow_backward  dx_slot, dw, and of each tile dgate_up, ddown   dgu and w h stay in the program
     add_tiles        dgate_up, ddown                                 sums over an expert's tiles
 
 With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
@@ -261,7 +263,8 @@ def narrow_backward_kernel(
     """The backward pass for one tile of places and BN columns of x and dy: dx to out [R, D] by slot, dweights by slot, and in a
     row of parts what the tile adds to dgate_up [2I, D] and ddown [D, I]. IP: I, padded.
 
-    All programs of a tile make dgu, from BK columns of dy at a time: one of six products of this size.
+    All programs of a tile make dgu, from BK columns of dy at a time. That is a sixth of the products of a tile, and lets the
+    rest of them have BN columns, which registers have room for.
     """
     columns: tl.constexpr = (D + BN - 1) // BN
     tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -285,7 +288,7 @@ def narrow_backward_kernel(
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     _, b_dgate, b_dup = _swiglu_backward(b_dh, b_gate, b_up)
     if ROUTED:
-        b_weight = tl.load(weights + slot).to(tl.float32)[:, None]
+        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
         b_dw = tl.sum(b_dup * b_up, 1)  # of dh h
         if block == 0:
             tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
@@ -309,7 +312,7 @@ def narrow_backward_kernel(
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     b_h = b_gate * tl.sigmoid(b_gate) * b_up
     if ROUTED:
-        b_h *= tl.load(weights + slot).to(tl.float32)[:, None]
+        b_h *= tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
     b_dy = tl.load(p_dy + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
     b_part = tl.dot(tl.trans(b_dy), b_h.to(x.dtype.element_ty), input_precision="ieee")
     tl.store(p_parts + 2 * I * D + n_col * I + i, b_part, mask=m_parts)
