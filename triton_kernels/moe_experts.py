@@ -88,23 +88,27 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
 
 
 @triton.jit
-def _scatter(out, weights, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
-    """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED."""
+def _scatter(out, weights, base, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
+    """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED, plus base where there is one."""
+    m_out, at = m_r[:, None] & (n < WIDTH), (slot * WIDTH)[:, None] + n
     if WEIGHTED:
         b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
-    tl.store(out + (slot * WIDTH)[:, None] + n, b_out.to(out.dtype.element_ty), mask=m_r[:, None] & (n < WIDTH))
+    if base is not None:
+        # Rounded before: beside a wide tile's float32 sums there is no room on sm_100.
+        b_out = b_out.to(out.dtype.element_ty) + tl.load(base + at, mask=m_out, other=0.0)
+    tl.store(out + at, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def up_kernel(
-    x, gate_up, gu, h, down, weights, out, order, offsets, x_n, R,
+    x, gate_up, gu, h, down, weights, base, out, order, offsets, x_n, R,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
     FUSED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side.
 
-    FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, and there is no h.
+    FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, on top of base, and there is no h.
     """
     blocks = tl.cdiv(I, BN)
     tile, block = place(tl.num_programs(0) // blocks, blocks, G)
@@ -113,7 +117,7 @@ def up_kernel(
         if FUSED:
             for start in tl.static_range(0, D, BD):
                 n = (start + tl.arange(0, BD))[None, :]
-                _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BD], float("nan"), tl.float32), False)
+                _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BD], float("nan"), tl.float32), False)
         return
     i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)
@@ -134,7 +138,8 @@ def up_kernel(
             n = (start + tl.arange(0, BD))[None, :]
             p_down = down + tl.cast(e, tl.int64) * (D * I) + n * I + tl.arange(0, BN)[:, None]
             b_down = _load(p_down, tl.arange(0, BN)[:, None], I, BN, n, D, BD)  # [BN, BD]
-            _scatter(out, weights, slot, m_r, n, D, tl.dot(b_h, b_down, input_precision="ieee"), WEIGHTED)
+            b_out = tl.dot(b_h, b_down, input_precision="ieee")
+            _scatter(out, weights, base, slot, m_r, n, D, b_out, WEIGHTED)
     else:
         tl.store(h + first * I + m[:, None] * I + i, b_h, mask=m_out)
     p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
@@ -144,14 +149,15 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def project_kernel(
-    a, b, weights, out, order, offsets, a_n, R,
+    a, b, weights, base, out, order, offsets, a_n, R,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
     GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """a row times b_e [DEPTH, WIDTH], which has the strides b_k and b_n, for one tile of places and BN columns.
 
-    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED.
+    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED, plus
+    that of base where there is one.
     With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
     """
     blocks = tl.cdiv(WIDTH, BN)
@@ -165,7 +171,7 @@ def project_kernel(
     else:
         p_a = a + first * DEPTH + tl.minimum(m, R - 1 - first.to(tl.int32))[:, None] * DEPTH + d[None, :]
     if e == E:
-        _scatter(out, weights, slot, m_r, n, WIDTH, tl.full([BM, BN], float("nan"), tl.float32), False)
+        _scatter(out, weights, None, slot, m_r, n, WIDTH, tl.full([BM, BN], float("nan"), tl.float32), False)
         return
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
@@ -175,7 +181,7 @@ def project_kernel(
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
         slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
-    _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
+    _scatter(out, weights, base, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
 @triton.jit
@@ -425,9 +431,12 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
     return gradients
 
 
-def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool) -> list[Launch]:
-    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
+def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool, base=None) -> list[Launch]:
+    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets, and
+    add to base where there is one.
+    """
     (x,) = rows(x)
+    base = None if base is None else base.contiguous()
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else y
     tiles, bd = make.tiles("up", make.i, make.d), min(64, make.tiles("project", make.d, make.i).bn)
@@ -435,9 +444,9 @@ def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bo
     h = None if fused else x.new_empty(make.places, make.i)
     up = make.rows(
         "up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h, out=slots, BD=bd, FUSED=fused,
-        WEIGHTED=weights is not None,
+        WEIGHTED=weights is not None, base=base,
     )  # fmt: skip
-    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i)]
+    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i, base=base)]
     return [up, *project, *make.combine(slots, y)]
 
 
@@ -499,11 +508,11 @@ class _Launches:
             return triton.cdiv(self.places, bm)
         return self.places // bm + min(self.e + 1, self.places)
 
-    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False) -> Launch:
+    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False, base=None) -> Launch:
         depth, width = a.size(1), out.size(1)
         return self.rows(
             "project", project_kernel, width, depth, a=a, a_n=a.stride(0), b=b, b_k=b_k, b_n=b_n, out=out, weights=weights,
-            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None,
+            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None, base=base,
         )  # fmt: skip
 
     def swiglu_backward(self, **arguments) -> Launch:
