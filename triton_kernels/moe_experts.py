@@ -90,13 +90,13 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
 @triton.jit
 def _scatter(out, weights, base, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
     """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED, plus base where there is one."""
-    m_out, at = m_r[:, None] & (n < WIDTH), (slot * WIDTH)[:, None] + n
+    m_out = m_r[:, None] & (n < WIDTH)
     if WEIGHTED:
         b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
     if base is not None:
         # Rounded before: beside a wide tile's float32 sums there is no room on sm_100.
-        b_out = b_out.to(out.dtype.element_ty) + tl.load(base + at, mask=m_out, other=0.0)
-    tl.store(out + at, b_out.to(out.dtype.element_ty), mask=m_out)
+        b_out = b_out.to(out.dtype.element_ty) + tl.load(base + (slot * WIDTH)[:, None] + n, mask=m_out, other=0.0)
+    tl.store(out + (slot * WIDTH)[:, None] + n, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
