@@ -277,7 +277,7 @@ def narrow_backward_kernel(
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
     if e == E:
-        _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
+        _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
         if ROUTED:
             tl.store(dweights + slot, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
         return
@@ -304,7 +304,7 @@ def narrow_backward_kernel(
     p_gate_up = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i_col * D + n
     b_dx = tl.dot(b_dgate, _load(p_gate_up, i_col, I, IP, n, D, BN), input_precision="ieee")  # [BM, BN]
     b_dx = tl.dot(b_dup, _load(p_gate_up + I * D, i_col, I, IP, n, D, BN), b_dx, input_precision="ieee")
-    _scatter(out, weights, slot, m_r, n, D, b_dx, False)
+    _scatter(out, weights, None, slot, m_r, n, D, b_dx, False)
 
     # Transposed is what comes from memory, the left operand: what was made here would need more registers for that.
     p_parts, m_parts = parts + tl.cast(tile, tl.int64) * (3 * I * D), (n_col < D) & (i < I)
