@@ -18,16 +18,8 @@ _COLUMNS = (
 def show_gpu(console: Console, found: Json) -> None:
     """Print everything in a document of `bench gpu`."""
     results = found["results"]
-    gpu, bounds = results["gpu"], results["bounds"]
-    if gpu is None:
-        _say(
-            console,
-            "REHEARSAL on the CPU, in Triton's interpreter, at tiny sizes: no time below is one of a GPU.",
-            "bold",
-        )
-    else:
-        _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
-                      f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
+    bounds = results["bounds"]
+    _where(console, found)
     if bounds is not None:
         _say(console, f"Bounds: copy {bounds['bandwidth'] / 1e12:.2f} TB/s; torch.mm at {bounds['size']}: bfloat16"
                       f" {bounds['bfloat16'] / 1e12:,.0f}, tf32 {bounds['tf32'] / 1e12:,.0f}, float32"
@@ -39,10 +31,60 @@ def show_gpu(console: Console, found: Json) -> None:
             _row(console, row)
         else:
             _say(console, f"{row['part']} {row['case']}: {row['status']}", "yellow")
-    for name, state in results["parts"].items():
+    _not_done(console, results["parts"])
+    _figures(console, results["figures"])
+
+
+def show_tiles(console: Console, found: Json) -> None:
+    """Print everything in a document of `bench tiles`."""
+    results = found["results"]
+    _where(console, found)
+    for row in results["rows"]:
+        title = f"{row['part']} {row['case']}  {row['entry']}"
+        if row["status"] not in ("timed", "compiled"):
+            _say(console, f"{title}: {row['status']}", "red" if row["status"].startswith("failed") else "yellow")
+        if row.get("candidates"):
+            console.print(_candidates(f"{title}: {', '.join(row['kernels'])}", row["candidates"]))
+        for dropped in row.get("dropped", ()):
+            _say(console, f"  dropped: {dropped['tiles']}: {dropped['reason']}", "yellow")
+    _not_done(console, results["parts"])
+
+
+def _candidates(title: str, candidates: list[Json]) -> Table:
+    table = _table(
+        title, "variant", "us", "quartiles", "of shipped", "each launch, us", "registers", "shared", "estimate"
+    )
+    for found in candidates:
+        times = [""] * 4
+        if seconds := found.get("seconds"):
+            low, high = (f"{seconds[key] * 1e6:,.1f}" for key in ("lower", "upper"))
+            each = " + ".join(f"{own * 1e6:,.1f}" for own in found["launches"].values())
+            times = [f"{seconds['median'] * 1e6:,.1f}", f"{low} .. {high}", f"{found['of_shipped']:.3f} x", each]
+        taken = [str(found.get(key, "")) for key in ("registers", "shared")]
+        estimate = f"{found['estimate']:.4f}" if found.get("estimate") else ""
+        table.add_row(found["tiles"] + (" (shipped)" if found["shipped"] else ""), *times, *taken, estimate)
+    return table
+
+
+def _where(console: Console, found: Json) -> None:
+    gpu, measured_on = found["results"]["gpu"], found["results"]["measured_on"]
+    if gpu is not None:
+        _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
+                      f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
+    elif found["settings"].get("plan"):
+        _say(console, f"Measured: {measured_on}, triton {found['versions']['triton']}.", "bold")
+    else:
+        _say(
+            console,
+            "REHEARSAL on the CPU, in Triton's interpreter, at tiny sizes: no time below is one of a GPU.",
+            "bold",
+        )
+
+
+def _not_done(console: Console, states: Json) -> None:
+    for name, state in states.items():
         if state["status"] != "done":
             _say(console, f"{name}: {state['status']}", "red" if state["status"].startswith("failed") else "yellow")
-    _figures(console, results["figures"])
 
 
 def _row(console: Console, row: Json) -> None:

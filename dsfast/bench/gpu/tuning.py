@@ -1,0 +1,339 @@
+"""One case of `bench tiles`: for each entry of the kernels' tables that it takes, others in its place beside the shipped one.
+
+Candidates are compiled for the chip all at once, dropped where they break its limits, checked against the reference as the
+operator is, and then timed in turns: the launches alone that the entry changes, made by the module's own functions, on the memory
+of the shipped ones' results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
+from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ours
+from dsfast.bench.gpu.run import OUT_OF_TIME
+from dsfast.bench.step import attempt
+from dsfast.bench.timing import spread, take_turns
+from dsfast.ops import triton
+from dsfast.triton_kernels.limits import CHIPS
+
+MOST = 8
+"""Candidates of an entry that are checked and timed, beside the shipped tiles."""
+GRAPH_ROUNDS = 5
+PLANNED_FOR = "sm_90"
+_MODULES = {"mlp": "moe_experts"}
+_CONSTANTS = {
+    "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
+    "norm": ("ELEMENTS",), "rope": ("ELEMENTS",), "embedding": ("_ELEMENTS", "_KEYS"),
+}  # fmt: skip
+PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding")
+"""Of `bench gpu`, with something to choose."""
+_SIDES = ("bt", "bs", "bm", "bn", "rows", "columns")
+_TAKES = dict.fromkeys((*_SIDES, "bk", "slice", "stages"), 1) | {"warps": -1, "resident": 0}
+"""Whether more of it takes more of a program's registers or shared memory."""
+_BOUNDS = {"warps": (4, 8), "stages": (1, 5), "resident": (1, 4)}
+_ORDERED = {"forward": ("bs", "bt"), "backward_q": ("bs", "bt"), "backward_kv": ("bt", "bs")}
+"""Kernels of attention: the first side is to divide the second."""
+WARPS = 8  # of a multiprocessor, with which a kernel is thought to hide what it waits for
+
+Json = dict[str, Any]
+_log = logging.getLogger("dsfast.bench")
+
+
+class Entry(NamedTuple):
+    """A starting value, `table[key]`; `name` is what the module's source calls it."""
+
+    name: str
+    table: dict
+    key: Any
+
+
+class _Watched(dict):
+    """A row of a table that tells which of its entries are read."""
+
+    def __init__(self, row: dict, read: Callable[[Any], None]):
+        super().__init__(row)
+        self._read = read
+
+    def __getitem__(self, key):
+        self._read(key)
+        return super().__getitem__(key)
+
+
+def entries(part: str, call: Callable[[], object]) -> list[Entry]:
+    """The entries of the tables of `part`'s module that `call` reads, in the order in which it does; then its constants."""
+    from dsfast.bench.gpu.launched import replaced
+
+    module = vars(importlib.import_module(f"dsfast.triton_kernels.{_MODULES.get(part, OPERATORS[part])}"))
+    found: dict[str, Entry] = {}
+
+    def watched(name: str, row: dict) -> _Watched:
+        def read(key: Any) -> None:
+            found.setdefault(f"{name}[{key!r}]", Entry(f"{name}[{key!r}]", row, key))
+
+        return _Watched(row, read)
+
+    with ExitStack() as stack:
+        for name, table in module.items():
+            if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
+                rows = {key: watched(f"{name}[{key!r}]", row) for key, row in table.items()}
+                stack.enter_context(replaced(module, name, rows))
+        call()
+    return [*found.values(), *(Entry(name, module, name) for name in _CONSTANTS.get(part, ()))]
+
+
+def candidates(entry: Entry) -> list:
+    """Values near the shipped one: one number of the tiles the next smaller or larger, or two, where one takes what the other
+    gives. Of a constant its halves and doubles."""
+    shipped = entry.table[entry.key]
+    if isinstance(shipped, int):
+        return [value for value in (shipped // 2, shipped * 2, shipped // 4, shipped * 4) if value]
+    steps = [(name, value, sign) for name, old in shipped._asdict().items() for value, sign in _steps(name, old)]
+    one = [{name: value} for name, value, _ in steps]
+    two = [
+        {a: x, b: y} for (a, x, s), (b, y, t) in combinations(steps, 2) if a != b and s * _TAKES[a] + t * _TAKES[b] == 0
+        and _TAKES[a] and _TAKES[b]
+    ]  # fmt: skip
+    small, large = next((sides for kernel, sides in _ORDERED.items() if f"'{kernel}'" in entry.name), ("", ""))
+    found = [shipped._replace(**change) for change in (*one, *two)]
+    return [tiles for tiles in found if not hasattr(tiles, small) or getattr(tiles, small) <= getattr(tiles, large)]
+
+
+def _steps(name: str, value: int) -> list[tuple[int, int]]:
+    """(the next smaller number, -1) and (the next larger one, 1), as far as the field `name` has them."""
+    least, most = _BOUNDS.get(name, (16, 256))
+    near = (value - 1, value + 1) if name in ("stages", "resident") else (value // 2, value * 2)
+    return [(other, sign) for other, sign in zip(near, (-1, 1), strict=True) if least <= other <= most]
+
+
+@dataclass(eq=False)
+class Trial:
+    """What one value of an entry launches where that differs from others', by kernel and number; how it compiled."""
+
+    value: Any
+    launches: dict[str, Any]
+    compiled: list = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def estimate(self) -> float:
+        """Of its time, to choose an order: what a product's operands are read beside it, for how many programs a multiprocessor
+        holds, and for those that the last round leaves idle."""
+        from dsfast.bench.gpu.launched import PROCESSORS
+
+        if isinstance(self.value, int):
+            return 0.0
+        launch, compiled = next(iter(self.launches.values())), self.compiled[0]
+        threads = 32 * launch.options["num_warps"]
+        resident = max(
+            1, min(CHIPS[compiled.chip].shared // max(1, compiled.shared), 65536 // (threads * compiled.registers))
+        )
+        slots = PROCESSORS * resident
+        programs = torch.Size(launch.grid).numel()
+        idle = -(-programs // slots) * slots / programs
+        waits = max(1.0, WARPS / (resident * launch.options["num_warps"]))
+        return sum(1 / getattr(self.value, side, 1 << 20) for side in _SIDES) * idle * waits * (compiled.repeated or 1)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """One case. chip: what candidates are compiled for ("": nothing is); clock: what they are timed by (None: they are not)."""
+
+    case: GpuCase
+    arguments: list
+    device: str
+    chip: str
+    clock: Any
+    expired: Callable[[], bool]
+    most: int = MOST
+    rounds: int = ROUNDS
+
+    def rows(self) -> Iterator[Json]:
+        """For each entry the row, again as it grows: part, case, entry, kernels, shipped, candidates (tiles, estimate, registers,
+        shared, seconds, of_shipped, launches), dropped (tiles, reason) and status."""
+        shipped = self.launches(start=self.clock is not None)
+        for entry in entries(self.case.part, lambda: self.launches(start=False)):
+            if self.expired():
+                yield {"part": self.case.part, "case": self.case.name, "entry": entry.name, "status": OUT_OF_TIME}
+            else:
+                yield from self.try_entry(entry, shipped)
+
+    def launches(self, start: bool) -> dict[str, Any]:
+        """Kernel and its number -> launch, of both passes."""
+        from dsfast.bench.gpu.launched import launches
+
+        found: dict[str, Any] = {}
+        for launch in launches(self.case.part, self.arguments, start):
+            name = launch.kernel.__name__
+            found[f"{name} {1 + sum(key.startswith(name + ' ') for key in found)}"] = launch
+        return found
+
+    def try_entry(self, entry: Entry, shipped: dict[str, Any]) -> Iterator[Json]:
+        """No row where no candidate changes a launch of this case."""
+        ours, others, dropped = self.trials(entry, shipped)
+        if not others:
+            return
+        row = {
+            "part": self.case.part, "case": self.case.name, "entry": entry.name, "kernels": list(ours.launches),
+            "shipped": repr(ours.value), "candidates": [], "dropped": dropped, "status": "compiled",
+        }  # fmt: skip
+        if self.chip:
+            others = self.compiled(ours, others, dropped)
+        others, beyond = others[: self.most], others[self.most :]
+        row["candidates"] = [_facts(trial, ours) for trial in (ours, *others)]
+        yield row
+        if self.clock is None:
+            row["candidates"] += [_facts(trial, ours) for trial in beyond]
+            yield row
+            return
+        dropped += [_dropped(trial.value, f"beyond the {self.most} most promising") for trial in beyond]
+        right = [trial for trial in (ours, *others) if self.right(entry, trial, dropped)]
+        row["candidates"] = [_facts(trial, ours) for trial in right]
+        if ours not in right:
+            yield row | {"status": f"failed: the shipped tiles: {dropped[-1]['reason']}"}
+            return
+        row["candidates"] = sorted(self.timed(right), key=lambda found: found["seconds"]["median"])
+        yield row | {"status": "timed"}
+
+    def trials(self, entry: Entry, shipped: dict[str, Any]) -> tuple[Trial, list[Trial], list[Json]]:
+        """The shipped tiles, the others, and what was dropped: launchers that refuse, and what would launch the same."""
+        from dsfast.bench.gpu.launched import replaced
+
+        found, seen, dropped = {}, [_signatures(shipped)], []
+        for value in candidates(entry):
+            with replaced(entry.table, entry.key, value):
+                launches, problem = attempt(partial(self.launches, start=False))
+            if not problem and _signatures(launches) in seen:
+                problem = "the same launches as others: these sizes take no more of it"
+            if problem:
+                dropped.append(_dropped(value, problem))
+            else:
+                seen.append(_signatures(launches))
+                found[value] = {name: _on_the_memory_of(x, shipped.get(name)) for name, x in launches.items()}
+        names = {name for other in seen for name, signature in other.items() if seen[0].get(name) != signature}
+        names |= {name for other in seen for name in seen[0] if name not in other}
+
+        def trial(value: Any, launches: dict[str, Any]) -> Trial:
+            return Trial(value, {name: launch for name, launch in launches.items() if name in names})
+
+        return trial(entry.table[entry.key], shipped), [trial(*item) for item in found.items()], dropped
+
+    def compiled(self, ours: Trial, others: list[Trial], dropped: list[Json]) -> list[Trial]:
+        """Those of `others` that keep the chip's limits, the most promising first; `dropped` gets the others.
+
+        Of all the first launch, then of the first `most` the others too.
+        """
+        self._compile([ours, *others], slice(0, 1))
+        kept = sorted((trial for trial in others if not trial.faults), key=Trial.estimate)
+        self._compile([ours, *kept[: self.most]], slice(1, None))
+        dropped += [_dropped(trial.value, trial.faults[0]) for trial in others if trial.faults]
+        return [trial for trial in kept if not trial.faults]
+
+    def _compile(self, trials: list[Trial], which: slice) -> None:
+        from dsfast.triton_kernels.ahead import compile_launch
+
+        jobs = [(trial, launch) for trial in trials for launch in list(trial.launches.values())[which]]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            done = threads.map(lambda job: attempt(partial(compile_launch, job[1], self.chip)), jobs)
+            for (trial, launch), (compiled, problem) in zip(jobs, done, strict=True):
+                if problem:
+                    trial.faults.append(f"{launch.kernel.__name__} does not compile: {problem}")
+                else:
+                    trial.compiled.append(compiled)
+                    trial.faults += compiled.faults(launch)
+
+    def right(self, entry: Entry, trial: Trial, dropped: list[Json]) -> bool:
+        """Whether the operator is right with it; else `dropped` gets the reason."""
+        from dsfast.bench.gpu.launched import replaced
+
+        problem = "not tried: out of time"
+        if not self.expired():
+            _log.debug("check: %s %s: %s", self.case.part, entry.name, trial.value)
+            with replaced(entry.table, entry.key, trial.value):
+                problem = check_ours(self.case, self.device)
+        if problem:
+            dropped.append(_dropped(trial.value, problem))
+        return not problem
+
+    def timed(self, trials: list[Trial]) -> list[Json]:
+        """The facts of each with its times, in turns; the first is what they are related to."""
+        calls = {trial: [launch.run for launch in trial.launches.values()] for trial in trials}
+        triton.compile_together(lambda: [call() for several in calls.values() for call in several])
+        for call in [call for several in calls.values() for call in several] * WARMUP:
+            call()
+        short = self.clock.on_gpu and sum(map(self.clock.seconds, calls[trials[0]])) < GRAPHED
+        rounds, timer = (GRAPH_ROUNDS, self.clock.graph_seconds) if short else (self.rounds, self.clock.seconds)
+        taken = take_turns(calls, min(rounds, self.rounds), BUDGET, timer)
+        ours = [sum(each) for each in taken[trials[0]]]
+        return [
+            _facts(trial, trials[0]) | {
+                "seconds": asdict(spread([sum(each) for each in taken[trial]])),
+                "of_shipped": statistics.median(sum(each) / own for each, own in zip(taken[trial], ours, strict=False)),
+                "launches": dict(zip(trial.launches, map(statistics.median, zip(*taken[trial], strict=True)), strict=True)),
+                "in_a_graph": short,
+            }
+            for trial in trials
+        ]  # fmt: skip
+
+
+def _signatures(launches: dict[str, Any]) -> dict[str, tuple]:
+    """All of each launch but for the memory its tensors lie in."""
+
+    def argument(x: Any) -> Any:
+        return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
+
+    return {
+        name: (launch.grid, launch.options, {key: argument(x) for key, x in launch.arguments.items()})
+        for name, launch in launches.items()
+    }
+
+
+def _on_the_memory_of(launch: Any, other: Any) -> Any:
+    """`launch` with the tensors of `other` where they are of the same shape: they hold what kernels before it have written."""
+    if other is None:
+        return launch
+    alike = {
+        name: y
+        for name, x in launch.arguments.items()
+        if isinstance(x, Tensor) and isinstance(y := other.arguments.get(name), Tensor)
+        and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+    }  # fmt: skip
+    return replace(launch, arguments=launch.arguments | alike)
+
+
+def _facts(trial: Trial, ours: Trial) -> Json:
+    found = {"tiles": repr(trial.value), "shipped": trial is ours, "launched": list(trial.launches)}
+    if trial.compiled:
+        first = trial.compiled[0]
+        found |= {"estimate": trial.estimate(), "registers": first.registers, "shared": first.shared}
+    return found
+
+
+def _dropped(value: Any, reason: str) -> Json:
+    return {"tiles": repr(value), "reason": reason}
+
+
+def tune(case: GpuCase, rehearsal: bool, planned: bool, expired: Callable[[], bool], clock: Any) -> Iterator[Json]:
+    """The rows of a case, on the GPU that is here. In a rehearsal: of two candidates each, on the CPU; `planned`: of what is
+    compiled for an H100, and not timed."""
+    from dsfast.bench.gpu.launched import on_an_h100
+
+    device = "cpu" if rehearsal or planned else "cuda"
+    chip = "" if rehearsal else PLANNED_FOR if planned else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    few = {"most": 2, "rounds": 1} if rehearsal else {}
+    with ExitStack() as stack:
+        stack.enter_context(on_an_h100() if planned else triton.kept_kernels())
+        arguments = draw(case.timed, device, case.dtype)
+        yield from Tuner(case, arguments, device, chip, None if planned else clock, expired, **few).rows()
