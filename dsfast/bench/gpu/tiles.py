@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsfast.bench.gpu.cases import SIZES, TINY
-from dsfast.bench.gpu.run import LEAST, OUT_OF_TIME, check_gpu, choose_parts, run_part, where
+from dsfast.bench.gpu.run import LEAST, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
 from dsfast.bench.gpu.tuning import PARTS, PLANNED_FOR
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
@@ -51,7 +51,7 @@ def run_tiles(
     cases: Sequence[Case], seconds: float, rehearsal: bool, planned: bool, progress: Callable[[str], None],
     keep: Callable[[Json, str], None],
 ) -> Json:  # fmt: skip
-    """Try the tiles of `cases` for `seconds` in all, of which each gets an equal share of what is left.
+    """Try the tiles of `cases`, one after the other, for `seconds` in all.
 
     Returns measured_on, gpu and environment as `bench gpu`, parts ("part case" -> status, seconds) and rows (see
     tuning.Tuner.rows); keep(as much of that as there is, what the case's process said) after each entry of a table.
@@ -60,7 +60,7 @@ def run_tiles(
     found = where(rehearsal or planned) | {"parts": {}, "rows": []}
     if planned:
         found["measured_on"] = f"nothing (compiled for {PLANNED_FOR})"
-    for number, (part, name) in enumerate(cases):
+    for part, name in cases:
         done, left = found["rows"], end - time.perf_counter()
         state = found["parts"].setdefault(f"{part} {name}", {"status": OUT_OF_TIME, "seconds": 0.0})
         if left < LEAST:
@@ -72,8 +72,9 @@ def run_tiles(
                 found["rows"] = done + rows
                 keep(found, "")
 
-        share = left / (len(cases) - number)
-        ended, rows, said = run_part(part, None, rehearsal, share, watch, tiles_of=name, planned=planned)
+        ended, rows, said = run_part(
+            part, None, rehearsal, left if planned else min(SHARE, left), watch, tiles_of=name, planned=planned
+        )
         state |= ended
         found["rows"] = done + rows
         keep(found, said)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsfast.bench.compile import compile_named
 from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
 from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ours
 from dsfast.bench.gpu.run import OUT_OF_TIME
@@ -34,6 +35,8 @@ MOST = 8
 """Candidates of an entry that are checked and timed, beside the shipped tiles."""
 GRAPH_ROUNDS = 5
 PLANNED_FOR = "sm_90"
+COMPILED, TIMED = "compiled", "timed"
+SAME = "launches what others do: these sizes take no more of it"
 _MODULES = {"mlp": "moe_experts"}
 _CONSTANTS = {
     "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
@@ -47,7 +50,7 @@ _TAKES = dict.fromkeys((*_SIDES, "bk", "slice", "stages"), 1) | {"warps": -1, "r
 _BOUNDS = {"warps": (4, 8), "stages": (1, 5), "resident": (1, 4)}
 _ORDERED = {"forward": ("bs", "bt"), "backward_q": ("bs", "bt"), "backward_kv": ("bt", "bs")}
 """Kernels of attention: the first side is to divide the second."""
-WARPS = 8  # of a multiprocessor, with which a kernel is thought to hide what it waits for
+WARPS = 12  # of a multiprocessor, with which a kernel is thought to hide what it waits for
 
 Json = dict[str, Any]
 _log = logging.getLogger("dsfast.bench")
@@ -77,22 +80,20 @@ def entries(part: str, call: Callable[[], object]) -> list[Entry]:
     """The entries of the tables of `part`'s module that `call` reads, in the order in which it does; then its constants."""
     from dsfast.bench.gpu.launched import replaced
 
-    module = vars(importlib.import_module(f"dsfast.triton_kernels.{_MODULES.get(part, OPERATORS[part])}"))
+    operator = _MODULES.get(part, OPERATORS[part])
+    module = vars(importlib.import_module(f"dsfast.triton_kernels.{operator}"))
     found: dict[str, Entry] = {}
 
     def watched(name: str, row: dict) -> _Watched:
-        def read(key: Any) -> None:
-            found.setdefault(f"{name}[{key!r}]", Entry(f"{name}[{key!r}]", row, key))
-
-        return _Watched(row, read)
+        return _Watched(row, lambda key: found.setdefault(f"{name}[{key!r}]", Entry(f"{name}[{key!r}]", row, key)))
 
     with ExitStack() as stack:
         for name, table in module.items():
             if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
-                rows = {key: watched(f"{name}[{key!r}]", row) for key, row in table.items()}
+                rows = {key: watched(f"{operator}.{name}[{key!r}]", row) for key, row in table.items()}
                 stack.enter_context(replaced(module, name, rows))
         call()
-    return [*found.values(), *(Entry(name, module, name) for name in _CONSTANTS.get(part, ()))]
+    return [*found.values(), *(Entry(f"{operator}.{name}", module, name) for name in _CONSTANTS.get(part, ()))]
 
 
 def candidates(entry: Entry) -> list:
@@ -133,7 +134,7 @@ class Trial:
         holds, and for those that the last round leaves idle."""
         from dsfast.bench.gpu.launched import PROCESSORS
 
-        if isinstance(self.value, int):
+        if isinstance(self.value, int) or not self.compiled:
             return 0.0
         launch, compiled = next(iter(self.launches.values())), self.compiled[0]
         threads = 32 * launch.options["num_warps"]
@@ -162,7 +163,8 @@ class Tuner:
 
     def rows(self) -> Iterator[Json]:
         """For each entry the row, again as it grows: part, case, entry, kernels, shipped, candidates (tiles, estimate, registers,
-        shared, seconds, of_shipped, launches), dropped (tiles, reason) and status."""
+        shared, seconds, of_shipped, launches), dropped (tiles, reason) and status. None where no candidate changes a launch.
+        """
         shipped = self.launches(start=self.clock is not None)
         for entry in entries(self.case.part, lambda: self.launches(start=False)):
             if self.expired():
@@ -181,31 +183,44 @@ class Tuner:
         return found
 
     def try_entry(self, entry: Entry, shipped: dict[str, Any]) -> Iterator[Json]:
-        """No row where no candidate changes a launch of this case."""
+        """As `rows`, of one entry."""
         ours, others, dropped = self.trials(entry, shipped)
-        if not others:
+        if all(one["reason"] == SAME for one in dropped) and not others:
             return
-        row = {
-            "part": self.case.part, "case": self.case.name, "entry": entry.name, "kernels": list(ours.launches),
-            "shipped": repr(ours.value), "candidates": [], "dropped": dropped, "status": "compiled",
-        }  # fmt: skip
         if self.chip:
             others = self.compiled(ours, others, dropped)
-        others, beyond = others[: self.most], others[self.most :]
-        row["candidates"] = [_facts(trial, ours) for trial in (ours, *others)]
+        if self.clock is not None:
+            dropped += [
+                _dropped(trial.value, f"beyond the {self.most} most promising") for trial in others[self.most :]
+            ]
+            others = others[: self.most]
+        row = {
+            "part": self.case.part, "case": self.case.name, "entry": entry.name, "kernels": list(ours.launches),
+            "shipped": _json(ours.value), "candidates": [_facts(trial, ours) for trial in (ours, *others)],
+            "dropped": dropped, "status": COMPILED,
+        }  # fmt: skip
         yield row
-        if self.clock is None:
-            row["candidates"] += [_facts(trial, ours) for trial in beyond]
-            yield row
-            return
-        dropped += [_dropped(trial.value, f"beyond the {self.most} most promising") for trial in beyond]
-        right = [trial for trial in (ours, *others) if self.right(entry, trial, dropped)]
-        row["candidates"] = [_facts(trial, ours) for trial in right]
-        if ours not in right:
-            yield row | {"status": f"failed: the shipped tiles: {dropped[-1]['reason']}"}
-            return
-        row["candidates"] = sorted(self.timed(right), key=lambda found: found["seconds"]["median"])
-        yield row | {"status": "timed"}
+        if self.clock is not None:
+            yield row | self.checked_and_timed(entry, ours, others, dropped)
+
+    def checked_and_timed(self, entry: Entry, ours: Trial, others: list[Trial], dropped: list[Json]) -> Json:
+        """status and candidates, of those that are right, the fastest first; `dropped` gets the others."""
+        calls = [launch.run for trial in (ours, *others) for launch in trial.launches.values()]
+        attempt(partial(triton.compile_together, lambda: [call() for call in calls]))  # what fails here fails its check
+        right = []
+        for trial in (ours, *others):
+            problem = self.problem(entry, trial)
+            if not problem:
+                right.append(trial)
+            elif trial is ours:
+                failed = problem if problem == OUT_OF_TIME else f"failed: the shipped tiles: {problem}"
+                return {"status": failed, "candidates": []}
+            else:
+                dropped.append(_dropped(trial.value, problem))
+        found, problem = attempt(partial(self.timed, right))
+        if problem:
+            return {"status": f"failed: {problem}"}
+        return {"status": TIMED, "candidates": sorted(found, key=lambda facts: facts["seconds"]["median"])}
 
     def trials(self, entry: Entry, shipped: dict[str, Any]) -> tuple[Trial, list[Trial], list[Json]]:
         """The shipped tiles, the others, and what was dropped: launchers that refuse, and what would launch the same."""
@@ -216,7 +231,7 @@ class Tuner:
             with replaced(entry.table, entry.key, value):
                 launches, problem = attempt(partial(self.launches, start=False))
             if not problem and _signatures(launches) in seen:
-                problem = "the same launches as others: these sizes take no more of it"
+                problem = SAME
             if problem:
                 dropped.append(_dropped(value, problem))
             else:
@@ -242,35 +257,26 @@ class Tuner:
         return [trial for trial in kept if not trial.faults]
 
     def _compile(self, trials: list[Trial], which: slice) -> None:
-        from dsfast.triton_kernels.ahead import compile_launch
-
         jobs = [(trial, launch) for trial in trials for launch in list(trial.launches.values())[which]]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            done = threads.map(lambda job: attempt(partial(compile_launch, job[1], self.chip)), jobs)
-            for (trial, launch), (compiled, problem) in zip(jobs, done, strict=True):
-                if problem:
-                    trial.faults.append(f"{launch.kernel.__name__} does not compile: {problem}")
-                else:
-                    trial.compiled.append(compiled)
-                    trial.faults += compiled.faults(launch)
+            done = threads.map(lambda job: compile_named(job[1], self.chip, job[1].kernel.__name__), jobs)
+            for (trial, _), (compiled, faults) in zip(jobs, done, strict=True):
+                trial.compiled += [compiled] if compiled else []
+                trial.faults += faults
 
-    def right(self, entry: Entry, trial: Trial, dropped: list[Json]) -> bool:
-        """Whether the operator is right with it; else `dropped` gets the reason."""
+    def problem(self, entry: Entry, trial: Trial) -> str:
+        """What is wrong with the operator's values and gradients when it has these tiles, or that there is no time to see."""
         from dsfast.bench.gpu.launched import replaced
 
-        problem = "not tried: out of time"
-        if not self.expired():
-            _log.debug("check: %s %s: %s", self.case.part, entry.name, trial.value)
-            with replaced(entry.table, entry.key, trial.value):
-                problem = check_ours(self.case, self.device)
-        if problem:
-            dropped.append(_dropped(trial.value, problem))
-        return not problem
+        if self.expired():
+            return OUT_OF_TIME
+        _log.debug("check: %s %s: %s", self.case.part, entry.name, trial.value)
+        with replaced(entry.table, entry.key, trial.value):
+            return check_ours(self.case, self.device)
 
     def timed(self, trials: list[Trial]) -> list[Json]:
         """The facts of each with its times, in turns; the first is what they are related to."""
         calls = {trial: [launch.run for launch in trial.launches.values()] for trial in trials}
-        triton.compile_together(lambda: [call() for several in calls.values() for call in several])
         for call in [call for several in calls.values() for call in several] * WARMUP:
             call()
         short = self.clock.on_gpu and sum(map(self.clock.seconds, calls[trials[0]])) < GRAPHED
@@ -289,13 +295,13 @@ class Tuner:
 
 
 def _signatures(launches: dict[str, Any]) -> dict[str, tuple]:
-    """All of each launch but for the memory its tensors lie in."""
+    """All that each kernel is given, but for the memory its tensors lie in."""
 
     def argument(x: Any) -> Any:
         return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
     return {
-        name: (launch.grid, launch.options, {key: argument(x) for key, x in launch.arguments.items()})
+        name: (launch.grid, launch.options, [argument(launch.arguments[key]) for key in launch.kernel.arg_names])
         for name, launch in launches.items()
     }
 
@@ -314,7 +320,7 @@ def _on_the_memory_of(launch: Any, other: Any) -> Any:
 
 
 def _facts(trial: Trial, ours: Trial) -> Json:
-    found = {"tiles": repr(trial.value), "shipped": trial is ours, "launched": list(trial.launches)}
+    found = {"tiles": _json(trial.value), "shipped": trial is ours}
     if trial.compiled:
         first = trial.compiled[0]
         found |= {"estimate": trial.estimate(), "registers": first.registers, "shared": first.shared}
@@ -322,7 +328,12 @@ def _facts(trial: Trial, ours: Trial) -> Json:
 
 
 def _dropped(value: Any, reason: str) -> Json:
-    return {"tiles": repr(value), "reason": reason}
+    return {"tiles": _json(value), "reason": reason}
+
+
+def _json(value: Any) -> Any:
+    """An entry's value: a number, or the tiles' numbers by name."""
+    return value if isinstance(value, int) else value._asdict()
 
 
 def tune(case: GpuCase, rehearsal: bool, planned: bool, expired: Callable[[], bool], clock: Any) -> Iterator[Json]:
@@ -334,6 +345,8 @@ def tune(case: GpuCase, rehearsal: bool, planned: bool, expired: Callable[[], bo
     chip = "" if rehearsal else PLANNED_FOR if planned else "sm_{}{}".format(*torch.cuda.get_device_capability())
     few = {"most": 2, "rounds": 1} if rehearsal else {}
     with ExitStack() as stack:
-        stack.enter_context(on_an_h100() if planned else triton.kept_kernels())
+        stack.enter_context(triton.kept_kernels())
+        if planned:
+            stack.enter_context(on_an_h100())
         arguments = draw(case.timed, device, case.dtype)
         yield from Tuner(case, arguments, device, chip, None if planned else clock, expired, **few).rows()
