@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsfast.bench.gpu.cases import SIZES, TINY
-from dsfast.bench.gpu.run import LEAST, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
+from dsfast.bench.gpu.run import LEAST, NOT_YET, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
 from dsfast.bench.gpu.tuning import PARTS, PLANNED_FOR
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
@@ -57,13 +57,14 @@ def run_tiles(
     tuning.Tuner.rows); keep(as much of that as there is, what the case's process said) after each entry of a table.
     """
     end = time.perf_counter() + seconds
-    found = where(rehearsal or planned) | {"parts": {}, "rows": []}
+    found = where(rehearsal or planned) | {"rows": []}
     if planned:
         found["measured_on"] = f"nothing (compiled for {PLANNED_FOR})"
+    found["parts"] = {f"{part} {name}": {"status": NOT_YET, "seconds": 0.0} for part, name in cases}
     for part, name in cases:
-        done, left = found["rows"], end - time.perf_counter()
-        state = found["parts"].setdefault(f"{part} {name}", {"status": OUT_OF_TIME, "seconds": 0.0})
+        done, left, state = found["rows"], end - time.perf_counter(), found["parts"][f"{part} {name}"]
         if left < LEAST:
+            state["status"] = OUT_OF_TIME
             continue
         progress(f"{part} {name}, {left:.0f} s left")
 
