@@ -22,9 +22,10 @@ from dsfast.triton_kernels.launch import Launch
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench.gpu import cases, launched, run, tiles, tuning
+from dsfast.bench.gpu.candidates import BOUNDS, CONSTANTS, MODULES, PARTS, SIDE_BOUNDS, Entry, candidates, entries
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import HostClock
-from dsfast.bench.gpu.tuning import Entry, Tuner, candidates, entries
+from dsfast.bench.gpu.tuning import Tuner
 from dsfast.bench.report import plain
 from dsfast.command import run_command
 from dsfast.ops import triton
@@ -75,7 +76,7 @@ def test_candidates_stay_within_bounds():
         }
         for found in {found for value in shipped for found in of(value)}:
             for name, number in found._asdict().items():
-                least, most = tuning._BOUNDS.get(name, (16, 256))
+                least, most = BOUNDS.get(name, SIDE_BOUNDS)
                 assert least <= number <= most or (name, number) == ("slice", 0), found
                 assert name in ("stages", "resident") or number & (number - 1) == 0, found
 
@@ -112,11 +113,11 @@ def test_the_entries_of_a_case_are_those_that_its_launches_read():
     assert read_by("head", "V3")[0] == "linear_cross_entropy._WORDS"
 
 
-@pytest.mark.parametrize("part", tuning.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_has_passes_and_the_constants_it_names(part):
     assert part in launched.PASSES
-    module = importlib.import_module(f"dsfast.triton_kernels.{tuning._MODULES.get(part, cases.OPERATORS[part])}")
-    assert all(type(getattr(module, name)) is int for name in tuning._CONSTANTS.get(part, ()))
+    module = importlib.import_module(f"dsfast.triton_kernels.{MODULES[part]}")
+    assert all(type(getattr(module, name)) is int for name in CONSTANTS.get(part, ()))
 
 
 def test_what_is_replaced_is_put_back_whatever_happens():

@@ -17,11 +17,11 @@ from dsfast.bench import cases, results
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
 from dsfast.bench.generation import run_generate
+from dsfast.bench.gpu.candidates import PARTS as TILED
 from dsfast.bench.gpu.run import BUDGET, PARTS, check_gpu, choose_parts, run_gpu
 from dsfast.bench.gpu.run import sound as gpu_is_sound
 from dsfast.bench.gpu.tiles import GROUPS, check_can_try, choose_cases, run_tiles
 from dsfast.bench.gpu.tiles import sound as tiles_are_sound
-from dsfast.bench.gpu.tuning import PARTS as TILED
 from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
 from dsfast.bench.learning import run_learning

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
 from dsfast.bench.gpu.run import LEAST, NOT_YET, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
-from dsfast.bench.gpu.tuning import PARTS, PLANNED_FOR
+from dsfast.bench.gpu.tuning import PLANNED_FOR
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS

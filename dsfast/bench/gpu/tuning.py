@@ -7,7 +7,6 @@ of the shipped ones' results.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import statistics
@@ -16,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsfast.bench.compile import compile_named
-from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
+from dsfast.bench.gpu.candidates import SIDES, Entry, candidates, entries
+from dsfast.bench.gpu.cases import GpuCase, draw
 from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ours
 from dsfast.bench.gpu.run import OUT_OF_TIME
 from dsfast.bench.step import attempt
@@ -37,87 +36,10 @@ GRAPH_ROUNDS = 5
 PLANNED_FOR = "sm_90"
 COMPILED, TIMED = "compiled", "timed"
 SAME = "launches what others do: these sizes take no more of it"
-_MODULES = {"mlp": "moe_experts"}
-_CONSTANTS = {
-    "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
-    "norm": ("ELEMENTS",), "rope": ("ELEMENTS",), "embedding": ("_ELEMENTS", "_KEYS"),
-}  # fmt: skip
-PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding")
-"""Of `bench gpu`, with something to choose."""
-_SIDES = ("bt", "bs", "bm", "bn", "rows", "columns")
-_TAKES = dict.fromkeys((*_SIDES, "bk", "slice", "stages"), 1) | {"warps": -1, "resident": 0}
-"""Whether more of it takes more of a program's registers or shared memory."""
-_BOUNDS = {"warps": (4, 8), "stages": (1, 5), "resident": (1, 4)}
-_ORDERED = {"forward": ("bs", "bt"), "backward_q": ("bs", "bt"), "backward_kv": ("bt", "bs")}
-"""Kernels of attention: the first side is to divide the second."""
 WARPS = 12  # of a multiprocessor, with which a kernel is thought to hide what it waits for
 
 Json = dict[str, Any]
 _log = logging.getLogger("dsfast.bench")
-
-
-class Entry(NamedTuple):
-    """A starting value, `table[key]`; `name` is what the module's source calls it."""
-
-    name: str
-    table: dict
-    key: Any
-
-
-class _Watched(dict):
-    """A row of a table that tells which of its entries are read."""
-
-    def __init__(self, row: dict, read: Callable[[Any], None]):
-        super().__init__(row)
-        self._read = read
-
-    def __getitem__(self, key):
-        self._read(key)
-        return super().__getitem__(key)
-
-
-def entries(part: str, call: Callable[[], object]) -> list[Entry]:
-    """The entries of the tables of `part`'s module that `call` reads, in the order in which it does; then its constants."""
-    from dsfast.bench.gpu.launched import replaced
-
-    operator = _MODULES.get(part, OPERATORS[part])
-    module = vars(importlib.import_module(f"dsfast.triton_kernels.{operator}"))
-    found: dict[str, Entry] = {}
-
-    def watched(name: str, row: dict) -> _Watched:
-        return _Watched(row, lambda key: found.setdefault(f"{name}[{key!r}]", Entry(f"{name}[{key!r}]", row, key)))
-
-    with ExitStack() as stack:
-        for name, table in module.items():
-            if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
-                rows = {key: watched(f"{operator}.{name}[{key!r}]", row) for key, row in table.items()}
-                stack.enter_context(replaced(module, name, rows))
-        call()
-    return [*found.values(), *(Entry(f"{operator}.{name}", module, name) for name in _CONSTANTS.get(part, ()))]
-
-
-def candidates(entry: Entry) -> list:
-    """Values near the shipped one: one number of the tiles the next smaller or larger, or two, where one takes what the other
-    gives. Of a constant its halves and doubles."""
-    shipped = entry.table[entry.key]
-    if isinstance(shipped, int):
-        return [value for value in (shipped // 2, shipped * 2, shipped // 4, shipped * 4) if value]
-    steps = [(name, value, sign) for name, old in shipped._asdict().items() for value, sign in _steps(name, old)]
-    one = [{name: value} for name, value, _ in steps]
-    two = [
-        {a: x, b: y} for (a, x, s), (b, y, t) in combinations(steps, 2) if a != b and s * _TAKES[a] + t * _TAKES[b] == 0
-        and _TAKES[a] and _TAKES[b]
-    ]  # fmt: skip
-    small, large = next((sides for kernel, sides in _ORDERED.items() if f"'{kernel}'" in entry.name), ("", ""))
-    found = [shipped._replace(**change) for change in (*one, *two)]
-    return [tiles for tiles in found if not hasattr(tiles, small) or getattr(tiles, small) <= getattr(tiles, large)]
-
-
-def _steps(name: str, value: int) -> list[tuple[int, int]]:
-    """(the next smaller number, -1) and (the next larger one, 1), as far as the field `name` has them."""
-    least, most = _BOUNDS.get(name, (16, 256))
-    near = (value - 1, value + 1) if name in ("stages", "resident") else (value // 2, value * 2)
-    return [(other, sign) for other, sign in zip(near, (-1, 1), strict=True) if least <= other <= most]
 
 
 @dataclass(eq=False)
@@ -145,7 +67,7 @@ class Trial:
         programs = torch.Size(launch.grid).numel()
         idle = -(-programs // slots) * slots / programs
         waits = max(1.0, WARPS / (resident * launch.options["num_warps"]))
-        return sum(1 / getattr(self.value, side, 1 << 20) for side in _SIDES) * idle * waits * (compiled.repeated or 1)
+        return sum(1 / getattr(self.value, side, 1 << 20) for side in SIDES) * idle * waits * (compiled.repeated or 1)
 
 
 @dataclass(frozen=True)
