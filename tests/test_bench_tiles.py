@@ -316,6 +316,18 @@ def test_candidates_that_break_the_limits_are_dropped_with_the_reason(monkeypatc
 
 
 @pytest.mark.usefixtures("nothing_started")
+def test_what_spills_for_certain_is_not_even_compiled(monkeypatch):
+    """256 x 256 sums of 256 threads, 128 x 256 of 128 threads: 256 of each."""
+    fake_compiler(monkeypatch, lambda launch, warps: [])
+    row = last(rows_of("experts", False, None, 60.0, tiles_of="E128", planned=True))[
+        "moe_experts._LARGE['project'][128]"
+    ]
+    assert {one["reason"] for one in row["dropped"]} == {"its sums alone take 256 registers of a thread, of 255"}
+    sums = {(one["tiles"]["bm"], one["tiles"]["bn"], one["tiles"]["warps"]) for one in row["dropped"]}
+    assert sums == {(256, 256, 8), (128, 256, 4)}
+
+
+@pytest.mark.usefixtures("nothing_started")
 def test_only_the_most_promising_are_timed(monkeypatch):
     fake_compiler(monkeypatch, lambda launch, warps: [])
     row = last(tuner("attention", chip="sm_90", most=2).rows())["mla_attention._LARGE['forward'][96]"]

@@ -127,7 +127,7 @@ def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json
 
 
 def run_part(
-    part: str, bounds: Json | None, rehearsal: bool, seconds: float, watch: Callable[[list[Json]], None] | None = None,
+    part: str, bounds: Json | None, rehearsal: bool, seconds: float, watch: Callable[[list[Json]], object] = lambda rows: None,
     **request: Any,
 ) -> tuple[Json, list[Json], str]:  # fmt: skip
     """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way).
@@ -139,8 +139,7 @@ def run_part(
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
         request |= {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        look = {} if watch is None else {"look": lambda: watch(_rows_in(file))}
-        status, said = _in_a_process(_CHILD, json.dumps(request), seconds, **look)
+        status, said = _in_a_process(_CHILD, json.dumps(request), seconds, lambda: watch(_rows_in(file)))
         rows = _rows_in(file)
     if status == OUT_OF_TIME and rows:
         status = "cut: out of time, the rest is not measured"
@@ -155,9 +154,9 @@ def _rows_in(file: Path) -> list[Json]:
 
 
 def _in_a_process(
-    command: list[str], request: str, seconds: float, look: Callable[[], None] | None = None
+    command: list[str], request: str, seconds: float, look: Callable[[], object] = lambda: None
 ) -> tuple[str, str]:
-    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said). look: called now and then."""
+    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said), with a `look` now and then."""
     end = time.perf_counter() + seconds
     child = subprocess.Popen(
         command,
@@ -171,9 +170,8 @@ def _in_a_process(
     try:
         said = None
         while said is None:
-            left = end - time.perf_counter()
             try:
-                _, said = child.communicate(request, timeout=left if look is None else min(left, LOOK))
+                _, said = child.communicate(request, timeout=min(LOOK, end - time.perf_counter()))
             except subprocess.TimeoutExpired:
                 if end <= time.perf_counter():
                     return OUT_OF_TIME, _end(child)

@@ -76,12 +76,12 @@ def _candidates(candidates: list[Json]) -> Table:
 
 
 def _where(console: Console, found: Json) -> None:
-    gpu, measured_on = found["results"]["gpu"], found["results"]["measured_on"]
+    gpu = found["results"]["gpu"]
     if gpu is not None:
         _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
                       f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
     elif found["settings"].get("plan"):
-        _say(console, f"Measured: {measured_on}, triton {found['versions']['triton']}.", "bold")
+        _say(console, f"Measured: {found['results']['measured_on']}, triton {found['versions']['triton']}.", "bold")
     else:
         _say(
             console,

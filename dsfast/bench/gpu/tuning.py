@@ -8,6 +8,7 @@ of the shipped ones' results.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from dsfast.triton_kernels.limits import CHIPS
 MOST = 8
 """Candidates of an entry that are checked and timed, beside the shipped tiles."""
 GRAPH_ROUNDS = 5
+REGISTERS = 255  # of a thread
 PLANNED_FOR = "sm_90"
 COMPILED, TIMED = "compiled", "timed"
 SAME = "launches what others do: these sizes take no more of it"
@@ -145,15 +147,16 @@ class Tuner:
         return {"status": TIMED, "candidates": sorted(found, key=lambda facts: facts["seconds"]["median"])}
 
     def trials(self, entry: Entry, shipped: dict[str, Any]) -> tuple[Trial, list[Trial], list[Json]]:
-        """The shipped tiles, the others, and what was dropped: launchers that refuse, and what would launch the same."""
+        """The shipped tiles, the others, and what was dropped: launchers that refuse, what would launch the same, and what spills
+        for certain, with which the compiler would take longest."""
         from dsfast.bench.gpu.launched import replaced
 
         found, seen, dropped = {}, [_signatures(shipped)], []
         for value in candidates(entry):
             with replaced(entry.table, entry.key, value):
                 launches, problem = attempt(partial(self.launches, start=False))
-            if not problem and _signatures(launches) in seen:
-                problem = SAME
+            if not problem:
+                problem = SAME if _signatures(launches) in seen else _too_many_sums(value)
             if problem:
                 dropped.append(_dropped(value, problem))
             else:
@@ -214,6 +217,13 @@ class Tuner:
             }
             for trial in trials
         ]  # fmt: skip
+
+
+def _too_many_sums(value: Any) -> str:
+    """Why the results of a tile cannot lie in registers; "" if they may."""
+    sides = [getattr(value, side) for side in SIDES if hasattr(value, side)]
+    each = math.prod(sides) // (32 * value.warps) if len(sides) == 2 else 0
+    return f"its sums alone take {each} registers of a thread, of {REGISTERS}" if each > REGISTERS else ""
 
 
 def _signatures(launches: dict[str, Any]) -> dict[str, tuple]:
