@@ -69,7 +69,7 @@ class Trial:
         programs = torch.Size(launch.grid).numel()
         idle = -(-programs // slots) * slots / programs
         waits = max(1.0, WARPS / (resident * launch.options["num_warps"]))
-        return sum(1 / getattr(self.value, side, 1 << 20) for side in SIDES) * idle * waits * (compiled.repeated or 1)
+        return sum(1 / side for side in _sides(self.value)) * idle * waits * (compiled.repeated or 1)
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,14 @@ class Tuner:
         ]  # fmt: skip
 
 
+def _sides(value: Any) -> list[int]:
+    """Rows and columns of the tile, as far as an entry says them; none of a constant."""
+    return [getattr(value, side) for side in SIDES if hasattr(value, side)]
+
+
 def _too_many_sums(value: Any) -> str:
     """Why the results of a tile cannot lie in registers; "" if they may."""
-    sides = [getattr(value, side) for side in SIDES if hasattr(value, side)]
-    each = math.prod(sides) // (32 * value.warps) if len(sides) == 2 else 0
+    each = math.prod(_sides(value)) // (32 * value.warps) if len(_sides(value)) == 2 else 0
     return f"its sums alone take {each} registers of a thread, of {REGISTERS}" if each > REGISTERS else ""
 
 
