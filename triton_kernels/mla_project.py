@@ -58,19 +58,17 @@ def _store_weight(
 @triton.jit
 def _load(p, start, stride, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """Tokens start .. start + BN - 1 of p [N, H, W], tokens `stride` apart, as [BN, HP WP], 0 where there is none."""
-    n = tl.arange(0, BN)[:, None]
+    n = start + tl.arange(0, BN)[:, None]
     c, m_c = _places(H, HP, W, WP, W, 0)
-    p_x = p + tl.cast(start, tl.int64) * stride + (n * stride + c[None, :])
-    return tl.load(p_x, mask=(n < N - start) & m_c[None, :], other=0.0)
+    return tl.load(p + (n.to(tl.int64) * stride + c[None, :]), mask=(n < N) & m_c[None, :], other=0.0)
 
 
 @triton.jit
 def _store(p, b_x, start, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """Tokens start .. start + BN - 1 of p [N, H, W], contiguous, = b_x [BN, HP WP]."""
-    n = tl.arange(0, BN)[:, None]
+    n = start + tl.arange(0, BN)[:, None]
     c, m_c = _places(H, HP, W, WP, W, 0)
-    p_x = p + tl.cast(start, tl.int64) * (H * W) + (n * (H * W) + c[None, :])
-    tl.store(p_x, b_x.to(p.dtype.element_ty), mask=(n < N - start) & m_c[None, :])
+    tl.store(p + (n.to(tl.int64) * (H * W) + c[None, :]), b_x.to(p.dtype.element_ty), mask=(n < N) & m_c[None, :])
 
 
 @triton.jit
@@ -164,9 +162,9 @@ def _stream_backward(
     eps, latent_eps, dh_n, start, N, P,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm."""
+    """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm. q_nope: HG heads at a time."""
     b_x, _ = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
     b_x = (b_x * _vector(norm, D, DP)).to(h.dtype.element_ty)  # [BN, DP]
     b_kv_a = _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
@@ -190,8 +188,10 @@ def _stream_backward(
     b_dx = tl.dot(b_dy, _weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
     b_dy = _turned(_load(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
     b_dx = tl.dot(b_dy, _weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
-    b_dy = _load(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
-    b_dx = tl.dot(b_dy, _weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP), b_dx, input_precision="ieee")
+    for head in tl.static_range(0, H, HG):
+        b_dy = _load(dq_nope + head * Dn, start, H * Dn, N, BN, H - head, HG, Dn, DNP)
+        b_w = _weight(q + head * (Dn + Dr) * D, H - head, HG, Dn, DNP, Dn + Dr, 0, D, DP)
+        b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
 
     # x anew, and from addresses made anew: kept they would take registers all the way.
     start = again(start, N)
@@ -238,7 +238,7 @@ def backward_kernel(
     eps, latent_eps, dh_n, N, P,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
-    TOTAL: tl.constexpr, BN: tl.constexpr,
+    TOTAL: tl.constexpr, BN: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], and in a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b, norm and latent_norm,
     one after the other. Two programs for each tile."""
@@ -248,7 +248,7 @@ def backward_kernel(
     if tl.program_id(0) % 2 == 0:
         _stream_backward(
             dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
-            eps, latent_eps, dh_n, start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN,
+            eps, latent_eps, dh_n, start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN, HG,
         )  # fmt: skip
     else:
         _weights_backward(
@@ -258,14 +258,16 @@ def backward_kernel(
 
 
 class Tiles(NamedTuple):
-    """BN tokens, and warps, of the forward and of the backward pass."""
+    """BN tokens, and warps, of the forward and of the backward pass; groups of heads whose queries are a product each there."""
 
     forward: tuple[int, int]
     backward: tuple[int, int]
+    groups: int
 
 
-# By large_tiles. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-_TILES = {0: Tiles((64, 4), (64, 8)), 9: Tiles((64, 4), (128, 8)), 10: Tiles((64, 4), (128, 8))}
+# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+# Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
+_LARGE, _SMALL = Tiles((64, 4), (128, 8), 1), Tiles((64, 8), (64, 8), 2)
 
 
 class Sizes(NamedTuple):
@@ -327,9 +329,13 @@ def backward(
     return dx, dweights
 
 
-def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
+def _tiles(large: bool) -> Tiles:
+    return _LARGE if large else _SMALL
+
+
+def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
     """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
-    (delta,), n, (bn, warps) = rows(delta), delta.size(0), _TILES[large].forward
+    (delta,), n, (bn, warps) = rows(delta), delta.size(0), _tiles(large).forward
     residual = None if residual is None else rows(residual)[0]
     arguments = _arguments(shared) | {
         "delta": delta, "delta_n": delta.stride(0), "residual": residual,
@@ -339,14 +345,15 @@ def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
     return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
 
 
-def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[Launch]:
+def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
     """The kernel that fills dx and parts of dweights, and the one that adds these up; tensors may lie on the meta device."""
-    (dh, *others), n, (bn, warps) = gradients, h.size(0), _TILES[large].backward
+    (dh, *others), n, (bn, warps) = gradients, h.size(0), _tiles(large).backward
     dh = None if dh is None else rows(dh)[0]
     parts = h.new_empty(triton.cdiv(n, bn), dweights.numel(), dtype=torch.float32)
-    arguments = _arguments(shared) | {
+    arguments = _arguments(shared)
+    arguments |= {
         "dh": dh, "dh_n": 0 if dh is None else dh.stride(0), "h": h, "dx": dx, "parts": parts, "N": n,
-        "TOTAL": parts.size(1), "BN": bn,
+        "TOTAL": parts.size(1), "BN": bn, "HG": max(1, arguments["HP"] // _tiles(large).groups),
     }  # fmt: skip
     names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
     arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}
@@ -372,7 +379,7 @@ EXAMPLES = {"500K": (8192, 4, 128, 32, 32, 16, 32), "odd": (8192, 3, 112, 16, 32
 """N, H, D, R, Dn, Dr and Dv that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
     if dtype.itemsize != 2:
         return {}
