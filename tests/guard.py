@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import wraps
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dsfast.config import OPERATORS
 from dsfast.train.device_step import DeviceStep
 
 WAITING = {"_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"}
@@ -82,6 +84,11 @@ class GraphGuard(TorchDispatchMode):
             return func(*args, **kwargs)
         finally:
             self._in_operator = False
+
+
+def operators_called(seen: list[str]) -> set[str]:
+    """Those of dsfast, in any of their forms, among the names that a guard has seen."""
+    return {op for op in OPERATORS for name in seen if re.match(rf"dsfast::{op}(_|$)", name)}
 
 
 def addresses(step: DeviceStep) -> list[int]:

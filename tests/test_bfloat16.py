@@ -210,14 +210,14 @@ class TestTrainer:
     def test_muon_multiplies_the_same(self, dtype, monkeypatch):
         """The optimizer's step is inside what `runtime.dtype` says, and the report says so."""
         calls, kernels = [], native.module().bfloat16
-        run = kernels.newton_schulz
-        monkeypatch.setattr(kernels, "newton_schulz", lambda *arguments: calls.append(run(*arguments)))
+        run = kernels.muon
+        monkeypatch.setattr(kernels, "muon", lambda *arguments: calls.append(run(*arguments)))
         trainer = Trainer(tiny_config(**{"runtime.dtype": dtype}), dataset=tiny_dataset())
         list(trainer.steps().run())
         assert len(calls) == (dtype == "bfloat16")
         with trainer.kernels():
             reasons = {row["operator"]: row["reason"] for row in ops.report()}
-        assert ("products of bfloat16" in reasons["newton_schulz"]) == (dtype == "bfloat16")
+        assert ("products of bfloat16" in reasons["muon"]) == (dtype == "bfloat16")
 
     def test_says_aloud_where_it_is_slower(self):
         if native.fast_bfloat16():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_cases import OperatorContract, bad, drawn, edges, run_native
 
-from dsfast.ops.cases import rope_case
+from dsfast.ops.cases import rope_case, split_and_turn_case
 
 
 class TestRope(OperatorContract):
@@ -33,6 +33,30 @@ class TestRope(OperatorContract):
     def independent(x, cos, sin, positions):
         turns = torch.complex(cos[positions], sin[positions])[:, None]
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+
+class TestSplitAndTurn(OperatorContract):
+    cases = (
+        split_and_turn_case("no tokens", 0, 2, 3, 5, 4, 7),
+        split_and_turn_case("the 500K model", 37, 4, 32, 32, 16, 41),
+        split_and_turn_case("nothing beside what is turned", 9, 2, 0, 0, 6, 5),
+    )
+    tiny = split_and_turn_case("tiny", 3, 2, 3, 5, 4, 5)
+    linear = True
+    bad_arguments = (
+        bad(r"rope: q must have shape \[N, H, Dn \+ Dr\], got \[3, 7\]", q=lambda q: q[:, 0]),
+        bad(r"rope: kv must have shape \[3, R \+ Dr\], got \[2, 9\]", kv=lambda kv: kv[:2]),
+        bad("rope: q must have rows of at least Dr = 4 columns, got 3", q=lambda q: q[..., :3]),
+        bad("rope: kv must have rows of at least Dr = 4 columns, got 2", kv=lambda kv: kv[:, :2]),
+        bad(r"rope: sin must have shape \[5, 2\], got \[4, 2\]", sin=lambda s: s[:4]),
+        bad(r"rope: positions must lie in 0..4, 1 of 3 do not", positions=torch.tensor([0, 5, 1])),
+    )
+
+    @staticmethod
+    def independent(q, kv, *tables):
+        dr = 2 * tables[0].size(1)
+        turned = [TestRope.independent(x[..., x.size(-1) - dr :].clone(), *tables) for x in (q, kv[:, None])]
+        return q[..., : q.size(-1) - dr], turned[0], kv[:, : kv.size(1) - dr], turned[1].squeeze(1)
 
 
 @pytest.mark.parametrize("width", [6, 16])

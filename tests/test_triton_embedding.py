@@ -81,6 +81,24 @@ def of_counts(counts):
 
 
 @on_device
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 127, 128, 129, 300])
+@pytest.mark.parametrize("v", [1, 7, 40000])
+@pytest.mark.parametrize("compared", [False, True])
+def test_tokens_are_sorted_by_word_and_keep_their_order(n, v, compared, monkeypatch):
+    """Some ids are none: below 0, V and above; at widths of keys with 16 and with 32 bits."""
+    from dsfast.triton_kernels import embedding as kernels
+
+    monkeypatch.setattr(kernels, "MOST_COMPARED", 300 if compared else 0)
+    ids = torch.randint(-2, v + 3, (n,), generator=torch.Generator().manual_seed(n))
+    ids[n // 2] = 2**62
+    expected = torch.where((ids >= 0) & (ids < v), ids, v)
+    with poisoned():
+        keys, order = kernels._sorted(ids.to(DEVICE), v)
+    assert keys.tolist() == sorted(expected.tolist())
+    assert order.tolist() == sorted(range(n), key=expected.tolist().__getitem__)
+
+
+@on_device
 @pytest.mark.parametrize("counts", COUNTS)
 def test_long_segments(counts):
     ids = of_counts(COUNTS[counts])

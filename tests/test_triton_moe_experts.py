@@ -15,6 +15,7 @@ from triton_contract import (
     on_the_device,
     poisoned,
     run_triton,
+    small_tiles_of_narrow_experts,
 )  # fmt: skip
 
 from dsfast import ops
@@ -30,12 +31,47 @@ class TestMoeExperts(TritonContract):
             "experts without a token, first, last and between; no power of two", 5, 7, 3, 6, 5, used=(1, 3, 4)
         ),
         moe_experts_case("more experts than tokens, widths one above a block", 2, 33, 2, 5, 17),
+        moe_experts_case("too deep for one kernel to do the backward pass", 5, 129, 1, 2, 3),
+        moe_experts_case("too wide for it", 5, 3, 2, 2, 65),
     )
     tiny = moe_experts_case("tiny", 4, 3, 2, 3, 2)
     registered = ("moe_experts", "moe_experts_backward")
 
 
+class TestNarrowExperts(TritonContract):
+    """The backward pass in one kernel, which float32 would not take by itself."""
+
+    cases = (
+        moe_experts_case("no tokens", 0, 5, 2, 3, 7),
+        moe_experts_case("one token", 1, 5, 1, 2, 3),
+        moe_experts_case("one below a tile, widths as well", 15, 15, 1, 1, 15),
+        moe_experts_case("one above a tile, widths as well; all to one expert", 17, 17, 1, 3, 17, used=(1,)),
+        moe_experts_case("two experts, top 1, several tiles of each, prime widths", 53, 37, 1, 2, 23),
+        moe_experts_case(
+            "two choices; experts without a token, first, last and between", 41, 17, 2, 6, 16, used=(1, 3, 4)
+        ),
+        moe_experts_case("widths that fill blocks: no masks", 40, 32, 2, 2, 16),
+        moe_experts_case("more experts than tokens", 2, 5, 3, 9, 3),
+    )
+    tiny = TestMoeExperts.tiny
+    registered = TestMoeExperts.registered
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        small_tiles_of_narrow_experts(monkeypatch)
+
+
+@pytest.fixture(params=["several kernels", "one kernel"])
+def _either_backward(request, monkeypatch):
+    if request.param == "one kernel":
+        small_tiles_of_narrow_experts(monkeypatch)
+
+
+either_backward = pytest.mark.usefixtures("_either_backward")
+
+
 @on_device
+@either_backward
 def test_weights_of_an_expert_without_tokens_are_not_read():
     case = moe_experts_case("two unused", 5, 5, 2, 4, 3, used=(0, 2))
     arguments = drawn(case)
@@ -49,6 +85,7 @@ def test_weights_of_an_expert_without_tokens_are_not_read():
 
 
 @on_device
+@either_backward
 @pytest.mark.parametrize("k", [1, 2])
 def test_an_index_of_no_expert_makes_its_token_nan(k):
     """And its weight's gradient; the other tokens and the matrices' gradients are as without that slot."""
@@ -73,6 +110,7 @@ def test_an_index_of_no_expert_makes_its_token_nan(k):
 
 
 @on_device
+@either_backward
 def test_no_index_names_an_expert():
     case = moe_experts_case("all bad", 5, 3, 1, 2, 2)
     arguments = drawn(case)
@@ -84,14 +122,21 @@ def test_no_index_names_an_expert():
 
 
 @on_device
+@either_backward
 def test_nan_stays_with_its_token():
-    """Tiles are filled up with other tokens' rows, whose results are not to show."""
+    """Tiles are filled up with other tokens' rows, whose results are not to show; gradients of the other expert neither."""
     case = moe_experts_case("nan", 9, 5, 1, 2, 3)
     arguments = drawn(case)
     arguments[0][0] = float("nan")
-    nan = run_triton(case, arguments)["output"].isnan()
-    assert nan[0].all()
-    assert not nan[1:].any()
+    arguments[2][:, 0] = torch.arange(9) % 2
+    found = run_triton(case, arguments)
+    for quantity in ("output", "grad x", "grad weights"):
+        nan = found[quantity].isnan()
+        assert nan[0].all()
+        assert not nan[1:].any()
+    for quantity in ("grad gate_up", "grad down"):
+        assert found[quantity][0].isnan().any()
+        assert not found[quantity][1].isnan().any()
 
 
 @on_device
@@ -147,6 +192,29 @@ def test_in_two_products_as_in_one(monkeypatch, k):
         torch.testing.assert_close(found[quantity], fused[quantity], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "d", "i", "k", "names"),
+    [
+        (torch.bfloat16, 128, 64, 1, ["narrow_backward", "add_tiles"]),
+        (torch.float16, 5, 3, 2, ["narrow_backward", "add_tiles", "sum"]),
+        (torch.bfloat16, 129, 64, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),
+        (torch.bfloat16, 128, 65, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),
+        (torch.float32, 128, 64, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),
+    ],
+)
+def test_what_the_backward_pass_launches(dtype, d, i, k, names):
+    """For 9 tokens, whose sums are not split."""
+    from dsfast.triton_kernels import moe_experts as kernels
+    from dsfast.triton_kernels.launch import on_meta
+
+    empty = on_meta(dtype)
+    order, offsets = empty(9 * k, dtype=torch.int32), empty(3, dtype=torch.int32)
+    inputs = (empty(9, d), empty(9, k), empty(2, 2 * i, d), empty(2, d, i))
+    for large in (True, False):
+        launches = kernels.backward_launches(empty(9, d), *inputs, empty(9 * k, 2 * i), order, offsets, *inputs, large)
+        assert [launch.kernel.__name__.removesuffix("_kernel") for launch in launches] == names
+
+
 @on_device
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 64, 128])
@@ -167,6 +235,9 @@ LARGER = (
     moe_experts_case("tiles of one expert, and as many columns of blocks: grouped order", 33 * 9, 70, 1, 1, 35),
     moe_experts_case("widths that fill blocks: no masks", 40, 64, 2, 2, 32),
     moe_experts_case("all to the first expert", 150, 7, 2, 4, 5, used=(0, 1)),
+    moe_experts_case(
+        "narrow, all to the second of two: more tiles than are added up at once", 70 * 16, 17, 1, 2, 3, used=(1,)
+    ),
 )
 
 

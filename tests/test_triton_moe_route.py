@@ -173,6 +173,7 @@ def sort(indices, experts):
 
 
 # Slots, experts, with the reason. A block has 128 slots; up to 128 blocks of up to 31 experts need no scan, 8 of up to 511.
+# Of up to 3 experts 8,192 slots are counted by each program itself.
 SORTS = {
     "no slot": (0, 5),
     "one slot": (1, 2),
@@ -180,6 +181,10 @@ SORTS = {
     "one block": (128, 31),
     "one above a block": (129, 32),
     "two experts": (1100, 2),
+    "three experts": (300, 3),
+    "four experts": (300, 4),
+    "as many of one expert as are counted by each program": (8192, 1),
+    "one more": (8193, 3),
     "one above the blocks of 256 experts that need no scan": (128 * 8 + 1, 256),
     "more experts than slots": (200, 511),
     "more experts than a block has slots": (200, 600),

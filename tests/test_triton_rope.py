@@ -16,7 +16,7 @@ from triton_contract import (
 )
 
 from dsfast import ops
-from dsfast.ops.cases import rope_case
+from dsfast.ops.cases import rope_case, split_and_turn_case
 from dsfast.ops.checks import check
 
 
@@ -33,6 +33,21 @@ class TestRope(TritonContract):
     )
     tiny = rope_case("tiny", 3, 2, 4, 5)
     registered = ("rope",)
+
+
+class TestSplitAndTurn(TritonContract):
+    # 64 tokens of the queries and 128 of the key in a tile at width 8; the wider of what is turned and what is not counts.
+    cases = (
+        split_and_turn_case("no tokens", 0, 2, 3, 5, 4, 7),
+        split_and_turn_case("one token", 1, 1, 1, 1, 2, 1),
+        split_and_turn_case("one token above a tile of queries", 65, 4, 8, 8, 8, 17),
+        split_and_turn_case("one token above a tile of keys", 129, 4, 8, 8, 8, 17),
+        split_and_turn_case("wider beside what is turned, no power of two", 37, 3, 33, 70, 6, 41),
+        split_and_turn_case("more heads than in a tile", 2, 40, 128, 512, 64, 7),
+        split_and_turn_case("nothing beside what is turned", 9, 2, 0, 0, 6, 5),
+    )
+    tiny = split_and_turn_case("tiny", 3, 2, 3, 5, 4, 5)
+    registered = ("rope_pair", "rope_pair_backward")
 
 
 def inputs(case, dtype=torch.float32):

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from guard import GraphGuard, addresses
+from guard import GraphGuard, addresses, operators_called
 from operator_cases import needs_native
 from test_device_step import eager
 from tiny import tiny_config, tiny_dataset
@@ -65,9 +65,7 @@ def interpreted(run: str) -> dict:
     others = {"mla_decode", "newton_schulz"} | (
         {"muon"} if run == "adamw" else set()
     )  # newton_schulz is inside of muon
-    missing = [
-        op for op in OPERATORS if op not in others and not any(name.startswith(f"dsfast::{op}") for name in seen)
-    ]
+    missing = [op for op in OPERATORS if op not in others | operators_called(seen)]
     measured = read(*steps.step.sent(0, STEPS))
     return {
         "losses": [m.loss for m in measured],

@@ -6,7 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_cases import assert_passed, drawn
-from triton_contract import DEVICE, TritonContract, in_the_interpreter, on_device, on_the_device, poisoned
+from triton_contract import (
+    DEVICE,
+    TritonContract,
+    in_the_interpreter,
+    on_device,
+    on_the_device,
+    poisoned,
+    small_tiles_of_narrow_experts,
+)
 
 from dsfast import ops
 from dsfast.ops.cases import swiglu_mlp_case
@@ -22,6 +30,25 @@ class TestSwigluMlp(TritonContract):
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     registered = ("swiglu_mlp", "swiglu_mlp_backward")
+
+
+class TestNarrow(TritonContract):
+    """The backward pass in one kernel, which float32 would not take by itself."""
+
+    cases = (
+        swiglu_mlp_case("no tokens", 0, 5, 3),
+        swiglu_mlp_case("one token", 1, 5, 3),
+        swiglu_mlp_case("tokens and widths one below a tile", 15, 15, 15),
+        swiglu_mlp_case("tokens and widths one above a tile", 17, 17, 17),
+        swiglu_mlp_case("several tiles, prime widths", 67, 37, 23),
+        swiglu_mlp_case("widths that fill blocks: no masks", 33, 32, 16),
+    )
+    tiny = TestSwigluMlp.tiny
+    registered = TestSwigluMlp.registered
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        small_tiles_of_narrow_experts(monkeypatch)
 
 
 @on_device

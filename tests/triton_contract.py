@@ -96,6 +96,17 @@ def in_the_interpreter(path: str):
     return test
 
 
+def small_tiles_of_narrow_experts(monkeypatch) -> None:
+    """The backward pass of moe_experts and swiglu_mlp in the one kernel of narrow experts, in float32 as well, and by tiles so
+    small that few tokens have several of places, of columns and of the columns that one product adds up. The sums of two tiles
+    are added up at once."""
+    from dsfast.triton_kernels import moe_experts
+
+    monkeypatch.setattr(moe_experts, "ADDED", 2)
+    for table in (moe_experts._FLOAT32, moe_experts._LARGE):
+        monkeypatch.setitem(table, "narrow", {16: moe_experts.Tiles(16, 16, 16, 4, 1)})
+
+
 class TritonContract:
     """`cases`: the name of each says why it is there; sizes beside those of the kernels' tiles. `tiny` as in OperatorContract."""
 

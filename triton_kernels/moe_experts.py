@@ -36,6 +36,7 @@ TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after
 FULL = 264  # programs that fill a large chip twice
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 NARROW = 128  # widest D at which, where I is no wider than FUSED too, one kernel does the backward pass
+ADDED = 64  # tiles whose parts of the matrices' gradients are added up at once
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
 
@@ -524,7 +525,7 @@ class _Launches:
         arguments = {
             "dy": dy, "dy_n": dy.stride(0), "x": x, "x_n": x.stride(0), "gu": gu, "out": out, "dweights": dweights,
             "parts": x.new_empty(most, size, dtype=torch.float32), "dgate_up": dgate_up, "ddown": ddown,
-            "IP": padded(self.i), "BT": 64,
+            "IP": padded(self.i), "BT": ADDED,
         }  # fmt: skip
         added = Tiles(tiles.bm, 64, 0, 4, 1)
         return [

@@ -33,6 +33,7 @@ TAKEN = tl.constexpr(-(2**31) + 1)
 COUNTED = 512  # tiles whose counts are summed at once
 FEW = 16  # places: the narrowest product
 SORTED = 128  # slots in a block of sort_slots
+ALONE = 8192  # slots, of up to 3 experts, that each program of sort_slots counts itself
 SCANNED = 512  # blocks whose histograms are summed at once
 _UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and must not cause a new compilation
 
@@ -232,7 +233,7 @@ def _load_bins(indices, start, SLOTS, E, BS: tl.constexpr):
     """The experts of BS slots, as int32; E for an index that names none and for what lies beyond the last slot."""
     slot = start + tl.arange(0, BS)
     b_e = tl.load(indices + slot, mask=slot < SLOTS, other=-1)
-    return tl.where((b_e >= 0) & (b_e < E), b_e, E).to(tl.int32)
+    return tl.where(b_e.to(tl.uint64, bitcast=True) < E, b_e, E).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -260,17 +261,22 @@ def scan_kernel(parts, B, EP: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def scatter_kernel(
     indices, parts, order, offsets, SLOTS, B, E,
-    EP: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
+    EP: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """The slots of one block to their places in order, and from the first block offsets [E + 1].
 
     ROWS says what parts holds: 0, nothing, there is but this block; 1, what scan_kernel left; more, the histograms of all
-    B <= ROWS blocks.
+    B <= ROWS blocks. Where ALONE is not 0 it holds nothing either: each program counts the SLOTS <= ALONE of E <= 3 experts.
     """
     block = tl.program_id(0)
     bins = tl.arange(0, EP)
     b_e = _load_bins(indices, block * BS, SLOTS, E, BS)  # [BS]
-    if ROWS == 0:
+    if ALONE:  # four counts of 16 bits in a number
+        b_one = tl.full([ALONE], 1, tl.int64) << 16 * _load_bins(indices, 0, SLOTS, E, ALONE)
+        before = tl.sum(tl.where(tl.arange(0, ALONE) < block * BS, b_one, 0), 0)
+        b_total = tl.where(bins < 4, tl.sum(b_one, 0) >> 16 * (bins % 4) & 0xFFFF, 0).to(tl.int32)
+        b_before = tl.where(bins < 4, before >> 16 * (bins % 4) & 0xFFFF, 0).to(tl.int32)
+    elif ROWS == 0:
         b_total = tl.histogram(b_e, EP)
         b_before = tl.zeros([EP], tl.int32)
     elif ROWS == 1:
@@ -469,25 +475,27 @@ def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor) -> list[Launch]:
     """A histogram for each block of slots, their sums over the blocks in front, the places; tensors may lie on the meta device.
 
-    The last of them takes the sums itself where the histograms are few, and needs none where there is one block.
+    The last of them takes the sums itself where the histograms are few, and needs none where there is one block, or few experts
+    and so few slots that to count them in each program costs less than a launch.
     """
     slots = indices.numel()
     bins = max(32, triton.next_power_of_2(experts + 1))  # the last one for the indices that name no expert
     blocks = max(1, triton.cdiv(slots, SORTED))
     together = max(2, 4096 // bins)
-    parts = order.new_empty(blocks + 1 if blocks > 1 else 0, bins)
+    alone = ALONE if blocks > 1 and experts <= 3 and slots <= ALONE else 0
+    parts = order.new_empty(0 if blocks == 1 or alone else blocks + 1, bins)
     arguments = {
         "indices": indices.contiguous(), "parts": parts, "order": order, "offsets": offsets, "SLOTS": slots, "B": blocks,
         "E": experts, "EP": bins, "BS": SORTED, "BB": SCANNED, "BE": 16,
-        "ROWS": 0 if blocks == 1 else together if blocks <= together else 1,
+        "ROWS": 0 if blocks == 1 else together if blocks <= together else 1, "ALONE": alone,
     }  # fmt: skip
 
     def launch(kernel, programs, warps):
         return Launch(kernel, (programs,), arguments, options(warps), 4, 0)
 
     histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
-    before = [] if blocks == 1 else [histogram] if blocks <= together else [histogram, scan]
-    return [*before, launch(scatter_kernel, blocks, 4)]
+    before = [] if blocks == 1 or alone else [histogram] if blocks <= together else [histogram, scan]
+    return [*before, launch(scatter_kernel, blocks, 16 if alone else 4)]
 
 
 EXAMPLES = {

@@ -28,8 +28,6 @@ class MultiHeadLatentAttention(nn.Module):
         c = config
         self.layer = layer
         self.heads, self.scale = c.num_attention_heads, softmax_scale(c)
-        self.query_widths = [c.qk_nope_head_dim, c.qk_rope_head_dim]
-        self.latent_widths = [c.kv_lora_rank, c.qk_rope_head_dim]
         self.key_value_widths = [c.qk_nope_head_dim, c.v_head_dim]
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(c.hidden_size, self.heads * c.qk_head_dim, bias=False)
@@ -37,7 +35,7 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(c.q_lora_rank, self.heads * c.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, sum(self.latent_widths), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * sum(self.key_value_widths), bias=False)
         self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
@@ -71,11 +69,10 @@ class MultiHeadLatentAttention(nn.Module):
 
         `cu_seqlens` None: one new token for each sequence of `cache`, which then is required.
         """
-        q_nope, q_rope = self._queries(x_q).split(self.query_widths, dim=-1)  # [N, H, Dn], [N, H, Dr]
-        latent, k_rope = self.kv_a_proj_with_mqa(x_kv).split(self.latent_widths, dim=-1)  # [N, R], [N, Dr]
+        q, kv = self._queries(x_q), self.kv_a_proj_with_mqa(x_kv)
+        # [N, H, Dn], [N, H, Dr], [N, R], [N, Dr]
+        q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions)
         latent = self.kv_a_layernorm(latent)
-        q_rope = ops.rope(q_rope, *rope, positions)
-        k_rope = ops.rope(k_rope.unsqueeze(1), *rope, positions).squeeze(1)
         if cache is not None:
             cache.write(self.layer, latent, k_rope)
         if cu_seqlens is None:

@@ -24,7 +24,7 @@ from dsfast.ops.muon import muon
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
 from dsfast.ops.rms_norm import rms_norm, stream_norm
-from dsfast.ops.rope import rope
+from dsfast.ops.rope import rope, split_and_turn
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "route_tokens",
+    "split_and_turn",
     "stream_norm",
     "swiglu_mlp",
     "update_bias",

@@ -25,7 +25,7 @@ from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.muon import muon
 from dsfast.ops.newton_schulz import Shape, newton_schulz
 from dsfast.ops.rms_norm import rms_norm
-from dsfast.ops.rope import rope
+from dsfast.ops.rope import rope, split_and_turn
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
 
@@ -54,6 +54,14 @@ def rope_case(name: str, n: int, h: int, dr: int, p: int) -> Case:
         return _normal(g, n, h, dr), angles.cos(), angles.sin(), torch.randint(p, (n,), generator=g)
 
     return Case("rope", name, rope, make_inputs, (0,))
+
+
+def split_and_turn_case(name: str, n: int, h: int, dn: int, r: int, dr: int, p: int) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        _, *tables = rope_case(name, n, h, dr, p).make_inputs(g)
+        return _normal(g, n, h, dn + dr), _normal(g, n, r + dr), *tables
+
+    return Case("rope", name, split_and_turn, make_inputs, (0, 1))
 
 
 def embedding_case(name: str, n: int, v: int, r: int, d: int | None) -> Case:

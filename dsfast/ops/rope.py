@@ -3,7 +3,7 @@
     y[2i]     = x[2i] cos[p, i] - x[2i+1] sin[p, i]
     y[2i + 1] = x[2i] sin[p, i] + x[2i+1] cos[p, i]         p the token's position
 
-N tokens, H heads, Dr rotary width (even), P positions in the tables.
+N tokens, H heads, Dr rotary width (even), P positions in the tables; Dn, R widths of what is not turned.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range
+from dsfast.ops.library import (
+    autograd,
+    define,
+    expect_dtype,
+    expect_range,
+    expect_shape,
+    raise_out_of_range,
+    refuse_derivative,
+)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -40,6 +48,45 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         expect_range("rope", "positions", positions, cos.size(0))
         return rope_reference(x, cos, sin, positions)
     return torch.ops.dsfast.rope(x, cos, sin, positions, False)
+
+
+def split_and_turn(
+    q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [N, H, Dn + Dr], kv [N, R + Dr], the others as `rope` -> q_nope [N, H, Dn], q_rope [N, H, Dr], latent [N, R], k_rope
+    [N, Dr]: the first of each pair as it is (a view), the second turned, k_rope as one head.
+
+    On a GPU one launch, and one in the backward pass, which makes the gradients of q and kv whole. Errors as `rope`.
+    """
+    dr = 2 * cos.size(-1)
+    expect_shape("rope", "q", q, "N", "H", "Dn + Dr")
+    expect_shape("rope", "kv", kv, q.size(0), "R + Dr")
+    for argument, x in (("q", q), ("kv", kv)):
+        if x.size(-1) < dr:
+            raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
+    if choose("rope", q) != "triton":
+        (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+        k_rope = rope(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
+        return q_nope, rope(q_rope, cos, sin, positions), latent, k_rope
+    expect_shape("rope", "sin", sin, *cos.shape)
+    expect_shape("rope", "positions", positions, q.size(0))
+    expect_dtype("rope", q.dtype, q.device, kv=kv, cos=cos, sin=sin)
+    expect_dtype("rope", torch.int64, q.device, positions=positions)
+    return _SplitAndTurn.apply(q, kv, cos, sin, positions)
+
+
+class _SplitAndTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, cos, sin, positions):
+        dr = 2 * cos.size(1)
+        (q_nope, q_rope), (latent, k_rope) = (x.detach().split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+        ctx.save_for_backward(cos, sin, positions)
+        q_rope, k_rope = torch.ops.dsfast.rope_pair(q_rope, k_rope, cos, sin, positions)
+        return q_nope, q_rope, latent, k_rope
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return *torch.ops.dsfast.rope_pair_backward(*gradients, *ctx.saved_tensors), None, None, None
 
 
 def _cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
@@ -71,3 +118,19 @@ define(
     cuda=triton.launcher("rope", "rope"),
 )
 autograd("rope", _backward, _setup_context)
+
+define(
+    "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions) -> (Tensor, Tensor)",
+    cpu=None,
+    fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    cuda=triton.launcher("rope", "pair"),
+)
+define(
+    "rope_pair_backward(Tensor dq_plain, Tensor dq, Tensor dk_plain, Tensor dk, Tensor cos, Tensor sin, Tensor positions)"
+    " -> (Tensor, Tensor)",
+    cpu=None,
+    fake=lambda dq_plain, dq, dk_plain, dk, *_: (torch.cat((dq_plain, dq), -1), torch.cat((dk_plain, dk), -1)),
+    cuda=triton.launcher("rope", "pair_backward"),
+)
+refuse_derivative("rope_pair")
+refuse_derivative("rope_pair_backward")
