@@ -37,8 +37,9 @@ class DecoderLayer(nn.Module):
         cache: LatentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(delta, residual) [N, D], whose sum is the stream (None counts as 0) -> the same pair, one layer on."""
-        x, residual = self.input_layernorm.of_stream(delta, residual, self.self_attn.uses)
-        delta = self.self_attn(*x, rope, positions, cu_seqlens, cache)
+        delta, residual = self.self_attn.of_stream(
+            delta, residual, self.input_layernorm, rope, positions, cu_seqlens, cache
+        )
         x, residual = self.post_attention_layernorm.of_stream(delta, residual, self.mlp.uses)
         return self.mlp(*x), residual
 

@@ -1,0 +1,317 @@
+"""What stands before a layer's attention, at once, against the operators it stands for: in Triton's interpreter and on a GPU. The
+contract of every operator's kernels is in tests/triton_contract.py."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from guard import GraphGuard
+from operator_cases import RecordCalls
+from torch import Tensor
+from triton_contract import (
+    DEVICE,
+    DRAWS,
+    INTERPRETED,
+    TritonContract,
+    assert_bitwise_equal,
+    assert_passed,
+    drawn,
+    in_the_interpreter,
+    on_device,
+    on_the_device,
+    poisoned,
+)
+
+from dsfast import ops
+from dsfast.config import default_config
+from dsfast.model.decoder import DecoderLayer
+from dsfast.ops.cases import Case
+from dsfast.ops.checks import check_draws, evaluate, judge
+from dsfast.ops.mla_project import INSTEAD_OF, mla_project_reference
+
+P = 11
+OUTPUTS = ("h", "q_nope", "q_rope", "k_nope", "k_rope", "v")
+WEIGHTS = ("norm", "q", "kv_a", "latent_norm", "kv_b")
+
+
+def projected(
+    delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+) -> tuple[Tensor, ...]:
+    """`ops.mla_project`, in the interpreter by the kernel in float32 as well: there errors have no rounding to hide in."""
+    arguments = delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+    own = ops.dispatch.choose("mla_attention", delta) == "triton" and (INTERPRETED or delta.itemsize == 2)
+    return torch.ops.dsfast.mla_project(*arguments) if own else mla_project_reference(*arguments)
+
+
+def project_case(
+    name: str, n: int, h: int, d: int, r: int, dn: int, dr: int, dv: int, residual: bool = True, function=projected
+) -> Case:
+    def make_inputs(g: torch.Generator) -> tuple:
+        def normal(*shape, scale=1.0):
+            return torch.randn(shape, generator=g) * scale
+
+        angles = torch.arange(P)[:, None] * 100.0 ** (-torch.arange(dr // 2) / (dr // 2))
+        delta, before = normal(n, d), normal(n, d) if residual else None
+        norm, latent_norm = 1 + 0.2 * normal(d), 1 + 0.2 * normal(r)
+        q, kv_a = normal(h * (dn + dr), d, scale=d**-0.5), normal(r + dr, d, scale=d**-0.5)
+        kv_b, positions = normal(h * (dn + dv), r, scale=r**-0.5), torch.randint(P, (n,), generator=g)
+        return delta, before, norm, 1e-6, q, kv_a, latent_norm, 1e-5, kv_b, h, angles.cos(), angles.sin(), positions
+
+    return Case("mla_attention", name, function, make_inputs, (0, *([1] if residual else []), 2, 4, 5, 6, 8))
+
+
+def half(arguments: list) -> list:
+    """On the device, in a dtype that models take."""
+    cast = (x.half() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
+    return on_the_device(list(cast))
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """For the sums of the parts: hundreds of them, for a GPU's sake, take the interpreter a second each time."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", 8)
+
+
+class TestMlaProject(TritonContract):
+    # A tile holds 64 tokens in the forward pass and 128 in the backward pass.
+    cases = (
+        project_case("no tokens", 0, 2, 16, 16, 16, 16, 16),
+        project_case("one token", 1, 1, 16, 16, 16, 16, 16),
+        project_case("one token below a tile, widths of an odd multiple of 16", 63, 1, 112, 16, 48, 16, 80),
+        project_case("a tile, without residual", 64, 2, 48, 16, 16, 16, 32, residual=False),
+        project_case("one above a tile: the 500K model", 65, 4, 128, 32, 32, 16, 32),
+        project_case("a tile of the backward pass, three heads", 128, 3, 80, 32, 16, 16, 32),
+        project_case("several tiles, five heads, no width a power of two", 259, 5, 33, 7, 9, 6, 11),
+    )
+    tiny = project_case("tiny", 3, 3, 7, 5, 4, 6, 3)
+    registered = ("mla_project", "mla_project_backward")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the reference is held to the CPU's operators")
+@pytest.mark.parametrize("residual", [True, False])
+def test_reference_is_the_composition_of_the_operators(residual):
+    """As dsfast/model/attention.py has it, each of them in plain PyTorch, in float64."""
+    case = project_case("", 13, 3, 24, 8, 8, 4, 6, residual, ops.mla_project)
+
+    def composed(
+        delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+    ) -> tuple[Tensor, ...]:
+        x, _, h = ops.stream_norm(delta, norm, eps, residual, 2)
+        q_nope, q_rope = (x @ q.T).unflatten(-1, (heads, -1)).split([8, 4], dim=-1)
+        latent, k_rope = (x @ kv_a.T).split([8, 4], dim=-1)
+        key_values = (ops.rms_norm(latent, latent_norm, latent_eps) @ kv_b.T).unflatten(-1, (heads, -1))
+        k_nope, v = key_values.split([8, 6], dim=-1)
+        k_rope = ops.rope(k_rope[:, None], cos, sin, positions)[:, 0]
+        return h, q_nope, ops.rope(q_rope, cos, sin, positions), k_nope, k_rope, v
+
+    arguments = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in drawn(case)]
+    with ops.use("reference"):
+        expected = evaluate(composed, arguments, case.differentiable)
+    found = evaluate(case.function, arguments, case.differentiable)
+    assert found.keys() == expected.keys()
+    for quantity, values in expected.items():
+        torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
+
+
+@on_device
+@pytest.mark.parametrize("residual", [True, False])
+def test_public_function_calls_the_kernel(residual):
+    case = project_case("", 9, 2, 16, 16, 16, 16, 16, residual, ops.mla_project)
+    arguments = half(drawn(case))
+    with RecordCalls() as record, poisoned():
+        found = evaluate(case.function, arguments, case.differentiable)
+    assert {str(operator) for operator in record.calls} == {
+        "dsfast.mla_project.default",
+        "dsfast.mla_project_backward.default",
+    }
+    assert_bitwise_equal(found, evaluate(projected, arguments, case.differentiable))
+
+
+@on_device
+@pytest.mark.parametrize(
+    "used", [("h",), ("v",), ("q_rope", "k_rope"), ("q_nope", "k_nope", "v"), OUTPUTS[1:]], ids="-".join
+)
+def test_gradients_where_some_outputs_are_not_used(used):
+    case = project_case("", 9, 2, 16, 16, 16, 16, 32)
+
+    def function(*arguments):
+        found = dict(zip(OUTPUTS, projected(*arguments), strict=True))
+        return tuple(found[name] for name in used)
+
+    function.__signature__ = inspect.signature(projected)
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    with poisoned():
+        assert_passed(check_draws("mla_attention", function, draws, case.differentiable, ["triton"], torch.float16))
+
+
+@on_device
+def test_a_position_that_is_none_makes_its_token_nan():
+    """Its rope parts alone; the gradient of its stream, and of all weights on the way, shows it too."""
+    case = project_case("", 6, 2, 16, 16, 16, 16, 16)
+    arguments = half(drawn(case))
+    expected = evaluate(projected, arguments, case.differentiable)
+    arguments[-1][1:5] = torch.tensor([-1, P, 2**62, -(2**63)])
+    with poisoned():
+        found = evaluate(projected, arguments, case.differentiable)
+    for place, name in enumerate(OUTPUTS):
+        bad, good = found[f"output {place}"][1:5], found[f"output {place}"][[0, 5]]
+        assert bad.isnan().all() == bad.isnan().any() == name.endswith("rope")
+        assert torch.equal(good, expected[f"output {place}"][[0, 5]])
+    assert found["grad delta"][1:5].isnan().all()
+    assert torch.equal(found["grad delta"][[0, 5]], expected["grad delta"][[0, 5]])
+    assert found["grad q"].isnan().any()
+    assert torch.equal(found["grad kv_b"].isnan(), torch.zeros_like(found["grad kv_b"], dtype=torch.bool))
+
+
+@on_device
+def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
+    """It has zeros, whose norm is 0 / 0 then."""
+    case = project_case("", 5, 2, 16, 16, 16, 16, 16)
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    for arguments in draws:
+        arguments[3] = arguments[7] = 0.0
+    with poisoned():
+        assert_passed(check_draws("mla_attention", projected, draws, case.differentiable, ["triton"], torch.float16))
+
+
+@on_device
+def test_nothing_waits_for_the_host():
+    case = project_case("", 70, 2, 16, 16, 16, 16, 16)
+    arguments = half(drawn(case))
+    leaves = [x.requires_grad_() if i in case.differentiable else x for i, x in enumerate(arguments)]
+    with GraphGuard(), ops.use("triton"):
+        outputs = projected(*leaves)
+        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], [torch.ones_like(x) for x in outputs])
+
+
+def taken(dtype: torch.dtype = torch.float16, h=4, d=128, r=32, dn=32, dr=16, dv=32, device=DEVICE) -> bool:
+    empty = torch.empty(3, d, dtype=dtype, device=device)
+    q, kv_a, kv_b = (empty.new_empty(shape) for shape in ((h * (dn + dr), d), (r + dr, d), (h * (dn + dv), r)))
+    return ops.projects_at_once(empty, q, kv_a, empty.new_empty(r), kv_b, h, empty.new_empty(7, dr // 2))
+
+
+@on_device
+def test_what_is_taken():
+    assert taken()
+    assert taken(torch.bfloat16)
+    assert taken(h=3, d=97, r=17, dn=17, dr=2, dv=9)
+    assert not taken(torch.float32)
+    for wide in (
+        {"d": 129},
+        {"r": 33},
+        {"dn": 33},
+        {"dr": 18},
+        {"dv": 33},
+        {"h": 5},
+        {"h": 5, "dn": 2, "dr": 2, "dv": 17},
+    ):
+        assert not taken(**wide), wide
+
+
+@on_device
+@pytest.mark.parametrize("operator", INSTEAD_OF)
+def test_not_where_one_it_stands_for_is_plain_pytorch(operator):
+    with ops.use("reference", operator):
+        assert not taken()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there the CPU's kernels are the GPU's")
+@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+def test_not_on_a_cpu():
+    assert not taken(torch.bfloat16, device="cpu")
+    assert not taken(torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "kind", "message"),
+    [
+        (0, lambda x: x[0], ValueError, r"mla_project: delta must have shape \[N, D\], got \[16\]"),
+        (1, lambda x: x[1:], ValueError, r"mla_project: residual must have shape \[3, 16\], got \[2, 16\]"),
+        (1, lambda x: x.double(), TypeError, r"mla_project: residual must be torch.float32 on"),
+        (2, lambda x: x[1:], ValueError, r"mla_project: norm must have shape \[16\], got \[15\]"),
+        (4, lambda x: x[1:], ValueError, r"mla_project: the rows of q, 63, must be 2 heads of Dn \+ 16"),
+        (5, lambda x: x[1:], ValueError, r"mla_project: kv_a must have shape \[32, 16\], got \[31, 16\]"),
+        (6, lambda x: x[None], ValueError, r"mla_project: latent_norm must have shape \[R\], got \[1, 16\]"),
+        (
+            8,
+            lambda x: x[:, 1:],
+            ValueError,
+            r"mla_project: kv_b must have shape \[H \(Dn \+ Dv\), 16\], got \[64, 15\]",
+        ),
+        (8, lambda x: x[:32], ValueError, r"must be 2 heads of Dn \+ 16, those of kv_b, 32, 2 heads of Dn \+ Dv"),
+        (11, lambda x: x[1:], ValueError, r"mla_project: sin must have shape \[11, 8\], got \[10, 8\]"),
+        (12, lambda x: x.int(), TypeError, r"mla_project: positions must be torch.int64 on"),
+        (12, lambda x: x[1:], ValueError, r"mla_project: positions must have shape \[3\], got \[2\]"),
+    ],
+)
+def test_bad_arguments(position, change, kind, message):
+    arguments = drawn(project_case("", 3, 2, 16, 16, 16, 16, 16))
+    arguments[position] = change(arguments[position])
+    with ops.use("reference"), pytest.raises(kind, match=message):
+        ops.mla_project(*arguments)
+
+
+def layer_of(dtype: torch.dtype, **changes) -> DecoderLayer:
+    """A dense layer of the 500K model's attention, whose weights are the same numbers in every dtype."""
+    config = default_config("cpu").replace(**{"model.first_k_dense_replace": 1, **changes}).model
+    generator = torch.Generator().manual_seed(0)
+    layer = DecoderLayer(config, 0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            scale = 0.2 if parameter.dim() == 1 else parameter.size(-1) ** -0.5
+            parameter.copy_((parameter.dim() == 1) + scale * torch.randn(parameter.shape, generator=generator))
+    return layer.half().to(DEVICE, dtype)
+
+
+def layer_quantities(dtype: torch.dtype, seed: int, **changes) -> dict[str, Tensor]:
+    """Outputs of a layer for two documents, and the gradients of its input and weights."""
+    layer = layer_of(dtype, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(40, 8, generator=generator) * 6
+    rope = tuple(x.half().to(DEVICE, dtype) for x in (angles.cos(), angles.sin()))
+    positions = torch.cat((torch.arange(30), torch.arange(40))).to(DEVICE)
+    cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE)
+    stream = [torch.randn(70, 128, generator=generator).half().to(DEVICE, dtype).requires_grad_() for _ in range(2)]
+
+    outputs = layer(*stream, rope, positions, cu_seqlens)
+    weights = [torch.randint(-8, 9, x.shape, generator=generator).to(x) / 8 for x in outputs]
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(outputs, [*stream, *parameters], weights)
+    return dict(zip(("delta", "h", "grad delta", "grad residual", *names), (*outputs, *gradients), strict=True))
+
+
+@on_device
+def test_a_layer_against_the_layer_operator_by_operator(monkeypatch):
+    """Of outputs and gradients: at most twice its error, in float16."""
+
+    def drawn_twice(dtype):
+        found = [layer_quantities(dtype, seed) for seed in range(2)]
+        return {name: torch.stack([values[name].detach() for values in found]) for name in found[0]}
+
+    with ops.use("reference"):
+        expected = drawn_twice(torch.float64)
+    with RecordCalls() as record:
+        found = drawn_twice(torch.float16)
+    called = {str(operator).split(".")[1] for operator in record.calls}
+    assert {"mla_project", "mla_project_backward"} <= called
+    assert "rope" not in called
+    monkeypatch.setattr(ops, "projects_at_once", lambda *_: False)
+    apart = drawn_twice(torch.float16)
+    judged = {name: judge(expected[name], apart[name], found[name], torch.float16, "triton") for name in expected}
+    assert not {name: row for name, row in judged.items() if not row["passed"]}
+
+
+@on_device
+def test_a_layer_with_a_latent_of_the_queries_goes_operator_by_operator():
+    with RecordCalls() as record:
+        layer_quantities(torch.float16, 0, **{"model.q_lora_rank": 16})
+    called = {str(operator).split(".")[1] for operator in record.calls}
+    assert "rope" in called
+    assert "mla_project" not in called
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)

@@ -1,0 +1,400 @@
+"""Triton kernels of dsfast.ops.mla_project, whose module has the maths.
+
+N tokens, H heads, D model width, R latent rank, Dn / Dr / Dv widths of plain key, rotary key and value, P positions; HP, DP, RP,
+DNP, DRP, DVP are those padded, BN tokens make a tile.
+
+    forward    a tile from the stream to queries, keys and values: nothing between is written
+    backward   makes what was between anew from h. One program of a tile makes the gradients of stream, kv_a and the norms,
+               one beside it those of q and kv_b: all together do not fit into the registers of one
+    sum        the gradients of the weights: sums over the tiles' parts
+
+All heads are one product: the columns of a tile are HP heads of a padded width, and which row of a weight is a column's is a
+matter of its address.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, large_tiles, on_meta, rows
+from dsfast.triton_kernels.pieces import again, options, padded, sum_launch
+from torch import Tensor
+
+
+@triton.jit
+def _places(
+    H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr
+):
+    """Of H heads of HEAD numbers each, numbers FIRST .. FIRST + W - 1: where they are and whether [HP WP], both padded."""
+    c = tl.arange(0, HP * WP)
+    return c // WP * HEAD + FIRST + c % WP, (c // WP < H) & (c % WP < W)
+
+
+@triton.jit
+def _weight(
+    p, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Rows FIRST .. FIRST + W - 1 of each head's HEAD in p [H HEAD, D], as [HP WP, DP], 0 where there is none."""
+    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
+    d = tl.arange(0, DP)[None, :]
+    return tl.load(p + row[:, None] * D + d, mask=m_row[:, None] & (d < D), other=0.0)
+
+
+@triton.jit
+def _store_weight(
+    p, b_x, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The rows that `_weight` reads = b_x [HP WP, DP]."""
+    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
+    d = tl.arange(0, DP)[None, :]
+    tl.store(p + row[:, None] * D + d, b_x, mask=m_row[:, None] & (d < D))
+
+
+@triton.jit
+def _load(p, start, stride, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """Tokens start .. start + BN - 1 of p [N, H, W], tokens `stride` apart, as [BN, HP WP], 0 where there is none."""
+    n = start + tl.arange(0, BN)[:, None]
+    c, m_c = _places(H, HP, W, WP, W, 0)
+    return tl.load(p + (n.to(tl.int64) * stride + c[None, :]), mask=(n < N) & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _store(p, b_x, start, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """Tokens start .. start + BN - 1 of p [N, H, W], contiguous, = b_x [BN, HP WP]."""
+    n = start + tl.arange(0, BN)[:, None]
+    c, m_c = _places(H, HP, W, WP, W, 0)
+    tl.store(p + (n.to(tl.int64) * (H * W) + c[None, :]), b_x.to(p.dtype.element_ty), mask=(n < N) & m_c[None, :])
+
+
+@triton.jit
+def _normalised(b_x, start, N, eps, BN: tl.constexpr, W: tl.constexpr):
+    """(x / rms(x), 1 / rms(x) [BN, 1]) of b_x [BN, ...] float32, whose rows hold W numbers; zeros from token N on."""
+    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / W + eps)
+    b_rstd = tl.where(tl.arange(0, BN) < N - start, b_rstd, 0.0)[:, None]
+    return b_x * b_rstd, b_rstd
+
+
+@triton.jit
+def _norm_backward(b_dy, b_x, b_rstd, b_weight, W: tl.constexpr):
+    """The gradient of what was normalised to b_x and then multiplied by b_weight [1, ...]."""
+    b_g = b_dy * b_weight
+    return b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / W)[:, None])
+
+
+@triton.jit
+def _vector(p, W: tl.constexpr, WP: tl.constexpr):
+    """p [W] as [1, WP] float32."""
+    w = tl.arange(0, WP)
+    return tl.load(p + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _angles(cos, sin, positions, start, N, P, BN: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr):
+    """cos and sin [BN, DRP / 2] of a tile's tokens; NaN for a token whose position is none."""
+    n, pair = start + tl.arange(0, BN), tl.arange(0, DRP // 2)[None, :]
+    b_p = tl.load(positions + n, mask=n < N, other=0)
+    known = ((b_p >= 0) & (b_p < P))[:, None]
+    at = tl.where(known, b_p[:, None], 0) * (Dr // 2) + pair
+    b_cos = tl.load(cos + at, mask=known & (pair < Dr // 2), other=0.0).to(tl.float32)
+    b_sin = tl.load(sin + at, mask=known & (pair < Dr // 2), other=0.0).to(tl.float32)
+    return tl.where(known, b_cos, float("nan")), tl.where(known, b_sin, float("nan"))
+
+
+@triton.jit
+def _turned(b_x, b_cos, b_sin, BN: tl.constexpr, HP: tl.constexpr, DRP: tl.constexpr):
+    """The pairs of b_x [BN, HP DRP] turned by a token's angles, in the dtype of b_x."""
+    even, odd = tl.split(tl.reshape(b_x.to(tl.float32), [BN, HP, DRP // 2, 2]))
+    b_cos, b_sin = b_cos[:, None, :], b_sin[:, None, :]
+    b_y = tl.join(even * b_cos - odd * b_sin, even * b_sin + odd * b_cos)
+    return tl.reshape(b_y, [BN, HP * DRP]).to(b_x.dtype)
+
+
+@triton.jit
+def _latent(b_x, b_kv_a, dtype: tl.constexpr, start, N, eps, BN: tl.constexpr, R: tl.constexpr):
+    """The normalised latent [BN, RP] float32, without its weight, and 1 / rms."""
+    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(dtype).to(tl.float32)
+    return _normalised(b_l, start, N, eps, BN, R)
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def forward_kernel(
+    delta, residual, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, h, q_nope, q_rope, k_nope, k_rope, v,
+    eps, latent_eps, delta_n, residual_n, N, P,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """h, q_nope, q_rope, k_nope, k_rope and v of one tile of tokens. What the separate operators round is rounded."""
+    start = tl.program_id(0) * BN
+    dtype = h.dtype.element_ty
+    b_x = _load(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
+    if residual is not None:
+        b_x = b_x.to(tl.float32) + _load(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_x = b_x.to(dtype)
+    _store(h, b_x, start, N, BN, 1, 1, D, DP)
+    b_x, _ = _normalised(b_x.to(tl.float32), start, N, eps, BN, D)
+    b_x = (b_x * _vector(norm, D, DP)).to(dtype)
+    b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
+
+    b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)), input_precision="ieee")
+    _store(q_nope, b_q, start, N, BN, H, HP, Dn, DNP)
+    b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)), input_precision="ieee").to(dtype)
+    _store(q_rope, _turned(b_q, b_cos, b_sin, BN, HP, DRP), start, N, BN, H, HP, Dr, DRP)
+    b_k = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP)), input_precision="ieee").to(dtype)
+    _store(k_rope, _turned(b_k, b_cos, b_sin, BN, 1, DRP), start, N, BN, 1, 1, Dr, DRP)
+
+    b_l, _ = _latent(b_x, _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP), dtype, start, N, latent_eps, BN, R)  # [BN, RP]
+    b_l = (b_l * _vector(latent_norm, R, RP)).to(dtype)
+    b_k = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)), input_precision="ieee")
+    _store(k_nope, b_k, start, N, BN, H, HP, Dn, DNP)
+    b_v = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)), input_precision="ieee")
+    _store(v, b_v, start, N, BN, H, HP, Dv, DVP)
+
+
+@triton.jit
+def _stream_backward(
+    dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
+    eps, latent_eps, dh_n, start, N, P,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr, HG: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm. q_nope: HG heads at a time."""
+    b_x, _ = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
+    b_x = (b_x * _vector(norm, D, DP)).to(h.dtype.element_ty)  # [BN, DP]
+    b_kv_a = _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
+    b_l, b_rstd = _latent(b_x, b_kv_a, h.dtype.element_ty, start, N, latent_eps, BN, R)  # [BN, RP]
+    b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_dl = tl.dot(b_dy, _weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP), input_precision="ieee")
+    b_dy = _load(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
+    b_dl = tl.dot(b_dy, _weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP), b_dl, input_precision="ieee")
+    p_norm, d, r = parts + (H * (Dn + Dr) + R + Dr) * D + H * (Dn + Dv) * R, tl.arange(0, DP), tl.arange(0, RP)
+    tl.store(p_norm + D + r, tl.sum(b_dl * b_l, 0), mask=r < R)
+    b_dl = _norm_backward(b_dl, b_l, b_rstd, _vector(latent_norm, R, RP), R).to(b_x.dtype)
+
+    p_kv_a = parts + H * (Dn + Dr) * D
+    b_part = tl.dot(tl.trans(b_x), b_dl, input_precision="ieee")  # [DP, RP]
+    _store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
+    b_dx = tl.dot(b_dl, b_kv_a, input_precision="ieee")  # [BN, DP]
+    b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
+    b_dy = _turned(_load(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
+    b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
+    _store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
+    b_dx = tl.dot(b_dy, _weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
+    b_dy = _turned(_load(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+    b_dx = tl.dot(b_dy, _weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
+    for head in tl.static_range(0, H, HG):
+        b_dy = _load(dq_nope + head * Dn, start, H * Dn, N, BN, H - head, HG, Dn, DNP)
+        b_w = _weight(q + head * (Dn + Dr) * D, H - head, HG, Dn, DNP, Dn + Dr, 0, D, DP)
+        b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
+
+    # x anew, and from addresses made anew: kept they would take registers all the way.
+    start = again(start, N)
+    b_x, b_rstd = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
+    tl.store(p_norm + d, tl.sum(b_dx * b_x, 0), mask=d < D)
+    b_dx = _norm_backward(b_dx, b_x, b_rstd, _vector(norm, D, DP), D)
+    if dh is not None:
+        b_dx += _load(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
+    _store(dx, b_dx, start, N, BN, 1, 1, D, DP)
+
+
+@triton.jit
+def _weights_backward(
+    dq_nope, dq_rope, dk_nope, dv, h, norm, kv_a, latent_norm, cos, sin, positions, parts, eps, latent_eps, start, N, P,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """A tile's parts of the gradients of q and kv_b."""
+    b_x, _ = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
+    b_x = (b_x * _vector(norm, D, DP)).to(h.dtype.element_ty)  # [BN, DP]
+    b_dy = _load(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+    _store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
+    b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
+    b_dy = _turned(_load(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+    _store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
+
+    p_kv_b, b_kv_a = parts + (H * (Dn + Dr) + R + Dr) * D, _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
+    b_l, _ = _latent(b_x, b_kv_a, h.dtype.element_ty, start, N, latent_eps, BN, R)
+    b_l = (b_l * _vector(latent_norm, R, RP)).to(b_x.dtype)  # [BN, RP]
+    b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
+    _store_weight(p_kv_b, b_part, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)
+    b_dy = _load(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
+    b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
+    _store_weight(p_kv_b, b_part, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def backward_kernel(
+    dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
+    eps, latent_eps, dh_n, N, P,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
+    TOTAL: tl.constexpr, BN: tl.constexpr, HG: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D], and in a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b, norm and latent_norm,
+    one after the other. Two programs for each tile."""
+    tile = tl.program_id(0) // 2
+    start = tile * BN
+    parts += tl.cast(tile, tl.int64) * TOTAL
+    if tl.program_id(0) % 2 == 0:
+        _stream_backward(
+            dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
+            eps, latent_eps, dh_n, start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN, HG,
+        )  # fmt: skip
+    else:
+        _weights_backward(
+            dq_nope, dq_rope, dk_nope, dv, h, norm, kv_a, latent_norm, cos, sin, positions, parts, eps, latent_eps,
+            start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN,
+        )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """BN tokens, and warps, of the forward and of the backward pass; groups of heads whose queries are a product each there."""
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    groups: int
+
+
+# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+# Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
+_LARGE, _SMALL = Tiles((64, 4), (128, 8), 1), Tiles((64, 8), (64, 8), 2)
+
+
+class Sizes(NamedTuple):
+    """The letters of this module."""
+
+    h: int
+    d: int
+    r: int
+    dn: int
+    dr: int
+    dv: int
+
+    @classmethod
+    def of(cls, q, kv_a, latent_norm, kv_b, heads: int, cos) -> Sizes:
+        r, dr = latent_norm.size(0), 2 * cos.size(1)
+        dn = q.size(0) // heads - dr
+        return cls(heads, kv_a.size(1), r, dn, dr, kv_b.size(0) // heads - dn)
+
+    def outputs(self, n: int) -> list[tuple[int, ...]]:
+        """Shapes of h, q_nope, q_rope, k_nope, k_rope, v."""
+        h, d, _, dn, dr, dv = self
+        return [(n, d), (n, h, dn), (n, h, dr), (n, h, dn), (n, dr), (n, h, dv)]
+
+    def constants(self) -> dict[str, int]:
+        found = dict(zip(("H", "D", "R", "Dn", "Dr", "Dv"), self, strict=True)) | {"HP": triton.next_power_of_2(self.h)}
+        return found | {f"{name.upper()}P": padded(found[name]) for name in ("D", "R", "Dn", "Dr", "Dv")}
+
+
+def forward(
+    delta: Tensor, residual: Tensor | None, norm: Tensor, eps: float, q: Tensor, kv_a: Tensor, latent_norm: Tensor,
+    latent_eps: float, kv_b: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Shapes as dsfast.ops.mla_project -> h, q_nope, q_rope, k_nope, k_rope, v. A token whose position is none has NaN in what is
+    turned."""
+    sizes = Sizes.of(q, kv_a, latent_norm, kv_b, heads, cos)
+    outputs = tuple(delta.new_empty(shape) for shape in sizes.outputs(delta.size(0)))
+    shared = norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+    with torch.cuda.device_of(delta):
+        forward_launch(delta, residual, shared, outputs, large_tiles(delta.device)).run()
+    return outputs
+
+
+def backward(
+    dh: Tensor | None, dq_nope: Tensor, dq_rope: Tensor, dk_nope: Tensor, dk_rope: Tensor, dv: Tensor, h: Tensor, norm: Tensor,
+    eps: float, q: Tensor, kv_a: Tensor, latent_norm: Tensor, latent_eps: float, kv_b: Tensor, heads: int, cos: Tensor,
+    sin: Tensor, positions: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx [N, D], the gradient of delta and of residual, and those of q, kv_a, kv_b, norm and latent_norm, flat, one after the
+    other. Deterministic: no atomics, and the same sums on every chip of one kind of tiles."""
+    shared = norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+    dx = h.new_empty(h.shape)
+    dweights = h.new_empty(sum(weight.numel() for weight in (q, kv_a, kv_b, norm, latent_norm)))
+    if not dx.numel():
+        return dx, dweights.zero_()
+    gradients = dh, dq_nope, dq_rope, dk_nope, dk_rope, dv
+    with torch.cuda.device_of(h):
+        for launch in backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device)):
+            launch.run()
+    return dx, dweights
+
+
+def _tiles(large: bool) -> Tiles:
+    return _LARGE if large else _SMALL
+
+
+def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
+    """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
+    (delta,), n, (bn, warps) = rows(delta), delta.size(0), _tiles(large).forward
+    residual = None if residual is None else rows(residual)[0]
+    arguments = _arguments(shared) | {
+        "delta": delta, "delta_n": delta.stride(0), "residual": residual,
+        "residual_n": 0 if residual is None else residual.stride(0), "N": n, "BN": bn,
+    }  # fmt: skip
+    arguments |= dict(zip(("h", "q_nope", "q_rope", "k_nope", "k_rope", "v"), outputs, strict=True))
+    return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
+
+
+def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
+    """The kernel that fills dx and parts of dweights, and the one that adds these up; tensors may lie on the meta device."""
+    (dh, *others), n, (bn, warps) = gradients, h.size(0), _tiles(large).backward
+    dh = None if dh is None else rows(dh)[0]
+    parts = h.new_empty(triton.cdiv(n, bn), dweights.numel(), dtype=torch.float32)
+    arguments = _arguments(shared)
+    arguments |= {
+        "dh": dh, "dh_n": 0 if dh is None else dh.stride(0), "h": h, "dx": dx, "parts": parts, "N": n,
+        "TOTAL": parts.size(1), "BN": bn, "HG": max(1, arguments["HP"] // _tiles(large).groups),
+    }  # fmt: skip
+    names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
+    arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}
+    return [
+        Launch(backward_kernel, (2 * parts.size(0),), arguments, options(warps), h.itemsize, bn),
+        sum_launch(parts, dweights),
+    ]
+
+
+def _arguments(shared) -> dict[str, Any]:
+    """Those of both passes."""
+    norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions = shared
+    sizes = Sizes.of(q, kv_a, latent_norm, kv_b, heads, cos).constants()
+    tensors = {
+        "norm": norm, "q": q, "kv_a": kv_a, "latent_norm": latent_norm, "kv_b": kv_b, "cos": cos, "sin": sin,
+        "positions": positions,
+    }  # fmt: skip
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors | sizes | {"eps": eps, "latent_eps": latent_eps, "P": cos.size(0)}
+
+
+EXAMPLES = {"500K": (8192, 4, 128, 32, 32, 16, 32), "odd": (8192, 3, 112, 16, 32, 16, 32)}
+"""N, H, D, R, Dn, Dr and Dv that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
+    if dtype.itemsize != 2:
+        return {}
+    n, h, d, r, dn, dr, dv = EXAMPLES[size]
+    empty = on_meta(dtype)
+    q, kv_a, kv_b = empty(h * (dn + dr), d), empty(r + dr, d), empty(h * (dn + dv), r)
+    table, positions = empty(4096, dr // 2), empty(n, dtype=torch.int64)
+    shared = empty(d), 1e-6, q, kv_a, empty(r), 1e-6, kv_b, h, table, table, positions
+    x, *parts = outputs = [empty(shape) for shape in Sizes(h, d, r, dn, dr, dv).outputs(n)]
+    dweights = empty(sum(weight.numel() for weight in (q, kv_a, kv_b)) + d + r)
+    backward, add = backward_launches([x, *parts], x, shared, x, dweights, large)
+    return {
+        "forward_kernel": forward_launch(x, x, shared, outputs, large),
+        "forward_kernel, no residual": forward_launch(x, None, shared, outputs, large),
+        "backward_kernel": backward,
+        "backward_kernel, no gradient of h": backward_launches([None, *parts], x, shared, x, dweights, large)[0],
+        "sum_kernel": add,
+    }
