@@ -50,8 +50,8 @@ def test_every_launch_of_every_operator_on_every_chip():
 def test_named_ones_once():
     planned = plan(["rope", "rope"], ["sm_90", "gfx942"], ["float32"], ["500K"])
     assert [(example.kernel, example.chip) for example in planned] == [
-        ("rope_kernel", "sm_90"), ("rope_kernel", "gfx942"), ("rope_kernel, inverse", "sm_90"),
-        ("rope_kernel, inverse", "gfx942"),
+        (kernel, chip) for kernel in ("rope_kernel", "rope_kernel, inverse", "pair_kernel", "pair_kernel, inverse")
+        for chip in ("sm_90", "gfx942")
     ]  # fmt: skip
     assert planned == examples(["rope"], ["sm_90", "gfx942"], ["float32"], "500K".__eq__)
 
@@ -95,18 +95,18 @@ def test_it_writes_and_shows_every_figure(nothing_compiled, tmp_path: Path, caps
     assert written["settings"] == {
         "bench": "compile", "operators": ["rope"], "sizes": ["500K"], "dtypes": ["bfloat16"], "chips": ["sm_90", "gfx942"],
     }  # fmt: skip
-    assert len(written["results"]["kernels"]) == 4
+    assert len(written["results"]["kernels"]) == 8
     assert written["results"]["limits"]["sm_90"]["shared"] == 232_448
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("rope, 500K, bfloat16", "rope_kernel, inverse", "gfx942", "1,024", "ok"))
-    assert f"Compiled by triton {triton.__version__}: 4, of which 0 break a limit." in " ".join(shown.split())
+    assert f"Compiled by triton {triton.__version__}: 8, of which 0 break a limit." in " ".join(shown.split())
     assert "✗" not in shown
 
 
 def test_what_breaks_a_limit_is_marked_named_and_1(nothing_compiled, capsys):
     assert run_command(bench.main, ["compile", "rope", "--size", "500K"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "8, of which 1 break a limit." in shown
+    assert "16, of which 1 break a limit." in shown
     assert "✗ rope, 500K, bfloat16: rope_kernel, inverse: 8 bytes spilled" in shown
     assert shown.count("✗") == 2
 

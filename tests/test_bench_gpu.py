@@ -601,7 +601,7 @@ def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
 
 
 def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
-    def cut(command, request, seconds):
+    def cut(command, request, seconds, look):
         rows = '{"part": "norm", "case": "V3"}\n{"part": "norm", "case": "V3", "passes": {}}\n{"part": "no'
         Path(json.loads(request)["file"]).write_text(rows, encoding="utf-8")
         return run.OUT_OF_TIME, "said"

@@ -15,8 +15,9 @@ Two ways, by R and dtype alone:
   tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
   chunk there is, for 16-bit inputs, a float32 sum [V, R] of the chunks' parts of dweight.
 
-Of each token's softmax the second sweep gets the maximum m and a factor, (1 + 2 z_loss logsumexp) / sum of exp(z - m), apart:
-rounding m + log sum would show in float32 at large logits.
+Logits are taken in units of log 2: exp2 of one multiply-add is half the instructions of exp. Of each token's softmax the second
+sweep gets the maximum m and a factor, (1 + 2 z_loss logsumexp) / sum of exp2(z - m), apart: rounding m + log2 sum would show in
+float32 at large logits. In 16 bits it does not, and where there is no z-loss either (FOLDED) they are one number, m + log2 sum.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 # Products of full float32 precision hold both operands in registers, and wider ones no longer fit.
 NARROW = {2: 256, 4: 128}
 WORKSPACE = 2**30  # bytes of a chunk of logits in the second way
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
@@ -52,13 +54,13 @@ def _words(labels, i, N, V, ignore_index):
 
 @triton.jit
 def _of_token(m, l, z_label, word, z_loss):
-    """(loss, factor of exp(z - m) in the gradient) of tokens: 0 where IGNORED, NaN where OUTSIDE.
+    """(loss, factor of exp2(z - m) in the gradient) of tokens: 0 where IGNORED, NaN where OUTSIDE. m is in units of log 2.
 
     Where the softmax is NaN so is the factor, of IGNORED tokens too: eager's gradient has it so.
     """
-    log_l = tl.log(l)
-    lse = m + log_l
-    loss = (m - z_label) + log_l + z_loss * lse * lse
+    log_l = tl.log2(l)
+    lse = (m + log_l) * LN2
+    loss = (log_l - tl.fma(z_label, LOG2E, -m)) * LN2 + z_loss * lse * lse
     factor = (1 + 2 * z_loss * lse) / l
     loss = tl.where(word >= 0, loss, tl.where(word == IGNORED, 0.0, float("nan")))
     return loss, tl.where(word >= 0, factor, tl.where(word == IGNORED, 0 * factor, float("nan")))
@@ -103,56 +105,47 @@ def scale_kernel(x_1, x_2, dloss, y_1, y_2, SIZE_1, SIZE_2, BLOCK: tl.constexpr)
 
 @triton.jit
 def _take_in(
-    b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, v, V,
+    b_o, b_m, b_l, b_h, weight, weight_v, v, V,
     R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of words, from v on, in the running softmax of a tile of tokens [BT]; b_o [BT, RP]: sum of exp(z - m) weight."""
+    """One tile of words, from v on, in the running softmax of a tile of tokens [BT]; b_o [BT, RP]: sum of exp2(z - m) weight."""
     b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, MASKED)  # [BV, RP]
     b_z = tl.dot(b_h, tl.trans(b_w), input_precision="ieee")  # [BT, BV]
-    word = v + tl.arange(0, BV)[None, :]
     if MASKED:
-        b_z = tl.where(word < V, b_z, float("-inf"))
-    b_z_label += tl.sum(tl.where(word == b_word[:, None], b_z, 0.0), 1)
-    b_m_new = tl.maximum(b_m, tl.max(b_z, 1))
-    b_p = tl.exp(b_z - b_m_new[:, None])
-    decay = tl.exp(b_m - b_m_new)
+        b_z = tl.where(v + tl.arange(0, BV)[None, :] < V, b_z, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * LOG2E)
+    b_p = tl.exp2(b_z * LOG2E - b_m_new[:, None])
+    decay = tl.exp2(b_m - b_m_new)
     if GRADS:
         b_o = tl.dot(b_p.to(b_w.dtype), b_w, b_o * decay[:, None], input_precision="ieee")
-    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1), b_z_label
+    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
-    hidden, weight, labels, softmax_parts, o_parts, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
+    hidden, weight, softmax_parts, o_parts, hidden_n, weight_v, N, V, S, STEPS,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
 ):  # fmt: skip
-    """softmax_parts [3, S, N] (m, sum of exp(z - m), label's logit or 0) and o_parts [S, N, R] for one tile of tokens and one
-    of S shares of the words, STEPS tiles of them."""
+    """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
+    words, STEPS tiles of them."""
     t, s = tl.program_id(0) * BT, tl.program_id(1)
     i = t + tl.arange(0, BT)  # [BT]
-    b_word = _words(labels, i, N, V, ignore_index)
     b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
     b_o = tl.zeros([BT, RP], tl.float32)
     b_m = tl.full([BT], LOWEST, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
-    b_z_label = tl.zeros([BT], tl.float32)
     end = tl.minimum((s + 1) * STEPS, tl.cdiv(V, BV))
     whole = tl.minimum(end, V // BV)
     for tile in range(s * STEPS, whole):
-        b_o, b_m, b_l, b_z_label = _take_in(
-            b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, False
-        )
+        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, False)
     if whole < end:  # the last tile of words is cut off
-        b_o, b_m, b_l, b_z_label = _take_in(
-            b_o, b_m, b_l, b_z_label, b_h, b_word, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, True
-        )
+        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, True)
 
     part = tl.cast(s, tl.int64) * N
     every = tl.cast(S, tl.int64) * N
     p_softmax = softmax_parts + part + i
     tl.store(p_softmax, b_m, mask=i < N)
     tl.store(p_softmax + every, b_l, mask=i < N)
-    tl.store(p_softmax + 2 * every, b_z_label, mask=i < N)
     if GRADS:
         d = tl.arange(0, RP)[None, :]
         tl.store(o_parts + part * R + i.to(tl.int64)[:, None] * R + d, b_o, mask=(i[:, None] < N) & (d < R))
@@ -160,10 +153,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
-    softmax_parts, o_parts, weight, labels, count, losses, softmax, dhidden, z_loss, weight_v, N, V, S, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr, STAGES: tl.constexpr,
+    softmax_parts, o_parts, hidden, weight, labels, count, losses, words, softmax, dhidden, z_loss, hidden_n, weight_v, N, V, S,
+    ignore_index, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr, FOLDED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """losses [N], and where GRADS softmax [2, N] (m, factor) and dhidden [N, R], from the shares, for one tile of tokens.
+    """losses [N], and where GRADS words [N] int32, softmax [2, N] (m and factor, or where FOLDED what stands for both) and
+    dhidden [N, R], from the shares, for one tile of tokens.
 
     The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
     """
@@ -172,7 +167,6 @@ def combine_kernel(
     every = tl.cast(S, tl.int64) * N
     b_m = tl.full([BT], LOWEST, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
-    b_z_label = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, RP], tl.float32)
     row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     m_o = (row < N) & (d < R)
@@ -181,45 +175,65 @@ def combine_kernel(
         p_softmax = softmax_parts + part + i
         b_m_part = tl.load(p_softmax, mask=i < N, other=0.0)
         b_m_new = tl.maximum(b_m, b_m_part)
-        before, now = tl.exp(b_m - b_m_new), tl.exp(b_m_part - b_m_new)
+        before, now = tl.exp2(b_m - b_m_new), tl.exp2(b_m_part - b_m_new)
         b_l = b_l * before + tl.load(p_softmax + every, mask=i < N, other=1.0) * now
-        b_z_label += tl.load(p_softmax + 2 * every, mask=i < N, other=0.0)
         if GRADS:
             b_o_part = tl.load(o_parts + (part + row) * R + d, mask=m_o, other=0.0)  # [BT, RP]
             b_o = b_o * before[:, None] + b_o_part * now[:, None]
         b_m = b_m_new
-    b_loss, b_factor = _of_token(b_m, b_l, b_z_label, b_word, z_loss)
+    p_w = weight + tl.maximum(b_word, 0).to(tl.int64)[:, None] * weight_v + d
+    b_w = tl.load(p_w, mask=(b_word[:, None] >= 0) & (d < R), other=0.0).to(tl.float32)  # [BT, RP]
+    b_h = tl.load(hidden + row * hidden_n + d, mask=m_o, other=0.0).to(tl.float32)
+    b_loss, b_factor = _of_token(b_m, b_l, tl.sum(b_h * b_w, 1), b_word, z_loss)
     tl.store(losses + i, b_loss, mask=i < N)
     if GRADS:
+        tl.store(words + i, b_word, mask=i < N)
+        if FOLDED:  # factor 0 is exp2(-inf); NaN stays
+            b_m = tl.where(b_factor > 0, b_m + tl.log2(b_l), tl.where(b_factor == 0, float("inf"), float("nan")))
+        else:
+            tl.store(softmax + N + i, b_factor, mask=i < N)
         tl.store(softmax + i, b_m, mask=i < N)
-        tl.store(softmax + N + i, b_factor, mask=i < N)
-        p_w = weight + tl.maximum(b_word, 0).to(tl.int64)[:, None] * weight_v + d
-        b_w = tl.load(p_w, mask=(b_word[:, None] >= 0) & (d < R), other=0.0).to(tl.float32)  # [BT, RP]
         b_dh = (b_o * b_factor[:, None] - b_w) / tl.load(count)
         tl.store(dhidden + row * R + d, b_dh.to(dhidden.dtype.element_ty), mask=m_o)
 
 
+@triton.jit
+def _add_tokens(
+    b_dw, b_w, word, hidden, words, softmax, hidden_n, t, N,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """b_dw [BV, RP] and one tile of tokens more, from t on."""
+    i = t + tl.arange(0, BT)  # [BT]
+    mask = i < N if MASKED else None
+    b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, MASKED)  # [BT, RP]
+    b_word = tl.load(words + i, mask=mask)
+    b_m = tl.load(softmax + i, mask=mask)
+    b_z = tl.dot(b_w, tl.trans(b_h), input_precision="ieee")  # [BV, BT]
+    b_g = tl.exp2(b_z * LOG2E - b_m[None, :])
+    if not FOLDED:
+        b_g *= tl.load(softmax + N + i, mask=mask)[None, :]
+    b_g = tl.where(word[:, None] == b_word[None, :], b_g - 1, b_g)
+    if MASKED:
+        b_g = tl.where(mask[None, :], b_g, 0.0)
+    return tl.dot(b_g.to(b_h.dtype), b_h, b_dw, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dweight_kernel(
-    hidden, weight, labels, softmax, count, dweight_parts, hidden_n, weight_v, N, V, STEPS, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    hidden, weight, words, softmax, count, dweight_parts, hidden_n, weight_v, N, V, STEPS,
+    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them."""
     v, s = tl.program_id(0) * BV, tl.program_id(1)
     word = v + tl.arange(0, BV)  # [BV]
     b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, True)  # [BV, RP]
     b_dw = tl.zeros([BV, RP], tl.float32)
-    for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BT))):
-        t = tile * BT
-        i = t + tl.arange(0, BT)  # [BT]
-        b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
-        b_word = _words(labels, i, N, V, ignore_index)
-        b_m = tl.load(softmax + i, mask=i < N, other=0.0)
-        b_factor = tl.load(softmax + N + i, mask=i < N, other=0.0)
-        b_z = tl.dot(b_w, tl.trans(b_h), input_precision="ieee")  # [BV, BT]
-        b_g = tl.exp(b_z - b_m[None, :]) * b_factor[None, :]
-        b_g = tl.where(word[:, None] == b_word[None, :], b_g - 1, b_g)
-        b_dw = tl.dot(b_g.to(b_h.dtype), b_h, b_dw, input_precision="ieee")
+    end = tl.minimum((s + 1) * STEPS, tl.cdiv(N, BT))
+    whole = tl.minimum(end, N // BT)
+    for tile in range(s * STEPS, whole):
+        b_dw = _add_tokens(b_dw, b_w, word, hidden, words, softmax, hidden_n, tile * BT, N, R, RP, BT, FOLDED, False)
+    if whole < end:  # the last tile of tokens is cut off
+        b_dw = _add_tokens(b_dw, b_w, word, hidden, words, softmax, hidden_n, whole * BT, N, R, RP, BT, FOLDED, True)
     b_dw /= tl.load(count)
     row, d = word.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
@@ -230,7 +244,7 @@ def dweight_kernel(
 def _write_gradient(z, g, v, m, factor, word, scale, V):
     """g, the gradient of words v of one token's logits z; g may be z."""
     b_z = tl.load(z + v, mask=v < V, other=0.0).to(tl.float32)
-    b_g = tl.exp(b_z - m) * factor
+    b_g = tl.exp2(b_z * LOG2E - m) * factor
     b_g = tl.where(v == word, b_g - 1, b_g) * scale
     tl.store(g + v, b_g.to(g.dtype.element_ty), mask=v < V)
 
@@ -261,8 +275,8 @@ def softmax_kernel(
     for k in range(tl.cdiv(V, BLOCK)):
         v = k * BLOCK + tl.arange(0, BLOCK)
         b_z = tl.load(z + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(b_z, 0))
-        b_l = b_l * tl.exp(m - m_new) + tl.exp(b_z - m_new)
+        m_new = tl.maximum(m, tl.max(b_z, 0) * LOG2E)
+        b_l = b_l * tl.exp2(m - m_new) + tl.exp2(b_z * LOG2E - m_new)
         m = m_new
     loss, factor = _of_token(m, tl.sum(b_l, 0), z_label, word, z_loss)
     tl.store(losses + i, loss)
@@ -410,13 +424,14 @@ def narrow_launches(
     inputs = {
         "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "dhidden": dhidden,
         "hidden_n": hidden.stride(0), "weight_v": weight.stride(0), "N": n, "V": v, "R": r, "RP": rp,
-        "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads,
+        "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads, "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
     }  # fmt: skip
     bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
     parts, steps = splits(triton.cdiv(n, bt), triton.cdiv(v, bv))
-    inputs["softmax_parts"] = hidden.new_empty(3, parts, n, dtype=torch.float32)
+    inputs["softmax_parts"] = hidden.new_empty(2, parts, n, dtype=torch.float32)
     inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
     inputs["softmax"] = hidden.new_empty((2, n) if grads else 0, dtype=torch.float32)
+    inputs["words"] = labels.new_empty(n if grads else 0, dtype=torch.int32)
     launches = {}
     name = "forward" if grads else "forward without gradients"
     grid = (triton.cdiv(n, bt), parts)

@@ -8,7 +8,8 @@ N alone and nothing waits for the host. Every token's document is found by bisec
 query tile concern only the rows of the document that the tile begins in: the loop over them runs without a mask, then the
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
 The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
-the backward pass gets the maximum m and log2 of the sum l apart: rounding m + log2 l would show in float32 at large scores.
+the backward pass gets the maximum m and log2 of the sum l, in 16 bits m + log2 l: rounding it would show in float32 at large
+scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time.
 
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
@@ -34,6 +35,7 @@ HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _CAN_PART = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)  # whether loops may be APART
+_PITCHES = 16  # PITCH is a multiple of it
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -90,16 +92,23 @@ def _scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.c
 
 
 @triton.jit
-def _load_softmax(softmax, i, h, N, H):
-    """(m, log2 l) of queries i."""
-    p_m = softmax + h * N + i
-    return tl.load(p_m, mask=i < N, other=0.0), tl.load(p_m + tl.cast(H, tl.int64) * N, mask=i < N, other=0.0)
+def _load_queries(x, h, i, N, PITCH, MASKED: tl.constexpr):
+    """One number of each query i of head h; where MASKED 0 from token N on."""
+    p_x = x + h * PITCH + i
+    return tl.load(p_x, mask=i < N, other=0.0) if MASKED else tl.load(p_x)
+
+
+@triton.jit
+def _load_softmax(softmax, h, i, N, PITCH, H, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """What `_probabilities` needs of queries i: m and log2 l, unless EXACT their sum in place of both."""
+    b_m = _load_queries(softmax, h, i, N, PITCH, MASKED)
+    return b_m, _load_queries(softmax, H + h, i, N, PITCH, MASKED) if EXACT else b_m
 
 
 @triton.jit
 def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
-    """exp2(s - m) / l; m and log2 l are broadcast along the keys. 16 bits need no second subtraction."""
-    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - (b_m + b_log_l))
+    """exp2(s - m) / l; b_m and b_log_l as `_load_softmax` returns them, broadcast along the keys."""
+    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - b_m)
 
 
 @triton.jit
@@ -142,11 +151,11 @@ def _attend(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
-    q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """o [N, H, Dv] and softmax [2, H, N] for one tile of queries and one head."""
+    """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
     h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
@@ -185,9 +194,12 @@ def forward_kernel(
         )  # fmt: skip
 
     _store(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
-    p_m = softmax + h * N + i
-    tl.store(p_m, b_m, mask=i < N)
-    tl.store(p_m + tl.cast(H, tl.int64) * N, tl.log2(b_l), mask=i < N)
+    p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
+    if v.dtype.element_ty == tl.float32:
+        tl.store(p_m + tl.cast(H, tl.int64) * PITCH, b_log_l, mask=i < PITCH)
+    else:
+        b_m += b_log_l
+    tl.store(p_m, b_m, mask=i < PITCH)
 
 
 @triton.jit
@@ -219,11 +231,11 @@ def _attend_dq(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
-    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, N] = sum of do o, for one tile of queries and one head."""
+    """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, PITCH] = sum of do o, for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
     h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
@@ -238,8 +250,8 @@ def backward_q_kernel(
     b_do = _load(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_o = _load(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    tl.store(delta + h * N + i, b_delta, mask=i < N)
-    b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
+    tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
+    b_m, b_log_l = _load_softmax(softmax, h, i, N, PITCH, H, v.dtype.element_ty == tl.float32, True)
     b_dq_nope = tl.zeros([BT, DN], tl.float32)
     b_dq_rope = tl.zeros([BT, DR], tl.float32)
     factor = scale * LOG2E
@@ -270,18 +282,18 @@ def backward_q_kernel(
 @triton.jit
 def _attend_dkv(
     b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end, s,
-    h, do_n, q_nope_n, q_rope_n, factor, N, H,
+    h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
-    s = again(s, N + BS)  # a block of the keys' own tile may lie behind the last token
+    s = tl.multiple_of(again(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
     b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
     b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
     b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
-    b_m, b_log_l = _load_softmax(softmax, i, h, N, H)
-    b_delta = tl.load(delta + h * N + i, mask=i < N, other=0.0)
+    b_m, b_log_l = _load_softmax(softmax, h, i, N, PITCH, H, b_v.dtype == tl.float32, MASKED)
+    b_delta = _load_queries(delta, h, i, N, PITCH, MASKED)
     b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
     if not APART or s < N:
@@ -300,7 +312,7 @@ def _attend_dkv(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
-    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, N, H, S, STEPS,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
@@ -328,7 +340,7 @@ def backward_kv_kernel(
         for s in range(t + BS, tail, BT):
             b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
                 b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-                s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+                s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
             )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
     b_dk_nope = tl.where(own, b_dk_nope, 0.0)
@@ -339,7 +351,7 @@ def backward_kv_kernel(
         s = tl.where(n < BS // BT, t + n * BT, tail)
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
             b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
+            s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
     _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
@@ -415,8 +427,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, large: int) -> Tiles:
 
 
 def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
-    """Shapes as dsfast.ops.mla_attention -> o [N, H, Dv] contiguous, and softmax [2, H, N] float32: each
-    query's largest score in units of log 2, and log2 of the sum of its exponentials relative to that.
+    """Shapes as dsfast.ops.mla_attention -> o [N, H, Dv] contiguous, and softmax float32, of `softmax_shape`: each query's
+    largest score in units of log 2, and log2 of the sum of its exponentials relative to that; in 16 bits their sum.
 
     Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for widths that no tiles serve, a scale
     that is not positive, or cu_seqlens without a document. That cu_seqlens rises from 0 to N is not checked: it lies on the
@@ -424,13 +436,18 @@ def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tenso
     """
     _check(q_nope, q_rope, v, cu_seqlens, scale)
     (n, h, _), dv = q_nope.shape, v.size(2)
-    o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(2, h, n, dtype=torch.float32)
+    o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(softmax_shape(q_nope), dtype=torch.float32)
     if o.numel():
         with torch.cuda.device_of(q_nope):
             forward_launch(
                 q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large_tiles(o.device)
             ).run()
     return o, softmax
+
+
+def softmax_shape(q: Tensor) -> tuple[int, int, int]:
+    """Numbers of a query, heads and PITCH, from queries [N, H, ...]."""
+    return 2 if q.dtype.itemsize == 4 else 1, q.size(1), triton.cdiv(q.size(0), _PITCHES) * _PITCHES
 
 
 def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
@@ -511,7 +528,8 @@ def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
         "q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v, "cu_seqlens": cu_seqlens,
         "scale": scale, "q_nope_n": q_nope.stride(0), "q_nope_h": q_nope.stride(1), "q_rope_n": q_rope.stride(0),
         "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
-        "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1), "N": n, "H": h, "S": documents,
+        "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1),
+        "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents,
         "STEPS": (documents - 1).bit_length(), "Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2),
     }  # fmt: skip
 
@@ -544,7 +562,7 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     (dn, dr, dv), n, h = EXAMPLES[size], 4096, 16
     k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
     inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
-    o, softmax = empty(n, h, dv), empty(2, h, n, dtype=torch.float32)
+    o, softmax = empty(n, h, dv), empty(softmax_shape(k_nope), dtype=torch.float32)
     gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32), empty(n, dr))
     launches = [
         forward_launch(*inputs, o, softmax, large),

@@ -12,7 +12,9 @@ that expert's matrix or, for the gradients of the matrices, rows transposed time
     matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
     sum              y = sum over k of y_slot                        and over the parts of a split sum
 
-    narrow_backward  all from dy[n] down on                          where D and I are small, in 16 bits; the matrices by tiles
+Where D and I are small the backward pass is, in 16 bits, two launches:
+
+    narrow_backward  dx_slot, dw, and of each tile dgate_up, ddown   dgu and w h stay in the program
     add_tiles        dgate_up, ddown                                 sums over an expert's tiles
 
 With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
@@ -86,23 +88,27 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
 
 
 @triton.jit
-def _scatter(out, weights, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
-    """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED."""
+def _scatter(out, weights, base, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
+    """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED, plus base where there is one."""
+    m_out = m_r[:, None] & (n < WIDTH)
     if WEIGHTED:
         b_out *= tl.load(weights + slot)[:, None].to(tl.float32)
-    tl.store(out + (slot * WIDTH)[:, None] + n, b_out.to(out.dtype.element_ty), mask=m_r[:, None] & (n < WIDTH))
+    if base is not None:
+        # Rounded before: beside a wide tile's float32 sums there is no room on sm_100.
+        b_out = b_out.to(out.dtype.element_ty) + tl.load(base + (slot * WIDTH)[:, None] + n, mask=m_out, other=0.0)
+    tl.store(out + (slot * WIDTH)[:, None] + n, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def up_kernel(
-    x, gate_up, gu, h, down, weights, out, order, offsets, x_n, R,
+    x, gate_up, gu, h, down, weights, base, out, order, offsets, x_n, R,
     D: tl.constexpr, I: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
     FUSED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """gu [R, 2I] and h [R, I] for one tile of places and BN columns of the gate and of the up half, side by side.
 
-    FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, and there is no h.
+    FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, on top of base, and there is no h.
     """
     blocks = tl.cdiv(I, BN)
     tile, block = place(tl.num_programs(0) // blocks, blocks, G)
@@ -111,7 +117,7 @@ def up_kernel(
         if FUSED:
             for start in tl.static_range(0, D, BD):
                 n = (start + tl.arange(0, BD))[None, :]
-                _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BD], float("nan"), tl.float32), False)
+                _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BD], float("nan"), tl.float32), False)
         return
     i = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)
@@ -132,7 +138,8 @@ def up_kernel(
             n = (start + tl.arange(0, BD))[None, :]
             p_down = down + tl.cast(e, tl.int64) * (D * I) + n * I + tl.arange(0, BN)[:, None]
             b_down = _load(p_down, tl.arange(0, BN)[:, None], I, BN, n, D, BD)  # [BN, BD]
-            _scatter(out, weights, slot, m_r, n, D, tl.dot(b_h, b_down, input_precision="ieee"), WEIGHTED)
+            b_out = tl.dot(b_h, b_down, input_precision="ieee")
+            _scatter(out, weights, base, slot, m_r, n, D, b_out, WEIGHTED)
     else:
         tl.store(h + first * I + m[:, None] * I + i, b_h, mask=m_out)
     p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
@@ -142,14 +149,15 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def project_kernel(
-    a, b, weights, out, order, offsets, a_n, R,
+    a, b, weights, base, out, order, offsets, a_n, R,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, ROUTED: tl.constexpr,
     GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """a row times b_e [DEPTH, WIDTH], which has the strides b_k and b_n, for one tile of places and BN columns.
 
-    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED.
+    Without GATHER a row of a [R, DEPTH] by place becomes one of out [R, WIDTH] by slot, times the slot's weight if WEIGHTED, plus
+    that of base where there is one.
     With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
     """
     blocks = tl.cdiv(WIDTH, BN)
@@ -163,7 +171,7 @@ def project_kernel(
     else:
         p_a = a + first * DEPTH + tl.minimum(m, R - 1 - first.to(tl.int32))[:, None] * DEPTH + d[None, :]
     if e == E:
-        _scatter(out, weights, slot, m_r, n, WIDTH, tl.full([BM, BN], float("nan"), tl.float32), False)
+        _scatter(out, weights, None, slot, m_r, n, WIDTH, tl.full([BM, BN], float("nan"), tl.float32), False)
         return
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
@@ -173,7 +181,7 @@ def project_kernel(
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
         slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
-    _scatter(out, weights, slot, m_r, n, WIDTH, b_out, WEIGHTED)
+    _scatter(out, weights, base, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 
 @triton.jit
@@ -261,14 +269,15 @@ def narrow_backward_kernel(
     """The backward pass for one tile of places and BN columns of x and dy: dx to out [R, D] by slot, dweights by slot, and in a
     row of parts what the tile adds to dgate_up [2I, D] and ddown [D, I]. IP: I, padded.
 
-    All programs of a tile make dgu, from BK columns of dy at a time: one of six products of this size.
+    All programs of a tile make dgu, from BK columns of dy at a time. That is a sixth of the products of a tile, and lets the
+    rest of them have BN columns, which registers have room for.
     """
     columns: tl.constexpr = (D + BN - 1) // BN
     tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
     if e == E:
-        _scatter(out, weights, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
+        _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
         if ROUTED:
             tl.store(dweights + slot, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
         return
@@ -285,7 +294,7 @@ def narrow_backward_kernel(
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     _, b_dgate, b_dup = _swiglu_backward(b_dh, b_gate, b_up)
     if ROUTED:
-        b_weight = tl.load(weights + slot).to(tl.float32)[:, None]
+        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
         b_dw = tl.sum(b_dup * b_up, 1)  # of dh h
         if block == 0:
             tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
@@ -295,7 +304,7 @@ def narrow_backward_kernel(
     p_gate_up = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i_col * D + n
     b_dx = tl.dot(b_dgate, _load(p_gate_up, i_col, I, IP, n, D, BN), input_precision="ieee")  # [BM, BN]
     b_dx = tl.dot(b_dup, _load(p_gate_up + I * D, i_col, I, IP, n, D, BN), b_dx, input_precision="ieee")
-    _scatter(out, weights, slot, m_r, n, D, b_dx, False)
+    _scatter(out, weights, None, slot, m_r, n, D, b_dx, False)
 
     # Transposed is what comes from memory, the left operand: what was made here would need more registers for that.
     p_parts, m_parts = parts + tl.cast(tile, tl.int64) * (3 * I * D), (n_col < D) & (i < I)
@@ -309,7 +318,7 @@ def narrow_backward_kernel(
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     b_h = b_gate * tl.sigmoid(b_gate) * b_up
     if ROUTED:
-        b_h *= tl.load(weights + slot).to(tl.float32)[:, None]
+        b_h *= tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
     b_dy = tl.load(p_dy + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
     b_part = tl.dot(tl.trans(b_dy), b_h.to(x.dtype.element_ty), input_precision="ieee")
     tl.store(p_parts + 2 * I * D + n_col * I + i, b_part, mask=m_parts)
@@ -422,9 +431,12 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
     return gradients
 
 
-def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool) -> list[Launch]:
-    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
+def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool, base=None) -> list[Launch]:
+    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets, and
+    add to base where there is one.
+    """
     (x,) = rows(x)
+    base = None if base is None else base.contiguous()
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else y
     tiles, bd = make.tiles("up", make.i, make.d), min(64, make.tiles("project", make.d, make.i).bn)
@@ -432,9 +444,9 @@ def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bo
     h = None if fused else x.new_empty(make.places, make.i)
     up = make.rows(
         "up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h, out=slots, BD=bd, FUSED=fused,
-        WEIGHTED=weights is not None,
+        WEIGHTED=weights is not None, base=base,
     )  # fmt: skip
-    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i)]
+    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i, base=base)]
     return [up, *project, *make.combine(slots, y)]
 
 
@@ -496,11 +508,11 @@ class _Launches:
             return triton.cdiv(self.places, bm)
         return self.places // bm + min(self.e + 1, self.places)
 
-    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False) -> Launch:
+    def project(self, a, b, out, weights, b_k: int, b_n: int, gather: bool = False, base=None) -> Launch:
         depth, width = a.size(1), out.size(1)
         return self.rows(
             "project", project_kernel, width, depth, a=a, a_n=a.stride(0), b=b, b_k=b_k, b_n=b_n, out=out, weights=weights,
-            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None,
+            DEPTH=depth, WIDTH=width, GATHER=gather, WEIGHTED=weights is not None, base=base,
         )  # fmt: skip
 
     def swiglu_backward(self, **arguments) -> Launch:

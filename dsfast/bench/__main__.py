@@ -1,5 +1,5 @@
-"""`python -m dsfast.bench <step|kernels|generate|growth|learning|compile|gpu>`: how fast dsfast is here, beside peers timed in
-the same run; whether it learns what plain PyTorch learns; and what its GPU kernels take of chips that are not here."""
+"""`python -m dsfast.bench <step|kernels|generate|growth|learning|compile|gpu|tiles>`: how fast dsfast is here, beside peers timed
+in the same run; whether it learns what plain PyTorch learns; and what its GPU kernels take of chips that are not here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -15,8 +17,11 @@ from dsfast.bench import cases, results
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
 from dsfast.bench.generation import run_generate
+from dsfast.bench.gpu.candidates import PARTS as TILED
 from dsfast.bench.gpu.run import BUDGET, PARTS, check_gpu, choose_parts, run_gpu
 from dsfast.bench.gpu.run import sound as gpu_is_sound
+from dsfast.bench.gpu.tiles import GROUPS, check_can_try, choose_cases, run_tiles
+from dsfast.bench.gpu.tiles import sound as tiles_are_sound
 from dsfast.bench.growth import plan, run_growth
 from dsfast.bench.kernels import run_kernels
 from dsfast.bench.learning import run_learning
@@ -38,8 +43,8 @@ Json = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Time (or compile), show, write; 0, or 1 where the results are not sound. Raises UserError before any timing."""
     arguments = _parser().parse_args(argv)
-    if arguments.bench == "gpu":
-        return _gpu(arguments, argv)
+    if arguments.bench in ("gpu", "tiles"):
+        return (_gpu if arguments.bench == "gpu" else _tiles)(arguments, argv)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
     reporter = Reporter()
     settings, found = arguments.run(arguments, reporter)
@@ -66,7 +71,7 @@ def sound(found: Json) -> bool:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
     commands = parser.add_subparsers(
-        dest="bench", metavar="step|kernels|generate|growth|learning|compile|gpu", required=True
+        dest="bench", metavar="step|kernels|generate|growth|learning|compile|gpu|tiles", required=True
     )
 
     def command(name: str, run, purpose: str, repeats: int | None, timed: str = "pairs") -> CommandParser:
@@ -113,24 +118,46 @@ def _parser() -> CommandParser:
 def _add_gpu(commands) -> None:
     purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json, gpu.txt and gpu.log"
     gpu = commands.add_parser("gpu", help=purpose, description=purpose)
-    gpu.add_path("--out", metavar="DIR", required=True, help="where the results go")
     gpu.add_argument("--only", metavar="PART,...", type=_names, help=f"default: {','.join(PARTS)}")
-    gpu.add_argument("--seconds", metavar="N", type=_positive, default=BUDGET, help=f"default: {BUDGET}")
-    gpu.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json, .txt and .log",
-    )
+    purpose = "tiles near the shipped ones, on a GPU: what keeps the limits and is right, timed beside these"
+    tiles = commands.add_parser("tiles", help=purpose, description=purpose)
+    tiles.add_argument("parts", metavar="PART", nargs="*", help=", ".join(TILED))
+    tiles.add_argument("--case", metavar="CASE", help=f"{' or '.join(GROUPS)} (default: both)")
+    tiles.add_argument("--plan", action="store_true", help="only compile, for an H100: DIR/plan.json, .txt and .log")
+    for command in (gpu, tiles):
+        command.add_path("--out", metavar="DIR", required=True, help="where the results go")
+        command.add_argument("--seconds", metavar="N", type=_positive, default=BUDGET, help=f"default: {BUDGET}")
+        command.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json, .txt and .log",
+        )
 
 
 def _gpu(arguments: Namespace, argv: list[str]) -> int:
-    """The whole command: it writes into a folder, after each part, and its table as well."""
     parts = choose_parts(arguments.only)
     check_gpu(arguments.rehearse)
+    run = partial(run_gpu, parts, arguments.seconds, arguments.rehearse)
+    settings = {"parts": list(parts), "seconds": arguments.seconds, "rehearsal": arguments.rehearse}
+    return 0 if gpu_is_sound(_into_folder(arguments, argv, settings, run)) else 1
+
+
+def _tiles(arguments: Namespace, argv: list[str]) -> int:
+    cases = choose_cases(arguments.parts, arguments.case, arguments.rehearse)
+    check_can_try(arguments.rehearse, arguments.plan)
+    run = partial(run_tiles, cases, arguments.seconds, arguments.rehearse, arguments.plan)
+    settings = {
+        "cases": cases, "seconds": arguments.seconds, "rehearsal": arguments.rehearse, "plan": arguments.plan
+    }  # fmt: skip
+    return 0 if tiles_are_sound(_into_folder(arguments, argv, settings, run)) else 1
+
+
+def _into_folder(arguments: Namespace, argv: list[str], settings: Json, run: Callable[..., Json]) -> Json:
+    """A whole command: what run(progress, keep) gives it to keep it writes into a folder, its table as well."""
     folder = check_output_folder(arguments.out, "--out")
     reporter = Reporter()
-    settings = {"bench": "gpu", "parts": list(parts), "seconds": arguments.seconds, "rehearsal": arguments.rehearse}
-    name = "rehearsal" if arguments.rehearse else "gpu"
+    settings = {"bench": arguments.bench, **settings}
+    name = "rehearsal" if arguments.rehearse else "plan" if settings.get("plan") else arguments.bench
     log = []
 
     def keep(found: Json, said: str) -> None:
@@ -142,9 +169,9 @@ def _gpu(arguments: Namespace, argv: list[str]) -> int:
             write_text(folder / f"{name}.txt", plain(written))
             write_text(folder / f"{name}.log", "".join(log))
 
-    found = run_gpu(parts, arguments.seconds, arguments.rehearse, reporter.progress, keep)
+    found = run(reporter.progress, keep)
     reporter.show(results.document(argv, settings, found))
-    return 0 if gpu_is_sound(found) else 1
+    return found
 
 
 def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

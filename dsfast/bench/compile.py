@@ -130,14 +130,19 @@ def _compiled(planned: Sequence[Example]) -> Iterator[Json]:
 def compile_example(example: Example) -> Json:
     """The fields of `example`; registers, spills, shared, matrix and copies as in dsfast.triton_kernels.ahead.Compiled, if
     it compiles; and `faults`, the limits it breaks."""
+    compiled, faults = compile_named(example.launch(), example.chip, example.kernel)
+    return {**(asdict(compiled) if compiled else {}), **example._asdict(), "faults": faults}
+
+
+def compile_named(launch, chip: str, name: str) -> tuple[Any, list[str]]:
+    """What `launch`, called `name`, takes of `chip` (dsfast.triton_kernels.ahead.Compiled; None if it does not compile), and
+    its faults."""
     from dsfast.triton_kernels.ahead import compile_launch  # triton is not installed everywhere
 
-    launch = example.launch()
     try:
         with triton.kept_kernels():
-            compiled = replace(compile_launch(launch, example.chip), kernel=example.kernel)
+            compiled = replace(compile_launch(launch, chip), kernel=name)
     except Exception as error:  # a compiler fails in many ways; the other kernels are still to be seen
         lines = str(error).strip().splitlines() or [""]
-        fault = f"{example.kernel} on {example.chip}: does not compile: {type(error).__name__}: {lines[-1]}"
-        return {**example._asdict(), "faults": [fault]}
-    return {**asdict(compiled), **example._asdict(), "faults": compiled.faults(launch)}
+        return None, [f"{name} on {chip}: does not compile: {type(error).__name__}: {lines[-1]}"]
+    return compiled, compiled.faults(launch)

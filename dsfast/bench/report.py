@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.bench import timing
-from dsfast.bench.gpu.show import show_gpu
+from dsfast.bench.gpu.show import show_gpu, show_tiles
 from dsfast.bench.memory import IDLE
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
@@ -49,6 +49,7 @@ class Reporter:
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
             "learning": self._learning, "compile": self._compile, "gpu": partial(show_gpu, self.console),
+            "tiles": partial(show_tiles, self.console),
         }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 

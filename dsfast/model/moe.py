@@ -24,9 +24,9 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, D] -> [N, D]."""
-        return ops.swiglu_mlp(x, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, D], on top of `base` where there is one."""
+        return ops.swiglu_mlp(x, self.gate_up_proj, self.down_proj, base)
 
 
 class Router(Float32Buffers):
@@ -47,7 +47,7 @@ class Router(Float32Buffers):
         """x [N, D] -> weights [N, K], expert numbers [N, K] int64. Training mode sets `load` [E], in tokens."""
         weights, indices, counts = ops.route_tokens(x, self.weight, self.e_score_correction_bias, *self.choice)
         if self.training:
-            self.load.copy_(counts)
+            self.load = counts
         return weights, indices
 
 
@@ -66,7 +66,7 @@ class DeepseekMoE(nn.Module):
     def forward(self, x: Tensor, x_experts: Tensor, x_shared: Tensor | None = None) -> Tensor:
         """x of the router, of the routed and of the shared experts [N, D], the same numbers (see `ops.stream_norm`) -> [N, D]."""
         routed = self.experts(x_experts, *self.gate(x))
-        return routed if self.shared_experts is None else routed + self.shared_experts(x_shared)
+        return routed if self.shared_experts is None else self.shared_experts(x_shared, routed)
 
 
 class Experts(nn.Module):

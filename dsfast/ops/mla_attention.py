@@ -75,7 +75,7 @@ def _pointers(*tensors: Tensor) -> list[int]:
 
 
 # `softmax` is what the backward pass needs to know of each query's scores: their maximum [H, N] (C++), or that and the
-# logarithm of the sum [2, H, N] (Triton).
+# logarithm of the sum, or both in one (Triton: `softmax_shape`).
 def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     inputs = _strided(q_nope, q_rope, k_nope, k_rope, v)
     cu_seqlens = cu_seqlens.contiguous()
@@ -92,9 +92,8 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     n, h, _ = q_nope.shape
-    return q_nope.new_empty(v.shape), q_nope.new_empty(
-        (2, h, n) if triton.runs_on(q_nope) else (h, n), dtype=torch.float32
-    )
+    shape = triton.launcher("mla_attention", "softmax_shape")(q_nope) if triton.runs_on(q_nope) else (h, n)
+    return q_nope.new_empty(v.shape), q_nope.new_empty(shape, dtype=torch.float32)
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):

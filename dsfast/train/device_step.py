@@ -125,8 +125,8 @@ class DeviceStep:
     def state(self) -> list[Tensor]:
         """Every tensor that a call changes for later ones to see; the gradients, which each call makes anew, left out."""
         own = [self.place, self.update, self.measured, self.loads]
-        routers = [tensor for router in self.routers for tensor in (router.e_score_correction_bias, router.load)]
-        return [*(p.detach() for p in self.parameters), *self.optimizer.tensors(), *routers, *own]
+        biases = [router.e_score_correction_bias for router in self.routers]
+        return [*(p.detach() for p in self.parameters), *self.optimizer.tensors(), *biases, *own]
 
     def _gradients(self) -> Tensor:
         """Set every `.grad`, in place after the first call; the loss, without dimension."""

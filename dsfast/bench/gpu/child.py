@@ -18,6 +18,7 @@ from dsfast.bench.gpu.clock import GpuClock, HostClock
 from dsfast.bench.gpu.operators import ROUNDS, check_ours, check_peers, run_case
 from dsfast.bench.gpu.suite import run_tests
 from dsfast.bench.gpu.training import run_training
+from dsfast.bench.gpu.tuning import tune
 from dsfast.bench.gpu.whole import compile_generation, compile_step, run_generation, run_step
 from dsfast.files import finite
 
@@ -25,17 +26,22 @@ Json = dict[str, Any]
 OUT_OF_TIME = "not measured: out of time"
 
 
-def rows_of(part: str, rehearsal: bool, bounds: Json | None, seconds: float) -> Iterator[Json]:
-    """The rows of `part`, none begun after `seconds`; of one part and case the last counts. "bounds" has one, what measure_bounds
-    returns."""
+def rows_of(
+    part: str, rehearsal: bool, bounds: Json | None, seconds: float, tiles_of: str = "", planned: bool = False
+) -> Iterator[Json]:
+    """The rows of `part`, none begun after `seconds`; of one part, case and entry the last counts. "bounds" has one, what
+    measure_bounds returns. tiles_of: the case whose tiles are tried, in place of all else; `planned`: see `tune`.
+    """
     end = time.perf_counter() + seconds
-    clock, device = (HostClock(), "cpu") if rehearsal else (GpuClock(), "cuda")
+    clock, device = (HostClock(), "cpu") if rehearsal or planned else (GpuClock(), "cuda")
     found = None if bounds is None else Bounds(**bounds)
 
     def expired() -> bool:
         return time.perf_counter() > end
 
-    if part == "bounds":
+    if tiles_of:
+        yield from tune(cases.build(part, tiles_of, rehearsal), rehearsal, planned, expired, clock)
+    elif part == "bounds":
         yield measure_bounds(clock, device, **({"copy_bytes": 4096, "size": 64} if rehearsal else {}))
     elif part == "tests":
         yield from run_tests(seconds)

@@ -33,6 +33,7 @@ COMPILING = 90.0  # seconds at most, before anything is timed, in which all part
 COMPILED = tuple(part for part in PARTS if part not in ("training", "compiled", "tests"))
 """What compiles then: training has caches of its own, compiled shares those of the step."""
 GRACE = 15.0  # seconds between a part's own end and its process's
+LOOK = 2.0  # seconds from one look at a process's rows to the next
 OUT_OF_TIME = "not measured: out of time"
 NOT_YET = "not measured: the command ended before"
 NOT_ASKED = "not measured: not asked for (--only)"
@@ -42,24 +43,24 @@ _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON
 Json = dict[str, Any]
 
 
-def choose_parts(names: Sequence[str] | None) -> tuple[str, ...]:
-    """`names` in the order of PARTS; None is all. Raises UserError for an unknown one."""
+def choose_parts(names: Sequence[str] | None, known: Sequence[str] = PARTS, bench: str = "gpu") -> tuple[str, ...]:
+    """`names` in the order of `known`; None is all. Raises UserError for an unknown one."""
     for name in names or ():
-        if name not in PARTS:
-            raise UserError(f"bench gpu: unknown part {name!r}; {choices(PARTS)}")
-    return PARTS if names is None else tuple(part for part in PARTS if part in names)
+        if name not in known:
+            raise UserError(f"bench {bench}: unknown part {name!r}; {choices(known)}")
+    return tuple(part for part in known if names is None or part in names)
 
 
-def check_gpu(rehearsal: bool) -> None:
+def check_gpu(rehearsal: bool, bench: str = "gpu") -> None:
     """Raises UserError where no GPU that the kernels run on is here; for a rehearsal, where Triton's interpreter is not on."""
     if rehearsal:
         if not triton.INTERPRETED or triton.missing():
             reason = triton.missing() or "set TRITON_INTERPRET=1"
-            raise UserError(f"bench gpu --rehearse runs the kernels in Triton's interpreter: {reason}")
+            raise UserError(f"bench {bench} --rehearse runs the kernels in Triton's interpreter: {reason}")
         return
     if triton.INTERPRETED:
         raise UserError(
-            "bench gpu: TRITON_INTERPRET=1 is set, and nothing would run on the GPU; unset it or --rehearse"
+            f"bench {bench}: TRITON_INTERPRET=1 is set, and nothing would run on the GPU; unset it or --rehearse"
         )
     if torch.cuda.is_available():
         available, reason = triton.available("mla_attention")
@@ -68,7 +69,7 @@ def check_gpu(rehearsal: bool) -> None:
     else:
         reason = "torch finds no GPU"
     raise UserError(
-        f"bench gpu: {reason}; nothing is measured. Without a GPU: `python -m dsfast.bench compile` compiles the kernels for"
+        f"bench {bench}: {reason}; nothing is measured. Without a GPU: `python -m dsfast.bench compile` compiles the kernels for"
         " their chips, and `make test` runs them in Triton's interpreter"
     )
 
@@ -85,9 +86,7 @@ def run_gpu(
     """
     end = time.perf_counter() + seconds
     states = {part: {"status": NOT_YET if part in parts else NOT_ASKED, "seconds": 0.0} for part in PARTS}
-    found = {
-        "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+    found = where(rehearsal) | {
         "compilation": {}, "bounds": None, "parts": states, "rows": [], "figures": figures([]),
     }  # fmt: skip
     progress("compiling, all parts at once")
@@ -127,24 +126,38 @@ def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json
     return {part: "not ready in time" if status == OUT_OF_TIME else status for part, status in ended.items()}
 
 
-def run_part(part: str, bounds: Json | None, rehearsal: bool, seconds: float) -> tuple[Json, list[Json], str]:
-    """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way)."""
+def run_part(
+    part: str, bounds: Json | None, rehearsal: bool, seconds: float, watch: Callable[[list[Json]], object] = lambda rows: None,
+    **request: Any,
+) -> tuple[Json, list[Json], str]:  # fmt: skip
+    """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way).
+
+    watch: is given the rows so far, every few seconds. request: what else `child.rows_of` takes.
+    """
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
-        request = {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        status, said = _in_a_process(_CHILD, json.dumps(request), seconds)
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
-    rows = list({(row.get("part"), row.get("case")): row for row in rows}.values())  # of one that grew the last
+        request |= {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
+        status, said = _in_a_process(_CHILD, json.dumps(request), seconds, lambda: watch(_rows_in(file)))
+        rows = _rows_in(file)
     if status == OUT_OF_TIME and rows:
         status = "cut: out of time, the rest is not measured"
     return {"status": status, "seconds": round(time.perf_counter() - begin, 1)}, rows, said
 
 
-def _in_a_process(command: list[str], request: str, seconds: float) -> tuple[str, str]:
-    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said)."""
+def _rows_in(file: Path) -> list[Json]:
+    """Of a row that grew the last."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
+    return list({tuple(row.get(key) for key in ("part", "case", "entry")): row for row in rows}.values())
+
+
+def _in_a_process(
+    command: list[str], request: str, seconds: float, look: Callable[[], object] = lambda: None
+) -> tuple[str, str]:
+    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said), with a `look` now and then."""
+    end = time.perf_counter() + seconds
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -155,9 +168,15 @@ def _in_a_process(command: list[str], request: str, seconds: float) -> tuple[str
         start_new_session=True,
     )
     try:
-        _, said = child.communicate(request, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return OUT_OF_TIME, _end(child)
+        said = None
+        while said is None:
+            try:
+                _, said = child.communicate(request, timeout=min(LOOK, end - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                if end <= time.perf_counter():
+                    return OUT_OF_TIME, _end(child)
+                look()
+                request = None  # it has it
     finally:
         if child.poll() is None:
             _end(child)
@@ -171,6 +190,14 @@ def _end(child: subprocess.Popen) -> str:
     """End it and what it has started, compilers and pytest; what it said before."""
     os.killpg(child.pid, 9)
     return child.communicate()[1]
+
+
+def where(rehearsal: bool) -> Json:
+    """measured_on, gpu and environment of a results file."""
+    return {
+        "measured_on": "CPU (rehearsal)" if rehearsal else "GPU", "gpu": None if rehearsal else gpu_facts(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+    }  # fmt: skip
 
 
 def gpu_facts() -> Json:

@@ -18,16 +18,8 @@ _COLUMNS = (
 def show_gpu(console: Console, found: Json) -> None:
     """Print everything in a document of `bench gpu`."""
     results = found["results"]
-    gpu, bounds = results["gpu"], results["bounds"]
-    if gpu is None:
-        _say(
-            console,
-            "REHEARSAL on the CPU, in Triton's interpreter, at tiny sizes: no time below is one of a GPU.",
-            "bold",
-        )
-    else:
-        _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
-                      f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
+    bounds = results["bounds"]
+    _where(console, found)
     if bounds is not None:
         _say(console, f"Bounds: copy {bounds['bandwidth'] / 1e12:.2f} TB/s; torch.mm at {bounds['size']}: bfloat16"
                       f" {bounds['bfloat16'] / 1e12:,.0f}, tf32 {bounds['tf32'] / 1e12:,.0f}, float32"
@@ -39,10 +31,69 @@ def show_gpu(console: Console, found: Json) -> None:
             _row(console, row)
         else:
             _say(console, f"{row['part']} {row['case']}: {row['status']}", "yellow")
-    for name, state in results["parts"].items():
-        if state["status"] != "done":
-            _say(console, f"{name}: {state['status']}", "red" if state["status"].startswith("failed") else "yellow")
+    _not_done(console, results["parts"])
     _figures(console, results["figures"])
+
+
+def show_tiles(console: Console, found: Json) -> None:
+    """Print everything in a document of `bench tiles`."""
+    results = found["results"]
+    _where(console, found)
+    for row in results["rows"]:
+        title = f"{row['part']} {row['case']}  {row['entry']}"
+        _not_done(console, {title: row}, ("timed", "compiled"))
+        if row.get("candidates"):
+            _say(console, f"\n{title}: {', '.join(row['kernels'])}", "bold")
+            console.print(_candidates(row["candidates"]))
+        reasons: dict[str, list[str]] = {}
+        for dropped in row.get("dropped", ()):
+            reasons.setdefault(dropped["reason"], []).append(_tiles(dropped["tiles"]))
+        for reason, tiles in reasons.items():
+            _say(console, f"dropped: {'; '.join(tiles)}: {reason}", "yellow")
+    _not_done(console, results["parts"])
+
+
+def _tiles(value: Any) -> str:
+    return " ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _candidates(candidates: list[Json]) -> Table:
+    lines = []
+    for found in candidates:
+        line = {"tiles": _tiles(found["tiles"]) + " (shipped)" * found["shipped"]}
+        if "seconds" in found:
+            low, high = (f"{found['seconds'][key] * 1e6:,.1f}" for key in ("lower", "upper"))
+            line |= {"us": f"{found['seconds']['median'] * 1e6:,.1f}", "quartiles": f"{low} .. {high}"}
+            line["of shipped"] = f"{found['of_shipped']:.3f} x"
+            if 1 < len(found["launches"]) <= 3:
+                line["each launch"] = " + ".join(f"{seconds * 1e6:,.1f}" for seconds in found["launches"].values())
+        line |= {name: str(found[name]) for name in ("registers", "shared") if name in found}
+        line["estimate"] = f"{found['estimate']:.4f}" if found.get("estimate") else ""
+        lines.append(line)
+    return _filled(
+        "", ("tiles", "us", "quartiles", "of shipped", "each launch", "registers", "shared", "estimate"), lines
+    )
+
+
+def _where(console: Console, found: Json) -> None:
+    gpu = found["results"]["gpu"]
+    if gpu is not None:
+        _say(console, f"{gpu['name']}, {gpu['memory_gb']} GB, driver {gpu['driver']}, CUDA {gpu['cuda']},"
+                      f" triton {found['versions']['triton']}, commit {(found['commit'] or {}).get('hash')}")  # fmt: skip
+    elif found["settings"].get("plan"):
+        _say(console, f"Measured: {found['results']['measured_on']}, triton {found['versions']['triton']}.", "bold")
+    else:
+        _say(
+            console,
+            "REHEARSAL on the CPU, in Triton's interpreter, at tiny sizes: no time below is one of a GPU.",
+            "bold",
+        )
+
+
+def _not_done(console: Console, states: Json, done: tuple[str, ...] = ("done",)) -> None:
+    for name, state in states.items():
+        if state["status"] not in done:
+            _say(console, f"{name}: {state['status']}", "red" if state["status"].startswith("failed") else "yellow")
 
 
 def _row(console: Console, row: Json) -> None:
@@ -69,7 +120,7 @@ def _row(console: Console, row: Json) -> None:
 
 
 def _passes(title: str, passes: Json) -> Table:
-    """A row for each variant of each pass, without the columns that all of them leave empty."""
+    """A row for each variant of each pass."""
     groups = []
     for run, timed in passes.items():
         lines = [
@@ -79,7 +130,12 @@ def _passes(title: str, passes: Json) -> Table:
         if timed["ideal_seconds"]:
             lines.append({"pass": run, "variant": "the bound", "us": f"{timed['ideal_seconds'] * 1e6:,.1f}"})
         groups.append(lines)
-    columns = [name for name in _COLUMNS if any(line.get(name) for lines in groups for line in lines)]
+    return _filled(title, _COLUMNS, *groups)
+
+
+def _filled(title: str, columns: tuple[str, ...], *groups: list[Json]) -> Table:
+    """The lines of each group, without the columns that all of them leave empty."""
+    columns = [name for name in columns if any(line.get(name) for lines in groups for line in lines)]
     table = _table(title, *columns)
     for lines in groups:
         for line in lines:
@@ -122,10 +178,15 @@ def _figures(console: Console, rows: list[Json]) -> None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title=title and f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
     for column in columns:
-        words = column in ("pass", "variant", "figure", "asked", "stretch", "met?")
+        words = column in ("pass", "variant", "tiles", "figure", "asked", "stretch", "met?")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
     return table
 
