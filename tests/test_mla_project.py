@@ -77,14 +77,15 @@ def few_programs(monkeypatch):
 
 
 class TestMlaProject(TritonContract):
-    # A tile holds 64 tokens in the forward pass and 128 in the backward pass.
+    # A tile holds 128 tokens, on small chips 64.
     cases = (
         project_case("no tokens", 0, 2, 16, 16, 16, 16, 16),
         project_case("one token", 1, 1, 16, 16, 16, 16, 16),
-        project_case("one token below a tile, widths of an odd multiple of 16", 63, 1, 112, 16, 48, 16, 80),
-        project_case("a tile, without residual", 64, 2, 48, 16, 16, 16, 32, residual=False),
-        project_case("one above a tile: the 500K model", 65, 4, 128, 32, 32, 16, 32),
-        project_case("a tile of the backward pass, three heads", 128, 3, 80, 32, 16, 16, 32),
+        project_case("one token below a small tile, widths of an odd multiple of 16", 63, 1, 112, 16, 48, 16, 80),
+        project_case("a small tile, without residual", 64, 2, 48, 16, 16, 16, 32, residual=False),
+        project_case("one above a small tile: the 500K model", 65, 4, 128, 32, 32, 16, 32),
+        project_case("a tile, three heads", 128, 3, 80, 32, 16, 16, 32),
+        project_case("one above a tile, without residual", 129, 2, 16, 16, 16, 16, 16, residual=False),
         project_case("several tiles, five heads, no width a power of two", 259, 5, 33, 7, 9, 6, 11),
     )
     tiny = project_case("tiny", 3, 3, 7, 5, 4, 6, 3)
@@ -298,7 +299,7 @@ def test_a_layer_against_the_layer_operator_by_operator(monkeypatch):
         found = drawn_twice(torch.float16)
     called = {str(operator).split(".")[1] for operator in record.calls}
     assert {"mla_project", "mla_project_backward"} <= called
-    assert "rope" not in called
+    assert not any(name.startswith("rope") for name in called)
     monkeypatch.setattr(ops, "projects_at_once", lambda *_: False)
     apart = drawn_twice(torch.float16)
     judged = {name: judge(expected[name], apart[name], found[name], torch.float16, "triton") for name in expected}
@@ -310,7 +311,7 @@ def test_a_layer_with_a_latent_of_the_queries_goes_operator_by_operator():
     with RecordCalls() as record:
         layer_quantities(torch.float16, 0, **{"model.q_lora_rank": 16})
     called = {str(operator).split(".")[1] for operator in record.calls}
-    assert "rope" in called
+    assert any(name.startswith("rope") for name in called)
     assert "mla_project" not in called
 
 

@@ -3,7 +3,8 @@
 N tokens, H heads, D model width, R latent rank, Dn / Dr / Dv widths of plain key, rotary key and value, P positions; HP, DP, RP,
 DNP, DRP, DVP are those padded, BN tokens make a tile.
 
-    forward    a tile from the stream to queries, keys and values: nothing between is written
+    forward    a tile from the stream to queries, keys and values: nothing between is written. One program of a tile makes the
+               queries, one beside it keys and values: each waits for its weights one after the other
     backward   makes what was between anew from h. One program of a tile makes the gradients of stream, kv_a and the norms,
                one beside it those of q and kv_b: all together do not fit into the registers of one
     sum        the gradients of the weights: sums over the tiles' parts
@@ -80,6 +81,13 @@ def _normalised(b_x, start, N, eps, BN: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _normed(b_x, weight, start, N, eps, BN: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """x / rms(x) weight of b_x [BN, WP], in its dtype."""
+    b_y, _ = _normalised(b_x.to(tl.float32), start, N, eps, BN, W)
+    return (b_y * _vector(weight, W, WP)).to(b_x.dtype)
+
+
+@triton.jit
 def _norm_backward(b_dy, b_x, b_rstd, b_weight, W: tl.constexpr):
     """The gradient of what was normalised to b_x and then multiplied by b_weight [1, ...]."""
     b_g = b_dy * b_weight
@@ -114,13 +122,6 @@ def _turned(b_x, b_cos, b_sin, BN: tl.constexpr, HP: tl.constexpr, DRP: tl.const
     return tl.reshape(b_y, [BN, HP * DRP]).to(b_x.dtype)
 
 
-@triton.jit
-def _latent(b_x, b_kv_a, dtype: tl.constexpr, start, N, eps, BN: tl.constexpr, R: tl.constexpr):
-    """The normalised latent [BN, RP] float32, without its weight, and 1 / rms."""
-    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(dtype).to(tl.float32)
-    return _normalised(b_l, start, N, eps, BN, R)
-
-
 @triton.jit(do_not_specialize=["N", "P"])
 def forward_kernel(
     delta, residual, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, h, q_nope, q_rope, k_nope, k_rope, v,
@@ -129,31 +130,30 @@ def forward_kernel(
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """h, q_nope, q_rope, k_nope, k_rope and v of one tile of tokens. What the separate operators round is rounded."""
-    start = tl.program_id(0) * BN
-    dtype = h.dtype.element_ty
-    b_x = _load(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
+    """h, q_nope, q_rope, k_nope, k_rope and v. Two programs for each tile of tokens, the second for keys and values. What the
+    separate operators round is rounded."""
+    start = tl.program_id(0) // 2 * BN
+    b_h = _load(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
     if residual is not None:
-        b_x = b_x.to(tl.float32) + _load(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)
-        b_x = b_x.to(dtype)
-    _store(h, b_x, start, N, BN, 1, 1, D, DP)
-    b_x, _ = _normalised(b_x.to(tl.float32), start, N, eps, BN, D)
-    b_x = (b_x * _vector(norm, D, DP)).to(dtype)
+        b_h = b_h.to(tl.float32) + _load(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_h = b_h.to(h.dtype.element_ty)
+    b_x = _normed(b_h, norm, start, N, eps, BN, D, DP)
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-
-    b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)), input_precision="ieee")
-    _store(q_nope, b_q, start, N, BN, H, HP, Dn, DNP)
-    b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)), input_precision="ieee").to(dtype)
-    _store(q_rope, _turned(b_q, b_cos, b_sin, BN, HP, DRP), start, N, BN, H, HP, Dr, DRP)
-    b_k = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP)), input_precision="ieee").to(dtype)
-    _store(k_rope, _turned(b_k, b_cos, b_sin, BN, 1, DRP), start, N, BN, 1, 1, Dr, DRP)
-
-    b_l, _ = _latent(b_x, _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP), dtype, start, N, latent_eps, BN, R)  # [BN, RP]
-    b_l = (b_l * _vector(latent_norm, R, RP)).to(dtype)
-    b_k = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)), input_precision="ieee")
-    _store(k_nope, b_k, start, N, BN, H, HP, Dn, DNP)
-    b_v = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)), input_precision="ieee")
-    _store(v, b_v, start, N, BN, H, HP, Dv, DVP)
+    if tl.program_id(0) % 2 == 0:
+        _store(h, b_h, start, N, BN, 1, 1, D, DP)
+        b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)), input_precision="ieee")
+        _store(q_nope, b_q, start, N, BN, H, HP, Dn, DNP)
+        b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)), input_precision="ieee")
+        _store(q_rope, _turned(b_q.to(b_x.dtype), b_cos, b_sin, BN, HP, DRP), start, N, BN, H, HP, Dr, DRP)
+    else:
+        b_l = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)), input_precision="ieee")  # [BN, RP]
+        b_k = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP)), input_precision="ieee")
+        _store(k_rope, _turned(b_k.to(b_x.dtype), b_cos, b_sin, BN, 1, DRP), start, N, BN, 1, 1, Dr, DRP)
+        b_l = _normed(b_l.to(b_x.dtype), latent_norm, start, N, latent_eps, BN, R, RP)
+        b_k = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)), input_precision="ieee")
+        _store(k_nope, b_k, start, N, BN, H, HP, Dn, DNP)
+        b_v = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)), input_precision="ieee")
+        _store(v, b_v, start, N, BN, H, HP, Dv, DVP)
 
 
 @triton.jit
@@ -165,10 +165,10 @@ def _stream_backward(
     BN: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm. q_nope: HG heads at a time."""
-    b_x, _ = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
-    b_x = (b_x * _vector(norm, D, DP)).to(h.dtype.element_ty)  # [BN, DP]
+    b_x = _normed(_load(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
     b_kv_a = _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
-    b_l, b_rstd = _latent(b_x, b_kv_a, h.dtype.element_ty, start, N, latent_eps, BN, R)  # [BN, RP]
+    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)  # [BN, RP]
+    b_l, b_rstd = _normalised(b_l.to(tl.float32), start, N, latent_eps, BN, R)
     b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_dl = tl.dot(b_dy, _weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP), input_precision="ieee")
     b_dy = _load(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
@@ -211,8 +211,7 @@ def _weights_backward(
     BN: tl.constexpr,
 ):  # fmt: skip
     """A tile's parts of the gradients of q and kv_b."""
-    b_x, _ = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
-    b_x = (b_x * _vector(norm, D, DP)).to(h.dtype.element_ty)  # [BN, DP]
+    b_x = _normed(_load(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
     b_dy = _load(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
     _store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
@@ -222,8 +221,8 @@ def _weights_backward(
     _store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
 
     p_kv_b, b_kv_a = parts + (H * (Dn + Dr) + R + Dr) * D, _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
-    b_l, _ = _latent(b_x, b_kv_a, h.dtype.element_ty, start, N, latent_eps, BN, R)
-    b_l = (b_l * _vector(latent_norm, R, RP)).to(b_x.dtype)  # [BN, RP]
+    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)
+    b_l = _normed(b_l, latent_norm, start, N, latent_eps, BN, R, RP)  # [BN, RP]
     b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
     _store_weight(p_kv_b, b_part, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)
@@ -258,16 +257,16 @@ def backward_kernel(
 
 
 class Tiles(NamedTuple):
-    """BN tokens, and warps, of the forward and of the backward pass; groups of heads whose queries are a product each there."""
+    """BN tokens; groups of heads whose queries are a product each in the backward pass."""
 
-    forward: tuple[int, int]
-    backward: tuple[int, int]
+    bn: int
+    warps: int
     groups: int
 
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
 # Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
-_LARGE, _SMALL = Tiles((64, 4), (128, 8), 1), Tiles((64, 8), (64, 8), 2)
+_LARGE, _SMALL = Tiles(128, 8, 1), Tiles(64, 8, 2)
 
 
 class Sizes(NamedTuple):
@@ -335,25 +334,25 @@ def _tiles(large: bool) -> Tiles:
 
 def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
     """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
-    (delta,), n, (bn, warps) = rows(delta), delta.size(0), _tiles(large).forward
+    (delta,), n, (bn, warps, _) = rows(delta), delta.size(0), _tiles(large)
     residual = None if residual is None else rows(residual)[0]
     arguments = _arguments(shared) | {
         "delta": delta, "delta_n": delta.stride(0), "residual": residual,
         "residual_n": 0 if residual is None else residual.stride(0), "N": n, "BN": bn,
     }  # fmt: skip
     arguments |= dict(zip(("h", "q_nope", "q_rope", "k_nope", "k_rope", "v"), outputs, strict=True))
-    return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
+    return Launch(forward_kernel, (2 * triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
 
 
 def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
     """The kernel that fills dx and parts of dweights, and the one that adds these up; tensors may lie on the meta device."""
-    (dh, *others), n, (bn, warps) = gradients, h.size(0), _tiles(large).backward
+    (dh, *others), n, (bn, warps, groups) = gradients, h.size(0), _tiles(large)
     dh = None if dh is None else rows(dh)[0]
     parts = h.new_empty(triton.cdiv(n, bn), dweights.numel(), dtype=torch.float32)
     arguments = _arguments(shared)
     arguments |= {
         "dh": dh, "dh_n": 0 if dh is None else dh.stride(0), "h": h, "dx": dx, "parts": parts, "N": n,
-        "TOTAL": parts.size(1), "BN": bn, "HG": max(1, arguments["HP"] // _tiles(large).groups),
+        "TOTAL": parts.size(1), "BN": bn, "HG": max(1, arguments["HP"] // groups),
     }  # fmt: skip
     names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
     arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}

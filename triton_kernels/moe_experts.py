@@ -223,6 +223,32 @@ def swiglu_backward_kernel(
         tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
 
 
+@triton.jit
+def _rows(p, r, c, end, WIDTH: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at p [BK, 1] and columns c [COLS], 0 from column WIDTH on, and where MASKED for places r from `end` on."""
+    if MASKED:
+        return tl.load(p + c[None, :], mask=(r < end)[:, None] & (c < WIDTH)[None, :], other=0.0)
+    if WIDTH % COLS:
+        return tl.load(p + c[None, :], mask=(c < WIDTH)[None, :], other=0.0)
+    return tl.load(p + c[None, :])
+
+
+@triton.jit
+def _add_places(
+    b_out, p, q, order, start, end, i, j, q_n,
+    P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROUTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """b_out [BM, BN] and the places start .. start + BK - 1 more, where MASKED those before `end`."""
+    r = start + tl.arange(0, BK)  # [BK]
+    slot = r
+    if ROUTED:
+        slot = tl.load(order + r, mask=r < end, other=0) if MASKED else tl.load(order + r)
+    b_p = _rows(p + (r.to(tl.int64) * P)[:, None], r, i, end, P, BM, MASKED)  # [BK, BM]
+    b_q = _rows(q + (slot.to(tl.int64) // K * q_n)[:, None], r, j, end, Q, BN, MASKED)  # [BK, BN]
+    return tl.dot(tl.trans(b_p), b_q, b_out, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def matrix_kernel(
     p, q, out, order, offsets, q_n, R,
@@ -247,15 +273,11 @@ def matrix_kernel(
     i = block_p * BM + tl.arange(0, BM)  # [BM]
     j = block_q * BN + tl.arange(0, BN)  # [BN]
     b_out = tl.zeros([BM, BN], tl.float32)
-    for start in range(begin, end, BK):
-        r = start + tl.arange(0, BK)  # [BK]
-        m_r = (r < end)[:, None]
-        slot = tl.load(order + r, mask=r < end, other=0) if ROUTED else r
-        p_p = p + (r.to(tl.int64) * P)[:, None] + i[None, :]
-        p_q = q + (slot.to(tl.int64) // K * q_n)[:, None] + j[None, :]
-        b_p = tl.load(p_p, mask=m_r & (i < P)[None, :], other=0.0)  # [BK, BM]
-        b_q = tl.load(p_q, mask=m_r & (j < Q)[None, :], other=0.0)  # [BK, BN]
-        b_out = tl.dot(tl.trans(b_p), b_q, b_out, input_precision="ieee")
+    whole = begin + tl.maximum(end - begin, 0) // BK * BK
+    for start in range(begin, whole, BK):
+        b_out = _add_places(b_out, p, q, order, start, end, i, j, q_n, P, Q, K, BM, BN, BK, ROUTED, False)
+    if whole < end:  # the last places, fewer than a block
+        b_out = _add_places(b_out, p, q, order, whole, end, i, j, q_n, P, Q, K, BM, BN, BK, ROUTED, True)
     p_out = out + (split * E + e).to(tl.int64) * (P * Q) + i[:, None] * out_p + j[None, :] * out_q
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])
 
