@@ -102,7 +102,7 @@ class TestOperators:
     def test_list_is_what_the_package_has(self):
         """And what stands for several of them on a GPU, whose choice it follows."""
         public = {name for name in ops.__all__ if name in {path.stem for path in (PACKAGE / "ops").glob("*.py")}}
-        assert public == {*ops.OPERATORS, "mla_project"}
+        assert public == {*ops.OPERATORS, "mla_output", "mla_project"}
 
     @pytest.mark.parametrize("operator", ops.OPERATORS)
     def test_one_name_in_every_place(self, operator):

@@ -21,84 +21,24 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, large_tiles, on_meta, rows
+from dsfast.triton_kernels.narrow import (
+    load_tokens,
+    load_vector,
+    load_weight,
+    norm_backward,
+    normalised,
+    store_tokens,
+    store_weight,
+)
 from dsfast.triton_kernels.pieces import again, options, padded, sum_launch
 from torch import Tensor
 
 
 @triton.jit
-def _places(
-    H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr
-):
-    """Of H heads of HEAD numbers each, numbers FIRST .. FIRST + W - 1: where they are and whether [HP WP], both padded."""
-    c = tl.arange(0, HP * WP)
-    return c // WP * HEAD + FIRST + c % WP, (c // WP < H) & (c % WP < W)
-
-
-@triton.jit
-def _weight(
-    p, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Rows FIRST .. FIRST + W - 1 of each head's HEAD in p [H HEAD, D], as [HP WP, DP], 0 where there is none."""
-    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
-    d = tl.arange(0, DP)[None, :]
-    return tl.load(p + row[:, None] * D + d, mask=m_row[:, None] & (d < D), other=0.0)
-
-
-@triton.jit
-def _store_weight(
-    p, b_x, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """The rows that `_weight` reads = b_x [HP WP, DP]."""
-    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
-    d = tl.arange(0, DP)[None, :]
-    tl.store(p + row[:, None] * D + d, b_x, mask=m_row[:, None] & (d < D))
-
-
-@triton.jit
-def _load(p, start, stride, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
-    """Tokens start .. start + BN - 1 of p [N, H, W], tokens `stride` apart, as [BN, HP WP], 0 where there is none."""
-    n = start + tl.arange(0, BN)[:, None]
-    c, m_c = _places(H, HP, W, WP, W, 0)
-    return tl.load(p + (n.to(tl.int64) * stride + c[None, :]), mask=(n < N) & m_c[None, :], other=0.0)
-
-
-@triton.jit
-def _store(p, b_x, start, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
-    """Tokens start .. start + BN - 1 of p [N, H, W], contiguous, = b_x [BN, HP WP]."""
-    n = start + tl.arange(0, BN)[:, None]
-    c, m_c = _places(H, HP, W, WP, W, 0)
-    tl.store(p + (n.to(tl.int64) * (H * W) + c[None, :]), b_x.to(p.dtype.element_ty), mask=(n < N) & m_c[None, :])
-
-
-@triton.jit
-def _normalised(b_x, start, N, eps, BN: tl.constexpr, W: tl.constexpr):
-    """(x / rms(x), 1 / rms(x) [BN, 1]) of b_x [BN, ...] float32, whose rows hold W numbers; zeros from token N on."""
-    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / W + eps)
-    b_rstd = tl.where(tl.arange(0, BN) < N - start, b_rstd, 0.0)[:, None]
-    return b_x * b_rstd, b_rstd
-
-
-@triton.jit
 def _normed(b_x, weight, start, N, eps, BN: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """x / rms(x) weight of b_x [BN, WP], in its dtype."""
-    b_y, _ = _normalised(b_x.to(tl.float32), start, N, eps, BN, W)
-    return (b_y * _vector(weight, W, WP)).to(b_x.dtype)
-
-
-@triton.jit
-def _norm_backward(b_dy, b_x, b_rstd, b_weight, W: tl.constexpr):
-    """The gradient of what was normalised to b_x and then multiplied by b_weight [1, ...]."""
-    b_g = b_dy * b_weight
-    return b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / W)[:, None])
-
-
-@triton.jit
-def _vector(p, W: tl.constexpr, WP: tl.constexpr):
-    """p [W] as [1, WP] float32."""
-    w = tl.arange(0, WP)
-    return tl.load(p + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
+    b_y, _ = normalised(b_x.to(tl.float32), start, N, eps, BN, W)
+    return (b_y * load_vector(weight, W, WP)).to(b_x.dtype)
 
 
 @triton.jit
@@ -133,27 +73,29 @@ def forward_kernel(
     """h, q_nope, q_rope, k_nope, k_rope and v. Two programs for each tile of tokens, the second for keys and values. What the
     separate operators round is rounded."""
     start = tl.program_id(0) // 2 * BN
-    b_h = _load(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
+    b_h = load_tokens(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
     if residual is not None:
-        b_h = b_h.to(tl.float32) + _load(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_h = b_h.to(tl.float32) + load_tokens(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)
         b_h = b_h.to(h.dtype.element_ty)
     b_x = _normed(b_h, norm, start, N, eps, BN, D, DP)
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
     if tl.program_id(0) % 2 == 0:
-        _store(h, b_h, start, N, BN, 1, 1, D, DP)
-        b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)), input_precision="ieee")
-        _store(q_nope, b_q, start, N, BN, H, HP, Dn, DNP)
-        b_q = tl.dot(b_x, tl.trans(_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)), input_precision="ieee")
-        _store(q_rope, _turned(b_q.to(b_x.dtype), b_cos, b_sin, BN, HP, DRP), start, N, BN, H, HP, Dr, DRP)
+        store_tokens(h, b_h, start, N, BN, 1, 1, D, DP)
+        b_q = tl.dot(b_x, tl.trans(load_weight(q, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)), input_precision="ieee")
+        store_tokens(q_nope, b_q, start, N, BN, H, HP, Dn, DNP)
+        b_q = tl.dot(b_x, tl.trans(load_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)), input_precision="ieee")
+        store_tokens(q_rope, _turned(b_q.to(b_x.dtype), b_cos, b_sin, BN, HP, DRP), start, N, BN, H, HP, Dr, DRP)
     else:
-        b_l = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)), input_precision="ieee")  # [BN, RP]
-        b_k = tl.dot(b_x, tl.trans(_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP)), input_precision="ieee")
-        _store(k_rope, _turned(b_k.to(b_x.dtype), b_cos, b_sin, BN, 1, DRP), start, N, BN, 1, 1, Dr, DRP)
+        b_l = tl.dot(
+            b_x, tl.trans(load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)), input_precision="ieee"
+        )  # [BN, RP]
+        b_k = tl.dot(b_x, tl.trans(load_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP)), input_precision="ieee")
+        store_tokens(k_rope, _turned(b_k.to(b_x.dtype), b_cos, b_sin, BN, 1, DRP), start, N, BN, 1, 1, Dr, DRP)
         b_l = _normed(b_l.to(b_x.dtype), latent_norm, start, N, latent_eps, BN, R, RP)
-        b_k = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)), input_precision="ieee")
-        _store(k_nope, b_k, start, N, BN, H, HP, Dn, DNP)
-        b_v = tl.dot(b_l, tl.trans(_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)), input_precision="ieee")
-        _store(v, b_v, start, N, BN, H, HP, Dv, DVP)
+        b_k = tl.dot(b_l, tl.trans(load_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)), input_precision="ieee")
+        store_tokens(k_nope, b_k, start, N, BN, H, HP, Dn, DNP)
+        b_v = tl.dot(b_l, tl.trans(load_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)), input_precision="ieee")
+        store_tokens(v, b_v, start, N, BN, H, HP, Dv, DVP)
 
 
 @triton.jit
@@ -165,42 +107,42 @@ def _stream_backward(
     BN: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm. q_nope: HG heads at a time."""
-    b_x = _normed(_load(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
-    b_kv_a = _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
+    b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
+    b_kv_a = load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
     b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)  # [BN, RP]
-    b_l, b_rstd = _normalised(b_l.to(tl.float32), start, N, latent_eps, BN, R)
-    b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
-    b_dl = tl.dot(b_dy, _weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP), input_precision="ieee")
-    b_dy = _load(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
-    b_dl = tl.dot(b_dy, _weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP), b_dl, input_precision="ieee")
+    b_l, b_rstd = normalised(b_l.to(tl.float32), start, N, latent_eps, BN, R)
+    b_dy = load_tokens(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_dl = tl.dot(b_dy, load_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP), input_precision="ieee")
+    b_dy = load_tokens(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
+    b_dl = tl.dot(b_dy, load_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP), b_dl, input_precision="ieee")
     p_norm, d, r = parts + (H * (Dn + Dr) + R + Dr) * D + H * (Dn + Dv) * R, tl.arange(0, DP), tl.arange(0, RP)
     tl.store(p_norm + D + r, tl.sum(b_dl * b_l, 0), mask=r < R)
-    b_dl = _norm_backward(b_dl, b_l, b_rstd, _vector(latent_norm, R, RP), R).to(b_x.dtype)
+    b_dl = norm_backward(b_dl, b_l, b_rstd, load_vector(latent_norm, R, RP), R).to(b_x.dtype)
 
     p_kv_a = parts + H * (Dn + Dr) * D
     b_part = tl.dot(tl.trans(b_x), b_dl, input_precision="ieee")  # [DP, RP]
-    _store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
+    store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
     b_dx = tl.dot(b_dl, b_kv_a, input_precision="ieee")  # [BN, DP]
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-    b_dy = _turned(_load(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
+    b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
     b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
-    _store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
-    b_dx = tl.dot(b_dy, _weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
-    b_dy = _turned(_load(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
-    b_dx = tl.dot(b_dy, _weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
+    store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
+    b_dx = tl.dot(b_dy, load_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
+    b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+    b_dx = tl.dot(b_dy, load_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
     for head in tl.static_range(0, H, HG):
-        b_dy = _load(dq_nope + head * Dn, start, H * Dn, N, BN, H - head, HG, Dn, DNP)
-        b_w = _weight(q + head * (Dn + Dr) * D, H - head, HG, Dn, DNP, Dn + Dr, 0, D, DP)
+        b_dy = load_tokens(dq_nope + head * Dn, start, H * Dn, N, BN, H - head, HG, Dn, DNP)
+        b_w = load_weight(q + head * (Dn + Dr) * D, H - head, HG, Dn, DNP, Dn + Dr, 0, D, DP)
         b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
 
     # x anew, and from addresses made anew: kept they would take registers all the way.
     start = again(start, N)
-    b_x, b_rstd = _normalised(_load(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
+    b_x, b_rstd = normalised(load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
     tl.store(p_norm + d, tl.sum(b_dx * b_x, 0), mask=d < D)
-    b_dx = _norm_backward(b_dx, b_x, b_rstd, _vector(norm, D, DP), D)
+    b_dx = norm_backward(b_dx, b_x, b_rstd, load_vector(norm, D, DP), D)
     if dh is not None:
-        b_dx += _load(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
-    _store(dx, b_dx, start, N, BN, 1, 1, D, DP)
+        b_dx += load_tokens(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
+    store_tokens(dx, b_dx, start, N, BN, 1, 1, D, DP)
 
 
 @triton.jit
@@ -211,24 +153,24 @@ def _weights_backward(
     BN: tl.constexpr,
 ):  # fmt: skip
     """A tile's parts of the gradients of q and kv_b."""
-    b_x = _normed(_load(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
-    b_dy = _load(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
+    b_dy = load_tokens(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-    _store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
+    store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-    b_dy = _turned(_load(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+    b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
     b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-    _store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
+    store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
 
-    p_kv_b, b_kv_a = parts + (H * (Dn + Dr) + R + Dr) * D, _weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
+    p_kv_b, b_kv_a = parts + (H * (Dn + Dr) + R + Dr) * D, load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
     b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)
     b_l = _normed(b_l, latent_norm, start, N, latent_eps, BN, R, RP)  # [BN, RP]
-    b_dy = _load(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_dy = load_tokens(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
-    _store_weight(p_kv_b, b_part, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)
-    b_dy = _load(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
+    store_weight(p_kv_b, b_part, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)
+    b_dy = load_tokens(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
     b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
-    _store_weight(p_kv_b, b_part, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)
+    store_weight(p_kv_b, b_part, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)
 
 
 @triton.jit(do_not_specialize=["N", "P"])

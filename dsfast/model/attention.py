@@ -44,7 +44,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, delta: Tensor, residual: Tensor | None, norm: RMSNorm, rope: Tables, positions: Tensor,
         cu_seqlens: Tensor | None, cache: LatentCache | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """delta, residual [N, D], whose sum is the stream (None counts as 0) -> attention of norm(stream), and the stream."""
+        """delta, residual [N, D], whose sum is the stream (None counts as 0) -> the values that attention of norm(stream) gives,
+        [N, H Dv], and the stream."""
         if cache is not None or not self._projects_at_once(delta, rope):
             x, h = norm.of_stream(delta, residual, self.uses)
             return self(*x, rope, positions, cu_seqlens, cache), h
@@ -52,8 +53,17 @@ class MultiHeadLatentAttention(nn.Module):
             delta, residual, norm.weight, norm.eps, self.q_proj.weight, self.kv_a_proj_with_mqa.weight,
             self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, self.kv_b_proj.weight, self.heads, *rope, positions,
         )  # fmt: skip
-        values = ops.mla_attention(*projected, cu_seqlens, self.scale)
-        return self.o_proj(values.flatten(1)), h
+        return ops.mla_attention(*projected, cu_seqlens, self.scale).flatten(1), h
+
+    def to_stream(
+        self, values: Tensor, residual: Tensor, norm: RMSNorm, uses: int, cache: LatentCache | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """values [N, H Dv], residual [N, D] -> (norm of the stream, once for each of its `uses`), and the stream: residual and
+        what the values add to it."""
+        if cache is not None or not ops.outputs_at_once(values, self.o_proj.weight):
+            return norm.of_stream(self.o_proj(values), residual, uses)
+        *y, h = ops.mla_output(values, self.o_proj.weight, residual, norm.weight, norm.eps, uses)
+        return tuple(y), h
 
     def _projects_at_once(self, delta: Tensor, rope: Tables) -> bool:
         return hasattr(self, "q_proj") and ops.projects_at_once(
@@ -65,7 +75,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, x_q: Tensor, x_kv: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None,
         cache: LatentCache | None,
     ) -> Tensor:  # fmt: skip
-        """x_q and x_kv [N, D], the same numbers (see `ops.stream_norm`) -> [N, D].
+        """x_q and x_kv [N, D], the same numbers (see `ops.stream_norm`) -> values [N, H Dv], which `o_proj` takes to the stream.
 
         `cu_seqlens` None: one new token for each sequence of `cache`, which then is required.
         """
@@ -82,7 +92,7 @@ class MultiHeadLatentAttention(nn.Module):
             key_values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
             k_nope, v = key_values.split(self.key_value_widths, dim=-1)  # [N, H, Dn], [N, H, Dv]
             values = ops.mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, self.scale)
-        return self.o_proj(values.flatten(1))
+        return values.flatten(1)
 
     def _queries(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, H, Dn + Dr]."""

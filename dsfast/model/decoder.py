@@ -37,10 +37,10 @@ class DecoderLayer(nn.Module):
         cache: LatentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(delta, residual) [N, D], whose sum is the stream (None counts as 0) -> the same pair, one layer on."""
-        delta, residual = self.self_attn.of_stream(
+        values, residual = self.self_attn.of_stream(
             delta, residual, self.input_layernorm, rope, positions, cu_seqlens, cache
         )
-        x, residual = self.post_attention_layernorm.of_stream(delta, residual, self.mlp.uses)
+        x, residual = self.self_attn.to_stream(values, residual, self.post_attention_layernorm, self.mlp.uses, cache)
         return self.mlp(*x), residual
 
 

@@ -17,6 +17,7 @@ from dsfast.ops.embedding import embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
+from dsfast.ops.mla_output import mla_output, outputs_at_once
 from dsfast.ops.mla_project import mla_project, projects_at_once
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route, route_tokens
@@ -42,12 +43,14 @@ __all__ = [
     "linear_cross_entropy",
     "mla_attention",
     "mla_decode",
+    "mla_output",
     "mla_project",
     "moe_experts",
     "moe_route",
     "muon",
     "newton_schulz",
     "note_fallback",
+    "outputs_at_once",
     "products_in",
     "projects_at_once",
     "record_step",

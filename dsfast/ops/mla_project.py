@@ -8,8 +8,8 @@
 N tokens, D model width, H heads, R latent rank, Dn / Dr / Dv widths of plain key, rotary key and value, P positions.
 
 As operators these are 7 launches on a GPU and 15 backward, each of which takes a microsecond or two beside its work. Where a
-model is narrow, so that a tile and what it is multiplied by fit into one program, they are 1 and 2. There is no C++ for it and it
-is not one of `OPERATORS`: the model calls it where `projects_at_once` says that the GPU's kernel takes it.
+model is narrow, so that a tile and what it is multiplied by fit into one program, they are 1 and 2 (dsfast.ops.narrow): the model
+calls it where `projects_at_once` says that the GPU's kernel takes it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dsfast.ops import triton
-from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+from dsfast.ops.narrow import at_once, padded
 from dsfast.ops.rms_norm import rms_norm_reference
 from dsfast.ops.rope import rope_reference
 
@@ -67,19 +67,11 @@ def mla_project(
 def projects_at_once(
     delta: Tensor, q: Tensor, kv_a: Tensor, latent_norm: Tensor, kv_b: Tensor, heads: int, cos: Tensor
 ) -> bool:
-    """Whether `mla_project` takes such arguments, which are to fit together, in one launch.
-
-    Not in float32, where products take longer than launches.
-    """
+    """Whether `mla_project` takes such arguments, which are to fit together, in one launch (dsfast.ops.narrow)."""
     r, dn, dr, dv = _widths(q, latent_norm, kv_b, heads, cos)
-    h, (d, r, dn, dr, dv) = 1 << (heads - 1).bit_length(), map(_padded, (kv_a.size(1), r, dn, dr, dv))
+    h, (d, r, dn, dr, dv) = 1 << (heads - 1).bit_length(), map(padded, (kv_a.size(1), r, dn, dr, dv))
     widths = {"D": d, "R": r, "H Dn": h * dn, "H Dr": h * dr, "H Dv": h * dv}
-    fits = delta.dtype in (torch.float16, torch.bfloat16) and all(widths[name] <= WIDEST[name] for name in WIDEST)
-    return fits and all(choose(operator, delta) == "triton" for operator in INSTEAD_OF)
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
+    return at_once(delta, widths, WIDEST, INSTEAD_OF)
 
 
 def _widths(q: Tensor, latent_norm: Tensor, kv_b: Tensor, heads: int, cos: Tensor) -> tuple[int, int, int, int]:

@@ -45,14 +45,19 @@ def stream_norm(
     One memory, and one gradient for each that reads it: the backward pass reads them all, and that of h, where autograd would
     add them up one after the other. Errors as `rms_norm`, and ValueError for `uses` not in 1 .. MOST_USES.
     """
-    if not 1 <= uses <= MOST_USES:
-        raise ValueError(f"rms_norm: uses must be 1 .. {MOST_USES}, got {uses}")
+    expect_uses("rms_norm", uses)
     _check(x, weight, residual)
     if choose("rms_norm", x) == "reference":
         found = rms_norm_reference(x, weight, eps, residual)
         y, h = (found, x) if residual is None else found
         return *[y] * uses, h
     return _StreamNorm.apply(x, weight, eps, residual, uses)
+
+
+def expect_uses(operator: str, uses: int) -> None:
+    """Raise ValueError for `uses` not in 1 .. MOST_USES: so many gradients the kernels read."""
+    if not 1 <= uses <= MOST_USES:
+        raise ValueError(f"{operator}: uses must be 1 .. {MOST_USES}, got {uses}")
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -1,0 +1,219 @@
+"""What stands behind a layer's attention, at once, against the operators it stands for: in Triton's interpreter and on a GPU. The
+contract of every operator's kernels is in tests/triton_contract.py."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from guard import GraphGuard
+from narrow_layer import few_programs, half, layer_against_apart, layer_of
+from operator_cases import RecordCalls
+from torch import Tensor
+from triton_contract import (
+    DEVICE,
+    DRAWS,
+    INTERPRETED,
+    TritonContract,
+    assert_bitwise_equal,
+    assert_passed,
+    drawn,
+    in_the_interpreter,
+    on_device,
+    poisoned,
+)
+
+from dsfast import ops
+from dsfast.config import default_config
+from dsfast.model.cache import LatentCache
+from dsfast.ops.cases import Case
+from dsfast.ops.checks import check_draws, evaluate
+from dsfast.ops.mla_output import INSTEAD_OF, for_each_use, mla_output_reference
+
+
+def output(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
+    """`ops.mla_output`, in the interpreter by the kernel in float32 as well: there errors have no rounding to hide in."""
+    own = ops.dispatch.choose("mla_attention", values) == "triton" and (INTERPRETED or values.itemsize == 2)
+    return (for_each_use if own else mla_output_reference)(values, o, residual, norm, eps, uses)
+
+
+def output_case(name: str, n: int, d: int, c: int, uses: int = 1, function=output) -> Case:
+    def make_inputs(g: torch.Generator) -> tuple:
+        def normal(*shape, scale=1.0):
+            return torch.randn(shape, generator=g) * scale
+
+        return normal(n, c), normal(d, c, scale=c**-0.5), normal(n, d), 1 + 0.2 * normal(d), 1e-6, uses
+
+    return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3))
+
+
+sums_in_few_programs = pytest.fixture(autouse=True)(few_programs)
+
+
+class TestMlaOutput(TritonContract):
+    # A tile holds 64 tokens.
+    cases = (
+        output_case("no tokens", 0, 16, 16),
+        output_case("one token", 1, 16, 16),
+        output_case("one token below a tile, odd multiples of 16", 63, 112, 80, 2),
+        output_case("a tile, three uses", 64, 48, 128, 3),
+        output_case("one above a tile: the 500K model", 65, 128, 128, 3),
+        output_case("several tiles, no width a power of two", 259, 33, 55, 2),
+    )
+    tiny = output_case("tiny", 3, 7, 9, 3)
+    registered = ("mla_output", "mla_output_backward")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the reference is held to the CPU's operators")
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_reference_is_the_composition_of_the_operators(uses):
+    """As dsfast/model/attention.py has it, each of them in plain PyTorch, in float64."""
+    case = output_case("", 13, 24, 18, uses, ops.mla_output)
+
+    def composed(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
+        return ops.stream_norm(values @ o.T, norm, eps, residual, uses)
+
+    arguments = [x.double() if isinstance(x, Tensor) else x for x in drawn(case)]
+    with ops.use("reference"):
+        expected = evaluate(composed, arguments, case.differentiable)
+    found = evaluate(case.function, arguments, case.differentiable)
+    assert found.keys() == expected.keys()
+    for quantity, values in expected.items():
+        torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
+
+
+@on_device
+def test_public_function_calls_the_kernel():
+    case = output_case("", 9, 16, 32, 2, ops.mla_output)
+    arguments = half(drawn(case))
+    with RecordCalls() as record, poisoned():
+        found = evaluate(case.function, arguments, case.differentiable)
+    assert {str(operator) for operator in record.calls} == {
+        "dsfast.mla_output.default",
+        "dsfast.mla_output_backward.default",
+    }
+    assert_bitwise_equal(found, evaluate(output, arguments, case.differentiable))
+
+
+@on_device
+def test_all_uses_are_one_memory():
+    *y, h = output(*half(drawn(output_case("", 9, 16, 32, 3))))
+    assert len({x.data_ptr() for x in y}) == 1
+    assert h.data_ptr() != y[0].data_ptr()
+
+
+@on_device
+@pytest.mark.parametrize("used", [(0,), (2,), (3,), (0, 1), (1, 3), (0, 1, 2)], ids=str)
+def test_gradients_where_some_outputs_are_not_used(used):
+    """Outputs 0 to 2 are y, 3 is h."""
+    case = output_case("", 70, 16, 32, 3)
+
+    def function(*arguments):
+        found = output(*arguments)
+        return tuple(found[place] for place in used)
+
+    function.__signature__ = inspect.signature(output)
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    with poisoned():
+        assert_passed(check_draws("mla_attention", function, draws, case.differentiable, ["triton"], torch.float16))
+
+
+@on_device
+def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
+    """It has zeros, whose norm is 0 / 0 then."""
+    case = output_case("", 5, 16, 16)
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    for arguments in draws:
+        arguments[4] = 0.0
+    with poisoned():
+        assert_passed(check_draws("mla_attention", output, draws, case.differentiable, ["triton"], torch.float16))
+
+
+@on_device
+def test_nothing_waits_for_the_host():
+    case = output_case("", 70, 16, 16, 2)
+    arguments = half(drawn(case))
+    leaves = [x.requires_grad_() if i in case.differentiable else x for i, x in enumerate(arguments)]
+    with GraphGuard(), ops.use("triton"):
+        outputs = output(*leaves)
+        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], [torch.ones_like(x) for x in outputs])
+
+
+@on_device
+def test_second_derivatives_are_refused():
+    case = output_case("", 5, 16, 16)
+    arguments = half(drawn(case))
+    arguments[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(output(*arguments)[0].sum(), arguments[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="dsfast::mla_output has first derivatives only"):
+        gradient.sum().backward()
+
+
+def taken(dtype: torch.dtype = torch.float16, d=128, c=128, device=DEVICE) -> bool:
+    empty = torch.empty(3, c, dtype=dtype, device=device)
+    return ops.outputs_at_once(empty, empty.new_empty(d, c))
+
+
+@on_device
+def test_what_is_taken():
+    assert taken()
+    assert taken(torch.bfloat16)
+    assert taken(d=97, c=3)
+    assert not taken(torch.float32)
+    assert not taken(d=129)
+    assert not taken(c=129)
+
+
+@on_device
+@pytest.mark.parametrize("operator", INSTEAD_OF)
+def test_not_where_one_it_stands_for_is_plain_pytorch(operator):
+    with ops.use("reference", operator):
+        assert not taken()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there the CPU's kernels are the GPU's")
+@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+def test_not_on_a_cpu():
+    assert not taken(torch.bfloat16, device="cpu")
+    assert not taken(torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "kind", "message"),
+    [
+        (0, lambda x: x[0], ValueError, r"mla_output: values must have shape \[N, H Dv\], got \[32\]"),
+        (1, lambda x: x[:, 1:], ValueError, r"mla_output: o must have shape \[D, 32\], got \[16, 31\]"),
+        (1, lambda x: x.double(), TypeError, r"mla_output: o must be torch.float32 on"),
+        (2, lambda x: x[1:], ValueError, r"mla_output: residual must have shape \[3, 16\], got \[2, 16\]"),
+        (3, lambda x: x[1:], ValueError, r"mla_output: norm must have shape \[16\], got \[15\]"),
+        (5, lambda _: 0, ValueError, r"mla_output: uses must be 1 .. 3, got 0"),
+        (5, lambda _: 4, ValueError, r"mla_output: uses must be 1 .. 3, got 4"),
+    ],
+)
+def test_bad_arguments(position, change, kind, message):
+    arguments = drawn(output_case("", 3, 16, 32))
+    arguments[position] = change(arguments[position])
+    with ops.use("reference"), pytest.raises(kind, match=message):
+        ops.mla_output(*arguments)
+
+
+@on_device
+def test_a_layer_against_the_layer_operator_by_operator(monkeypatch):
+    called = layer_against_apart("outputs_at_once", monkeypatch)
+    assert {"mla_output", "mla_output_backward"} <= called
+    assert "rms_norm" not in called
+
+
+@on_device
+def test_decoding_goes_operator_by_operator():
+    """A step of it has a cache, and its launches are counted in tests/test_device_decode.py."""
+    layer, half_on_device = layer_of(torch.float16), {"device": DEVICE, "dtype": torch.float16}
+    values, residual = torch.randn(2, 3, 128).to(**half_on_device)
+    cache = LatentCache(default_config("cpu").model, 3, 5, **half_on_device)
+    with RecordCalls() as record, torch.no_grad():
+        layer.self_attn.to_stream(values, residual, layer.post_attention_layernorm, 2, cache)
+    assert {str(operator) for operator in record.calls} == {"dsfast.rms_norm.default"}
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)

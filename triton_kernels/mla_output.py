@@ -1,0 +1,156 @@
+"""Triton kernels of dsfast.ops.mla_output, whose module has the maths.
+
+N tokens, D model width, C = H Dv what attention gives for a token; DP and CP are those padded, BN tokens make a tile.
+
+    forward    a tile from attention's values to the stream and its norm
+    backward   a tile's gradients of stream and values, and its parts of those of o and norm
+    sum        the gradients of the weights: sums over the tiles' parts
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, on_meta, rows
+from dsfast.triton_kernels.narrow import (
+    load_tokens,
+    load_vector,
+    load_weight,
+    norm_backward,
+    normalised,
+    store_tokens,
+    store_weight,
+)
+from dsfast.triton_kernels.pieces import options, padded, sum_launch
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["N"])
+def forward_kernel(
+    values, o, residual, norm, y, h, eps, values_n, residual_n, N,
+    C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y and h of one tile of tokens. What the separate operators round is rounded."""
+    start = tl.program_id(0) * BN
+    dtype = h.dtype.element_ty
+    b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
+    b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
+    b_h = tl.dot(b_v, tl.trans(b_o), input_precision="ieee").to(dtype).to(tl.float32)  # [BN, DP]
+    b_h = (b_h + load_tokens(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)).to(dtype)
+    store_tokens(h, b_h, start, N, BN, 1, 1, D, DP)
+    b_x, _ = normalised(b_h.to(tl.float32), start, N, eps, BN, D)
+    store_tokens(y, b_x * load_vector(norm, D, DP), start, N, BN, 1, 1, D, DP)
+
+
+@triton.jit(do_not_specialize=["N"])
+def backward_kernel(
+    dy, dy_2, dy_3, dh, h, values, o, norm, dx, dvalues, parts, eps, dy_n, dy_2_n, dy_3_n, dh_n, values_n, N,
+    C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D], dvalues [N, C], and in a row of parts [tiles, D C + D] what a tile adds to the gradients of o and norm."""
+    tile = tl.program_id(0)
+    start = tile * BN
+    parts += tl.cast(tile, tl.int64) * (D * C + D)
+    b_dy = load_tokens(dy, start, dy_n, N, BN, 1, 1, D, DP).to(tl.float32)  # [BN, DP]
+    if dy_2 is not None:
+        b_dy += load_tokens(dy_2, start, dy_2_n, N, BN, 1, 1, D, DP).to(tl.float32)
+    if dy_3 is not None:
+        b_dy += load_tokens(dy_3, start, dy_3_n, N, BN, 1, 1, D, DP).to(tl.float32)
+    b_h = load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32)
+    b_x, b_rstd = normalised(b_h, start, N, eps, BN, D)
+    d = tl.arange(0, DP)
+    tl.store(parts + D * C + d, tl.sum(b_dy * b_x, 0), mask=d < D)
+    b_dx = norm_backward(b_dy, b_x, b_rstd, load_vector(norm, D, DP), D)
+    if dh is not None:
+        b_dx += load_tokens(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
+    b_dx = b_dx.to(dx.dtype.element_ty)
+    store_tokens(dx, b_dx, start, N, BN, 1, 1, D, DP)
+
+    b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
+    store_tokens(dvalues, tl.dot(b_dx, b_o, input_precision="ieee"), start, N, BN, 1, 1, C, CP)
+    b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
+    b_part = tl.dot(tl.trans(b_dx), b_v, input_precision="ieee")  # [DP, CP]
+    store_weight(parts, b_part, 1, 1, D, DP, D, 0, C, CP)
+
+
+# BN tokens, and warps. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+_FORWARD, _BACKWARD = (64, 4), (64, 8)
+
+
+def forward(values: Tensor, o: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Shapes as dsfast.ops.mla_output -> y and h [N, D]."""
+    y, h = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    with torch.cuda.device_of(values):
+        forward_launch(values, o, residual, norm, eps, y, h).run()
+    return y, h
+
+
+def backward(
+    dys: list[Tensor], dh: Tensor | None, h: Tensor, values: Tensor, o: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradients of y, 1 to 3 to be added up, and of h: dx [N, D], the gradient of residual, dvalues [N, C], and those
+    of o and norm, flat, one after the other. Deterministic: no atomics, and the same sums on every chip."""
+    gradients = h.new_empty(h.shape), h.new_empty(values.shape), h.new_empty(o.numel() + norm.numel())
+    if not h.numel():
+        return *gradients[:2], gradients[2].zero_()
+    with torch.cuda.device_of(h):
+        for launch in backward_launches(dys, dh, h, values, o, norm, eps, *gradients):
+            launch.run()
+    return gradients
+
+
+def forward_launch(values, o, residual, norm, eps, y, h) -> Launch:
+    """The launch that fills y and h; tensors may lie on the meta device."""
+    (values, residual), (bn, warps) = rows(values, residual), _FORWARD
+    arguments = _arguments(values, o, norm, eps) | {
+        "residual": residual, "residual_n": residual.stride(0), "y": y, "h": h, "BN": bn,
+    }  # fmt: skip
+    return Launch(forward_kernel, (triton.cdiv(len(values), bn),), arguments, options(warps), values.itemsize, bn)
+
+
+def backward_launches(dys, dh, h, values, o, norm, eps, dx, dvalues, dweights) -> list[Launch]:
+    """The kernel that fills dx, dvalues and parts of dweights, and the one that adds these up; tensors may lie on the meta
+    device."""
+    (values,), (bn, warps) = rows(values), _BACKWARD
+    parts = h.new_empty(triton.cdiv(len(h), bn), dweights.numel(), dtype=torch.float32)
+    arguments = _arguments(values, o, norm, eps) | {"h": h, "dx": dx, "dvalues": dvalues, "parts": parts, "BN": bn}
+    read = dict(zip(("dy", "dy_2", "dy_3"), rows(*dys), strict=False)) | ({} if dh is None else {"dh": rows(dh)[0]})
+    for name in ("dy", "dy_2", "dy_3", "dh"):
+        arguments |= {name: read.get(name), f"{name}_n": read[name].stride(0) if name in read else 0}
+    return [
+        Launch(backward_kernel, (parts.size(0),), arguments, options(warps), h.itemsize, bn),
+        sum_launch(parts, dweights),
+    ]
+
+
+def _arguments(values: Tensor, o: Tensor, norm: Tensor, eps: float) -> dict:
+    """Those of both passes."""
+    d, c = o.shape
+    return {
+        "values": values, "values_n": values.stride(0), "o": o.contiguous(), "norm": norm.contiguous(), "eps": eps,
+        "N": len(values), "C": c, "CP": padded(c), "D": d, "DP": padded(d),
+    }  # fmt: skip
+
+
+EXAMPLES = {"500K": (8192, 128, 128), "odd": (8192, 112, 96)}
+"""N, D and C that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+    """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
+    if dtype.itemsize != 2:
+        return {}
+    n, d, c = EXAMPLES[size]
+    empty = on_meta(dtype)
+    x, values, o, norm, dweights = empty(n, d), empty(n, c), empty(d, c), empty(d), empty(d * c + d)
+
+    def backward_of(uses: int, dh: Tensor | None = x) -> list[Launch]:
+        return backward_launches([x] * uses, dh, x, values, o, norm, 1e-6, x, values, dweights)
+
+    return {
+        "forward_kernel": forward_launch(values, o, x, norm, 1e-6, x, x),
+        **{f"backward_kernel, {uses} uses": backward_of(uses)[0] for uses in (2, 3)},
+        "backward_kernel, no gradient of h": backward_of(1, None)[0],
+        **dict(zip(("backward_kernel", "sum_kernel"), backward_of(1), strict=True)),
+    }

@@ -1,0 +1,82 @@
+"""Tiles of a narrow model's tokens: what the kernels around its attention (`mla_project`, `mla_output`) are made of.
+
+N tokens, H heads of W numbers each; HP, WP and other letters with a P are those padded to powers of two, BN tokens make a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _places(
+    H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr
+):
+    """Of H heads of HEAD numbers each, numbers FIRST .. FIRST + W - 1: where they are and whether [HP WP], both padded."""
+    c = tl.arange(0, HP * WP)
+    return c // WP * HEAD + FIRST + c % WP, (c // WP < H) & (c % WP < W)
+
+
+@triton.jit
+def load_weight(
+    p, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Rows FIRST .. FIRST + W - 1 of each head's HEAD in p [H HEAD, D], as [HP WP, DP], 0 where there is none."""
+    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
+    d = tl.arange(0, DP)[None, :]
+    return tl.load(p + row[:, None] * D + d, mask=m_row[:, None] & (d < D), other=0.0)
+
+
+@triton.jit
+def store_weight(
+    p, b_x, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The rows that `load_weight` reads = b_x [HP WP, DP]."""
+    row, m_row = _places(H, HP, W, WP, HEAD, FIRST)
+    d = tl.arange(0, DP)[None, :]
+    tl.store(p + row[:, None] * D + d, b_x, mask=m_row[:, None] & (d < D))
+
+
+@triton.jit
+def load_tokens(
+    p, start, stride, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr
+):
+    """Tokens start .. start + BN - 1 of p [N, H, W], tokens `stride` apart, as [BN, HP WP], 0 where there is none."""
+    n = start + tl.arange(0, BN)[:, None]
+    c, m_c = _places(H, HP, W, WP, W, 0)
+    return tl.load(p + (n.to(tl.int64) * stride + c[None, :]), mask=(n < N) & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def store_tokens(
+    p, b_x, start, N, BN: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr
+):
+    """Tokens start .. start + BN - 1 of p [N, H, W], contiguous, = b_x [BN, HP WP]."""
+    n = start + tl.arange(0, BN)[:, None]
+    c, m_c = _places(H, HP, W, WP, W, 0)
+    tl.store(p + (n.to(tl.int64) * (H * W) + c[None, :]), b_x.to(p.dtype.element_ty), mask=(n < N) & m_c[None, :])
+
+
+@triton.jit
+def normalised(b_x, start, N, eps, BN: tl.constexpr, W: tl.constexpr):
+    """(x / rms(x), 1 / rms(x) [BN, 1]) of b_x [BN, ...] float32, whose rows hold W numbers; zeros from token N on."""
+    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / W + eps)
+    b_rstd = tl.where(tl.arange(0, BN) < N - start, b_rstd, 0.0)[:, None]
+    return b_x * b_rstd, b_rstd
+
+
+@triton.jit
+def norm_backward(b_dy, b_x, b_rstd, b_weight, W: tl.constexpr):
+    """The gradient of what was normalised to b_x and then multiplied by b_weight [1, ...]."""
+    b_g = b_dy * b_weight
+    return b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / W)[:, None])
+
+
+@triton.jit
+def load_vector(p, W: tl.constexpr, WP: tl.constexpr):
+    """p [W] as [1, WP] float32."""
+    w = tl.arange(0, WP)
+    return tl.load(p + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
