@@ -1,17 +1,22 @@
-"""A decoder layer of the 500K model's attention on a GPU, with what stands for several operators and without. For tests of those,
-in the interpreter or on a GPU."""
+"""For tests of what stands for several operators in a narrow model (dsfast.ops.narrow), in the interpreter or on a GPU: what each
+is held to, and a decoder layer of the 500K model's attention with it and without."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
+from guard import GraphGuard
 from operator_cases import RecordCalls
 from torch import Tensor
-from triton_contract import DEVICE, on_the_device
+from triton_contract import DEVICE, DRAWS, assert_passed, drawn, on_the_device, poisoned
 
 from dsfast import ops
 from dsfast.config import default_config
 from dsfast.model.decoder import DecoderLayer
-from dsfast.ops.checks import judge
+from dsfast.ops.cases import Case
+from dsfast.ops.checks import check_draws, evaluate, judge
 
 
 def half(arguments: list) -> list:
@@ -25,6 +30,51 @@ def few_programs(monkeypatch):
     from dsfast.triton_kernels import pieces
 
     monkeypatch.setattr(pieces, "PROGRAMS", 8)
+
+
+def assert_passed_where_used(case: Case, places: tuple[int, ...]) -> None:
+    """Outputs `places` alone are gone on with: the others have no gradient."""
+
+    def function(*arguments):
+        found = case.function(*arguments)
+        return tuple(found[place] for place in places)
+
+    function.__signature__ = inspect.signature(case.function)
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    with poisoned():
+        assert_passed(check_draws("mla_attention", function, draws, case.differentiable, ["triton"], torch.float16))
+
+
+def assert_passed_without_eps(case: Case, places: tuple[int, ...]) -> None:
+    """`places`: of the arguments that are an eps. What fills up a tile has zeros, whose norm is 0 / 0 then."""
+    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
+    for arguments in draws:
+        for place in places:
+            arguments[place] = 0.0
+    with poisoned():
+        assert_passed(
+            check_draws("mla_attention", case.function, draws, case.differentiable, ["triton"], torch.float16)
+        )
+
+
+def under_the_guard(case: Case) -> None:
+    """Both passes, where it is an error to wait for the host."""
+    arguments = half(drawn(case))
+    leaves = [x.requires_grad_() if i in case.differentiable else x for i, x in enumerate(arguments)]
+    with GraphGuard(), ops.use("triton"):
+        outputs = case.function(*leaves)
+        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], [torch.ones_like(x) for x in outputs])
+
+
+def assert_same_in_float64(case: Case, composed: Callable[..., tuple[Tensor, ...]]) -> None:
+    """The case's function gives what `composed` gives of operators in plain PyTorch."""
+    arguments = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in drawn(case)]
+    with ops.use("reference"):
+        expected = evaluate(composed, arguments, case.differentiable)
+    found = evaluate(case.function, arguments, case.differentiable)
+    assert found.keys() == expected.keys()
+    for quantity, values in expected.items():
+        torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
 
 
 def layer_of(dtype: torch.dtype, **changes) -> DecoderLayer:

@@ -3,21 +3,25 @@ contract of every operator's kernels is in tests/triton_contract.py."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from guard import GraphGuard
-from narrow_layer import few_programs, half, layer_against_apart, layer_of
+from narrow_layer import (
+    assert_passed_where_used,
+    assert_passed_without_eps,
+    assert_same_in_float64,
+    few_programs,
+    half,
+    layer_against_apart,
+    layer_of,
+    under_the_guard,
+)
 from operator_cases import RecordCalls
 from torch import Tensor
 from triton_contract import (
     DEVICE,
-    DRAWS,
     INTERPRETED,
     TritonContract,
     assert_bitwise_equal,
-    assert_passed,
     drawn,
     in_the_interpreter,
     on_device,
@@ -28,7 +32,7 @@ from dsfast import ops
 from dsfast.config import default_config
 from dsfast.model.cache import LatentCache
 from dsfast.ops.cases import Case
-from dsfast.ops.checks import check_draws, evaluate
+from dsfast.ops.checks import evaluate
 from dsfast.ops.mla_output import INSTEAD_OF, for_each_use, mla_output_reference
 
 
@@ -74,13 +78,7 @@ def test_reference_is_the_composition_of_the_operators(uses):
     def composed(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
         return ops.stream_norm(values @ o.T, norm, eps, residual, uses)
 
-    arguments = [x.double() if isinstance(x, Tensor) else x for x in drawn(case)]
-    with ops.use("reference"):
-        expected = evaluate(composed, arguments, case.differentiable)
-    found = evaluate(case.function, arguments, case.differentiable)
-    assert found.keys() == expected.keys()
-    for quantity, values in expected.items():
-        torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
+    assert_same_in_float64(case, composed)
 
 
 @on_device
@@ -108,36 +106,17 @@ def test_all_uses_are_one_memory():
 def test_gradients_where_some_outputs_are_not_used(used):
     """Outputs 0 to 2 are y, 3 is h."""
     case = output_case("", 70, 16, 32, 3)
-
-    def function(*arguments):
-        found = output(*arguments)
-        return tuple(found[place] for place in used)
-
-    function.__signature__ = inspect.signature(output)
-    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
-    with poisoned():
-        assert_passed(check_draws("mla_attention", function, draws, case.differentiable, ["triton"], torch.float16))
+    assert_passed_where_used(case, used)
 
 
 @on_device
 def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
-    """It has zeros, whose norm is 0 / 0 then."""
-    case = output_case("", 5, 16, 16)
-    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
-    for arguments in draws:
-        arguments[4] = 0.0
-    with poisoned():
-        assert_passed(check_draws("mla_attention", output, draws, case.differentiable, ["triton"], torch.float16))
+    assert_passed_without_eps(output_case("", 5, 16, 16), (4,))
 
 
 @on_device
 def test_nothing_waits_for_the_host():
-    case = output_case("", 70, 16, 16, 2)
-    arguments = half(drawn(case))
-    leaves = [x.requires_grad_() if i in case.differentiable else x for i, x in enumerate(arguments)]
-    with GraphGuard(), ops.use("triton"):
-        outputs = output(*leaves)
-        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], [torch.ones_like(x) for x in outputs])
+    under_the_guard(output_case("", 70, 16, 16, 2))
 
 
 @on_device

@@ -3,21 +3,25 @@ contract of every operator's kernels is in tests/triton_contract.py."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from guard import GraphGuard
-from narrow_layer import few_programs, half, layer_against_apart, layer_quantities
+from narrow_layer import (
+    assert_passed_where_used,
+    assert_passed_without_eps,
+    assert_same_in_float64,
+    few_programs,
+    half,
+    layer_against_apart,
+    layer_quantities,
+    under_the_guard,
+)
 from operator_cases import RecordCalls
 from torch import Tensor
 from triton_contract import (
     DEVICE,
-    DRAWS,
     INTERPRETED,
     TritonContract,
     assert_bitwise_equal,
-    assert_passed,
     drawn,
     in_the_interpreter,
     on_device,
@@ -26,7 +30,7 @@ from triton_contract import (
 
 from dsfast import ops
 from dsfast.ops.cases import Case
-from dsfast.ops.checks import check_draws, evaluate
+from dsfast.ops.checks import evaluate
 from dsfast.ops.mla_project import INSTEAD_OF, mla_project_reference
 
 P = 11
@@ -96,13 +100,7 @@ def test_reference_is_the_composition_of_the_operators(residual):
         k_rope = ops.rope(k_rope[:, None], cos, sin, positions)[:, 0]
         return h, q_nope, ops.rope(q_rope, cos, sin, positions), k_nope, k_rope, v
 
-    arguments = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in drawn(case)]
-    with ops.use("reference"):
-        expected = evaluate(composed, arguments, case.differentiable)
-    found = evaluate(case.function, arguments, case.differentiable)
-    assert found.keys() == expected.keys()
-    for quantity, values in expected.items():
-        torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
+    assert_same_in_float64(case, composed)
 
 
 @on_device
@@ -125,15 +123,7 @@ def test_public_function_calls_the_kernel(residual):
 )
 def test_gradients_where_some_outputs_are_not_used(used):
     case = project_case("", 9, 2, 16, 16, 16, 16, 32)
-
-    def function(*arguments):
-        found = dict(zip(OUTPUTS, projected(*arguments), strict=True))
-        return tuple(found[name] for name in used)
-
-    function.__signature__ = inspect.signature(projected)
-    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
-    with poisoned():
-        assert_passed(check_draws("mla_attention", function, draws, case.differentiable, ["triton"], torch.float16))
+    assert_passed_where_used(case, tuple(OUTPUTS.index(name) for name in used))
 
 
 @on_device
@@ -157,23 +147,12 @@ def test_a_position_that_is_none_makes_its_token_nan():
 
 @on_device
 def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
-    """It has zeros, whose norm is 0 / 0 then."""
-    case = project_case("", 5, 2, 16, 16, 16, 16, 16)
-    draws = [half(drawn(case, seed)) for seed in range(DRAWS)]
-    for arguments in draws:
-        arguments[3] = arguments[7] = 0.0
-    with poisoned():
-        assert_passed(check_draws("mla_attention", projected, draws, case.differentiable, ["triton"], torch.float16))
+    assert_passed_without_eps(project_case("", 5, 2, 16, 16, 16, 16, 16), (3, 7))
 
 
 @on_device
 def test_nothing_waits_for_the_host():
-    case = project_case("", 70, 2, 16, 16, 16, 16, 16)
-    arguments = half(drawn(case))
-    leaves = [x.requires_grad_() if i in case.differentiable else x for i, x in enumerate(arguments)]
-    with GraphGuard(), ops.use("triton"):
-        outputs = projected(*leaves)
-        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], [torch.ones_like(x) for x in outputs])
+    under_the_guard(project_case("", 70, 2, 16, 16, 16, 16, 16))
 
 
 def taken(dtype: torch.dtype = torch.float16, h=4, d=128, r=32, dn=32, dr=16, dv=32, device=DEVICE) -> bool:

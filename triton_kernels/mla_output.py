@@ -22,7 +22,7 @@ from dsfast.triton_kernels.narrow import (
     store_tokens,
     store_weight,
 )
-from dsfast.triton_kernels.pieces import options, padded, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, options, padded, sum_launch
 from torch import Tensor
 
 
@@ -114,10 +114,8 @@ def backward_launches(dys, dh, h, values, o, norm, eps, dx, dvalues, dweights) -
     device."""
     (values,), (bn, warps) = rows(values), _BACKWARD
     parts = h.new_empty(triton.cdiv(len(h), bn), dweights.numel(), dtype=torch.float32)
-    arguments = _arguments(values, o, norm, eps) | {"h": h, "dx": dx, "dvalues": dvalues, "parts": parts, "BN": bn}
-    read = dict(zip(("dy", "dy_2", "dy_3"), rows(*dys), strict=False)) | ({} if dh is None else {"dh": rows(dh)[0]})
-    for name in ("dy", "dy_2", "dy_3", "dh"):
-        arguments |= {name: read.get(name), f"{name}_n": read[name].stride(0) if name in read else 0}
+    arguments = _arguments(values, o, norm, eps) | gradients_read(dys, dh)
+    arguments |= {"h": h, "dx": dx, "dvalues": dvalues, "parts": parts, "BN": bn}
     return [
         Launch(backward_kernel, (parts.size(0),), arguments, options(warps), h.itemsize, bn),
         sum_launch(parts, dweights),

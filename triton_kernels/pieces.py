@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch
+from dsfast.triton_kernels.launch import Launch, rows
 from torch import Tensor
 
 PROGRAMS = 528  # at most, that a launch is split into where its tiles are fewer: 4 for each of 132 processors
@@ -91,6 +91,16 @@ def sum_launch(parts: Tensor, y: Tensor) -> Launch:
     }  # fmt: skip
     grid = (triton.cdiv(r, bm) * triton.cdiv(d, bn),)
     return Launch(sum_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)
+
+
+def gradients_read(dys: list[Tensor], dh: Tensor | None) -> dict[str, Tensor | int | None]:
+    """A kernel's arguments dy, dy_2, dy_3 (up to three readers' gradients) and dh, None where there is none, and dy_n ... dh_n:
+    how far apart their rows are."""
+    given = dict(zip(("dy", "dy_2", "dy_3"), rows(*dys), strict=False)) | ({} if dh is None else {"dh": rows(dh)[0]})
+    found: dict[str, Tensor | int | None] = {}
+    for name in ("dy", "dy_2", "dy_3", "dh"):
+        found |= {name: given.get(name), f"{name}_n": given[name].stride(0) if name in given else 0}
+    return found
 
 
 def padded(width: int) -> int:

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, rows
-from dsfast.triton_kernels.pieces import options, padded, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, options, padded, sum_launch
 from torch import Tensor
 
 WIDEST = 8192
@@ -169,12 +169,11 @@ def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: bool)
     """The kernel that fills dx and parts [P, D], one program for each of its rows, and the one that adds the parts up."""
     h, weight = rows(h, weight)
     (n, d), (bn, bd, _, warps), programs = h.shape, tiles(h.size(1)), parts.size(0)
-    read = dict(zip(("dy", "dy_2", "dy_3"), rows(*dys), strict=False)) | ({} if dh is None else {"dh": rows(dh)[0]})
     arguments = {"h": h, "weight": weight, "rstd": rstd, "dx": dx, "parts": parts, "h_n": h.stride(0), "N": n, "D": d}
-    for name in ("dy", "dy_2", "dy_3", "dh"):
-        arguments |= {name: read.get(name), f"{name}_n": read[name].stride(0) if name in read else 0}
+    arguments |= gradients_read(dys, dh)
     # What is on its way must fit into shared memory.
-    stages = 3 if large and (len(read) + 1) * bn * bd * h.element_size() <= ON_ITS_WAY else 2
+    read = len(dys) + (dh is not None) + 1
+    stages = 3 if large and read * bn * bd * h.element_size() <= ON_ITS_WAY else 2
     arguments |= {"BD": bd, "BN": bn, "STAGES": stages}
     return [
         Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
