@@ -3,6 +3,8 @@ contract of every operator's kernels is in tests/triton_contract.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from narrow_layer import (
@@ -31,7 +33,7 @@ from triton_contract import (
 from dsfast import ops
 from dsfast.config import default_config
 from dsfast.model.cache import LatentCache
-from dsfast.ops.cases import Case
+from dsfast.ops.cases import mla_output_case
 from dsfast.ops.checks import evaluate
 from dsfast.ops.mla_output import INSTEAD_OF, for_each_use, mla_output_reference
 
@@ -42,16 +44,7 @@ def output(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
     return (for_each_use if own else mla_output_reference)(values, o, residual, norm, eps, uses)
 
 
-def output_case(name: str, n: int, d: int, c: int, uses: int = 1, function=output) -> Case:
-    def make_inputs(g: torch.Generator) -> tuple:
-        def normal(*shape, scale=1.0):
-            return torch.randn(shape, generator=g) * scale
-
-        return normal(n, c), normal(d, c, scale=c**-0.5), normal(n, d), 1 + 0.2 * normal(d), 1e-6, uses
-
-    return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3))
-
-
+output_case = partial(mla_output_case, function=output)
 sums_in_few_programs = pytest.fixture(autouse=True)(few_programs)
 
 

@@ -3,6 +3,8 @@ contract of every operator's kernels is in tests/triton_contract.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from narrow_layer import (
@@ -29,7 +31,7 @@ from triton_contract import (
 )
 
 from dsfast import ops
-from dsfast.ops.cases import Case
+from dsfast.ops.cases import mla_project_case
 from dsfast.ops.checks import evaluate
 from dsfast.ops.mla_project import INSTEAD_OF, mla_project_reference
 
@@ -47,23 +49,7 @@ def projected(
     return torch.ops.dsfast.mla_project(*arguments) if own else mla_project_reference(*arguments)
 
 
-def project_case(
-    name: str, n: int, h: int, d: int, r: int, dn: int, dr: int, dv: int, residual: bool = True, function=projected
-) -> Case:
-    def make_inputs(g: torch.Generator) -> tuple:
-        def normal(*shape, scale=1.0):
-            return torch.randn(shape, generator=g) * scale
-
-        angles = torch.arange(P)[:, None] * 100.0 ** (-torch.arange(dr // 2) / (dr // 2))
-        delta, before = normal(n, d), normal(n, d) if residual else None
-        norm, latent_norm = 1 + 0.2 * normal(d), 1 + 0.2 * normal(r)
-        q, kv_a = normal(h * (dn + dr), d, scale=d**-0.5), normal(r + dr, d, scale=d**-0.5)
-        kv_b, positions = normal(h * (dn + dv), r, scale=r**-0.5), torch.randint(P, (n,), generator=g)
-        return delta, before, norm, 1e-6, q, kv_a, latent_norm, 1e-5, kv_b, h, angles.cos(), angles.sin(), positions
-
-    return Case("mla_attention", name, function, make_inputs, (0, *([1] if residual else []), 2, 4, 5, 6, 8))
-
-
+project_case = partial(mla_project_case, function=projected)
 sums_in_few_programs = pytest.fixture(autouse=True)(few_programs)
 
 

@@ -20,6 +20,8 @@ from dsfast.ops.embedding import embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
+from dsfast.ops.mla_output import mla_output
+from dsfast.ops.mla_project import mla_project
 from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.muon import muon
@@ -228,6 +230,33 @@ def updated_by_adamw(params, grads, exp_avgs, exp_avg_sqs, *settings) -> tuple[T
     adamw(params, grads, exp_avgs, exp_avg_sqs, *settings)
     flat = (torch.cat([x.flatten() for x in tensors]) for tensors in (params, exp_avgs, exp_avg_sqs))
     return *flat, torch.tensor(grad_norm(grads), dtype=torch.float64)
+
+
+def mla_project_case(
+    name: str, n: int, h: int, d: int, r: int, dn: int, dr: int, dv: int, residual: bool = True,
+    function: Callable[..., Any] = mla_project,
+) -> Case:  # fmt: skip
+    """What stands for several operators goes where attention goes."""
+    places = 11
+
+    def make_inputs(g: Generator) -> tuple:
+        angles = torch.arange(places)[:, None] * 100.0 ** (-torch.arange(dr // 2) / (dr // 2))
+        delta, before = _normal(g, n, d), _normal(g, n, d) if residual else None
+        norm, latent_norm = 1 + 0.2 * _normal(g, d), 1 + 0.2 * _normal(g, r)
+        q, kv_a = _normal(g, h * (dn + dr), d, scale=d**-0.5), _normal(g, r + dr, d, scale=d**-0.5)
+        kv_b, positions = _normal(g, h * (dn + dv), r, scale=r**-0.5), torch.randint(places, (n,), generator=g)
+        return delta, before, norm, 1e-6, q, kv_a, latent_norm, 1e-5, kv_b, h, angles.cos(), angles.sin(), positions
+
+    return Case("mla_attention", name, function, make_inputs, (0, *([1] if residual else []), 2, 4, 5, 6, 8))
+
+
+def mla_output_case(
+    name: str, n: int, d: int, c: int, uses: int = 1, function: Callable[..., Any] = mla_output
+) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        return _normal(g, n, c), _normal(g, d, c, scale=c**-0.5), _normal(g, n, d), 1 + 0.2 * _normal(g, d), 1e-6, uses
+
+    return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3))
 
 
 def _normal(generator: Generator, *shape: int, scale: float = 1.0) -> Tensor:

@@ -65,6 +65,12 @@ CASES = (
     cases.newton_schulz_case("odd", (3, 17, 41), (0, 2, 3), (1, 1, 7), (2, 31, 31)),
 )
 
+AT_ONCE = (
+    cases.mla_project_case("before attention, 500K", 512, 4, 128, 32, 32, 16, 32),
+    cases.mla_output_case("behind attention, 500K", 512, 128, 128, uses=3),
+)
+"""What stands for several operators on a GPU, in 16 bits alone: elsewhere there would be nothing to compare."""
+
 
 def check_all(
     device: str = "cpu", dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32
@@ -74,7 +80,7 @@ def check_all(
     products: what the products of the native implementation multiply, see `check_draws`.
     """
     rows = []
-    for case in CASES:
+    for case in CASES + (AT_ONCE if device == "cuda" and dtype.itemsize == 2 else ()):
         used = torch.float32 if case.operator in IN_FLOAT32 else dtype
         with use("auto"):
             own = {row["operator"]: row["implementation"] for row in report(device, used)}
