@@ -66,7 +66,7 @@ class TestMlaOutput(TritonContract):
 @pytest.mark.parametrize("uses", [1, 2, 3])
 def test_reference_is_the_composition_of_the_operators(uses):
     """As dsfast/model/attention.py has it, each of them in plain PyTorch, in float64."""
-    case = output_case("", 13, 24, 18, uses, ops.mla_output)
+    case = output_case("", 13, 24, 18, uses, function=ops.mla_output)
 
     def composed(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
         return ops.stream_norm(values @ o.T, norm, eps, residual, uses)
@@ -76,7 +76,7 @@ def test_reference_is_the_composition_of_the_operators(uses):
 
 @on_device
 def test_public_function_calls_the_kernel():
-    case = output_case("", 9, 16, 32, 2, ops.mla_output)
+    case = output_case("", 9, 16, 32, 2, function=ops.mla_output)
     arguments = half(drawn(case))
     with RecordCalls() as record, poisoned():
         found = evaluate(case.function, arguments, case.differentiable)

@@ -73,7 +73,7 @@ class TestMlaProject(TritonContract):
 @pytest.mark.parametrize("residual", [True, False])
 def test_reference_is_the_composition_of_the_operators(residual):
     """As dsfast/model/attention.py has it, each of them in plain PyTorch, in float64."""
-    case = project_case("", 13, 3, 24, 8, 8, 4, 6, residual, ops.mla_project)
+    case = project_case("", 13, 3, 24, 8, 8, 4, 6, residual, function=ops.mla_project)
 
     def composed(
         delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
@@ -92,7 +92,7 @@ def test_reference_is_the_composition_of_the_operators(residual):
 @on_device
 @pytest.mark.parametrize("residual", [True, False])
 def test_public_function_calls_the_kernel(residual):
-    case = project_case("", 9, 2, 16, 16, 16, 16, 16, residual, ops.mla_project)
+    case = project_case("", 9, 2, 16, 16, 16, 16, 16, residual, function=ops.mla_project)
     arguments = half(drawn(case))
     with RecordCalls() as record, poisoned():
         found = evaluate(case.function, arguments, case.differentiable)
