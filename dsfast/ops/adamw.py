@@ -124,12 +124,12 @@ def _reference(tensors, settings, step, clip_scale, lr_scale) -> None:
             _expect_counted(int(step))
         step = step.double()  # 1 - beta2^step would cancel in float32
     params, _, exp_avgs, exp_avg_sqs = tensors
-    with unless_finite(clip_scale, [*params, *exp_avgs, *exp_avg_sqs]):
+    with only_if_finite(clip_scale, [*params, *exp_avgs, *exp_avg_sqs]):
         adamw_reference(*tensors, *settings, step, clip_scale, lr_scale)
 
 
 @contextmanager
-def unless_finite(clip_scale: float | Tensor, updated: Sequence[Tensor]) -> Iterator[None]:
+def only_if_finite(clip_scale: float | Tensor, updated: Sequence[Tensor]) -> Iterator[None]:
     """What is done inside to `updated` is undone where clip_scale is a tensor that is not finite; nothing waits for it."""
     before = [x.clone() for x in updated] if isinstance(clip_scale, Tensor) else []
     yield

@@ -35,15 +35,15 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
     if not biases:
         return
     if choose("adamw", biases[0]) == "reference":
-        clip_scale = torch.as_tensor(clip_scale, device=loads.device)
         update_bias_reference(biases, loads, speed, clip_scale)
     else:
         torch.ops.dsfast.update_bias(biases, loads, speed, *or_tensor(clip_scale))
 
 
-def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: Tensor) -> None:
+def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor) -> None:
+    updated = torch.as_tensor(clip_scale, device=loads.device).isfinite()
     for bias, load in zip(biases, loads.float(), strict=True):
-        bias += speed * clip_scale.isfinite() * (load.mean() - load).sign()
+        bias += speed * updated * (load.mean() - load).sign()
 
 
 @torch.no_grad()
@@ -80,8 +80,7 @@ def record_step_reference(place, update, measured, loads, loss, norm, lr_scale, 
 
 
 def _update_bias_cpu(biases, loads, speed, clip_scale, device_clip_scale) -> None:
-    clip_scale = torch.tensor(clip_scale) if device_clip_scale is None else device_clip_scale
-    update_bias_reference(biases, loads, speed, clip_scale)
+    update_bias_reference(biases, loads, speed, clip_scale if device_clip_scale is None else device_clip_scale)
 
 
 define(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsfast.ops import native, triton
-from dsfast.ops.adamw import expect_on_device, or_number, or_tensor, unless_finite
+from dsfast.ops.adamw import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
 from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape, newton_schulz, orthogonal_reference
@@ -73,7 +73,7 @@ def muon(
     dtype = dtype or params[0].dtype
     only = "" if dtype == torch.float32 else f"the C++ kernels iterate in float32, asked for was {dtype}"
     if choose("muon", params[0], not_native=only) == "reference":
-        with unless_finite(clip_scale, [*params, *momenta]):
+        with only_if_finite(clip_scale, [*params, *momenta]):
             muon_reference(params, grads, momenta, parts, lr, weight_decay, momentum, clip_scale, lr_scale, dtype)
     else:
         scales = *or_tensor(clip_scale), *or_tensor(lr_scale)
