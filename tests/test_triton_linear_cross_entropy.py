@@ -100,12 +100,12 @@ def test_chunks(tokens, dtype, monkeypatch):
     """A chunk that does not divide the tokens; of one token; all but one; strips and blocks that do not divide the words."""
     from dsfast.triton_kernels import linear_cross_entropy as kernels
 
-    monkeypatch.setattr(kernels, "WORKSPACE", tokens * 80 * dtype.itemsize)
-    monkeypatch.setattr(kernels, "_STRIP", 32)
-    monkeypatch.setattr(kernels, "_WORDS", 32)
-    assert kernels.chunk_shape(13, 67, dtype.itemsize)[0] <= tokens
+    monkeypatch.setattr(kernels, "WORKSPACE", tokens * 592 * dtype.itemsize)
+    monkeypatch.setattr(kernels, "_STRIP", 256)
+    monkeypatch.setattr(kernels, "_WORDS", 512)  # one for each thread
+    assert kernels.chunk_shape(13, 579, dtype.itemsize)[0] <= tokens
     with poisoned():
-        case = linear_cross_entropy_case("chunks", 13, WIDE, 67)
+        case = linear_cross_entropy_case("chunks", 13, WIDE, 579)
         assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
 
 

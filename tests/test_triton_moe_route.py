@@ -216,8 +216,8 @@ def test_sort_of_all_to_one_and_of_views():
 def test_scan_of_more_blocks_than_it_holds(monkeypatch):
     from dsfast.triton_kernels import moe_route as kernels
 
-    monkeypatch.setattr(kernels, "SCANNED", 4)
-    indices = torch.randint(0, 600, (128 * 8 + 1, 1), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(kernels, "SCANNED", 16)  # with 16 bins an element for each thread
+    indices = torch.randint(0, 600, (128 * 33 + 1, 1), generator=torch.Generator().manual_seed(0))
     order, _ = sort(indices, 600)
     assert torch.equal(order, indices.flatten().argsort(stable=True).int())
 

@@ -41,6 +41,9 @@ on_device = pytest.mark.skipif(
 if INTERPRETED:
     import numpy as np
     from triton.runtime import interpreter
+    from watched import watch_launches
+
+    watch_launches()
 
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         """A product summed exactly, then rounded.

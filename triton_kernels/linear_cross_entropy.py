@@ -286,6 +286,7 @@ def softmax_kernel(
         tl.store(softmax + N + i, factor)
         tl.store(softmax + 2 * N + i, scale)
     if GRADS:
+        tl.debug_barrier()  # every thread has read its label's logit
         blocks = tl.cdiv(V, BLOCK)
         for k in range(blocks):  # the words last read first: they are still in the L2 cache
             v = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)

@@ -59,9 +59,8 @@ def _find(offsets, tile, R, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr)
     b_before = b_tiles <= tile
     e = tl.sum(b_before.to(tl.int32), 0)
     within = tile - tl.max(tl.where(b_before, b_tiles, 0), 0)
-    e = tl.minimum(e, E)
-    first = tl.load(offsets + e) + within * BM
-    return e, first, tl.load(offsets + e + 1, mask=e < E, other=R)
+    first = tl.load(offsets + e, mask=e <= E, other=R) + within * BM  # e > E: beyond all
+    return tl.minimum(e, E), first, tl.load(offsets + e + 1, mask=e < E, other=R)
 
 
 @triton.jit

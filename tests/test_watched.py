@@ -1,0 +1,183 @@
+"""What tests/watched.py finds in kernels with one defect each, and that it lets the same kernels without it pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton_contract import INTERPRETED, in_the_interpreter
+
+if INTERPRETED:
+    from triton.runtime.errors import InterpreterError
+    from watched import LaunchError
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+N = 256  # two elements for each thread of four warps
+
+
+@triton.jit
+def copy_kernel(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n, other=0), mask=i < n)
+
+
+@triton.jit
+def copy_from_table_kernel(table, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(table).to(tl.pointer_type(tl.float32))
+    tl.store(y + i, tl.load(x + i, mask=i < n, other=0), mask=i < n)
+
+
+@triton.jit
+def neighbours_kernel(x, y, BLOCK: tl.constexpr):
+    """The block of the next program becomes this one's."""
+    i = tl.arange(0, BLOCK)
+    next_program = (tl.program_id(0) + 1) % tl.num_programs(0)
+    tl.store(y + tl.program_id(0) * BLOCK + i, tl.load(x + next_program * BLOCK + i))
+
+
+@triton.jit
+def same_element_kernel(y):
+    tl.store(y, tl.program_id(0).to(tl.float32))
+
+
+@triton.jit
+def turn_kernel(x, y, BLOCK: tl.constexpr, BARRIERS: tl.constexpr):
+    """x into y, and y turned into x."""
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i))
+    if BARRIERS:
+        tl.debug_barrier()
+    tl.store(x + i, tl.load(y + BLOCK - 1 - i))
+
+
+@triton.jit
+def twice_kernel(x, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, tl.load(x + i) * 2)
+
+
+@triton.jit
+def many_to_one_kernel(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i // 2, tl.load(x + i))
+
+
+@triton.jit
+def overlapping_bytes_kernel(x, BLOCK: tl.constexpr):
+    """Halves of numbers that other programs write whole."""
+    i = tl.program_id(0)
+    tl.store(x + i, 1.0)
+    tl.store(x.to(tl.pointer_type(tl.int16), bitcast=True) + (2 * i + 3) % (2 * BLOCK), 1)
+
+
+@triton.jit
+def multiple_kernel(x, n):
+    n = tl.multiple_of(n, 16)
+    tl.store(x, n)
+
+
+@triton.jit
+def atomic_kernel(x):
+    tl.atomic_add(x, 1.0)
+
+
+def numbers(n: int = N) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.float32)
+
+
+@interpreted
+def test_within_bounds():
+    x, y = numbers(N - 1), torch.zeros(N - 1)
+    copy_kernel[(2,)](x, y, N - 1, BLOCK=N // 2)
+    assert torch.equal(x, y)
+    with pytest.raises(
+        InterpreterError, match=r"copy_kernel: program 1: load at test_watched.py:\d+ of 1 elements outside"
+    ):
+        copy_kernel[(2,)](x, torch.zeros(N), N, BLOCK=N // 2)
+    with pytest.raises(
+        InterpreterError, match=r"copy_kernel: program 1: store at test_watched.py:\d+ of 1 elements outside"
+    ):
+        copy_kernel[(2,)](numbers(), y, N, BLOCK=N // 2)
+
+
+@interpreted
+def test_bounds_of_a_tensor_in_a_table():
+    x, y = numbers(), torch.zeros(2 * N)
+    table = torch.tensor([x.data_ptr()])
+    copy_from_table_kernel[(1,)](table, y, N, BLOCK=2 * N)
+    assert torch.equal(y[:N], x)
+    with pytest.raises(InterpreterError, match=r"copy_from_table_kernel: program 0: load at .* of 1 elements outside"):
+        copy_from_table_kernel[(1,)](table, y, N + 1, BLOCK=2 * N)
+
+
+@interpreted
+def test_a_program_writes_what_another_one_reads():
+    x, y = numbers(), torch.zeros(N)
+    neighbours_kernel[(2,)](x, y, BLOCK=N // 2)
+    assert torch.equal(y, numbers().roll(N // 2))
+    with pytest.raises(
+        LaunchError, match=r"neighbours_kernel: programs 0 and 1 do not wait for each other: load at .*, store at "
+    ):
+        neighbours_kernel[(2,)](x, x, BLOCK=N // 2)
+
+
+@interpreted
+def test_two_programs_write_the_same():
+    same_element_kernel[(1,)](numbers())
+    with pytest.raises(
+        LaunchError, match=r"same_element_kernel: programs 0 and 1 do not wait for each other: store at .*, store at "
+    ):
+        same_element_kernel[(2,)](numbers())
+
+
+@interpreted
+def test_parts_of_a_number_of_another_program():
+    with pytest.raises(LaunchError, match="overlapping_bytes_kernel: programs 0 and 1 do not wait for each other"):
+        overlapping_bytes_kernel[(2,)](numbers(2), BLOCK=2)
+
+
+@interpreted
+def test_barriers():
+    x, y = numbers(), torch.zeros(N)
+    turn_kernel[(1,)](x, y, BLOCK=N, BARRIERS=True)
+    assert torch.equal(x, numbers().flip(0))
+    with pytest.raises(LaunchError, match=r"turn_kernel: program 0: no barrier between store at .* and load at "):
+        turn_kernel[(1,)](x, y, BLOCK=N, BARRIERS=False)
+
+
+@interpreted
+def test_in_place_is_for_the_thread_that_read():
+    """Where threads share elements, one of them may write before another has read."""
+    x = numbers()
+    twice_kernel[(1,)](x, BLOCK=N)
+    assert torch.equal(x, 2 * numbers())
+    twice_kernel[(1,)](x, BLOCK=32, num_warps=1)
+    with pytest.raises(LaunchError, match=r"twice_kernel: program 0: no barrier between load at .* and store at "):
+        twice_kernel[(1,)](x, BLOCK=N, num_warps=16)
+
+
+@interpreted
+def test_one_instruction_writes_two_values_to_one_address():
+    many_to_one_kernel[(1,)](torch.ones(N), torch.zeros(N), BLOCK=N)
+    with pytest.raises(InterpreterError, match=r"many_to_one_kernel: program 0: store at .* writes different values"):
+        many_to_one_kernel[(1,)](numbers(), torch.zeros(N), BLOCK=N)
+
+
+@interpreted
+def test_no_multiple():
+    x = torch.zeros(1, dtype=torch.int32)
+    multiple_kernel[(1,)](x, 32)
+    assert x.item() == 32
+    with pytest.raises(InterpreterError, match=r"multiple_kernel: test_watched.py:\d+: no multiple of 16"):
+        multiple_kernel[(1,)](x, 24)
+
+
+@interpreted
+def test_atomics_are_refused():
+    with pytest.raises(InterpreterError, match=r"atomic_kernel: .*: atomics are not watched"):
+        atomic_kernel[(1,)](torch.zeros(1))
+
+
+test_in_the_interpreter = in_the_interpreter(__file__)
