@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import ClassVar
 
+import pytest
 import torch
 from guard import GraphGuard
 from operator_cases import RecordCalls
 from torch import Tensor
-from triton_contract import DEVICE, DRAWS, assert_passed, drawn, on_the_device, poisoned
+from triton_contract import DEVICE, DRAWS, INTERPRETED, assert_passed, drawn, on_device, on_the_device, poisoned
 
 from dsfast import ops
 from dsfast.config import default_config
@@ -75,6 +77,25 @@ def assert_same_in_float64(case: Case, composed: Callable[..., tuple[Tensor, ...
     assert found.keys() == expected.keys()
     for quantity, values in expected.items():
         torch.testing.assert_close(found[quantity], values, rtol=1e-13, atol=1e-13)
+
+
+class TakenContract:
+    """`taken(dtype, device=...)` says whether such arguments go through the kernel, which stands for `instead_of`."""
+
+    taken: ClassVar[Callable[..., bool]]
+    instead_of: ClassVar[tuple[str, ...]]
+
+    @on_device
+    def test_not_where_one_it_stands_for_is_plain_pytorch(self):
+        for operator in self.instead_of:
+            with ops.use("reference", operator):
+                assert not self.taken(), operator
+
+    @pytest.mark.skipif(INTERPRETED, reason="there the CPU's kernels are the GPU's")
+    @pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+    def test_not_on_a_cpu(self):
+        assert not self.taken(torch.bfloat16, device="cpu")
+        assert not self.taken(torch.float32, device="cpu")
 
 
 def layer_of(dtype: torch.dtype, **changes) -> DecoderLayer:

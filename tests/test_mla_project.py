@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from narrow_layer import (
+    TakenContract,
     assert_passed_where_used,
     assert_passed_without_eps,
     assert_same_in_float64,
@@ -165,18 +166,9 @@ def test_what_is_taken():
         assert not taken(**wide), wide
 
 
-@on_device
-@pytest.mark.parametrize("operator", INSTEAD_OF)
-def test_not_where_one_it_stands_for_is_plain_pytorch(operator):
-    with ops.use("reference", operator):
-        assert not taken()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="there the CPU's kernels are the GPU's")
-@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
-def test_not_on_a_cpu():
-    assert not taken(torch.bfloat16, device="cpu")
-    assert not taken(torch.float32, device="cpu")
+class TestWhereItIsTaken(TakenContract):
+    taken = staticmethod(taken)
+    instead_of = INSTEAD_OF
 
 
 @pytest.mark.parametrize(
