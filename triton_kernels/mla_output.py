@@ -9,6 +9,8 @@ N tokens, D model width, C = H Dv what attention gives for a token; DP and CP ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -74,8 +76,15 @@ def backward_kernel(
     store_weight(parts, b_part, 1, 1, D, DP, D, 0, C, CP)
 
 
-# BN tokens, and warps. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-_FORWARD, _BACKWARD = (64, 4), (64, 8)
+class Tiles(NamedTuple):
+    """BN tokens."""
+
+    bn: int
+    warps: int
+
+
+# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+_FORWARD, _BACKWARD = Tiles(64, 4), Tiles(64, 8)
 
 
 def forward(values: Tensor, o: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ computes again, is its own affair and not counted.
 
 Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "v3" has the widths of DeepSeek-V3 with as
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
-Letters: N tokens, T tokens per document, B sequences, C cached tokens, D model width, R rank or width of latent, table and
-head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts, K chosen, G groups,
-I intermediate width, P parameters, M matrices of R rows and C columns; muon's are those of `layers` layers.
+Letters: N tokens, T tokens per document, B sequences, C cached tokens, or heads times width of value, D model width, R rank or
+width of latent, table and head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts,
+K chosen, G groups, I intermediate width, P parameters, M matrices of R rows and C columns; muon's are those of `layers` layers.
 """
 
 from __future__ import annotations
@@ -224,6 +224,24 @@ def newton_schulz(shapes: Sequence[Shape], name: str) -> tuple[cases.Case, Work,
     flops = sum(ITERATIONS * n * (4 * rows * rows * cols + 2 * rows**3) for n, rows, cols in shapes)
     floats = 2 * sum(n * rows * cols for n, rows, cols in shapes)
     return cases.newton_schulz_case(name, *shapes), Work(flops, floats), None
+
+
+def project(name: str, N: int, H: int, D: int, R: int, Dn: int, Dr: int, Dv: int) -> tuple[cases.Case, Work, Work]:
+    """Case, forward and backward work of `ops.mla_project`."""
+    weights = H * (Dn + Dr) * D + (R + Dr) * D + H * (Dn + Dv) * R
+    read, written = 2 * N * D + weights + D + R, N * (H * (2 * Dn + Dr + Dv) + Dr)
+    forward = Work(2 * N * weights, read + N * D + written, N)
+    # In: h, its gradient and those of what was written. Out: the gradient of the stream, and of the weights.
+    backward = Work(2 * forward.flops, 3 * N * D + written + 2 * (weights + D + R), N)
+    return cases.mla_project_case(name, N, H, D, R, Dn, Dr, Dv), forward, backward
+
+
+def output(name: str, N: int, D: int, C: int) -> tuple[cases.Case, Work, Work]:
+    """Case, forward and backward work of `ops.mla_output`, whose y is used once; C: H Dv."""
+    weights = D * C + D
+    forward = Work(2 * N * D * C, N * C + 3 * N * D + weights)
+    backward = Work(2 * forward.flops, 2 * N * C + 4 * N * D + 2 * weights)
+    return cases.mla_output_case(name, N, D, C), forward, backward
 
 
 def _muon(name: str, layers: int, D: int, I: int):

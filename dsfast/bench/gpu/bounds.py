@@ -15,7 +15,7 @@ COPY_BYTES = 2**30
 SIZE = 8192  # rows and columns of the product
 CALLS = 10
 BUDGET = 2.0  # seconds of each bound
-RATES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+RATES = {torch.bfloat16: "bfloat16", torch.float16: "bfloat16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)

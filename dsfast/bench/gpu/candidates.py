@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 
 from dsfast.bench.gpu.cases import OPERATORS
 
-PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding")
+PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding", "project", "output")
 """Of `bench gpu`, with something to choose."""
 MODULES = {part: OPERATORS[part] for part in PARTS} | {"mlp": "moe_experts"}
 CONSTANTS = {
     "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
     "norm": ("ELEMENTS",), "rope": ("ELEMENTS",), "embedding": ("_ELEMENTS", "_KEYS"),
+    "project": ("_LARGE",), "output": ("_FORWARD", "_BACKWARD"),
 }  # fmt: skip
-"""Of modules, that are in no table."""
+"""Of modules, numbers and tiles that are in no table."""
 SIDES = ("bt", "bs", "bm", "bn", "rows", "columns")
 """Of a tile of results: powers of two, as are bk and slice."""
-BOUNDS = {"warps": (4, 8), "stages": (1, 5), "resident": (1, 4)}
+BOUNDS = {"warps": (4, 8), "stages": (1, 5), "resident": (1, 4), "groups": (1, 4)}
 SIDE_BOUNDS = (16, 256)
 _ONE_BY_ONE = ("stages", "resident")  # not powers of two
-_TAKES = {"warps": -1, "resident": 0}
+_TAKES = {"warps": -1, "resident": 0, "groups": -1}
 """What one more takes of a program's registers and shared memory, where that is not 1: more warps have more registers."""
 _DIVIDE = {"forward": ("bs", "bt"), "backward_q": ("bs", "bt"), "backward_kv": ("bt", "bs")}
 """Kernels of attention: the first side is to divide the second."""

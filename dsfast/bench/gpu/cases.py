@@ -36,8 +36,12 @@ OPERATORS = {
     "newton_schulz": "newton_schulz",
     "mlp": "swiglu_mlp",
     "embedding": "embedding",
+    "project": "mla_project",
+    "output": "mla_output",
 }
 """Part -> the operator it times."""
+IN_16_BITS = ("project", "output")
+"""Parts whose kernels take no float32."""
 
 Sizes = dict[str, Any]
 _V3_HEAD, _SMALL_HEAD = {"Dn": 128, "Dr": 64, "Dv": 128}, {"Dn": 32, "Dr": 16, "Dv": 32}
@@ -84,6 +88,10 @@ SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
         "V3": ({"N": 8192, "V": 129280, "R": 7168, "D": 0}, {"N": 512, "V": 32768, "R": 7168, "D": 0}),
         "500K": ({"N": 8192, "V": 8000, "R": 32, "D": 128}, {"N": 1024, "V": 8000, "R": 32, "D": 128}),
     },
+    "project": {
+        "500K": ({"N": 8192, "D": 128, "R": 32, "H": 4, **_SMALL_HEAD}, {"N": 1024, "D": 128, "R": 32, "H": 4, **_SMALL_HEAD}),
+    },
+    "output": {"500K": ({"N": 8192, "D": 128, "C": 128}, {"N": 1024, "D": 128, "C": 128})},
 }  # fmt: skip
 
 _TINY = {
@@ -99,6 +107,8 @@ _TINY = {
     "newton_schulz": {"M": 2, "R": 5, "C": 7},
     "mlp": {"N": 12, "D": 16, "I": 16},
     "embedding": {"N": 12, "V": 19, "R": 8, "D": 16},
+    "project": {"N": 12, "D": 16, "R": 16, "H": 2, "Dn": 16, "Dr": 8, "Dv": 16},
+    "output": {"N": 12, "D": 16, "C": 32},
 }
 TINY: dict[str, dict[str, tuple[Sizes, Sizes]]] = {part: {"tiny": (sizes, sizes)} for part, sizes in _TINY.items()}
 """For a rehearsal without a GPU."""
@@ -126,11 +136,13 @@ class GpuCase:
 
 
 def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:
-    """The case of SIZES (of TINY in a rehearsal, which is in float32: the interpreter's bfloat16 is wrong)."""
+    """The case of SIZES (of TINY in a rehearsal, which is in float32 or float16: the interpreter's bfloat16 is wrong)."""
     sizes, smaller = (TINY if rehearsal else SIZES)[part][name]
     timed, forward, backward = _case(part, name, sizes)
     checked, _, _ = _case(part, name, smaller)
     dtype = torch.float32 if rehearsal or OPERATORS[part] in IN_FLOAT32 else torch.bfloat16
+    if rehearsal and part in IN_16_BITS:
+        dtype = torch.float16
     case = GpuCase(part, name, sizes, smaller, timed, checked, timed.function, forward, backward, dtype)
     if part == "route":
         routed = {"timed": replace(timed, function=route), "checked": replace(checked, function=route)}
@@ -147,6 +159,8 @@ def _case(part: str, name: str, sizes: Sizes) -> tuple[Case, Work, Work | None]:
         return cases.attention(sizes["lengths"], name, *(sizes[letter] for letter in ("H", "Dn", "Dr", "Dv")))
     if "shapes" in sizes:
         return cases.newton_schulz(sizes["shapes"], name)
+    if part in IN_16_BITS:
+        return (cases.project if part == "project" else cases.output)(name, **sizes)
     bench = cases.build_case(OPERATORS[part], name, sizes)
     return bench.case, bench.forward, bench.backward
 

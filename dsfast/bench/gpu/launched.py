@@ -5,6 +5,7 @@ It imports every kernel, so it is itself imported where triton is known to be in
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from dsfast.triton_kernels import (
     linear_cross_entropy,
     mla_attention,
     mla_decode,
+    mla_output,
+    mla_project,
     moe_experts,
     moe_route,
     newton_schulz,
@@ -70,9 +73,20 @@ def _embedding(input_ids, table, projection):
     embedding.backward(embedding.forward(input_ids, table, projection), input_ids, table, projection)
 
 
+def _project(delta, residual, *shared):
+    h, *projected = mla_project.forward(delta, residual, *shared)
+    mla_project.backward(h, *projected, h, *shared)
+
+
+def _output(values, o, residual, norm, eps, uses):
+    y, h = mla_output.forward(values, o, residual, norm, eps)
+    mla_output.backward([y] * uses, h, h, values, o, norm, eps)
+
+
 PASSES: dict[str, Callable[..., object]] = {
     "attention": _attention, "experts": _experts, "head": _head, "decode": mla_decode.forward, "route": _route, "norm": _norm,
-    "rope": _rope, "newton_schulz": _newton_schulz, "mlp": _mlp, "embedding": _embedding,
+    "rope": _rope, "newton_schulz": _newton_schulz, "mlp": _mlp, "embedding": _embedding, "project": _project,
+    "output": _output,
 }  # fmt: skip
 """Part -> both passes of its operator, on the inputs of its case."""
 PROCESSORS = 132
@@ -112,6 +126,7 @@ def on_an_h100() -> Iterator[None]:
     """Inside, tensors have shapes alone, and launches are those for an H100."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        for module in (rms_norm, mla_decode):
-            stack.enter_context(replaced(module, "multiprocessors", lambda device: PROCESSORS))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("dsfast.triton_kernels.") and hasattr(module, "multiprocessors"):
+                stack.enter_context(replaced(module, "multiprocessors", lambda device: PROCESSORS))
         yield

@@ -21,7 +21,7 @@ from dsfast.ops import triton
 
 PARTS = (
     "attention", "experts", "head", "decode", "route", "step", "training", "generate", "norm", "rope", "adamw", "muon",
-    "newton_schulz", "mlp", "embedding", "compiled", "tests",
+    "newton_schulz", "mlp", "embedding", "compiled", "project", "output", "tests",
 )  # fmt: skip
 """In order of importance; "bounds" comes before them all. The tests take what is left."""
 BUDGET = 450

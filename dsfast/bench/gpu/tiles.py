@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
 from dsfast.bench.gpu.run import LEAST, NOT_YET, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
-from dsfast.bench.gpu.tuning import PLANNED_FOR
+from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS
@@ -44,7 +42,7 @@ def check_can_try(rehearsal: bool, planned: bool) -> None:
             raise UserError(f"bench tiles --plan compiles: {reason or 'it cannot --rehearse'}")
         return
     check_gpu(rehearsal, "tiles")
-    if not rehearsal and (chip := "sm_{}{}".format(*torch.cuda.get_device_capability())) not in CHIPS:
+    if not rehearsal and (chip := this_chip()) not in CHIPS:
         raise UserError(f"bench tiles: the limits of {chip} are not known; {choices(CHIPS)}")
 
 

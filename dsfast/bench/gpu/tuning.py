@@ -272,13 +272,18 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, int) else value._asdict()
 
 
+def this_chip() -> str:
+    """What dsfast.triton_kernels.limits calls a GPU such as the one that is here."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def tune(case: GpuCase, rehearsal: bool, planned: bool, expired: Callable[[], bool], clock: Any) -> Iterator[Json]:
     """The rows of a case, on the GPU that is here. In a rehearsal: of two candidates each, on the CPU; `planned`: of what is
     compiled for an H100, and not timed."""
     from dsfast.bench.gpu.launched import on_an_h100
 
     device = "cpu" if rehearsal or planned else "cuda"
-    chip = "" if rehearsal else PLANNED_FOR if planned else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    chip = "" if rehearsal else PLANNED_FOR if planned else this_chip()
     few = {"most": 2, "rounds": 1} if rehearsal else {}
     with ExitStack() as stack:
         stack.enter_context(triton.kept_kernels())

@@ -63,8 +63,27 @@ def mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale):
     return torch.einsum("bhr,hvr->bhv", s.softmax(-1) @ latent, up_value)
 
 
-def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
-    scores = logits.sigmoid()
+def mla_project(
+    delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rank, turned = latent_norm.size(0), 2 * cos.size(1)
+    plain = q.size(0) // heads - turned
+    x, h = rms_norm(delta, norm, eps, residual)
+    q_nope, q_rope = functional.linear(x, q).unflatten(-1, (heads, -1)).split((plain, turned), -1)
+    latent, k_rope = functional.linear(x, kv_a).split((rank, turned), -1)
+    keys = functional.linear(rms_norm(latent, latent_norm, latent_eps), kv_b).unflatten(-1, (heads, -1))
+    k_nope, v = keys.split((plain, keys.size(-1) - plain), -1)
+    cos, sin = cos[positions], sin[positions]
+    return h, q_nope, rotate(q_rope, cos[:, None], sin[:, None]), k_nope, rotate(k_rope, cos, sin), v
+
+
+def mla_output(values, o, residual, norm, eps, uses):
+    y, h = rms_norm(functional.linear(values, o), norm, eps, residual)
+    return *[y] * uses, h
+
+
+def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"):
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(1)
     biased = (scores + bias).detach()
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
