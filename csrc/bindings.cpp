@@ -153,6 +153,7 @@ void bind_model(py::module_& m) {
   field(model, "chosen_groups", &LayeredModel::chosen_groups);
   field(model, "expert_width", &LayeredModel::expert_width);
   field(model, "norm_topk_prob", &LayeredModel::norm_topk_prob);
+  field(model, "softmax_scores", &LayeredModel::softmax_scores);
   field(model, "routed_scaling", &LayeredModel::routed_scaling);
   field(model, "softmax_scale", &LayeredModel::softmax_scale);
   field(model, "eps", &LayeredModel::eps);

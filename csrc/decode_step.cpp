@@ -94,7 +94,7 @@ LatentAttention attention_of(const Model& m) {
 }
 
 Choice choice_of(const Model& m) {
-  return {m.experts, m.chosen, m.groups, m.chosen_groups, m.norm_topk_prob, m.routed_scaling};
+  return {m.experts, m.chosen, m.groups, m.chosen_groups, m.norm_topk_prob, m.softmax_scores, m.routed_scaling};
 }
 
 int64_t widest_mlp(const Model& m) {
@@ -224,7 +224,7 @@ void Block::route(const Layer& layer, const LayerWeights& weights) const {
   product(count, {w.x, m.width, 1}, weights.router.at(), w.scores, m.experts);
   for (int64_t first_lane = 0; first_lane < count; first_lane += W) {
     const int64_t lanes = least(count - first_lane, W);
-    scores_of(w.scores + first_lane * m.experts, lanes, m.experts, scores, turned);
+    scores_of(w.scores + first_lane * m.experts, lanes, m.experts, z.softmax, scores, turned);
     route_lanes(z, scores, layer.router_bias, of_lanes, chosen, w.memory);
     to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
     to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);

@@ -51,10 +51,10 @@ int64_t mla_decode(const float* q_nope, int64_t qn_row, int64_t qn_head, const f
 
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
                        int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
-                       float scaling, int threads);
+                       bool softmax, float scaling, int threads);
 void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* indices,
-                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
-                        int threads);
+                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, bool softmax,
+                        float scaling, int threads);
 
 // gate_up [2I, D], down [D, I]; gu [N, 2I] keeps x gate_up^T for the backward pass.
 void swiglu_mlp_forward(const float* x, int64_t x_row, const float* gate_up, const float* down, float* y, float* gu,

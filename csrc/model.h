@@ -23,7 +23,7 @@ struct Layer {
 struct Model {
   int64_t vocabulary, width, heads, latent_rank, query_rank, nope, rope, value;
   int64_t experts, chosen, groups, chosen_groups, expert_width;
-  bool norm_topk_prob;
+  bool norm_topk_prob, softmax_scores;
   float routed_scaling, softmax_scale, eps, latent_eps;
   const float *cos, *sin;           // [positions, Dr / 2]
   const float *table, *projection;  // [V, rank], [rank, D]; without a projection (null) rank is D

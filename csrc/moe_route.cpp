@@ -1,4 +1,4 @@
-// Sigmoid scores, group-limited top-k, weights, counts; see dsfast/ops/moe_route.py.
+// Scores, group-limited top-k, weights, counts; see dsfast/ops/moe_route.py.
 #include "kernels.h"
 #include "parallel.h"
 #include "route.h"
@@ -16,12 +16,48 @@ DSFAST_INLINE void count_lanes(vint at, int64_t count, int64_t E, int32_t* count
     for (int64_t i = 0; i < count; ++i) ++counts[at[i] * W + i];
 }
 
+// The gradient of the logits of up to W tokens, one in each lane: with s all scores and ds those of the chosen (0 of
+// the others), s (ds - sum(ds s)).
+void softmax_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* chosen,
+                      float* dlogits, int64_t count, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
+                      float* memory) {
+  float *scores = memory, *turned = scores + E * W, *s = turned + E * W, *d = s + K * W;  // s and d: of the chosen
+  int32_t* at = reinterpret_cast<int32_t*>(d + K * W);
+  scores_of(logits, count, E, true, scores, turned);
+  vfloat total = {}, product = {}, mean = {};
+  for (int64_t k = 0; k < K; ++k) {
+    vfloat dw = {};
+    vint of_lane = {};
+    for (int64_t i = 0; i < count; ++i) {
+      of_lane[i] = int32_t(chosen[i * K + k]);
+      dw[i] = dweights[i * dweights_row + k];
+    }
+    const vfloat score = pick(of_lane, scores, E);
+    store(at + k * W, of_lane);
+    store(s + k * W, score);
+    store(d + k * W, dw);
+    total += score;
+    product += dw * score;
+  }
+  total += 1e-20f;
+  for (int64_t k = 0; k < K; ++k) {
+    const vfloat dw = load(d + k * W), ds = norm_topk_prob ? (dw - product / total) / total : dw;
+    const vfloat part = scaling * ds * load(s + k * W);
+    store(d + k * W, part);
+    mean += part;
+  }
+  for (int64_t e = 0; e < E; ++e) store(scores + e * W, vfloat{} - mean * load(scores + e * W));
+  to_rows(scores, E, count, dlogits);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t i = 0; i < count; ++i) dlogits[i * E + at[k * W + i]] += d[k * W + i];
+}
+
 }  // namespace
 
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
                        int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
-                       float scaling, int threads) {
-  const Choice z = {E, K, n_group, topk_group, norm_topk_prob, scaling};
+                       bool softmax, float scaling, int threads) {
+  const Choice z = {E, K, n_group, topk_group, norm_topk_prob, softmax, scaling};
   int32_t* of_thread[MAX_THREADS] = {};  // [E][W]: a lane's tokens
   parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
     float *memory = dsfast::scratch(z.memory() + 3 * E * W + 2 * K * W), *scores = memory + z.memory();
@@ -30,7 +66,7 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
     clear(reinterpret_cast<float*>(own), E * W);
     for (int64_t n = begin; n < end; n += W) {
       const int64_t count = least(end - n, W);
-      scores_of(logits + n * E, count, E, scores, turned);
+      scores_of(logits + n * E, count, E, softmax, scores, turned);
       route_lanes(z, scores, bias, chosen, at, memory);
       to_rows(chosen, K, count, weights + n * K);
       to_rows(at, K, count, indices + n * K);
@@ -46,8 +82,17 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
 
 // With s the chosen scores, T their sum:  w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
 void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* indices,
-                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, float scaling,
-                        int threads) {
+                        float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, bool softmax,
+                        float scaling, int threads) {
+  if (softmax) {
+    parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
+      float* memory = dsfast::scratch((2 * E + 3 * K) * W);
+      for (int64_t n = begin; n < end; n += W)
+        softmax_backward(dweights + n * dweights_row, dweights_row, logits + n * E, indices + n * K, dlogits + n * E,
+                         least(end - n, W), E, K, norm_topk_prob, scaling, memory);
+    });
+    return;
+  }
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
     float *s = dsfast::scratch(2 * K * BLOCK), *d = s + K * BLOCK;  // [K][BLOCK]; d: of the weights, then the logits
     for (int64_t n = begin; n < end; n += BLOCK) {

@@ -102,11 +102,29 @@ inline float* turn_small(const float* x, int64_t E, float* to, float* memory) {
   return memory;
 }
 
-// logits [count, E] of up to W tokens -> scores [E][W]; memory [E][W]
-inline void scores_of(const float* logits, int64_t count, int64_t E, float* scores, float* memory) {
+// x [E][W] -> exp(x) over its sum, in each lane. NaN and inf make all of a lane NaN, as in PyTorch.
+inline void softmax_lanes(float* x, int64_t E) {
+  vfloat high = load(x), total = {};
+  for (int64_t e = 1; e < E; ++e) high = maximum(high, load(x + e * W));
+  for (int64_t e = 0; e < E; ++e) {
+    const vfloat power = exp(load(x + e * W) - high);
+    store(x + e * W, power);
+    total += power;
+  }
+  for (int64_t e = 0; e < E; ++e) store(x + e * W, load(x + e * W) / total);
+}
+
+template <bool SOFTMAX>
+DSFAST_INLINE vfloat own_score(vfloat logit) {
+  return SOFTMAX ? logit : sigmoid(logit);
+}
+
+// The scores but for what softmax makes of an expert's by those of the others.
+template <bool SOFTMAX>
+inline void own_scores(const float* logits, int64_t count, int64_t E, float* scores, float* memory) {
   if (count == W && (E == 2 || E == 4 || E == 8)) {
     const float* turned = turn_small(logits, E, scores, memory);
-    for (int64_t e = 0; e < E; ++e) store(scores + e * W, sigmoid(load(turned + e * W)));
+    for (int64_t e = 0; e < E; ++e) store(scores + e * W, own_score<SOFTMAX>(load(turned + e * W)));
     return;
   }
   for (int64_t e = 0; e < E; e += W) {
@@ -117,13 +135,23 @@ inline void scores_of(const float* logits, int64_t count, int64_t E, float* scor
     transpose(tile);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < W; ++i)
-      if (i < experts) store(scores + (e + i) * W, sigmoid(tile[column(int(i))]));
+      if (i < experts) store(scores + (e + i) * W, own_score<SOFTMAX>(tile[column(int(i))]));
+  }
+}
+
+// logits [count, E] of up to W tokens -> scores [E][W]; memory [E][W]
+inline void scores_of(const float* logits, int64_t count, int64_t E, bool softmax, float* scores, float* memory) {
+  if (softmax) {
+    own_scores<true>(logits, count, E, scores, memory);
+    softmax_lanes(scores, E);
+  } else {
+    own_scores<false>(logits, count, E, scores, memory);
   }
 }
 
 struct Choice {
   int64_t E, K, n_group, topk_group;
-  bool norm_topk_prob;
+  bool norm_topk_prob, softmax;
   float scaling;
   // Floats of working memory for `route_lanes`.
   int64_t memory() const { return (E + n_group) * W; }

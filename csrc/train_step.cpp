@@ -190,7 +190,7 @@ void Pass::mlp(int64_t number, const LayerWeights& w, const LayerState& l) const
     scores(layer.router, w.router, l.x_mlp, l.logits);
     clock.charge(LINEAR);
     moe_route_forward(l.logits, layer.router_bias, l.weights, l.chosen, s.counts, n, m.experts, m.chosen, m.groups,
-                      m.chosen_groups, m.norm_topk_prob, m.routed_scaling, 1);
+                      m.chosen_groups, m.norm_topk_prob, m.softmax_scores, m.routed_scaling, 1);
     for (int64_t e = 0; e < m.experts; ++e) loads[number * m.experts + e] += s.counts[e];
     clock.charge(ROUTE);
     const Experts z = {{m.width, m.expert_width}, m.chosen, m.experts};
@@ -215,7 +215,7 @@ void Pass::mlp_backward(const Layer& layer, const LayerWeights& w, const Layer& 
     if (m.chosen > 1) combine_slots(s.slots, s.dx, n, m.chosen, m.width, 1);
     clock.charge(EXPERTS);
     moe_route_backward(s.dweights, m.chosen, l.logits, l.chosen, s.dlogits, n, m.experts, m.chosen, m.norm_topk_prob,
-                       m.routed_scaling, 1);
+                       m.softmax_scores, m.routed_scaling, 1);
     clock.charge(ROUTE);
     linear_backward(n, w.router, {s.dlogits, m.experts, 1}, packed<float>(l.x_mlp, row(), m.width), s.dx, m.width,
                     gradient(g.router), true);

@@ -56,6 +56,7 @@ class ModelConfig:
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     routed_scaling_factor: float = 1.0
     first_k_dense_replace: int = 0
     max_position_embeddings: int = 4096

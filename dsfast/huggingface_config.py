@@ -21,7 +21,6 @@ FIXED = {
     "hidden_act": "silu",
     "moe_layer_freq": 1,
     "rope_interleave": True,
-    "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
 

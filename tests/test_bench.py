@@ -65,6 +65,7 @@ ARCHITECTURES = {
     "q_lora, first layer dense": {"q_lora_rank": 9, "first_k_dense_replace": 1},
     "groups, no shared expert": {"n_group": 3, "topk_group": 2, "n_shared_experts": 0},
     "unnormalised, scaled": {"norm_topk_prob": False, "num_experts_per_tok": 1, "routed_scaling_factor": 1.7},
+    "softmax scores": {"scoring_func": "softmax"},
     "yarn": {"rope_scaling": tiny_models.YARN},
 }
 

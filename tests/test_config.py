@@ -437,7 +437,7 @@ class TestPublished:
             ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; dsfast supports 'silu' only"),
             ({"moe_layer_freq": 2}, "moe_layer_freq is 2; dsfast supports 1 only"),
             ({"rope_interleave": False}, "rope_interleave is False; dsfast supports True only"),
-            ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; dsfast supports 'sigmoid' only"),
+            ({"scoring_func": "tanh"}, "model.scoring_func is 'tanh'; known: sigmoid, softmax"),
             ({"topk_method": "greedy"}, "topk_method is 'greedy'; dsfast supports 'noaux_tc' only"),
             ({"num_key_value_heads": 1}, "num_key_value_heads is 1; .* must equal num_attention_heads"),
             ({"rope_parameters": 3}, "rope_parameters must be an object or null, got 3"),

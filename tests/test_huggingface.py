@@ -162,10 +162,31 @@ def test_export_refuses_and_leaves_nothing_behind(tmp_path, tokenizer, obstacle)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_export_refuses_scores_that_transformers_would_make_otherwise(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"by sigmoid only, this model by softmax \(model.scoring_func\)"):
+        export_huggingface(random_model(scoring_func="softmax"), tokenizer, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_fills_an_empty_folder(tmp_path, tokenizer):
     export_huggingface(random_model(), tokenizer, tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     assert not [path for path in tmp_path.parent.iterdir() if "partial" in path.name]
+
+
+def test_import_keeps_how_scores_are_made(tmp_path, tokenizer):
+    model = random_model()
+    export_huggingface(model, tokenizer, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    fields = json.loads(config.read_text())
+    assert fields["scoring_func"] == "sigmoid"
+    config.write_text(json.dumps(fields | {"scoring_func": "softmax"}))
+    softmax = import_huggingface(tmp_path / "model")
+    ids = random_ids(model, 2, 9)
+    expected = random_model(scoring_func="softmax")
+    with torch.no_grad():
+        assert torch.equal(softmax(ids), expected(ids))
+        assert not torch.allclose(softmax(ids), model(ids))
 
 
 def test_import_names_what_is_wrong(tmp_path, tokenizer):

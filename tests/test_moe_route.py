@@ -26,6 +26,15 @@ class TestMoeRoute(OperatorContract):
         moe_route_case("groups of one expert: a group's score is one value", 23, 8, 2, 8, 3),
         moe_route_case("all experts of the groups taken", 19, 15, 6, 5, 2),
         moe_route_case("DeepSeek-V3's 256 experts, 4 of 8 groups, top 8", 31, 256, 8, 8, 4, True),
+        moe_route_case("softmax, no tokens", 0, 4, 2, 1, 1, False, "softmax"),
+        moe_route_case("softmax, one expert: the score is constant, the gradient 0", 7, 1, 1, 1, 1, False, "softmax"),
+        moe_route_case("softmax, top 1 of 2", 61, 2, 1, 1, 1, False, "softmax"),
+        moe_route_case(
+            "softmax, top 1 normalised: the weight is constant, the gradient 0", 11, 6, 1, 1, 1, True, "softmax"
+        ),
+        moe_route_case("softmax, all experts normalised", 33, 9, 9, 1, 1, True, "softmax"),
+        moe_route_case("softmax, 2 of 3 groups, normalised", 41, 21, 4, 3, 2, True, "softmax"),
+        moe_route_case("softmax, DeepSeek-V2's 160 experts, 3 of 8 groups, top 6", 31, 160, 6, 8, 3, False, "softmax"),
     )
     tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
     bad_arguments = (
@@ -41,8 +50,10 @@ class TestMoeRoute(OperatorContract):
     )
 
     @staticmethod
-    def independent(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+    def independent(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"):
         scores, (n, e) = 1 / (1 + torch.exp(-logits)), logits.shape
+        if scoring_func == "softmax":
+            scores = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
         indices = torch.zeros(n, top_k, dtype=torch.int64)
         for token in range(n):
             value = dict(enumerate((scores[token] + bias).tolist()))
@@ -61,6 +72,7 @@ class TestRouteTokens(OperatorContract):
         route_tokens_case("no tokens", 0, 5, 4, 2),
         route_tokens_case("the 500K model: top 1 of 2", 61, 128, 2, 1),
         route_tokens_case("2 of 3 groups, normalised", 41, 20, 21, 4, 3, 2, True),
+        route_tokens_case("softmax", 41, 20, 21, 4, 3, 2, False, "softmax"),
     )
     tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)
     bad_arguments = (
@@ -209,3 +221,48 @@ def test_saturated_scores(size):
     with ops.use("native"):
         found = scores(logits).double()
     torch.testing.assert_close(found, logits.double().sigmoid(), rtol=1e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_softmax_of_large_logits(implementation, size):
+    """Nothing overflows; what is less than float32 holds is 0."""
+    needs_native()
+    logits = torch.linspace(-size, size, 34).view(2, 17).requires_grad_()
+    with ops.use(implementation):
+        weights, indices, _ = ops.moe_route(logits, torch.zeros(17), 17, 1, 1, False, 1.0, "softmax")
+    found = torch.zeros(2, 17).scatter(1, indices, weights)
+    torch.testing.assert_close(found.double(), logits.double().softmax(1), rtol=1e-5, atol=1e-37)
+    (gradient,) = torch.autograd.grad(weights[:, :3].sum(), logits)
+    (expected,) = torch.autograd.grad(logits.double().softmax(1).gather(1, indices[:, :3]).sum(), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_softmax_of_what_is_no_number(implementation, value):
+    """NaN and inf make NaN of all scores of their token, -inf is never chosen while others are left."""
+    needs_native()
+    logits = torch.tensor([[0.0, 1.0, value, 2.0], [3.0, 1.0, 2.0, 0.0]])
+    with ops.use(implementation):
+        weights, indices, _ = ops.moe_route(logits, torch.zeros(4), 2, 1, 1, False, 1.0, "softmax")
+    assert indices.tolist() == [[3, 1] if value == -math.inf else [0, 1], [0, 2]]
+    assert weights.isnan().tolist() == [[value != -math.inf] * 2, [False] * 2]
+
+
+def test_softmax_against_transformers():
+    """The router of a model whose scores are softmaxes, top 2 of 8 normalised, without a bias."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    needs_native()
+    config = transformers.Qwen3MoeConfig(num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, hidden_size=16)
+    router = Qwen3MoeTopKRouter(config)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=generator) for n in (37, 8))
+    with torch.no_grad():
+        router.weight.copy_(weight)
+        _, expected, chosen = router(x)
+    weights, indices, _ = ops.route_tokens(x, weight, torch.zeros(8), 2, 1, 1, True, 1.0, "softmax")
+    assert torch.equal(indices, chosen)
+    torch.testing.assert_close(weights, expected)

@@ -36,6 +36,11 @@ class TestMoeRoute(TritonContract):
         moe_route_case("all groups: no limit", 17, 12, 5, 4, 4),
         moe_route_case("DeepSeek-V3's 256 experts, one token below a tile", 3, 256, 8, 8, 4, True),
         moe_route_case("as before, one above two tiles", 9, 256, 8, 8, 4, True),
+        moe_route_case("softmax, no tokens", 0, 4, 2, 1, 1, False, "softmax"),
+        moe_route_case("softmax, one expert: the score is constant, the gradient 0", 7, 1, 1, 1, 1, False, "softmax"),
+        moe_route_case("softmax, top 1 of 2, one token above a tile", 65, 2, 1, 1, 1, False, "softmax"),
+        moe_route_case("softmax, 2 of 3 groups of 7, normalised", 41, 21, 4, 3, 2, True, "softmax"),
+        moe_route_case("softmax, DeepSeek-V2's 160 experts", 7, 160, 6, 8, 3, False, "softmax"),
     )
     tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
     registered = ("moe_route", "moe_route_backward")
@@ -55,6 +60,8 @@ class TestRouteTokens(TritonContract):
         route_tokens_case("groups of one expert", 23, 7, 8, 2, 8, 3),
         route_tokens_case("one expert too many for one kernel", 21, 33, 17, 3),
         route_tokens_case("3 groups of 7: 32 places", 41, 20, 21, 4, 3, 2, True),
+        route_tokens_case("softmax, 2 of 3 groups of 4: empty places", 41, 19, 12, 4, 3, 2, False, "softmax"),
+        route_tokens_case("softmax, of one expert too many for one kernel", 21, 33, 17, 3, 1, 1, True, "softmax"),
     )
     tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)  # normalised, a sum of weights has no gradient
     registered = ("moe_route_tokens", "moe_route_tokens_backward")
@@ -146,6 +153,27 @@ def test_saturated_scores(size):
     found = torch.zeros(2, 17).scatter(1, indices.cpu(), weights.cpu()).double()
     exact = logits.double().sigmoid()
     torch.testing.assert_close(found, exact, rtol=1e-6 if DEVICE == "cuda" else 1e-5, atol=1e-36)
+
+
+@on_device
+@pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
+def test_softmax_of_large_logits(size):
+    """Nothing overflows; what is less than float32 holds is 0."""
+    logits = torch.linspace(-size, size, 34).view(2, 17)
+    weights, indices, _ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0, "softmax")
+    found = torch.zeros(2, 17).scatter(1, indices.cpu(), weights.cpu()).double()
+    torch.testing.assert_close(found, logits.double().softmax(1), rtol=1e-5, atol=1e-37)
+
+
+@on_device
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_softmax_of_what_is_no_number(value):
+    """NaN and inf make NaN of all scores of their token, -inf is never chosen while others are left."""
+    logits = [[0.0, 1.0, value, 2.0], [3.0, 1.0, 2.0, 0.0]]
+    weights, indices, _ = route(logits, [0.0] * 4, 2, 1, 1, False, 1.0, "softmax")
+    lowest = value == float("-inf")
+    assert indices.tolist() == [[3, 1] if lowest else [0, 1], [0, 2]]
+    assert weights.isnan().tolist() == [[not lowest] * 2, [False] * 2]
 
 
 @on_device

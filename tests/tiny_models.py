@@ -49,6 +49,11 @@ MORE_VARIANTS = {
     "no shared expert, top-1 not normalised": {
         "n_shared_experts": 0, "num_experts_per_tok": 1, "norm_topk_prob": False, "n_routed_experts": 2,
     },
+    "softmax scores, of few experts": {"scoring_func": "softmax", "norm_topk_prob": False},
+    "softmax scores, of more than a vector holds, in groups": {
+        "scoring_func": "softmax", "n_routed_experts": 20, "n_group": 5, "topk_group": 3, "num_experts_per_tok": 4,
+        "routed_scaling_factor": 2.5,
+    },
     "every expert chosen": {"num_experts_per_tok": 6, "rms_norm_eps": 1e-2},
     "widths above every block, more words than a chunk": {
         "hidden_size": 132, "kv_lora_rank": 131, "qk_nope_head_dim": 37, "qk_rope_head_dim": 34, "v_head_dim": 41,

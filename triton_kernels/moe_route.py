@@ -49,6 +49,30 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) of x <= 0, as exact as above, of -inf 0."""
+    x = tl.where(x < -150.0, -150.0, x)
+    t = x * LOG2E
+    rest = tl.fma(x, LOG2E, -t) + x * LOG2E_LOW
+    return tl.exp2(t) * (1.0 + rest * LN2)
+
+
+@triton.jit
+def _highest_and_sum(b_logits, m_e):
+    """Of the logits [BN, PLACES] of experts: the highest, and the sum of exp(logit - highest) [BN, 1]."""
+    b_high = tl.max(tl.where(m_e, b_logits, float("-inf")), 1, keep_dims=True)
+    return b_high, tl.sum(tl.where(m_e, _exp(b_logits - b_high), 0.0), 1, keep_dims=True)
+
+
+@triton.jit
+def _score(b_logits, b_high, b_sum, SOFTMAX: tl.constexpr):
+    """Scores of logits [BN, ...], with softmax by what `_highest_and_sum` gave for their tokens."""
+    if SOFTMAX:
+        return tl.div_rn(_exp(b_logits - b_high), b_sum)
+    return _sigmoid(b_logits)
+
+
+@triton.jit
 def _key(x):
     """float32 -> int32 in the same order, NaN (of any sign) the largest. Its own inverse is _value."""
     bits = x.to(tl.int32, bitcast=True)
@@ -103,7 +127,7 @@ def _scores_before(x, x_n, w, n, N, e, m_e, D: tl.constexpr, BK: tl.constexpr, B
 def forward_kernel(
     logits, x, w, bias, weights, indices, parts, scaling, logits_n, x_n, N, D: tl.constexpr, BK: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+    topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E].
 
@@ -120,7 +144,10 @@ def forward_kernel(
         b_logits = _scores_before(x, x_n, w, n, N, e, m_e, D, BK, BN, GP * SP)
         tl.store(p_logits + e, b_logits, mask=(n < N) & m_e)
         tl.debug_barrier()  # other threads read those of the chosen
-    b_scores = _sigmoid(b_logits)
+    b_high, b_sum = 0.0, 1.0
+    if SOFTMAX:
+        b_high, b_sum = _highest_and_sum(b_logits, m_e)
+    b_scores = _score(b_logits, b_high, b_sum, SOFTMAX)
     b_key = tl.where(m_e, _key(b_scores + tl.load(bias + e, mask=m_e, other=0.0)), OUT)  # [BN, GP SP]
     if topk_group < G:
         b_key = _limit_groups(b_key, BN, G, S, GP, SP, topk_group)
@@ -135,7 +162,8 @@ def forward_kernel(
 
     m_k = (n < N) & (k < K)
     # The scores of the chosen, made again: cheaper than to look them up across the threads.
-    b_w = tl.where(k < K, _sigmoid(tl.load(p_logits + b_chosen, mask=m_k, other=0.0)), 0.0)
+    b_w = _score(tl.load(p_logits + b_chosen, mask=m_k, other=0.0), b_high, b_sum, SOFTMAX)
+    b_w = tl.where(k < K, b_w, 0.0)
     if norm_topk_prob:
         b_w = tl.div_rn(b_w, tl.sum(b_w, 1, keep_dims=True) + 1e-20)
     p_out = n.to(tl.int64) * K + k
@@ -159,45 +187,57 @@ def count_kernel(parts, counts, B, E: tl.constexpr, BB: tl.constexpr, BE: tl.con
 
 @triton.jit
 def _logits_gradient(
-    dweights, logits, indices, scaling, dweights_n, logits_n, n, N,
-    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+    dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E: tl.constexpr,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """[BN, EP] of the tokens n [BN, 1], 0 where an expert was not chosen.
+    """[BN, EP] of the tokens n [BN, 1].
 
-    With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.
+    With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T. Of a sigmoid that is
+    ds s (1 - s), and 0 for an expert that was not chosen; of a softmax s (ds - sum(ds s)) for all experts.
     """
     m_n = n < N
     n_64 = n.to(tl.int64)
+    e = tl.arange(0, EP)[None, :]
+    b_high, b_sum = 0.0, 1.0
+    if SOFTMAX:
+        b_logits = tl.load(logits + n_64 * logits_n + e, mask=m_n & (e < E), other=0.0)
+        b_high, b_sum = _highest_and_sum(b_logits, e < E)
     if norm_topk_prob:
         k = tl.arange(0, KP)[None, :]
         m_k = m_n & (k < K)
         b_all = tl.load(indices + n_64 * K + k, mask=m_k, other=0)
-        b_scores = tl.where(k < K, _sigmoid(tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)), 0.0)
+        b_chosen = tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)
+        b_scores = tl.where(k < K, _score(b_chosen, b_high, b_sum, SOFTMAX), 0.0)
         b_total = tl.sum(b_scores, 1, keep_dims=True) + 1e-20  # [BN, 1]
         b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0).to(tl.float32)
         b_mean = tl.div_rn(tl.sum(b_dweights * b_scores, 1, keep_dims=True), b_total)
-    e = tl.arange(0, EP)[None, :]
     b_dlogits = tl.zeros([BN, EP], tl.float32)
+    b_dot = tl.zeros([BN, 1], tl.float32)
     for rank in range(K):
         b_e = tl.load(indices + n_64 * K + rank, mask=m_n, other=0)  # [BN, 1]
-        b_s = _sigmoid(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0))
+        b_s = _score(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0), b_high, b_sum, SOFTMAX)
         b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0).to(tl.float32)
         if norm_topk_prob:
             b_ds = tl.div_rn(b_ds - b_mean, b_total)
-        b_dlogits = tl.where(e == b_e, scaling * b_ds * b_s * (1.0 - b_s), b_dlogits)
+        b_part = scaling * b_ds * b_s
+        b_dot += b_part
+        b_dlogits = tl.where(e == b_e, b_part if SOFTMAX else b_part * (1.0 - b_s), b_dlogits)
+    if SOFTMAX:
+        b_dlogits -= b_dot * _score(b_logits, b_high, b_sum, SOFTMAX)
     return b_dlogits
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_kernel(
     dweights, logits, indices, dlogits, scaling, dweights_n, logits_n, N,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """dlogits [N, E] of one tile of tokens."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
     e = tl.arange(0, EP)[None, :]
     b_dlogits = _logits_gradient(
-        dweights, logits, indices, scaling, dweights_n, logits_n, n, N, EP, K, KP, norm_topk_prob, BN
+        dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E, EP, K, KP, norm_topk_prob, SOFTMAX, BN
     )
     tl.store(dlogits + n.to(tl.int64) * E + e, b_dlogits.to(dlogits.dtype.element_ty), mask=(n < N) & (e < E))
 
@@ -206,7 +246,7 @@ def backward_kernel(
 def tokens_backward_kernel(
     dweights, x, w, logits, indices, dx, parts, scaling, dweights_n, x_n, logits_n, N, STEPS,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    norm_topk_prob: tl.constexpr, BN: tl.constexpr,
+    norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BD columns of dx [N, D] for STEPS tiles of tokens, and their part of the gradient of w: one of parts [P, E, D]."""
     share, block = tl.program_id(0) // tl.cdiv(D, BD), tl.program_id(0) % tl.cdiv(D, BD)
@@ -220,7 +260,7 @@ def tokens_backward_kernel(
         m_x, n_64 = (n < N) & (d < D), n.to(tl.int64)
         b_x = tl.load(x + n_64 * x_n + d, mask=m_x, other=0.0)  # [BN, BD]
         b_dlogits = _logits_gradient(
-            dweights, logits, indices, scaling, dweights_n, logits_n, n, N, EP, K, KP, norm_topk_prob, BN
+            dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E, EP, K, KP, norm_topk_prob, SOFTMAX, BN
         ).to(x.dtype.element_ty)
         b_dx = tl.dot(b_dlogits, b_w, input_precision="ieee")
         tl.store(dx + n_64 * D + d, b_dx.to(dx.dtype.element_ty), mask=m_x)
@@ -300,18 +340,21 @@ def scatter_kernel(
     tl.store(order + tl.gather(b_offset + b_before, b_e, 0) + b_rank, slot, mask=slot < SLOTS)
 
 
-def forward(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
+) -> tuple[Tensor, Tensor, Tensor]:
     """logits [N, E], bias [E] float32 -> weights [N, K], indices [N, K] int64, counts [E] int64, as dsfast.ops.moe_route.
 
     A NaN counts as the largest value, so a broken router shows in the weights; the indices lie in 0..E-1 whatever the logits.
     Raises TypeError for another dtype.
     """
     _check(logits)
-    return _forward(logits, None, bias, logits.dtype, top_k, n_group, topk_group, norm_topk_prob, scaling)
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
+    return _forward(logits, None, bias, logits.dtype, *choice)
 
 
 def forward_tokens(
-    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling
+    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D], weight [E, D], bias [E] float32 -> weights [N, K] in x's dtype, indices, counts, as `forward`, and logits [N, E]
     float32. Raises TypeError for other dtypes than float32, float16 and bfloat16.
@@ -320,7 +363,7 @@ def forward_tokens(
     few = _places(weight.size(0), n_group) <= FEW
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32) if few else _float32_product(x, weight)
     tokens = (x, weight) if few else None
-    choice = top_k, n_group, topk_group, norm_topk_prob, scaling
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
     return *_forward(logits, tokens, bias, x.dtype, *choice), logits
 
 
@@ -341,16 +384,18 @@ def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.float().T
 
 
-def backward(dweights, logits, indices, norm_topk_prob, scaling) -> Tensor:
+def backward(dweights, logits, indices, norm_topk_prob, scaling, scoring_func) -> Tensor:
     """The gradient of the logits [N, E] from that of the weights [N, K]. TypeError for another dtype than float32."""
     _check(logits)
     dlogits = logits.new_empty(logits.shape)
     with torch.cuda.device_of(logits):
-        backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
+        backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits).run()
     return dlogits
 
 
-def backward_tokens(dweights, x, weight, logits, indices, n_group, norm_topk_prob, scaling) -> tuple[Tensor, Tensor]:
+def backward_tokens(
+    dweights, x, weight, logits, indices, n_group, norm_topk_prob, scaling, scoring_func
+) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight from that of the weights [N, K]; TypeError as `forward_tokens`. Deterministic.
 
     That of the logits is rounded to x's dtype.
@@ -360,11 +405,11 @@ def backward_tokens(dweights, x, weight, logits, indices, n_group, norm_topk_pro
     with torch.cuda.device_of(x):
         if not few:
             dlogits = logits.new_empty(logits.shape, dtype=x.dtype)
-            backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits).run()
+            backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits).run()
             return dlogits @ weight, dlogits.T @ x
         dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
         for launch in tokens_backward_launches(
-            dweights, x, weight, logits, indices, norm_topk_prob, scaling, dx, dweight
+            dweights, x, weight, logits, indices, norm_topk_prob, scaling, scoring_func, dx, dweight
         ):
             launch.run()
     return dx, dweight
@@ -388,7 +433,18 @@ def _places(experts: int, n_group: int) -> int:
 
 
 def forward_launches(
-    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, weights, indices, counts, tokens=None
+    logits,
+    bias,
+    top_k,
+    n_group,
+    topk_group,
+    norm_topk_prob,
+    scaling,
+    scoring_func,
+    weights,
+    indices,
+    counts,
+    tokens=None,
 ) -> list[Launch]:
     """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device.
 
@@ -412,7 +468,7 @@ def forward_launches(
         "logits": logits, "bias": bias.contiguous(), "weights": weights, "indices": indices, "parts": parts,
         "scaling": float(scaling), "logits_n": logits.stride(0), "N": n, "G": n_group, "S": size, "GP": gp, "SP": sp,
         "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
-        "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+        "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax", "BN": bn,
     }  # fmt: skip
     be = min(32, triton.next_power_of_2(e))
     counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
@@ -422,7 +478,7 @@ def forward_launches(
     ]
 
 
-def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits) -> Launch:
+def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits) -> Launch:
     """The launch that fills dlogits; tensors may lie on the meta device."""
     dweights, logits = rows(dweights, logits)
     (n, e), top_k = logits.shape, indices.size(1)
@@ -431,13 +487,14 @@ def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, dlogits)
     arguments = {
         "dweights": dweights, "logits": logits, "indices": indices.contiguous(), "dlogits": dlogits,
         "scaling": float(scaling), "dweights_n": dweights.stride(0), "logits_n": logits.stride(0), "N": n, "E": e,
-        "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+        "EP": ep, "K": top_k, "KP": triton.next_power_of_2(top_k), "norm_topk_prob": bool(norm_topk_prob),
+        "SOFTMAX": scoring_func == "softmax", "BN": bn,
     }  # fmt: skip
     return Launch(backward_kernel, (triton.cdiv(n, bn),), arguments, options(4), 4, 0)
 
 
 def tokens_backward_launches(
-    dweights, x, weight, logits, indices, norm_topk_prob, scaling, dx, dweight
+    dweights, x, weight, logits, indices, norm_topk_prob, scaling, scoring_func, dx, dweight
 ) -> list[Launch]:
     """The kernel that fills dx, and parts of dweight, and the one that adds these up; tensors may lie on the meta device."""
     dweights, x, weight = *rows(dweights, x), weight.contiguous()
@@ -450,7 +507,7 @@ def tokens_backward_launches(
         "dweights": dweights, "x": x, "w": weight, "logits": logits, "indices": indices, "dx": dx, "parts": parts,
         "scaling": float(scaling), "dweights_n": dweights.stride(0), "x_n": x.stride(0), "logits_n": logits.stride(0),
         "N": n, "STEPS": steps, "D": d, "BD": bd, "E": e, "EP": FEW, "K": top_k, "KP": triton.next_power_of_2(top_k),
-        "norm_topk_prob": bool(norm_topk_prob), "BN": bn,
+        "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax", "BN": bn,
     }  # fmt: skip
     return [
         Launch(tokens_backward_kernel, (shares * blocks,), arguments, options(4), x.itemsize, bn),
@@ -499,33 +556,36 @@ def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor)
 
 
 EXAMPLES = {
-    "500K": (8192, 2, 1, 1, 1, False),
-    "DeepSeek-V3": (8192, 256, 8, 8, 4, True),
-    "Qwen-like": (32768, 128, 8, 1, 1, True),
-    "uneven groups": (1000, 60, 6, 5, 3, True),
-    "few tokens": (16, 256, 8, 8, 4, True),
-    "few experts": (4096, 12, 4, 3, 2, True),
+    "500K": (8192, 2, 1, 1, 1, False, "sigmoid"),
+    "DeepSeek-V3": (8192, 256, 8, 8, 4, True, "sigmoid"),
+    "DeepSeek-V2": (8192, 160, 6, 8, 3, False, "softmax"),
+    "Qwen-like": (32768, 128, 8, 1, 1, True, "softmax"),
+    "uneven groups": (1000, 60, 6, 5, 3, True, "sigmoid"),
+    "few tokens": (16, 256, 8, 8, 4, True, "sigmoid"),
+    "few experts": (4096, 12, 4, 3, 2, True, "sigmoid"),
+    "few experts, softmax": (4096, 8, 2, 1, 1, True, "softmax"),
 }
-"""N, E, K, groups, groups taken and whether the weights are normalised, that are compiled ahead."""
-OF_TOKENS = {"500K": 128, "few experts": 7168}
+"""N, E, K, groups, groups taken, whether the weights are normalised and how scores are made, that are compiled ahead."""
+OF_TOKENS = {"500K": 128, "few experts": 7168, "few experts, softmax": 4096}
 """The width of x in those compiled from the tokens on as well."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles whatever `large`; `dtype` is that of x alone."""
     empty = on_meta(torch.float32)
-    n, e, k, *choice = EXAMPLES[size]
+    n, e, k, *groups, norm_topk_prob, scoring_func = EXAMPLES[size]
+    choice = *groups, norm_topk_prob, 2.5, scoring_func
     logits, weights = empty(n, e), empty(n, k)
     indices, counts = empty(n, k, dtype=torch.int64), empty(e, dtype=torch.int64)
     launches = [
-        *forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts),
-        backward_launch(weights, logits, indices, choice[2], 2.5, empty(n, e)),
+        *forward_launches(logits, empty(e), k, *choice, weights, indices, counts),
+        backward_launch(weights, logits, indices, *choice[2:], empty(n, e)),
         *sort_launches(indices, e, empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32)),
     ]
     found = {launch.kernel.__name__: launch for launch in launches}
     if size in OF_TOKENS:
         x, w, weights = (empty(*shape, dtype=dtype) for shape in ((n, OF_TOKENS[size]), (e, OF_TOKENS[size]), (n, k)))
-        first = forward_launches(logits, empty(e), k, *choice, 2.5, weights, indices, counts, (x, w))[0]
-        launches = tokens_backward_launches(weights, x, w, logits, indices, choice[2], 2.5, x, w)
+        first = forward_launches(logits, empty(e), k, *choice, weights, indices, counts, (x, w))[0]
+        launches = tokens_backward_launches(weights, x, w, logits, indices, *choice[2:], x, w)
         found |= {"forward_kernel, from tokens": first} | {launch.kernel.__name__: launch for launch in launches}
     return found

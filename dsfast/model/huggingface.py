@@ -36,8 +36,14 @@ _MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | Path) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
-    The folder appears whole or not at all. Raises UserError if `out_dir` is not new or empty, or cannot be written.
+    The folder appears whole or not at all. Raises UserError if `out_dir` is not new or empty, or cannot be written, and for a
+    model whose routers' scores are not sigmoids: transformers would load it and compute something else.
     """
+    if model.config.scoring_func != "sigmoid":
+        raise UserError(
+            f"{out_dir}: transformers' DeepseekV3ForCausalLM makes the routers' scores by sigmoid only, this model by "
+            f"{model.config.scoring_func} (model.scoring_func); it cannot be exported"
+        )
     out = Path(out_dir).absolute()
     special = {name: special_id(tokenizer, token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
 
 
 class Router(Float32Buffers):
-    """Chooses K of E experts for each token and weighs them by their sigmoid affinities.
+    """Chooses K of E experts for each token and weighs them by their affinities, as `scoring_func` has them.
 
     `e_score_correction_bias` [E] takes part in the choice alone. It is outside the gradient: `ops.update_bias` moves it.
     """
@@ -39,7 +39,9 @@ class Router(Float32Buffers):
         super().__init__()
         c = config
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
-        self.choice = (c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor)
+        self.choice = (
+            c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, c.scoring_func,
+        )  # fmt: skip
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
 

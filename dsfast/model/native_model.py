@@ -45,10 +45,10 @@ class NativeModel:
             query_rank=c.q_lora_rank or 0, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, value=c.v_head_dim,
             experts=c.n_routed_experts, chosen=c.num_experts_per_tok, groups=c.n_group, chosen_groups=c.topk_group,
             expert_width=c.moe_intermediate_size, norm_topk_prob=c.norm_topk_prob,
-            routed_scaling=c.routed_scaling_factor, softmax_scale=softmax_scale(c), eps=c.rms_norm_eps,
-            latent_eps=LATENT_NORM_EPS, cos=model.rope.cos, sin=model.rope.sin, table=e.weight, projection=e.projection,
-            embedding_rank=e.weight.size(1), norm=model.norm.weight, head_projection=head_projection, head=head,
-            head_width=self.head_width,
+            softmax_scores=c.scoring_func == "softmax", routed_scaling=c.routed_scaling_factor,
+            softmax_scale=softmax_scale(c), eps=c.rms_norm_eps, latent_eps=LATENT_NORM_EPS, cos=model.rope.cos,
+            sin=model.rope.sin, table=e.weight, projection=e.projection, embedding_rank=e.weight.size(1),
+            norm=model.norm.weight, head_projection=head_projection, head=head, head_width=self.head_width,
         )  # fmt: skip
         for layer in model.layers:
             self._struct.add_layer(self._layer(layer))

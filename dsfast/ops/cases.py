@@ -107,29 +107,30 @@ def mla_decode_case(
 
 
 def moe_route_case(
-    name: str, n: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False
-) -> Case:
+    name: str, n: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False, *scoring_func: str
+) -> Case:  # fmt: skip
     def make_inputs(g: Generator) -> tuple:
-        return _normal(g, n, e), _normal(g, e, scale=0.1), k, n_group, topk_group, norm_topk_prob, 2.5
+        return _normal(g, n, e), _normal(g, e, scale=0.1), k, n_group, topk_group, norm_topk_prob, 2.5, *scoring_func
 
     return Case("moe_route", name, moe_route, make_inputs, (0,))
 
 
 def route_tokens_case(
-    name: str, n: int, d: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False
-) -> Case:
+    name: str, n: int, d: int, e: int, k: int, n_group: int = 1, topk_group: int = 1, norm_topk_prob: bool = False,
+    *scoring_func: str,
+) -> Case:  # fmt: skip
     def make_inputs(g: Generator) -> tuple:
         x, weight, bias = _normal(g, n, d), _normal(g, e, d, scale=d**-0.5), _normal(g, e, scale=0.1)
-        return x, weight, bias, k, n_group, topk_group, norm_topk_prob, 2.5
+        return x, weight, bias, k, n_group, topk_group, norm_topk_prob, 2.5, *scoring_func
 
     return Case("moe_route", name, routed_tokens, make_inputs, (0, 1))
 
 
 def routed_tokens(
-    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling
+    x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, *scoring_func
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`route_tokens` with the bias in float32 whatever the others are cast to."""
-    return route_tokens(x, weight, bias.float(), top_k, n_group, topk_group, norm_topk_prob, scaling)
+    return route_tokens(x, weight, bias.float(), top_k, n_group, topk_group, norm_topk_prob, scaling, *scoring_func)
 
 
 def moe_experts_case(name: str, n: int, d: int, k: int, e: int, i: int, used: Sequence[int] | None = None) -> Case:

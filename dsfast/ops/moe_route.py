@@ -1,6 +1,6 @@
 """Which experts a token goes to, and how much each counts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    score[n, e] = sigmoid(logits[n, e])
+    score[n, e] = sigmoid(logits[n, e]), or with scoring_func "softmax", as in DeepSeek-V2, softmax(logits[n])[e]
     chosen      = the top_k experts by score + bias, from the topk_group groups whose two best such values sum highest
     weight      = score of the chosen, divided by their sum if norm_topk_prob, times scaling
 
@@ -17,9 +17,13 @@ from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 
+SCORING_FUNCS = ("sigmoid", "softmax")
 
-def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
-    scores = logits.sigmoid()
+
+def moe_route_reference(
+    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"
+):  # fmt: skip
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(1)
     with torch.no_grad():
         indices = _choose(scores + bias, top_k, n_group, topk_group)
         counts = torch.bincount(indices.flatten(), minlength=logits.size(1))
@@ -50,24 +54,27 @@ def _top(values: Tensor, k: int) -> Tensor:
 
 
 def moe_route(
-    logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling: float,
+    scoring_func: str = "sigmoid",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """logits [N, E], bias [E] -> weights [N, K], indices [N, K] int64 (best first), counts [E] int64 (tokens per expert).
 
-    Raises ValueError for other shapes or a choice that cannot be made, TypeError for mixed dtypes or devices.
+    scoring_func: one of SCORING_FUNCS. Raises ValueError for another one, other shapes or a choice that cannot be made, TypeError
+    for mixed dtypes or devices.
     """
     expect_shape("moe_route", "logits", logits, "N", "E")
     expect_shape("moe_route", "bias", bias, logits.size(1))
     expect_dtype("moe_route", logits.dtype, logits.device, bias=bias)
-    _check_choice(logits.size(1), top_k, n_group, topk_group)
+    _check_choice(logits.size(1), top_k, n_group, topk_group, scoring_func)
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
     if choose("moe_route", logits) == "reference":
-        return moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
-    return torch.ops.dsfast.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
+        return moe_route_reference(logits, bias, *choice)
+    return torch.ops.dsfast.moe_route(logits, bias, *choice)
 
 
 def route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool,
-    scaling: float,
+    scaling: float, scoring_func: str = "sigmoid",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`moe_route` of the logits x weight^T: x [N, D], weight [E, D], bias [E] float32 -> weights in x's dtype, indices, counts.
 
@@ -79,8 +86,8 @@ def route_tokens(
     expect_dtype("moe_route", x.dtype, x.device, weight=weight)
     expect_shape("moe_route", "bias", bias, weight.size(0))
     expect_dtype("moe_route", torch.float32, x.device, bias=bias)
-    _check_choice(weight.size(0), top_k, n_group, topk_group)
-    choice = top_k, n_group, topk_group, norm_topk_prob, scaling
+    _check_choice(weight.size(0), top_k, n_group, topk_group, scoring_func)
+    choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
     implementation = choose("moe_route", bias)
     if implementation == "reference":
         return route_tokens_reference(x, weight, bias, *choice)
@@ -90,37 +97,40 @@ def route_tokens(
     return weights.to(x.dtype), indices, counts
 
 
-def _check_choice(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+def _check_choice(experts: int, top_k: int, n_group: int, topk_group: int, scoring_func: str) -> None:
+    if scoring_func not in SCORING_FUNCS:
+        raise ValueError(f"moe_route: scoring_func must be one of {', '.join(SCORING_FUNCS)}, got {scoring_func!r}")
     if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
         raise ValueError(f"moe_route: cannot take {topk_group} of {n_group} equal groups of {experts} experts")
     if not 1 <= top_k <= experts // n_group * topk_group:
         raise ValueError(f"moe_route: top_k must be 1..{experts // n_group * topk_group}, got {top_k}")
 
 
-def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func):
     logits, bias = logits.contiguous(), bias.contiguous()
     n, e = logits.shape
     weights = logits.new_empty(n, top_k)
     indices, counts = logits.new_empty(n, top_k, dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
     native.module().moe_route_forward(
         logits.data_ptr(), bias.data_ptr(), weights.data_ptr(), indices.data_ptr(), counts.data_ptr(),
-        n, e, top_k, n_group, topk_group, norm_topk_prob, scaling, torch.get_num_threads(),
+        n, e, top_k, n_group, topk_group, norm_topk_prob, scoring_func == "softmax", scaling, torch.get_num_threads(),
     )  # fmt: skip
     return weights, indices, counts
 
 
-def _forward_fake(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling):
+def _forward_fake(logits, bias, top_k, *_):
     n, e = logits.shape
     indices = logits.new_empty(n, top_k, dtype=torch.int64)
     return logits.new_empty(n, top_k), indices, logits.new_empty(e, dtype=torch.int64)
 
 
-def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling):
+def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling, scoring_func):
     dweights, logits = rows(dweights), logits.contiguous()
     dlogits = logits.new_empty(logits.shape)
     native.module().moe_route_backward(
         dweights.data_ptr(), dweights.stride(0), logits.data_ptr(), indices.data_ptr(),
-        dlogits.data_ptr(), *logits.shape, indices.size(1), norm_topk_prob, scaling, torch.get_num_threads(),
+        dlogits.data_ptr(), *logits.shape, indices.size(1), norm_topk_prob, scoring_func == "softmax", scaling,
+        torch.get_num_threads(),
     )  # fmt: skip
     return dlogits
 
@@ -132,7 +142,7 @@ def _tokens_fake(x, weight, bias, *choice):
 
 
 def _setup_context(ctx, inputs, output):
-    logits, _, _, _, _, ctx.norm_topk_prob, ctx.scaling = inputs
+    logits, _, _, _, _, *ctx.weighing = inputs
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -140,9 +150,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dweights, *_):
     if dweights is None:
-        return (None,) * 7
-    dlogits = torch.ops.dsfast.moe_route_backward(dweights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.scaling)
-    return dlogits, None, None, None, None, None, None
+        return (None,) * 8
+    return torch.ops.dsfast.moe_route_backward(dweights, *ctx.saved_tensors, *ctx.weighing), *(None,) * 7
 
 
 def _tokens_setup_context(ctx, inputs, output):
@@ -155,39 +164,38 @@ def _tokens_setup_context(ctx, inputs, output):
 
 def _tokens_backward(ctx, dweights, *_):
     if dweights is None:
-        return (None,) * 8
-    n_group, _, norm_topk_prob, scaling = ctx.choice
-    gradients = torch.ops.dsfast.moe_route_tokens_backward(
-        dweights, *ctx.saved_tensors, n_group, norm_topk_prob, scaling
-    )
-    return *gradients, *(None,) * 6
+        return (None,) * 9
+    n_group, _, *weighing = ctx.choice
+    gradients = torch.ops.dsfast.moe_route_tokens_backward(dweights, *ctx.saved_tensors, n_group, *weighing)
+    return *gradients, *(None,) * 7
 
 
+_WEIGHING = "bool norm_topk_prob, float scaling, str scoring_func"
 define(
-    "moe_route(Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, bool norm_topk_prob, float scaling)"
+    f"moe_route(Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, {_WEIGHING})"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
     cuda=triton.launcher("moe_route", "forward"),
 )
 define(
-    "moe_route_backward(Tensor dweights, Tensor logits, Tensor indices, bool norm_topk_prob, float scaling) -> Tensor",
+    f"moe_route_backward(Tensor dweights, Tensor logits, Tensor indices, {_WEIGHING}) -> Tensor",
     cpu=_backward_cpu,
-    fake=lambda dweights, logits, indices, norm_topk_prob, scaling: logits.new_empty(logits.shape),
+    fake=lambda dweights, logits, *_: logits.new_empty(logits.shape),
     cuda=triton.launcher("moe_route", "backward"),
 )
 autograd("moe_route", _backward, _setup_context)
 
 define(
-    "moe_route_tokens(Tensor x, Tensor weight, Tensor bias, int top_k, int n_group, int topk_group, bool norm_topk_prob,"
-    " float scaling) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"moe_route_tokens(Tensor x, Tensor weight, Tensor bias, int top_k, int n_group, int topk_group, {_WEIGHING})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=None,
     fake=_tokens_fake,
     cuda=triton.launcher("moe_route", "forward_tokens"),
 )
 define(
     "moe_route_tokens_backward(Tensor dweights, Tensor x, Tensor weight, Tensor logits, Tensor indices, int n_group,"
-    " bool norm_topk_prob, float scaling) -> (Tensor, Tensor)",
+    f" {_WEIGHING}) -> (Tensor, Tensor)",
     cpu=None,
     fake=lambda dweights, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     cuda=triton.launcher("moe_route", "backward_tokens"),

@@ -46,8 +46,8 @@ def _head(hidden, weight, labels):
 
 
 def _route(logits, bias, *choice):
-    weights, indices, _ = moe_route.forward(logits, bias, *choice)
-    moe_route.backward(weights, logits, indices, *choice[3:])
+    weights, indices, _ = moe_route.forward(logits, bias, *choice, "sigmoid")
+    moe_route.backward(weights, logits, indices, *choice[3:], "sigmoid")
     moe_route.sort_slots(indices, logits.size(1))
 
 
