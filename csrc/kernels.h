@@ -14,10 +14,10 @@ void rms_norm_backward(const float* dy, int64_t dy_row, const float* dh, int64_t
                        const float* weight, const float* rstd, float* dx, float* dweight, int64_t N, int64_t D,
                        int threads);
 
-// x [N, H, Dr] by strides, y contiguous; cos and sin [P, Dr/2].
+// x and y [N, H, Dr] by strides, y may be x; cos and sin [P, Dr/2].
 int64_t rope(const float* x, int64_t x_token, int64_t x_head, const float* cos, const float* sin,
-             const int64_t* positions, float* y, int64_t N, int64_t H, int64_t Dr, int64_t P, bool inverse,
-             int threads);
+             const int64_t* positions, float* y, int64_t y_token, int64_t y_head, int64_t N, int64_t H, int64_t Dr,
+             int64_t P, bool inverse, int threads);
 
 // projection null: y is the table's row and R = D.
 int64_t embedding_forward(const int64_t* ids, const float* table, int64_t table_row, const float* projection, float* y,

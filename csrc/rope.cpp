@@ -25,14 +25,14 @@ void rope_rows(const float* x, int64_t x_token, int64_t x_head, const float* cos
 }
 
 int64_t rope(const float* x, int64_t x_token, int64_t x_head, const float* cos, const float* sin,
-             const int64_t* positions, float* y, int64_t N, int64_t H, int64_t Dr, int64_t P, bool inverse,
-             int threads) {
+             const int64_t* positions, float* y, int64_t y_token, int64_t y_head, int64_t N, int64_t H, int64_t Dr,
+             int64_t P, bool inverse, int threads) {
   int64_t bad = 0;
   for (int64_t n = 0; n < N; ++n) bad += positions[n] < 0 || positions[n] >= P;
   if (bad != 0) return bad;
   parallel_ranges(N, threads, [&](int, int64_t n, int64_t end) {
-    rope_rows(x + n * x_token, x_token, x_head, cos, sin, positions + n, y + n * H * Dr, H * Dr, Dr, end - n, H, Dr,
-              inverse);
+    rope_rows(x + n * x_token, x_token, x_head, cos, sin, positions + n, y + n * y_token, y_token, y_head, end - n, H,
+              Dr, inverse);
   });
   return 0;
 }

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import OperatorContract, bad, drawn, edges, run_native
+from operator_cases import OperatorContract, bad, drawn, edges, needs_native, run_native
 
+from dsfast import ops
 from dsfast.ops.cases import rope_case, split_and_turn_case
 
 
@@ -71,3 +72,60 @@ def test_score_depends_on_the_distance_alone(width):
     ]
     scores = (turned[0] * turned[1]).sum((1, 2))
     torch.testing.assert_close(scores, scores[:1].expand(50), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+class TestInPlace:
+    def turned(self, implementation, x, *others):
+        if implementation == "native":
+            needs_native()
+        with ops.use(implementation):
+            return ops.rope_(x, *others)
+
+    @pytest.mark.parametrize("width", [2, 6, 16, 64])
+    def test_the_same_in_its_own_memory(self, implementation, width):
+        """A part of wider rows, as the model has it; the rest stays."""
+        x, *others = drawn(rope_case("", 37, 3, width, 41))
+        wide = torch.randn(37, 3, width + 5)
+        wide[..., 5:] = x
+        before = wide.clone()
+        view = wide[..., 5:]
+        with ops.use(implementation):
+            expected = ops.rope(x, *others)
+        assert self.turned(implementation, view, *others) is view
+        assert torch.equal(wide[..., 5:], expected)
+        assert torch.equal(wide[..., :5], before[..., :5])
+
+    def test_a_position_out_of_range_changes_nothing(self, implementation):
+        x, cos, sin, positions = drawn(rope_case("", 3, 2, 4, 5))
+        positions[1] = 5
+        before = x.clone()
+        with pytest.raises(ValueError, match=r"rope: positions must lie in 0..4, 1 of 3 do not"):
+            self.turned(implementation, x, cos, sin, positions)
+        assert torch.equal(x, before)
+
+    def test_what_is_not_legal(self, implementation):
+        x, *others = drawn(rope_case("", 3, 2, 4, 5))
+        for shared in (x[:, :1].expand(3, 2, 4), x[:1].expand(3, 2, 4), x.repeat(1, 1, 2)[..., ::2]):
+            with pytest.raises(
+                ValueError, match=r"rope_: x must have memory of its own and pairs side by side, got strides"
+            ):
+                self.turned(implementation, shared, *others)
+        with pytest.raises(ValueError, match="rope_: a gradient of x is wanted; use rope"):
+            self.turned(implementation, x.requires_grad_(), *others)
+        with torch.no_grad():
+            self.turned(implementation, x, *others)
+
+    def test_split_and_turn_where_no_gradient_is_wanted(self, implementation):
+        case = split_and_turn_case("", 37, 4, 32, 32, 16, 41)
+        q, kv, *others = drawn(case)
+        with ops.use(implementation):
+            expected = ops.split_and_turn(q, kv, *others)
+            found = ops.split_and_turn(q, kv, *others, in_place=True)
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+            assert torch.equal(q[..., 32:], expected[1])
+            q, kv, *others = drawn(case)
+            before = q.clone()
+            found = ops.split_and_turn(q.requires_grad_(), kv, *others, in_place=True)
+        assert torch.equal(q, before)
+        assert torch.equal(found[1], expected[1])

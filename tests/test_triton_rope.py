@@ -81,6 +81,41 @@ def test_position_out_of_range_makes_its_token_nan():
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 6), (5, 16), (40, 64)])
+def test_in_place(heads, width, dtype):
+    """As `rope`, in a part of wider rows; the rest stays."""
+    x, *others = inputs(rope_case("", 37, heads, width, 41), dtype)
+    wide = torch.randn(37, heads, width + 5).to(DEVICE, dtype)
+    wide[..., 5:] = x
+    before = wide.clone()
+    with ops.use("triton", "rope"):
+        expected = ops.rope(x, *others)
+        ops.rope_(wide[..., 5:], *others)
+    assert torch.equal(wide[..., 5:], expected)
+    assert torch.equal(wide[..., :5], before[..., :5])
+    torch.library.opcheck(torch.ops.dsfast.rope_, (x, *others), test_utils=("test_schema", "test_faketensor"))
+
+
+@on_device
+def test_both_in_place_where_no_gradient_is_wanted():
+    case = split_and_turn_case("", 37, 3, 32, 32, 16, 41)
+    q, kv, *others = inputs(case)
+    with ops.use("triton", "rope"):
+        expected = ops.split_and_turn(q, kv, *others)
+        found = ops.split_and_turn(q.clone(), kv.clone(), *others, in_place=True)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        assert found[1].stride(1) == 48  # in the rows of q
+        before = q.clone()
+        ops.split_and_turn(q.requires_grad_(), kv, *others, in_place=True)
+    assert torch.equal(q, before)
+    turned = q.detach()[..., 32:], kv[:, 32:]
+    torch.library.opcheck(
+        torch.ops.dsfast.rope_pair_, (*turned, *others), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@on_device
 def test_turning_back_gives_the_input():
     x, cos, sin, positions = inputs(rope_case("", 9, 3, 16, 7))
     turned = torch.ops.dsfast.rope(x, cos, sin, positions, False)

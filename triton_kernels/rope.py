@@ -21,11 +21,12 @@ WIDEST = 4096
 
 @triton.jit
 def _turn(
-    x, x_n, x_h, plain, plain_n, plain_h, cos, sin, positions, y, tile, N, H, P,
+    x, x_n, x_h, plain, plain_n, plain_h, cos, sin, positions, y, y_n, y_h, tile, N, H, P,
     Dr: tl.constexpr, DR: tl.constexpr, Dp: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
     INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """y [N, H, Dp + Dr], contiguous, for one tile of tokens and heads: plain [N, H, Dp] as it is, then x [N, H, Dr] turned."""
+    """y [N, H, Dp + Dr] for one tile of tokens and heads: plain [N, H, Dp] as it is, then x [N, H, Dr], which may be y, turned
+    by the tokens' positions."""
     groups = tl.cdiv(H, BH)
     i = tile // groups * BT + tl.arange(0, BT)  # [BT]
     h = (tile % groups * BH + tl.arange(0, BH))[None, :, None]  # [1, BH, 1]
@@ -33,7 +34,7 @@ def _turn(
     m_row = (i < N)[:, None, None] & (h < H)  # [BT, BH, 1]
     m_x = m_row & (d < Dr)  # [BT, BH, DR]
     n, h = tl.cast(i, tl.int64)[:, None, None], tl.cast(h, tl.int64)
-    p_y = y + (n * H + h) * (Dp + Dr)
+    p_y = y + n * y_n + h * y_h
     b_x = tl.load(x + n * x_n + h * x_h + d, mask=m_x, other=0.0)
 
     b_p = tl.load(positions + i, mask=i < N, other=-1)  # [BT]
@@ -56,17 +57,18 @@ def _turn(
 
 @triton.jit(do_not_specialize=["N", "P"])
 def rope_kernel(
-    x, cos, sin, positions, y, x_n, x_h, N, H, P, Dr: tl.constexpr, DR: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
-    INVERSE: tl.constexpr,
+    x, cos, sin, positions, y, x_n, x_h, y_n, y_h, N, H, P,
+    Dr: tl.constexpr, DR: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """y [N, H, Dr] for one tile of tokens and heads."""
     tile = tl.program_id(0)
-    _turn(x, x_n, x_h, x, 0, 0, cos, sin, positions, y, tile, N, H, P, Dr, DR, 0, 1, BT, BH, INVERSE)
+    _turn(x, x_n, x_h, x, 0, 0, cos, sin, positions, y, y_n, y_h, tile, N, H, P, Dr, DR, 0, 1, BT, BH, INVERSE)
 
 
 @triton.jit(do_not_specialize=["N", "P"])
 def pair_kernel(
-    q, q_plain, q_out, k, k_plain, k_out, cos, sin, positions, q_n, q_h, q_plain_n, q_plain_h, k_n, k_plain_n, N, H, P,
+    q, q_plain, q_out, k, k_plain, k_out, cos, sin, positions, q_n, q_h, q_plain_n, q_plain_h, q_out_n, q_out_h, k_n, k_plain_n,
+    k_out_n, N, H, P,
     Dr: tl.constexpr, DR: tl.constexpr, Dq: tl.constexpr, DQ: tl.constexpr, Dk: tl.constexpr, DK: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -74,14 +76,15 @@ def pair_kernel(
     tile, queries = tl.program_id(0), tl.cdiv(N, BT) * tl.cdiv(H, BH)
     if tile < queries:
         _turn(
-            q, q_n, q_h, q_plain, q_plain_n, q_plain_h, cos, sin, positions, q_out, tile, N, H, P,
+            q, q_n, q_h, q_plain, q_plain_n, q_plain_h, cos, sin, positions, q_out, q_out_n, q_out_h, tile, N, H, P,
             Dr, DR, Dq, DQ, BT, BH, INVERSE,
         )  # fmt: skip
     else:
         tile -= queries
         _turn(
-            k, k_n, 0, k_plain, k_plain_n, 0, cos, sin, positions, k_out, tile, N, 1, P, Dr, DR, Dk, DK, BK, 1, INVERSE
-        )
+            k, k_n, 0, k_plain, k_plain_n, 0, cos, sin, positions, k_out, k_out_n, 0, tile, N, 1, P,
+            Dr, DR, Dk, DK, BK, 1, INVERSE,
+        )  # fmt: skip
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
@@ -96,6 +99,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) 
         with torch.cuda.device_of(x):
             rope_launch(x, cos, sin, positions, inverse, y).run()
     return y
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """`rope` in the memory of x, whose pairs lie side by side."""
+    _check(x)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            rope_launch(x, cos, sin, positions, False, x).run()
 
 
 def _check(x: Tensor) -> None:
@@ -114,6 +125,14 @@ def pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
     return found
 
 
+def pair_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """`pair` in the memory of q and k, whose pairs lie side by side."""
+    _check(q)
+    if k.numel():
+        with torch.cuda.device_of(q):
+            pair_launch(q, None, k, None, cos, sin, positions, False, q, k).run()
+
+
 def pair_backward(dq_plain, dq, dk_plain, dk, cos, sin, positions) -> tuple[Tensor, Tensor]:
     """The gradients of what `pair` had a part of: [dq_plain; dq turned back] [N, H, Dq + Dr] and [dk_plain; dk turned back]
     [N, Dk + Dr]."""
@@ -128,13 +147,14 @@ def pair_backward(dq_plain, dq, dk_plain, dk, cos, sin, positions) -> tuple[Tens
 
 
 def rope_launch(x, cos, sin, positions, inverse: bool, y) -> Launch:
-    """The launch that fills y, contiguous; tensors may lie on the meta device. Starting values: nobody has measured them."""
+    """The launch that fills y, which may be x; tensors may lie on the meta device. Starting values: nobody has measured them."""
     x, cos, sin, positions = *rows(x), cos.contiguous(), sin.contiguous(), positions.contiguous()
     n, h, dr = x.shape
     bt, bh = _tile(h, dr)
     arguments = {
-        "x": x, "cos": cos, "sin": sin, "positions": positions, "y": y, "x_n": x.stride(0), "x_h": x.stride(1), "N": n,
-        "H": h, "P": cos.size(0), "Dr": dr, "DR": triton.next_power_of_2(dr), "BT": bt, "BH": bh, "INVERSE": inverse,
+        "x": x, "cos": cos, "sin": sin, "positions": positions, "y": y, "x_n": x.stride(0), "x_h": x.stride(1),
+        "y_n": y.stride(0), "y_h": y.stride(1), "N": n, "H": h, "P": cos.size(0), "Dr": dr, "DR": triton.next_power_of_2(dr),
+        "BT": bt, "BH": bh, "INVERSE": inverse,
     }  # fmt: skip
     grid = (triton.cdiv(n, bt) * triton.cdiv(h, bh),)
     return Launch(rope_kernel, grid, arguments, options(4), x.dtype.itemsize, 0)
@@ -148,7 +168,8 @@ def _tile(heads: int, width: int) -> tuple[int, int]:
 
 
 def pair_launch(q, q_plain, k, k_plain, cos, sin, positions, inverse: bool, q_out, k_out) -> Launch:
-    """The launch that fills q_out and k_out, contiguous; without q_plain and k_plain what is turned is all of them."""
+    """The launch that fills q_out and k_out; without q_plain and k_plain what is turned is all of them, and may be what it is
+    turned into."""
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     (q, k), (n, h, dr) = rows(q, k), q.shape
     q_plain, k_plain = (None, None) if q_plain is None else rows(q_plain, k_plain)
@@ -157,7 +178,8 @@ def pair_launch(q, q_plain, k, k_plain, cos, sin, positions, inverse: bool, q_ou
     arguments = {
         "q": q, "q_plain": q_plain, "q_out": q_out, "k": k, "k_plain": k_plain, "k_out": k_out, "cos": cos, "sin": sin,
         "positions": positions, "q_n": q.stride(0), "q_h": q.stride(1), "q_plain_n": q_plain.stride(0) if dq else 0,
-        "q_plain_h": q_plain.stride(1) if dq else 0, "k_n": k.stride(0), "k_plain_n": k_plain.stride(0) if dk else 0,
+        "q_plain_h": q_plain.stride(1) if dq else 0, "q_out_n": q_out.stride(0), "q_out_h": q_out.stride(1),
+        "k_n": k.stride(0), "k_plain_n": k_plain.stride(0) if dk else 0, "k_out_n": k_out.stride(0),
         "N": n, "H": h, "P": cos.size(0), "Dr": dr, "DR": triton.next_power_of_2(dr), "Dq": dq,
         "DQ": triton.next_power_of_2(max(1, dq)), "Dk": dk, "DK": triton.next_power_of_2(max(1, dk)), "BT": bt, "BH": bh,
         "BK": bk, "INVERSE": inverse,
@@ -185,7 +207,11 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     tables = table, table, positions
     return {
         "rope_kernel": rope_launch(x, *tables, False, y),
+        "rope_kernel, in place": rope_launch(x, *tables, False, x),
         "rope_kernel, inverse": rope_launch(y, *tables, True, y),
         "pair_kernel": pair_launch(q[..., dq:], None, kv[:, dk:], None, *tables, False, y, turned),
+        "pair_kernel, in place": pair_launch(
+            q[..., dq:], None, kv[:, dk:], None, *tables, False, q[..., dq:], kv[:, dk:]
+        ),
         "pair_kernel, inverse": pair_launch(y, empty(n, h, dq), turned, empty(n, dk), *tables, True, q, kv),
     }

@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q, kv = self._queries(x_q), self.kv_a_proj_with_mqa(x_kv)
         # [N, H, Dn], [N, H, Dr], [N, R], [N, Dr]
-        q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions)
+        q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions, in_place=True)
         latent = self.kv_a_layernorm(latent)
         if cache is not None:
             cache.write(self.layer, latent, k_rope)

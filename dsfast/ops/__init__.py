@@ -25,7 +25,7 @@ from dsfast.ops.muon import muon
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
 from dsfast.ops.rms_norm import rms_norm, stream_norm
-from dsfast.ops.rope import rope, split_and_turn
+from dsfast.ops.rope import rope, rope_, split_and_turn
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "report",
     "rms_norm",
     "rope",
+    "rope_",
     "route_tokens",
     "split_and_turn",
     "stream_norm",

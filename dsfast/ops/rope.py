@@ -36,6 +36,33 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     A position outside 0..P-1 is a ValueError on a CPU; on a GPU, which is not waited for, that token becomes NaN. Raises
     ValueError for other shapes or an odd Dr, TypeError for mixed dtypes or devices.
     """
+    _check(x, cos, sin, positions)
+    if choose("rope", x) == "reference":
+        expect_range("rope", "positions", positions, cos.size(0))
+        return rope_reference(x, cos, sin, positions)
+    return torch.ops.dsfast.rope(x, cos, sin, positions, False)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """`rope` in the memory of x, which is returned: for inference, without a gradient.
+
+    Tokens and heads of x may lie anywhere, its pairs side by side. Errors as `rope`, and ValueError where they do not, where
+    tokens or heads share their memory, and where a gradient of x is wanted.
+    """
+    _check(x, cos, sin, positions)
+    shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    if shared or (x.size(2) and x.stride(2) != 1):
+        raise ValueError(f"rope_: x must have memory of its own and pairs side by side, got strides {list(x.stride())}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("rope_: a gradient of x is wanted; use rope, or torch.no_grad()")
+    if choose("rope", x) == "reference":
+        expect_range("rope", "positions", positions, cos.size(0))
+        return x.copy_(rope_reference(x, cos, sin, positions))
+    torch.ops.dsfast.rope_(x, cos, sin, positions)
+    return x
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     expect_shape("rope", "x", x, "N", "H", "Dr")
     if x.size(2) % 2:
         raise ValueError(f"rope: the last dimension of x holds pairs and must be even, got {x.size(2)}")
@@ -44,20 +71,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     expect_shape("rope", "positions", positions, x.size(0))
     expect_dtype("rope", x.dtype, x.device, cos=cos, sin=sin)
     expect_dtype("rope", torch.int64, x.device, positions=positions)
-    if choose("rope", x) == "reference":
-        expect_range("rope", "positions", positions, cos.size(0))
-        return rope_reference(x, cos, sin, positions)
-    return torch.ops.dsfast.rope(x, cos, sin, positions, False)
 
 
 def split_and_turn(
-    q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+    q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, in_place: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q [N, H, Dn + Dr], kv [N, R + Dr], the others as `rope` -> q_nope [N, H, Dn], q_rope [N, H, Dr], latent [N, R], k_rope
     [N, Dr]: the first of each pair as it is (a view), the second turned, k_rope as one head.
 
+    in_place: nobody else needs q and kv, which are contiguous; where no gradient is wanted, what is turned replaces what was.
     On a GPU one launch, and one in the backward pass, which makes the gradients of q and kv whole. Errors as `rope`.
     """
+    in_place = in_place and not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad))
     dr = 2 * cos.size(-1)
     expect_shape("rope", "q", q, "N", "H", "Dn + Dr")
     expect_shape("rope", "kv", kv, q.size(0), "R + Dr")
@@ -66,13 +91,18 @@ def split_and_turn(
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
     if choose("rope", q) != "triton":
         (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
-        k_rope = rope(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
-        return q_nope, rope(q_rope, cos, sin, positions), latent, k_rope
+        turn = rope_ if in_place else rope
+        k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
+        return q_nope, turn(q_rope, cos, sin, positions), latent, k_rope
     expect_shape("rope", "sin", sin, *cos.shape)
     expect_shape("rope", "positions", positions, q.size(0))
     expect_dtype("rope", q.dtype, q.device, kv=kv, cos=cos, sin=sin)
     expect_dtype("rope", torch.int64, q.device, positions=positions)
-    return _SplitAndTurn.apply(q, kv, cos, sin, positions)
+    if not in_place:
+        return _SplitAndTurn.apply(q, kv, cos, sin, positions)
+    (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+    torch.ops.dsfast.rope_pair_(q_rope, k_rope, cos, sin, positions)
+    return q_nope, q_rope, latent, k_rope
 
 
 class _SplitAndTurn(torch.autograd.Function):
@@ -90,15 +120,19 @@ class _SplitAndTurn(torch.autograd.Function):
 
 
 def _cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
-    x = x if x.stride(2) == 1 else x.contiguous()
-    cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     y = x.new_empty(x.shape)
+    _turn(x if x.stride(2) == 1 else x.contiguous(), cos, sin, positions, y, inverse)
+    return y
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, y: Tensor, inverse: bool) -> None:
+    """x into y, which may be x; ValueError, and nothing written, for a position out of range."""
+    cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     bad = native.module().rope(
         x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), y.data_ptr(),
-        *x.shape, cos.size(0), inverse, torch.get_num_threads(),
+        y.stride(0), y.stride(1), *x.shape, cos.size(0), inverse, torch.get_num_threads(),
     )  # fmt: skip
     raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))
-    return y
 
 
 def _setup_context(ctx, inputs, output):
@@ -119,6 +153,18 @@ define(
 )
 autograd("rope", _backward, _setup_context)
 
+define(
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor positions) -> ()",
+    cpu=lambda x, cos, sin, positions: _turn(x, cos, sin, positions, x, False),
+    fake=lambda *_: None,
+    cuda=triton.launcher("rope", "rope_"),
+)
+define(
+    "rope_pair_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor positions) -> ()",
+    cpu=None,
+    fake=lambda *_: None,
+    cuda=triton.launcher("rope", "pair_"),
+)
 define(
     "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions) -> (Tensor, Tensor)",
     cpu=None,
