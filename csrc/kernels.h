@@ -26,21 +26,22 @@ void embedding_backward(const float* dy, int64_t dy_row, const int64_t* ids, con
                         const float* projection, float* dtable, float* dprojection, int64_t N, int64_t V, int64_t R,
                         int64_t D, int threads);
 
-// Inputs by strides (token, head); o [N, H, Dv]; tops [H, N], the highest
-// score of each query, is what the backward pass needs. Returns whether cu_seqlens rises from 0 to N.
+// Inputs by strides (token, head), a head of k_nope and v for each `shared` heads of the others; o [N, H, Dv]; tops [H,
+// N], the highest score of each query, is what the backward pass needs. Returns whether cu_seqlens rises from 0 to N.
 bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_head, const float* q_rope,
                            int64_t qr_token, int64_t qr_head, const float* k_nope, int64_t kn_token, int64_t kn_head,
                            const float* k_rope, int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
                            const int32_t* cu_seqlens, float scale, float* o, float* tops, int64_t N, int64_t H,
-                           int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads);
-// Gradients contiguous; dk_rope [H, N, Dr] for each head, to be added up by the caller.
+                           int64_t shared, int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads);
+// Gradients contiguous; those of what is shared for each of the H heads, to be added up by the caller: dk_rope [H, N,
+// Dr].
 void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head, const float* q_nope, int64_t qn_token,
                             int64_t qn_head, const float* q_rope, int64_t qr_token, int64_t qr_head,
                             const float* k_nope, int64_t kn_token, int64_t kn_head, const float* k_rope,
                             int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
                             const int32_t* cu_seqlens, float scale, const float* tops, float* dq_nope, float* dq_rope,
-                            float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
-                            int64_t Dv, int64_t S, int threads);
+                            float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t shared, int64_t Dn,
+                            int64_t Dr, int64_t Dv, int64_t S, int threads);
 
 // Inputs by strides (sequence, head or token); up [H, Dn + Dv, R], o [B, H, Dv] contiguous. Returns how many lengths
 // are outside 0..C.

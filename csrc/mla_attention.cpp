@@ -249,11 +249,22 @@ void attend_backward(const AttentionParts<const float>& in, View d_o, const floa
   }
 }
 
+namespace {
+
+// What a head of queries sees, where `shared` of them have one head of keys and values.
+AttentionParts<const float> seen_by(AttentionParts<const float> in, int64_t head, int64_t shared) {
+  in.k_nope = {in.k_nope.at(0, head / shared), in.k_nope.token, 0};
+  in.v = {in.v.at(0, head / shared), in.v.token, 0};
+  return in;
+}
+
+}  // namespace
+
 bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_head, const float* q_rope,
                            int64_t qr_token, int64_t qr_head, const float* k_nope, int64_t kn_token, int64_t kn_head,
                            const float* k_rope, int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
                            const int32_t* cu_seqlens, float scale, float* o, float* tops, int64_t N, int64_t H,
-                           int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads) {
+                           int64_t shared, int64_t Dn, int64_t Dr, int64_t Dv, int64_t S, int threads) {
   if (!rises(cu_seqlens, S, N)) return false;
   const AttentionParts<const float> in = {{q_nope, qn_token, qn_head},
                                           {q_rope, qr_token, qr_head},
@@ -263,7 +274,9 @@ bool mla_attention_forward(const float* q_nope, int64_t qn_token, int64_t qn_hea
   const AttentionSizes z = {Dn, Dr, Dv, scale};
   parallel_tasks(S * H, threads, [&](int64_t task) {
     const int64_t first = cu_seqlens[task / H], length = cu_seqlens[task / H + 1] - first, head = task % H;
-    if (length > 0) attend(in.from(first), length, head, z, {o + first * H * Dv, H * Dv, Dv}, tops + head * N + first);
+    if (length > 0)
+      attend(seen_by(in.from(first), head, shared), length, head, z, {o + first * H * Dv, H * Dv, Dv},
+             tops + head * N + first);
   });
   return true;
 }
@@ -273,8 +286,8 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
                             const float* k_nope, int64_t kn_token, int64_t kn_head, const float* k_rope,
                             int64_t kr_token, const float* v, int64_t v_token, int64_t v_head,
                             const int32_t* cu_seqlens, float scale, const float* tops, float* dq_nope, float* dq_rope,
-                            float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t Dn, int64_t Dr,
-                            int64_t Dv, int64_t S, int threads) {
+                            float* dk_nope, float* dk_rope, float* dv, int64_t N, int64_t H, int64_t shared, int64_t Dn,
+                            int64_t Dr, int64_t Dv, int64_t S, int threads) {
   const AttentionParts<const float> in = {{q_nope, qn_token, qn_head},
                                           {q_rope, qr_token, qr_head},
                                           {k_nope, kn_token, kn_head},
@@ -287,8 +300,8 @@ void mla_attention_backward(const float* d_o, int64_t do_token, int64_t do_head,
   parallel_tasks(S * H, threads, [&](int64_t task) {
     const int64_t first = cu_seqlens[task / H], length = cu_seqlens[task / H + 1] - first, head = task % H;
     if (length > 0)
-      attend_backward(in.from(first), grad.from(first), tops + head * N + first, length, head, z, grads.from(first),
-                      false);
+      attend_backward(seen_by(in.from(first), head, shared), grad.from(first), tops + head * N + first, length, head, z,
+                      grads.from(first), false);
   });
 }
 

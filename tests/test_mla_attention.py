@@ -26,13 +26,25 @@ class TestMlaAttention(OperatorContract):
         mla_attention_case("the 500K model's widths", (67, 61), 4, 32, 16, 32),
         mla_attention_case("one head", (41,), 1, 8, 8, 8),
         mla_attention_case("a value wider than the key", (23,), 2, 2, 2, 37),
+        mla_attention_case("one head of keys and values for three of queries", (19, 0, 51), 6, 7, 4, 5, 2),
+        mla_attention_case("one head of keys and values for all", (35, 9), 4, 8, 6, 16, 1),
     )
     tiny = mla_attention_case("tiny", (2, 0, 3), 2, 3, 2, 3)
     not_expanded = (3,)  # k_rope
     bad_arguments = (
         bad(r"mla_attention: q_nope must have shape \[N, H, Dn\], got \[5, 3\]", q_nope=lambda q: q[:, 0]),
         bad(r"mla_attention: q_rope must have shape \[5, 2, Dr\], got \[4, 2, 2\]", q_rope=lambda q: q[:4]),
-        bad(r"mla_attention: k_nope must have shape \[5, 2, 3\], got \[5, 2, 2\]", k_nope=lambda k: k[..., :2]),
+        bad(r"mla_attention: k_nope must have shape \[5, Hk, 3\], got \[5, 2, 2\]", k_nope=lambda k: k[..., :2]),
+        bad(
+            "mla_attention: 2 heads of queries cannot be shared out among 0 of keys and values",
+            k_nope=lambda k: k[:, :0],
+            v=lambda v: v[:, :0],
+        ),
+        bad(
+            "mla_attention: 2 heads of queries cannot be shared out among 4 of keys and values",
+            k_nope=lambda k: k.repeat(1, 2, 1),
+            v=lambda v: v.repeat(1, 2, 1),
+        ),
         bad(r"mla_attention: k_rope must have shape \[5, 2\], got \[5, 1\]", k_rope=lambda k: k[:, :1]),
         bad(r"mla_attention: v must have shape \[5, 2, Dv\], got \[5, 1, 3\]", v=lambda v: v[:, :1]),
         bad(r"mla_attention: cu_seqlens must have shape \[S \+ 1\], got \[1, 4\]", cu_seqlens=lambda c: c[None]),
@@ -53,7 +65,8 @@ class TestMlaAttention(OperatorContract):
 
     @staticmethod
     def independent(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
-        n, h = v.shape[:2]
+        n, h = q_nope.shape[:2]
+        k_nope, v = (x[:, torch.arange(h) * x.size(1) // h] for x in (k_nope, v))
         document = torch.arange(n)[:, None].ge(cu_seqlens[1:]).sum(1)
         seen = (document[:, None] == document) & torch.ones(n, n, dtype=torch.bool).tril()
         query = torch.cat((q_nope, q_rope), -1)

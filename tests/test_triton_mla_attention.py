@@ -20,6 +20,8 @@ class TestMlaAttention(TritonContract):
         mla_attention_case("no document", (), 2, 32, 16, 32),
         mla_attention_case("documents inside and across tiles", (1, 0, 17, 30), 1, 32, 16, 32),
         mla_attention_case("widths that are no power of two", (20, 3, 9), 2, 24, 8, 40),
+        mla_attention_case("one head of keys and values for three of queries", (19, 0, 51), 6, 16, 8, 24, 2),
+        mla_attention_case("one head of keys and values for all", (35, 9), 4, 8, 6, 16, 1),
     )
     tiny = mla_attention_case("tiny", (2, 0, 33), 2, 3, 2, 5)
     registered = ("mla_attention", "mla_attention_backward")

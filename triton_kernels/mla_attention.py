@@ -1,7 +1,8 @@
 """Triton kernels of dsfast.ops.mla_attention, whose module has the maths. FlashAttention-2's tiling (arXiv 2307.08691).
 
-N tokens, H heads, S documents; Dn, Dr, Dv widths of the part without position, the rope part, the value; DN, DR, DV the
-same rounded up to powers of two; BT queries and BS keys in a tile; i a query's token, j a key's.
+N tokens, H heads of queries, SHARED of them for each head of keys and values, S documents; Dn, Dr, Dv widths of the part
+without position, the rope part, the value; DN, DR, DV the same rounded up to powers of two; BT queries and BS keys in a tile; i a
+query's token, j a key's.
 
 Tiles divide the flat tokens, whatever the documents: tile t holds tokens t BT .. (t + 1) BT - 1, so the grid follows from
 N alone and nothing waits for the host. Every token's document is found by bisection of cu_seqlens. Keys in front of a
@@ -153,7 +154,7 @@ def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
@@ -163,8 +164,8 @@ def forward_kernel(
     i = t + tl.arange(0, BT)  # [BT]
     begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
     first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
-    k_nope += h * k_nope_h
-    v += h * v_h
+    k_nope += h // SHARED * k_nope_h
+    v += h // SHARED * v_h
     b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
     b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
     b_o = tl.zeros([BT, DV], tl.float32)
@@ -233,7 +234,7 @@ def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, PITCH] = sum of do o, for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
@@ -243,8 +244,8 @@ def backward_q_kernel(
     i = t + tl.arange(0, BT)  # [BT]
     begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
     first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
-    k_nope += h * k_nope_h
-    v += h * v_h
+    k_nope += h // SHARED * k_nope_h
+    v += h // SHARED * v_h
     b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
     b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
     b_do = _load(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
@@ -314,9 +315,10 @@ def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head."""
+    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head of
+    queries."""
     h, tile = place(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
@@ -327,9 +329,9 @@ def backward_kv_kernel(
     do += h * do_h
     q_nope += h * q_nope_h
     q_rope += h * q_rope_h
-    b_k_nope = _load(k_nope + h * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
+    b_k_nope = _load(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
     b_k_rope = _load(k_rope, k_rope_n, t, N, BS, Dr, DR, True)  # [BS, DR]
-    b_v = _load(v + h * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
+    b_v = _load(v + h // SHARED * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
     b_dk_nope = tl.zeros([BS, DN], tl.float32)
     b_dk_rope = tl.zeros([BS, DR], tl.float32)
     b_dv = tl.zeros([BS, DV], tl.float32)
@@ -451,10 +453,11 @@ def softmax_shape(q: Tensor) -> tuple[int, int, int]:
 
 
 def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
-    """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o. Deterministic: no atomics. Errors as `forward`."""
+    """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o, those of k_nope and v for each head of queries
+    [N, H, .]. Deterministic: no atomics. Errors as `forward`."""
     _check(q_nope, q_rope, v, cu_seqlens, scale)
     n, h, dr = q_rope.shape
-    dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, v))
+    dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, o))
     delta = torch.empty_like(softmax[0])
     dk_rope, shares = k_rope.new_empty(k_rope.shape), q_rope.new_empty(h, n, dr, dtype=torch.float32)
     if not o.numel():
@@ -529,8 +532,8 @@ def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
         "scale": scale, "q_nope_n": q_nope.stride(0), "q_nope_h": q_nope.stride(1), "q_rope_n": q_rope.stride(0),
         "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
         "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1),
-        "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents,
-        "STEPS": (documents - 1).bit_length(), "Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2),
+        "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents, "STEPS": (documents - 1).bit_length(),
+        "SHARED": max(1, h // max(1, k_nope.size(1))), "Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2),
     }  # fmt: skip
 
 

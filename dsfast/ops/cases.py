@@ -78,14 +78,17 @@ def embedding_case(name: str, n: int, v: int, r: int, d: int | None) -> Case:
     return Case("embedding", name, embedding, make_inputs, (1,) if d is None else (1, 2))
 
 
-def mla_attention_case(name: str, lengths: Sequence[int], h: int, dn: int, dr: int, dv: int) -> Case:
-    """Documents of `lengths` tokens."""
+def mla_attention_case(
+    name: str, lengths: Sequence[int], h: int, dn: int, dr: int, dv: int, hk: int | None = None
+) -> Case:  # fmt: skip
+    """Documents of `lengths` tokens. hk: heads of keys and values, None: h."""
+    hk = h if hk is None else hk
 
     def make_inputs(g: Generator) -> tuple:
         n = sum(lengths)
         cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        queries_and_keys = (_normal(g, *shape) for shape in ((n, h, dn), (n, h, dr), (n, h, dn), (n, dr)))
-        return *queries_and_keys, _normal(g, n, h, dv), cu_seqlens, (dn + dr) ** -0.5
+        queries_and_keys = (_normal(g, *shape) for shape in ((n, h, dn), (n, h, dr), (n, hk, dn), (n, dr)))
+        return *queries_and_keys, _normal(g, n, hk, dv), cu_seqlens, (dn + dr) ** -0.5
 
     return Case("mla_attention", name, mla_attention, make_inputs, (0, 1, 2, 3, 4))
 

@@ -3,7 +3,8 @@
     s[h, i, j] = scale (q_nope[i, h] . k_nope[j, h] + q_rope[i, h] . k_rope[j])      j <= i, same document
     o[i, h]    = sum_j softmax_j(s[h, i, :])[j] v[j, h]
 
-N tokens, H heads, Dn and Dr width of the part without and with position, Dv value width, S documents.
+N tokens, H heads, Dn and Dr width of the part without and with position, Dv value width, S documents. Keys without position and
+values may have fewer heads, Hk, each of which is that of H / Hk neighbouring heads of queries.
 The rope key is shared by the heads and nothing is expanded or concatenated: the parts are taken as the projections leave
 them. Documents lie one behind the other; document s holds the tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
 """
@@ -19,6 +20,7 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    k_nope, v = (x.repeat_interleave(q_nope.size(1) // max(1, x.size(1)), 1) for x in (k_nope, v))
     outputs = [v[:0]]
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         at = slice(begin, end)
@@ -32,7 +34,8 @@ def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale
 def mla_attention(
     q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:
-    """q_nope and k_nope [N, H, Dn], q_rope [N, H, Dr], k_rope [N, Dr], v [N, H, Dv], cu_seqlens [S + 1] int32 -> [N, H, Dv].
+    """q_nope [N, H, Dn], q_rope [N, H, Dr], k_nope [N, Hk, Dn], k_rope [N, Dr], v [N, Hk, Dv], cu_seqlens [S + 1] int32
+    -> [N, H, Dv].
 
     cu_seqlens rises from 0 to N; equal neighbours are empty documents. Views whose last dimension is contiguous are
     read in place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices.
@@ -51,10 +54,19 @@ def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
     expect_shape("mla_attention", "q_nope", q_nope, "N", "H", "Dn")
     n, h, dn = q_nope.shape
     expect_shape("mla_attention", "q_rope", q_rope, n, h, "Dr")
-    expect_shape("mla_attention", "k_nope", k_nope, n, h, dn)
+    expect_shape("mla_attention", "k_nope", k_nope, n, "Hk", dn)
     expect_shape("mla_attention", "k_rope", k_rope, n, q_rope.size(2))
-    expect_shape("mla_attention", "v", v, n, h, "Dv")
+    expect_shape("mla_attention", "v", v, n, k_nope.size(1), "Dv")
+    if _shared(q_nope, k_nope) * k_nope.size(1) != h:
+        raise ValueError(
+            f"mla_attention: {h} heads of queries cannot be shared out among {k_nope.size(1)} of keys and values"
+        )
     expect_dtype("mla_attention", q_nope.dtype, q_nope.device, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+
+
+def _shared(q_nope: Tensor, k_nope: Tensor) -> int:
+    """Heads of queries for each head of keys and values."""
+    return q_nope.size(1) // max(1, k_nope.size(1))
 
 
 def _rises(boundaries: list[int], end: int) -> bool:
@@ -82,8 +94,8 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
     good = native.products().mla_attention_forward(
-        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), softmax.data_ptr(), n, h, dn, dr, dv,
-        cu_seqlens.size(0) - 1, torch.get_num_threads(),
+        *_pointers(*inputs), cu_seqlens.data_ptr(), scale, o.data_ptr(), softmax.data_ptr(), n, h,
+        _shared(q_nope, k_nope), dn, dr, dv, cu_seqlens.size(0) - 1, torch.get_num_threads(),
     )  # fmt: skip
     if not good:
         raise _bad_boundaries(cu_seqlens, n)
@@ -93,24 +105,25 @@ def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
     n, h, _ = q_nope.shape
     shape = triton.launcher("mla_attention", "softmax_shape")(q_nope) if triton.runs_on(q_nope) else (h, n)
-    return q_nope.new_empty(v.shape), q_nope.new_empty(shape, dtype=torch.float32)
+    return q_nope.new_empty(n, h, v.size(2)), q_nope.new_empty(shape, dtype=torch.float32)
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
     inputs = _strided(do, q_nope, q_rope, k_nope, k_rope, v)
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
-    gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, q_rope.movedim(1, 0), v)]
+    gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, q_rope.movedim(1, 0), do)]
     native.products().mla_attention_backward(
         *_pointers(*inputs), cu_seqlens.data_ptr(), scale, softmax.data_ptr(),
-        *(g.data_ptr() for g in gradients), n, h, dn, dr, dv, cu_seqlens.size(0) - 1, torch.get_num_threads(),
+        *(g.data_ptr() for g in gradients), n, h, _shared(q_nope, k_nope), dn, dr, dv, cu_seqlens.size(0) - 1,
+        torch.get_num_threads(),
     )  # fmt: skip
     gradients[3] = gradients[3].sum(0)  # the rope key is shared: its gradient comes back for each head
     return tuple(gradients)
 
 
 def _backward_fake(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
-    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, k_nope, k_rope, v))
+    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, k_rope, do))
 
 
 def _setup_context(ctx, inputs, output):
@@ -122,7 +135,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, do, _):
     *tensors, o, softmax = ctx.saved_tensors
     gradients = torch.ops.dsfast.mla_attention_backward(do, *tensors, ctx.scale, o, softmax)
-    return *gradients, None, None
+    dq_nope, dq_rope, dk_nope, dk_rope, dv = gradients
+    return dq_nope, dq_rope, _of_shared(dk_nope, tensors[2]), dk_rope, _of_shared(dv, tensors[4]), None, None
+
+
+def _of_shared(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x [N, Hk, D] from those for each head of queries [N, H, D]."""
+    return gradient if gradient.size(1) == x.size(1) else gradient.unflatten(1, (x.size(1), -1)).sum(2)
 
 
 _TENSORS = "Tensor q_nope, Tensor q_rope, Tensor k_nope, Tensor k_rope, Tensor v, Tensor cu_seqlens, float scale"
