@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class GpuError(UserError):
+    """A GPU that failed, or had too little memory, while it worked."""
+
+
 def choices(names) -> str:
     """`names` as they stand in an error message: "known: a, b, c"."""
     return "known: " + ", ".join(sorted(str(name) for name in names))

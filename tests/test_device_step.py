@@ -546,8 +546,11 @@ class TestCapture:
             device_trainer(launch=captured).train(quiet=True)
 
     def test_a_step_that_waits_for_the_device_is_found_out_before_the_capture(self, monkeypatch):
-        log, modes = [], ["default"]
+        log, modes, streams = [], ["default"], []
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+        monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
         monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(log.append("capture")))
         gpu.record(lambda: log.append(modes[-1]))()
@@ -560,6 +563,14 @@ class TestCapture:
             gpu.record(waiting)
         assert log.count("capture") == 1
         assert modes[-1] == "default"
+
+        def failing():
+            if modes[-1] == "default":
+                raise RuntimeError("not permitted when stream is capturing")
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            gpu.record(failing)
+        assert streams == ["the caller's"] * 2  # after a capture that failed as well
 
     def test_out_of_memory_is_no_reason_for_another_way(self, monkeypatch):
         def record(step):
@@ -601,6 +612,20 @@ class TestAGpuThatFails:
                 "the GPU failed after step 5: CUDA error",
             ),
             (RuntimeError("CUDA error: device lost"), "the GPU failed after step 5: CUDA error: device lost"),
+            (RuntimeError("CUDA driver error: unknown error"), "the GPU failed after step 5: CUDA driver error"),
+            (
+                RuntimeError("Triton Error [CUDA]: an illegal memory access"),
+                "the GPU failed after step 5: Triton Error",
+            ),
+            (
+                RuntimeError("Triton Error [CUDA]: out of memory"),
+                "out of GPU memory after step 5 with train.batch_size 3",
+            ),
+            (RuntimeError("CUDA error: out of memory\nmore"), "out of GPU memory after step 5 with train.batch_size 3"),
+            (
+                RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                "out of GPU memory after step 5 with train.batch_size 3",
+            ),
         ],
     )
     def test_ends_with_one_line_and_leaves_the_checkpoint(self, tmp_path, error, message):

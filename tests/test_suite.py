@@ -16,7 +16,7 @@ from tiny import write_text_run
 
 from dsfast.config import CONFIGS, load_config
 from dsfast.data import Prompt, load_prompts
-from dsfast.errors import UserError
+from dsfast.errors import GpuError, UserError
 from dsfast.evaluate.probes import judge
 from dsfast.suite import __main__ as suite
 from dsfast.suite import phases
@@ -229,15 +229,17 @@ def test_the_full_tests_target_grows_with_its_steps():
 
 
 def test_comparison_needs_both():
-    def test_with(**details):
-        return {"phases": [{"name": "performance", "details": details}]}
+    def test_with(losses=(), **details):
+        phases = {"training": {"losses": losses}, "performance": details}
+        return {"phases": [{"name": name, "details": details} for name, details in phases.items()]}
 
     skipped = phases.skipped_test("Test 2", "no GPU")
     assert phases.compare(test_with(training_seconds=1.0), skipped) == {"reason": "no GPU"}
     both = phases.compare(
-        test_with(training_seconds=60.0, seconds_per_answer=0.2, preparation_seconds=None),
-        test_with(training_seconds=10.0, seconds_per_answer=0.1, preparation_seconds=5.0),
+        test_with([9.0, 8.0, 4.0], training_seconds=60.0, seconds_per_answer=0.2, preparation_seconds=None),
+        test_with([9.0, 8.5, 3.9], training_seconds=10.0, seconds_per_answer=0.1, preparation_seconds=5.0),
     )
+    assert both.pop("losses") == {"largest": 0.0625, "at_step": 2, "part_at_step": 2}
     assert both == {"training_speedup": 6.0, "training_speedup_prepared": 4.0, "generation_speedup": 2.0}
     assert [c.status for c in judge_comparison(both)] == ["PASS", "FAIL"]
 
@@ -430,6 +432,7 @@ def test_with_a_gpu_alone_both_its_tests_run_there(monkeypatch):
     assert fast.title == "Test 2: fast GPU training (200 steps)"
     assert full.title == "Test 3: full training on the GPU (500 steps)"
     assert (fast.config.suite.target_seconds, full.config.suite.target_seconds) == (75.0, 75.0 * 500 / 200)
+    monkeypatch.setattr(suite, "_why_unfit", lambda: None)
     assert list(suite.choose_configs(parsed())[0]) == ["cpu", "gpu"]
 
 
@@ -525,7 +528,9 @@ class TestRehearsedOnAGpu:
         results = rehearsal[1]
         cpu, gpu = (self.details(rehearsal, test, "performance") for test in ("cpu", "gpu"))
         prepared = gpu["training_seconds"] + gpu["preparation_seconds"]
-        assert results["comparison"] == {
+        found = dict(results["comparison"])
+        assert found.pop("losses").keys() == {"largest", "at_step", "part_at_step"}
+        assert found == {
             "training_speedup": cpu["training_seconds"] / gpu["training_seconds"],
             "training_speedup_prepared": cpu["training_seconds"] / prepared,
             "generation_speedup": cpu["seconds_per_answer"] / gpu["seconds_per_answer"],
@@ -679,6 +684,46 @@ def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeyp
     assert "in broken" in error["stack_trace"]
     assert error["configuration"]["train"]["steps"] == 2
     assert "cpu: training: ZeroDivisionError: a defect" in results["verdict"]["failed"]
+
+
+@pytest.mark.parametrize("phase", ["set-up", "training", "generation"])
+def test_a_gpu_that_fails_ends_with_one_line_after_the_results_are_written(tmp_path, monkeypatch, phase):
+    asked = []
+
+    def failing(session):
+        asked.append(session.plan.name)
+        raise GpuError("the GPU failed after step 1: CUDA error: unspecified launch failure")
+
+    monkeypatch.setitem(phases.PHASES, phase, failing)
+    monkeypatch.setattr(phases.Plan, "device", "gpu")
+    changes = {"model.max_position_embeddings": 128, "train.steps": 2, "suite.full_training_steps": 3}
+    config = write_text_run(tmp_path, **changes)
+    arguments = ["--config", str(config), "--full-training", "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(
+        GpuError, match=r"^the GPU failed after step 1: .* launch failure; what was found until then is in "
+    ) as caught:
+        suite.main(arguments)
+    assert "\n" not in str(caught.value)
+    [path] = (tmp_path / "out").glob("*.json")
+    assert str(path) in str(caught.value)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    tests = results["tests"]
+    assert asked == ["cpu"]
+    assert tests["cpu"]["status"] == "error"
+    assert (tests["full"]["status"], tests["full"]["reason"]) == ("skipped", "the GPU failed in the test before")
+    assert results["verdict"]["passed"] is False
+    assert any("the GPU failed after step 1" in reason for reason in results["verdict"]["failed"])
+
+
+def test_a_gpu_that_cannot_run_the_config_leaves_the_cpus_test(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    configs, skipped = suite.choose_configs(suite._parser().parse_args([]))
+    assert set(configs) == {"cpu"}
+    assert "Old GPU (compute capability 7.5) cannot multiply it" in skipped["gpu"]
+    configs, _ = suite.choose_configs(suite._parser().parse_args(["--gpu-only"]))
+    assert set(configs) == {"gpu"}  # there the mistake is the user's, and said before anything is trained
 
 
 def test_a_users_mistake_in_setting_up_writes_nothing(tmp_path):

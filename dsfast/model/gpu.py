@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.errors import UserError
+from dsfast.errors import GpuError
 from dsfast.ops import triton
 
+_OF_THE_GPU = ("CUDA error", "CUDA driver error", "Triton Error [", "HIP error", "CUBLAS_STATUS", "HIPBLAS_STATUS")
+"""How the first line of a RuntimeError begins, or what it holds, that tells of a GPU: torch's, Triton's and the libraries'."""
+_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 WARM_UP = 3
 """Calls before a capture: kernels are compiled, libraries allocate their working memory."""
 
@@ -90,19 +95,26 @@ def record(call: Callable[[], object]) -> Callable[[], None]:
     """
     with _side_stream(), _waiting_refused():
         call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    gc.collect()  # a graph that is given back in the middle of a capture would break it
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
     return graph.replay
 
 
 @contextmanager
 def _waiting_refused() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    former = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(former)
 
 
 class Kept:
@@ -128,15 +140,17 @@ class Kept:
 
 @contextmanager
 def gpu_errors(out_of_memory: Callable[[str], str], failed: Callable[[str], str]) -> Iterator[None]:
-    """Make a UserError of memory that is not there and of a GPU that fails; both are given the first line of what was said."""
+    """Make a GpuError of memory that is not there and of a GPU that fails; both are given the first line of what was said."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory(_first_line(error))) from error
+        raise GpuError(out_of_memory(_first_line(error))) from error
     except RuntimeError as error:
-        if not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error):
+        said = _first_line(error)
+        if not isinstance(error, torch.AcceleratorError) and not any(words in said for words in _OF_THE_GPU):
             raise
-        raise UserError(failed(_first_line(error))) from error
+        short = any(words in said for words in _OUT_OF_MEMORY)
+        raise GpuError(out_of_memory(said) if short else failed(said)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from dsfast import info
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
-from dsfast.errors import UserError
+from dsfast.errors import GpuError, UserError
 from dsfast.files import check_output_folder
 from dsfast.suite.phases import (
     DEVICE_NAMES,
@@ -27,6 +27,7 @@ from dsfast.suite.phases import (
     compare,
     fast_plan,
     full_plan,
+    gpu_failure,
     run_test,
     set_up,
     skipped_test,
@@ -34,13 +35,15 @@ from dsfast.suite.phases import (
 from dsfast.suite.report import Reporter
 from dsfast.suite.results import SCHEMA_VERSION, write_results
 from dsfast.suite.verdict import judge_comparison, verdict
+from dsfast.train.runtime import prepare
 
 DEVICES = {name: device for device, name in DEVICE_NAMES.items()}  # "cpu", "gpu" -> torch's names
 TITLES = {"cpu": "Test 1: fast CPU training", "gpu": "Test 2: fast GPU training", "full": "Test 3: full training"}
 
 
 def main(argv: list[str]) -> int:
-    """Run the suite; 0 passed, 1 failed. Raises UserError where it cannot run, before anything is trained."""
+    """Run the suite; 0 passed, 1 failed. Raises UserError where it cannot run, before anything is trained, and GpuError after the
+    results are written where a GPU failed."""
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     configs, skipped = choose_configs(arguments)
@@ -59,6 +62,8 @@ def main(argv: list[str]) -> int:
         path = write_results(folder, results, now)
     finally:
         reporter.summary(results, path)
+    if failure := next(filter(None, map(gpu_failure, results["tests"].values())), None):
+        raise GpuError(f"{failure}; what was found until then is in {path}")
     return 0 if results["verdict"]["passed"] else 1
 
 
@@ -95,6 +100,17 @@ def _why_skipped(name: str, arguments: Namespace, given: Config | None) -> str |
         return f"{arguments.config} has runtime.device {given.runtime.device!r}"
     if name == "gpu" and not torch.cuda.is_available():
         return "no CUDA device is available on this machine"
+    if name == "gpu" and not arguments.gpu_only and given is None:
+        return _why_unfit()
+    return None
+
+
+def _why_unfit() -> str | None:
+    """Why the GPU that is here cannot run the shipped config, in which case the CPU's test goes on alone; None where it can."""
+    try:
+        prepare(default_config("gpu"))
+    except UserError as error:
+        return str(error)
     return None
 
 
@@ -115,6 +131,9 @@ def run(
     tests = {name: skipped_test(TITLES[name], reason) for name, reason in skipped.items()}
     checks, errors = [], []
     for plan in plans:
+        if plan.device == "gpu" and any(map(gpu_failure, tests.values())):
+            tests[plan.name] = skipped_test(plan.title, "the GPU failed in the test before")
+            continue
         tests[plan.name], found, wrong = run_test(plan, folder, reporter)
         checks += found
         errors += wrong

@@ -1,13 +1,13 @@
 """The tests of the suite and the phases of each: what is done and measured. What it is worth, suite.verdict says.
 
 A phase is a function of the session; it returns its details, ready for JSON. An exception inside one is recorded with
-its stack trace and ends the test: its remaining phases are skipped. A UserError while setting up is the user's to mend
-and leaves the suite instead.
+its stack trace and ends the test: its remaining phases are skipped.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
-from dsfast.errors import UserError
+from dsfast.errors import GpuError
 from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.suite.error_reports import error_reports
@@ -33,6 +33,8 @@ from dsfast.suite.verdict import Check, judge_phase
 from dsfast.train import Trainer, TrainResult
 
 DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
+PARTED = 0.03
+"""Relative difference of a step's losses above which CPU and GPU are said to have parted: what bfloat16 may make."""
 
 Details = dict[str, Any]
 
@@ -114,6 +116,7 @@ def training(session: Session) -> Details:
     """
     device = session.plan.config.runtime.device
     if device == "cuda":  # the kernels' comparisons, and a test before this one, are not the run's memory
+        gc.collect()  # a recorded step and its model hold each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     session.result = result = session.trainer.train()
@@ -129,8 +132,13 @@ def training(session: Session) -> Details:
         "losses": result.losses,
         "whole_step": session.trainer.gradients.in_one_call,
         "precision": {name: str(dtype) for name, dtype in session.trainer.precision._asdict().items()},
-        "fallbacks": [row for row in ops.fallbacks() if row["device"] == device],
+        "fallbacks": _fallbacks(device),
     }
+
+
+def _fallbacks(device: str) -> list[dict[str, str]]:
+    """What ran, up to now, in another way than it should on `device`."""
+    return [row for row in ops.fallbacks() if row["device"] == device]
 
 
 def propagation(session: Session) -> Details:
@@ -153,6 +161,7 @@ def generation(session: Session) -> Details:
     session.probes = {name: session.ask(model, prompts) for name, prompts in session.plan.prompts.items()}
     return {
         "preparation_seconds": preparation,
+        "fallbacks": _fallbacks(session.plan.config.runtime.device),
         "success": success_rates(session.probes),
         "probes": [{"set": name, **probe.to_dict()} for name, probes in session.probes.items() for probe in probes],
     }
@@ -232,14 +241,17 @@ def run_test(plan: Plan, folder: Path, reporter: Reporter) -> tuple[dict[str, An
 
 
 def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[dict[str, Any], list[Check]]:
-    """Time one phase and hold it to its limits; an exception makes its status "error"."""
+    """Time one phase and hold it to its limits; an exception makes its status "error".
+
+    gpu_failed is in the phase of a GPU that failed: the one line that says so.
+    """
     start = time.perf_counter()
     try:
         details = function()
     except Exception as error:
-        if name == "set-up" and isinstance(error, UserError):
-            raise
         phase = {"name": name, "status": "error", "seconds": time.perf_counter() - start}
+        if isinstance(error, GpuError):
+            phase["gpu_failed"] = str(error)
         return {**phase, "reason": f"{type(error).__name__}: {error}", "stack_trace": traceback.format_exc()}, []
     seconds = time.perf_counter() - start
     checks = judge_phase(test, name, details)
@@ -265,6 +277,11 @@ def _test_entry(plan: Plan, status: str, phases: list[dict[str, Any]]) -> dict[s
     }
 
 
+def gpu_failure(test: dict[str, Any]) -> str | None:
+    """The line that says how the GPU failed in a test's entry; None where it did not."""
+    return next((phase["gpu_failed"] for phase in test["phases"] if "gpu_failed" in phase), None)
+
+
 def skipped_test(title: str, reason: str) -> dict[str, Any]:
     """The entry of a test that was not run."""
     return {"title": title, "status": "skipped", "reason": reason, "phases": []}
@@ -273,14 +290,16 @@ def skipped_test(title: str, reason: str) -> dict[str, Any]:
 def compare(cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
     """CPU against GPU from the entries of the two fast tests; {"reason": ...} where one has no performance to show.
 
-    training_speedup: of the steps alone; training_speedup_prepared: with what the GPU had to prepare before them.
+    training_speedup: of the steps alone; training_speedup_prepared: with what the GPU had to prepare before them; losses: see
+    `compare_losses`.
     """
-    numbers = {}
+    numbers, losses = {}, []
     for name, test in (("CPU", cpu), ("GPU", gpu)):
-        details = [p["details"] for p in test["phases"] if p["name"] == "performance" and "details" in p]
-        if not details:
+        details = {p["name"]: p["details"] for p in test["phases"] if "details" in p}
+        if "performance" not in details:
             return {"reason": test["reason"] or f"the {name} test broke off"}
-        numbers[name] = details[0]
+        numbers[name] = details["performance"]
+        losses.append(details.get("training", {}).get("losses", []))
 
     def ratio(key: str, before: float = 0.0) -> float:
         return numbers["CPU"][key] / (numbers["GPU"][key] + before)
@@ -289,4 +308,15 @@ def compare(cpu: dict[str, Any], gpu: dict[str, Any]) -> dict[str, Any]:
         "training_speedup": ratio("training_seconds"),
         "training_speedup_prepared": ratio("training_seconds", numbers["GPU"]["preparation_seconds"]),
         "generation_speedup": ratio("seconds_per_answer"),
+        "losses": compare_losses(*losses),
     }
+
+
+def compare_losses(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int | None] | None:
+    """The largest relative difference of two runs' losses and the step it is at; part_at_step: the first step, from 1, at which
+    they differ by more than PARTED, None if they never do. None where there is no step that both have done."""
+    if not (ours and theirs):
+        return None
+    found = [abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=False)]
+    parted = (step for step, difference in enumerate(found, 1) if not difference <= PARTED)
+    return {"largest": max(found), "at_step": 1 + found.index(max(found)), "part_at_step": next(parted, None)}

@@ -187,7 +187,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, _decode(keys, np.uint32), *rest))
     torch.set_rng_state(torch.from_numpy(_decode(states["torch"], np.uint8)))
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.from_numpy(_decode(state, np.uint8)) for state in states["cuda"]])
+        known = states["cuda"][: torch.cuda.device_count()]  # the run may have been saved where there were more
+        torch.cuda.set_rng_state_all([torch.from_numpy(_decode(state, np.uint8)) for state in known])
 
 
 def _verify(path: Path) -> None:

@@ -85,15 +85,15 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         if dataset is not None:
             self.dataset = dataset
-        self.device = prepare(config)
         self.steps_done = 0
         self.bad_steps = 0
         """Steps without an update since the last one with."""
         self.last_saved: Path | None = None
         """The newest checkpoint written, or resumed from."""
-        self.precision = precision_of(config.runtime)
-        torch.manual_seed(config.seed)
-        with gpu_errors(self):
+        with gpu_errors(self):  # a GPU that is broken shows when it is first asked for anything
+            self.device = prepare(config)
+            self.precision = precision_of(config.runtime)
+            torch.manual_seed(config.seed)
             self.model = DeepseekV3(config.model).to(self.device)
             self.optimizer = build_optimizer(self.model, config.train, self.precision.tensors)
         self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)

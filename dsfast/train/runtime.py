@@ -60,7 +60,7 @@ def _check_gpu(config: Config) -> None:
         major, minor = torch.cuda.get_device_capability()
         raise UserError(
             f"runtime.dtype is 'bfloat16', but {torch.cuda.get_device_name()} (compute capability {major}.{minor}) cannot "
-            "multiply it, 8.0 or newer can; set runtime.dtype to 'float32'"
+            "multiply it, 8.0 or newer can; set runtime.dtype to 'float32', and in runtime.kernels nothing to 'triton'"
         )
 
 
@@ -209,7 +209,7 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def gpu_errors(trainer: Trainer) -> AbstractContextManager[None]:
-    """Make one line of what a GPU cannot do: UserError for memory that is not there, and for a GPU that fails."""
+    """Make one line of what a GPU cannot do: GpuError for memory that is not there, and for a GPU that fails."""
     train, data = trainer.config.train, trainer.config.data
     return gpu.gpu_errors(
         lambda said: (
