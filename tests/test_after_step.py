@@ -9,6 +9,7 @@ import torch
 from triton_contract import DEVICE, INTERPRETED, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
+from dsfast.errors import UserError
 
 IMPLEMENTATIONS = ["reference", "triton" if INTERPRETED or torch.cuda.is_available() else "native"]
 FLOAT64, INT64 = torch.float64, torch.int64
@@ -82,7 +83,7 @@ class TestBias:
 
 @on_device
 def test_more_experts_than_a_block_are_refused():
-    with ops.use("triton"), pytest.raises(ValueError, match="up to 2048 experts, got 2049"):
+    with ops.use("triton"), pytest.raises(UserError, match="up to 2048 experts, got 2049"):
         ops.update_bias([torch.zeros(2049, device=DEVICE)], integers(1, 2049), 0.1)
 
 

@@ -10,6 +10,7 @@ from triton_contract import DEVICE, INTERPRETED, TritonContract, assert_passed, 
 from triton_contract import on_the_device as moved
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import adamw_case, updated_by_adamw
 from dsfast.ops.checks import check
 
@@ -149,7 +150,7 @@ def test_only_float32():
     with ops.use("triton"):
         with pytest.raises(TypeError, match="take float32 on one device, got float64"):
             ops.grad_norm([torch.ones(3, device=DEVICE), x])
-        with pytest.raises(TypeError, match="take float32 on one device, got float64"):
+        with pytest.raises(UserError, match="the Triton kernels take float32, got float64"):
             ops.adamw([x], [x], [x], [x], [0.1], [0.0], 0.9, 0.95, 1e-8, 1)
 
 

@@ -18,6 +18,7 @@ from triton_contract import (
 )
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import embedding_case
 from dsfast.ops.checks import check, compare
 
@@ -168,7 +169,7 @@ def test_refused_before_launch():
     arguments = on_the_device([torch.zeros(2, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.float64), None])
     with (
         ops.use("triton", "embedding"),
-        pytest.raises(TypeError, match="take float32, float16, bfloat16, got float64"),
+        pytest.raises(UserError, match="take float32, float16, bfloat16, got float64"),
     ):
         ops.embedding(*arguments)
 

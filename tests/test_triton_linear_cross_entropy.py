@@ -18,6 +18,7 @@ from triton_contract import (
 )
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import check, check_draws, compare
 
@@ -250,17 +251,17 @@ def test_a_second_backward_pass_gives_the_same_bits(width):
 
 @on_device
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "kind", "message"),
+    ("sizes", "dtype", "message"),
     [
-        ((4, 3, 5), torch.float64, TypeError, "take float32, float16, bfloat16, got float64"),
-        ((4, 0, 5), torch.float32, ValueError, "take R and V from 1 on, got 0 and 5"),
+        ((4, 3, 5), torch.float64, "take float32, float16, bfloat16, got float64"),
+        ((4, 0, 5), torch.float32, "take R and V from 1 on, got 0 and 5"),
     ],
     ids=str,
 )
-def test_refused_before_launch(sizes, dtype, kind, message):
+def test_refused_before_launch(sizes, dtype, message):
     n, r, v = sizes
     arguments = (torch.zeros(n, r, dtype=dtype), torch.zeros(v, r, dtype=dtype), torch.zeros(n, dtype=torch.int64))
-    with ops.use("triton", "linear_cross_entropy"), pytest.raises(kind, match=message):
+    with ops.use("triton", "linear_cross_entropy"), pytest.raises(UserError, match=message):
         ops.linear_cross_entropy(*on_the_device(list(arguments)))
 
 

@@ -7,6 +7,7 @@ import torch
 from triton_contract import DEVICE, DTYPES, TritonContract, assert_passed, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import rms_norm_case
 from dsfast.ops.checks import check
 
@@ -89,16 +90,16 @@ def test_half_precision_norm_has_a_float32_reciprocal():
 
 @on_device
 @pytest.mark.parametrize(
-    ("x", "kind", "message"),
+    ("x", "message"),
     [
-        (torch.ones(2, 3, dtype=torch.float64), TypeError, "take float32, float16, bfloat16, got float64"),
-        (torch.ones(2, 8193), ValueError, "take D from 1 to 8192, got 8193"),
+        (torch.ones(2, 3, dtype=torch.float64), "take float32, float16, bfloat16, got float64"),
+        (torch.ones(2, 8193), "take D from 1 to 8192, got 8193"),
     ],
     ids=["float64", "too wide"],
 )
-def test_refused_before_launch(x, kind, message):
+def test_refused_before_launch(x, message):
     x = x.to(DEVICE)
-    with ops.use("triton", "rms_norm"), pytest.raises(kind, match=message):
+    with ops.use("triton", "rms_norm"), pytest.raises(UserError, match=message):
         ops.rms_norm(x, x[0], 1e-6)
 
 

@@ -16,6 +16,7 @@ from triton_contract import (
 )
 
 from dsfast import ops
+from dsfast.errors import UserError
 from dsfast.ops.cases import rope_case, split_and_turn_case
 from dsfast.ops.checks import check
 
@@ -124,14 +125,14 @@ def test_turning_back_gives_the_input():
 
 @on_device
 @pytest.mark.parametrize(
-    ("width", "dtype", "kind", "message"),
+    ("width", "dtype", "message"),
     [
-        (4, torch.float64, TypeError, "take float32, float16, bfloat16, got float64"),
-        (4098, torch.float32, ValueError, "takes Dr up to 4096, got 4098"),
+        (4, torch.float64, "take float32, float16, bfloat16, got float64"),
+        (4098, torch.float32, "takes Dr up to 4096, got 4098"),
     ],
 )
-def test_refused_before_launch(width, dtype, kind, message):
-    with ops.use("triton", "rope"), pytest.raises(kind, match=message):
+def test_refused_before_launch(width, dtype, message):
+    with ops.use("triton", "rope"), pytest.raises(UserError, match=message):
         ops.rope(*inputs(rope_case("", 2, 1, width, 3), dtype))
 
 

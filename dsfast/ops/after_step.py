@@ -17,6 +17,9 @@ from dsfast.ops.adamw import expect_on_device, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
 
+MOST_EXPERTS = 2048
+"""That the Triton kernel of `update_bias` takes."""
+
 
 @torch.no_grad()
 def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor = 1.0) -> None:
@@ -34,7 +37,9 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
     expect_on_device("update_bias", loads.device, clip_scale=clip_scale)
     if not biases:
         return
-    if choose("adamw", biases[0]) == "reference":
+    experts = loads.size(1)
+    refused = f"the Triton kernel takes up to {MOST_EXPERTS} experts, got {experts}" if experts > MOST_EXPERTS else ""
+    if choose("adamw", biases[0], not_triton=refused) == "reference":
         update_bias_reference(biases, loads, speed, clip_scale)
     else:
         torch.ops.dsfast.update_bias(biases, loads, speed, *or_tensor(clip_scale))

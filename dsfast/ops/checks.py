@@ -23,14 +23,11 @@ from torch import Tensor
 
 from dsfast.ops import cases, native
 from dsfast.ops.cases import Case
-from dsfast.ops.dispatch import report, use
+from dsfast.ops.dispatch import IN_FLOAT32, report, use
 
 EAGER_FACTOR = 2
 FLOOR_ULPS = 4
 REFERENCE_ULPS = 64
-
-IN_FLOAT32 = ("moe_route", "adamw", "muon")
-"""What a model runs in float32 whatever it computes in: near ties decide the choice of experts; the weights are masters."""
 
 MATRICES = ((2, 128, 192), (2, 128, 128), (18, 64, 128), (2, 48, 128), (2, 32, 256), (1, 32, 128))
 """n, rows and columns of what Muon updates in the 500K model."""

@@ -78,6 +78,10 @@ def choose(operator: str, x: Tensor, not_native: str = "", not_triton: str = "")
     return _choose(operator, x.device.type, x.dtype, not_native, not_triton)
 
 
+IN_FLOAT32 = ("moe_route", "adamw", "muon")
+"""What a model runs in float32 whatever it computes in: near ties decide the choice of experts; the weights are masters."""
+
+
 def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str, not_triton: str) -> str:
     refused = not_triton if _OF_DEVICE.get(device) == "triton" else not_native
     implementation, reason = _resolve(operator, device, dtype, refused=refused)
@@ -109,10 +113,9 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict
     """For each operator the implementation it takes on `device` now, and why."""
     rows = []
     for operator in OPERATORS:
-        implementation, reason = _resolve(operator, device, dtype)
-        why = reason or (
-            "asked for" if implementation == "reference" else _available(implementation, operator, dtype)[1]
-        )
+        own = torch.float32 if device == "cuda" and operator in IN_FLOAT32 else dtype
+        implementation, reason = _resolve(operator, device, own)
+        why = reason or ("asked for" if implementation == "reference" else _available(implementation, operator, own)[1])
         rows.append({"operator": operator, "implementation": implementation, "reason": why})
     return rows
 
@@ -140,6 +143,10 @@ def _resolve(
 
 def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[bool, str]:
     if implementation == "triton":
+        known = (torch.float32,) if operator in IN_FLOAT32 else (torch.float32, torch.float16, torch.bfloat16)
+        if dtype not in known:
+            names = [str(d).removeprefix("torch.") for d in (*known, dtype)]
+            return False, f"the Triton kernels take {', '.join(names[:-1])}, got {names[-1]}"
         return triton.available(operator)
     module, reason = native.status()
     if module is None:

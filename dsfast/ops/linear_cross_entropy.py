@@ -53,7 +53,9 @@ def linear_cross_entropy(
     expect_shape("linear_cross_entropy", "labels", labels, hidden.size(0))
     expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight)
     expect_dtype("linear_cross_entropy", torch.int64, hidden.device, labels=labels)
-    if choose("linear_cross_entropy", hidden, "the C++ kernel has no z_loss" if z_loss else "") == "reference":
+    not_native = "the C++ kernel has no z_loss" if z_loss else ""
+    empty = f"the Triton kernels take R and V from 1 on, got {hidden.size(1)} and {weight.size(0)}"
+    if choose("linear_cross_entropy", hidden, not_native, "" if weight.numel() else empty) == "reference":
         expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, z_loss)
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -17,6 +17,10 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+from dsfast.ops.narrow import padded
+
+WIDEST = {4: 320, 2: 576}
+"""Dn + Dr + Dv, each rounded up to a power of two, that the Triton kernels take, by bytes of a number."""
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
@@ -43,7 +47,7 @@ def mla_attention(
     _check(q_nope, q_rope, k_nope, k_rope, v)
     expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")
     expect_dtype("mla_attention", torch.int32, q_nope.device, cu_seqlens=cu_seqlens)
-    if choose("mla_attention", q_nope) == "reference":
+    if choose("mla_attention", q_nope, not_triton=_not_triton(q_nope, q_rope, v, scale)) == "reference":
         if cu_seqlens.is_cpu and not _rises(cu_seqlens.tolist(), q_nope.size(0)):
             raise _bad_boundaries(cu_seqlens, q_nope.size(0))
         return mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
@@ -62,6 +66,21 @@ def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
             f"mla_attention: {h} heads of queries cannot be shared out among {k_nope.size(1)} of keys and values"
         )
     expect_dtype("mla_attention", q_nope.dtype, q_nope.device, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, v=v)
+
+
+def _not_triton(q_nope: Tensor, q_rope: Tensor, v: Tensor, scale: float) -> str:
+    """Why the Triton kernels do not take them, or ""."""
+    widths = q_nope.size(2), q_rope.size(2), v.size(2)
+    width = sum(map(padded, widths))
+    most = WIDEST.get(q_nope.element_size(), width)
+    if 0 in widths:
+        return "the Triton kernels take Dn, Dr and Dv from 1 on, got 0"
+    if not scale > 0:
+        return f"the Triton kernels take a positive scale, got {scale}"
+    if width > most:
+        dtype = str(q_nope.dtype).removeprefix("torch.")
+        return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {most} in {dtype}, got {width}"
+    return ""
 
 
 def _shared(q_nope: Tensor, k_nope: Tensor) -> int:

@@ -26,6 +26,10 @@ from dsfast.ops.library import (
     refuse_derivative,
     rows,
 )
+from dsfast.ops.narrow import padded
+
+WIDEST = 1152
+"""R + Dr, each rounded up to a power of two, that the Triton kernels take."""
 
 
 def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
@@ -69,10 +73,18 @@ def mla_decode(
     sequence whose length is outside 0..C, or that needs a page that is not there, gets NaN, and no other memory is read.
     """
     _check(q_nope, q_rope, latent, k_rope, lengths, up, pages)
-    if choose("mla_decode", q_nope) == "reference":
+    if choose("mla_decode", q_nope, not_triton=_not_triton(latent, k_rope)) == "reference":
         expect_range("mla_decode", "lengths", lengths, _capacity(latent, pages) + 1)
         return mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
     return torch.ops.dsfast.mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages)
+
+
+def _not_triton(latent: Tensor, k_rope: Tensor) -> str:
+    """Why the Triton kernels do not take such a cache, or ""."""
+    width, dtype = padded(latent.size(-1)) + padded(k_rope.size(-1)), str(latent.dtype).removeprefix("torch.")
+    if width <= WIDEST:
+        return ""
+    return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {WIDEST} in {dtype}, got {width}"
 
 
 def _capacity(latent: Tensor, pages: Tensor | None) -> int:

@@ -18,6 +18,10 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, row
 MOST_USES = 3
 
 
+WIDEST = 8192
+"""D that the Triton kernels take."""
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     h = x if residual is None else x + residual
     wide = h.to(torch.promote_types(h.dtype, torch.float32))  # a mean of squares in bfloat16 would be a rough one
@@ -31,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Raises ValueError for other shapes and TypeError for mixed dtypes or devices.
     """
     _check(x, weight, residual)
-    if choose("rms_norm", x) == "reference":
+    if choose("rms_norm", x, not_triton=_not_triton(x)) == "reference":
         return rms_norm_reference(x, weight, eps, residual)
     y, h, _ = torch.ops.dsfast.rms_norm(x, weight, eps, residual)
     return y if residual is None else (y, h)
@@ -47,11 +51,17 @@ def stream_norm(
     """
     expect_uses("rms_norm", uses)
     _check(x, weight, residual)
-    if choose("rms_norm", x) == "reference":
+    if choose("rms_norm", x, not_triton=_not_triton(x)) == "reference":
         found = rms_norm_reference(x, weight, eps, residual)
         y, h = (found, x) if residual is None else found
         return *[y] * uses, h
     return _StreamNorm.apply(x, weight, eps, residual, uses)
+
+
+def _not_triton(x: Tensor) -> str:
+    """Why the Triton kernels do not take it, or ""."""
+    d = x.size(1)
+    return "" if 0 < d <= WIDEST else f"the Triton kernels take D from 1 to {WIDEST}, got {d}"
 
 
 def expect_uses(operator: str, uses: int) -> None:

@@ -23,6 +23,9 @@ from dsfast.ops.library import (
     refuse_derivative,
 )
 
+WIDEST = 4096
+"""Dr that the Triton kernels take."""
+
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     cos, sin = cos[positions, None], sin[positions, None]
@@ -37,7 +40,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     ValueError for other shapes or an odd Dr, TypeError for mixed dtypes or devices.
     """
     _check(x, cos, sin, positions)
-    if choose("rope", x) == "reference":
+    if choose("rope", x, not_triton=_not_triton(x.size(2))) == "reference":
         expect_range("rope", "positions", positions, cos.size(0))
         return rope_reference(x, cos, sin, positions)
     return torch.ops.dsfast.rope(x, cos, sin, positions, False)
@@ -55,11 +58,16 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         raise ValueError(f"rope_: x must have memory of its own and pairs side by side, got strides {list(x.stride())}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("rope_: a gradient of x is wanted; use rope, or torch.no_grad()")
-    if choose("rope", x) == "reference":
+    if choose("rope", x, not_triton=_not_triton(x.size(2))) == "reference":
         expect_range("rope", "positions", positions, cos.size(0))
         return x.copy_(rope_reference(x, cos, sin, positions))
     torch.ops.dsfast.rope_(x, cos, sin, positions)
     return x
+
+
+def _not_triton(dr: int) -> str:
+    """Why the Triton kernels do not take pairs of that width, or ""."""
+    return "" if dr <= WIDEST else f"the Triton kernel takes Dr up to {WIDEST}, got {dr}"
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
@@ -89,7 +97,7 @@ def split_and_turn(
     for argument, x in (("q", q), ("kv", kv)):
         if x.size(-1) < dr:
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
-    if choose("rope", q) != "triton":
+    if choose("rope", q, not_triton=_not_triton(dr)) != "triton":
         (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
         turn = rope_ if in_place else rope
         k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,6 +43,15 @@ def missing() -> str:
     return ""
 
 
+def _no_launcher() -> str:
+    """Why this triton cannot start kernels on a GPU: up to 3.6 a C compiler makes what does."""
+    version = importlib.import_module("triton").__version__
+    old = tuple(int(part) for part in version.split(".")[:2]) <= (3, 6)
+    if not old or os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc"))):
+        return ""
+    return f"triton {version} needs a C compiler to start kernels and finds none; install gcc, or set CC"
+
+
 @cache
 def available(operator: str) -> tuple[bool, str]:
     """Whether `operator` has a Triton kernel that can run here, and the reason."""
@@ -56,6 +66,8 @@ def available(operator: str) -> tuple[bool, str]:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CHIP:
         return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
+    if reason := _no_launcher():
+        return False, reason
     return True, "Triton kernel"
 
 
