@@ -47,10 +47,17 @@ def test_every_launch_of_every_operator_on_every_chip():
     assert len(set(planned)) == len(planned)
 
 
+@pytest.mark.parametrize("dtype", module.DTYPES)
+def test_every_dtype_has_a_plan(dtype):
+    planned = plan([], None, [dtype], None)
+    assert {example.dtype for example in planned} == {dtype}
+    assert len({example.operator for example in planned}) > 10
+
+
 def test_named_ones_once():
     planned = plan(["rope", "rope"], ["sm_90", "gfx942"], ["float32"], ["500K"])
     assert [(example.kernel, example.chip) for example in planned] == [
-        (kernel, chip) for kernel in ("rope_kernel", "rope_kernel, inverse", "pair_kernel", "pair_kernel, inverse")
+        (name + variant, chip) for name in ("rope_kernel", "pair_kernel") for variant in ("", ", in place", ", inverse")
         for chip in ("sm_90", "gfx942")
     ]  # fmt: skip
     assert planned == examples(["rope"], ["sm_90", "gfx942"], ["float32"], "500K".__eq__)
@@ -95,18 +102,18 @@ def test_it_writes_and_shows_every_figure(nothing_compiled, tmp_path: Path, caps
     assert written["settings"] == {
         "bench": "compile", "operators": ["rope"], "sizes": ["500K"], "dtypes": ["bfloat16"], "chips": ["sm_90", "gfx942"],
     }  # fmt: skip
-    assert len(written["results"]["kernels"]) == 8
+    assert len(written["results"]["kernels"]) == 12
     assert written["results"]["limits"]["sm_90"]["shared"] == 232_448
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("rope, 500K, bfloat16", "rope_kernel, inverse", "gfx942", "1,024", "ok"))
-    assert f"Compiled by triton {triton.__version__}: 8, of which 0 break a limit." in " ".join(shown.split())
+    assert f"Compiled by triton {triton.__version__}: 12, of which 0 break a limit." in " ".join(shown.split())
     assert "✗" not in shown
 
 
 def test_what_breaks_a_limit_is_marked_named_and_1(nothing_compiled, capsys):
     assert run_command(bench.main, ["compile", "rope", "--size", "500K"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "16, of which 1 break a limit." in shown
+    assert "24, of which 1 break a limit." in shown
     assert "✗ rope, 500K, bfloat16: rope_kernel, inverse: 8 bytes spilled" in shown
     assert shown.count("✗") == 2
 

@@ -30,6 +30,22 @@ def test_deepseek_v3(example):
     assert_within_limits(example)
 
 
+def those_of_other_sizes():
+    """An example on sm_90 for each kernel that DeepSeek-V3's sizes do not launch."""
+    found, seen = [], set()
+    planned = examples(operators(), ["sm_90"], ["bfloat16"], lambda size: True)
+    for example in sorted(planned, key=lambda example: example.size != "DeepSeek-V3"):
+        name = example.operator, example.launch().kernel.__name__
+        found += [example] if name not in seen and example.size != "DeepSeek-V3" else []
+        seen.add(name)
+    return found
+
+
+@pytest.mark.parametrize("example", those_of_other_sizes(), ids="-".join)
+def test_kernels_of_other_sizes(example):
+    assert_within_limits(example)
+
+
 @pytest.mark.slow
 @each(["bfloat16"], lambda size: size != "DeepSeek-V3")
 def test_other_sizes(example):
@@ -63,6 +79,44 @@ def test_every_kernel_is_an_example(operator):
 
 def test_every_shared_kernel_is_an_example():
     assert names_of_kernels(pieces) <= set().union(*(launched_by(kernels_of(operator)) for operator in operators()))
+
+
+def entries_of_tables(module) -> dict[tuple[int, object], str]:
+    """Row and key of each entry in the tables of tiles -> what the source calls it."""
+    found = {}
+    for name, table in vars(module).items():
+        for kernel, row in table.items() if is_a_table(table) else ():
+            found |= {(id(row), key): f"{name}[{kernel!r}][{key!r}]" for key in row}
+    return found
+
+
+def is_a_table(value) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_every_entry_of_a_table_is_compiled(operator, monkeypatch):
+    """For a chip and a dtype that has it some example's launches read it."""
+    module, read = kernels_of(operator), set()
+
+    class Watched(dict):
+        def __init__(self, row):
+            super().__init__(row)
+            self.row = id(row)
+
+        def __getitem__(self, key):
+            read.add((self.row, key))
+            return super().__getitem__(key)
+
+    expected = entries_of_tables(module)
+    for name, table in list(vars(module).items()):
+        if is_a_table(table):
+            monkeypatch.setattr(module, name, {kernel: Watched(row) for kernel, row in table.items()})
+    for size in module.EXAMPLES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for chip in CHIPS.values():
+                module.example_launches(size, dtype, chip.large)
+    assert [name for entry, name in expected.items() if entry not in read] == []
 
 
 def test_limits_find_what_breaks_them():

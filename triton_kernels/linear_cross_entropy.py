@@ -567,6 +567,7 @@ def scale_launch(x, dloss, y) -> Launch:
 
 EXAMPLES = {
     "500K": (8192, 32, 8000),
+    "rank 16": (8192, 16, 8000),
     "5M": (8192, 64, 8000),
     "rank 128": (8192, 128, 16000),
     "widest in the first way": (2048, 256, 129280),

@@ -551,21 +551,25 @@ def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> L
 
 
 EXAMPLES = {
-    "500K": (32, 16, 32),
-    "middle": (64, 64, 64),
-    "DeepSeek-V3": (128, 64, 128),
-    "widest": (192, 64, 256),
+    "500K": (32, 16, 32, 16),
+    "middle": (64, 64, 64, 16),
+    "DeepSeek-V3": (128, 64, 128, 16),
+    "DeepSeek-V3, 4 heads of keys": (128, 64, 128, 4),
+    "widest": (192, 64, 256, 16),
 }
-"""Dn, Dr and Dv that are compiled ahead."""
+"""Dn, Dr, Dv and heads of keys and values, for 16 of queries, that are compiled ahead."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
-    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
+    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them. None for widths that
+    `dtype` has no tiles for."""
     empty = on_meta(dtype)
-    (dn, dr, dv), n, h = EXAMPLES[size], 4096, 16
-    k_nope, v = empty(n, h, dn + dv).split([dn, dv], -1)
+    (dn, dr, dv, hk), n, h = EXAMPLES[size], 4096, 16
+    if dtype.itemsize == 4 and sum(map(padded, (dn, dr, dv))) > max(_FLOAT32["forward"]):
+        return {}
+    k_nope, v = empty(n, hk, dn + dv).split([dn, dv], -1)
     inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
-    o, softmax = empty(n, h, dv), empty(softmax_shape(k_nope), dtype=torch.float32)
+    o, softmax = empty(n, h, dv), empty(softmax_shape(inputs[0]), dtype=torch.float32)
     gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32), empty(n, dr))
     launches = [
         forward_launch(*inputs, o, softmax, large),

@@ -276,7 +276,7 @@ _LARGE = {
         576: Tiles(32, 8, 3, 0, 1),
         1152: Tiles(16, 8, 2, 0, 1),
     },
-    64: {96: Tiles(64, 4, 2, 0, 3), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
+    64: {96: Tiles(64, 8, 2, 0, 1), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
 _SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
@@ -418,13 +418,18 @@ def _readable(x: Tensor) -> Tensor:
 EXAMPLES = {
     "500K": (32, 256, 4, (32, 32, 16, 32), 64),
     "5M": (32, 256, 8, (64, 32, 16, 32), 64),
+    "many narrow heads": (32, 256, 64, (32, 32, 16, 32), 64),
+    "32 narrow heads": (32, 256, 32, (32, 32, 16, 32), 64),
     "middle": (128, 4096, 64, (128, 64, 64, 64), 64),
+    "middle, 32 heads": (128, 4096, 32, (128, 64, 64, 64), 64),
+    "middle, 16 heads": (128, 4096, 16, (128, 64, 64, 64), 64),
     "16 heads": (128, 4096, 16, (512, 128, 64, 128), 64),
     "16 heads, small pages": (128, 4096, 16, (512, 128, 64, 128), 8),
     "32 heads": (128, 4096, 32, (512, 128, 64, 128), 64),
     "DeepSeek-V3": (128, 4096, 128, (512, 128, 64, 128), 64),
     "DeepSeek-V3, small pages": (128, 4096, 128, (512, 128, 64, 128), 8),
     "widest": (8, 4096, 16, (1024, 128, 64, 128), 64),
+    "widest, 32 heads": (8, 4096, 32, (1024, 128, 64, 128), 64),
 }
 """B, C, H, (R, Dn, Dr, Dv) and the places of a page that are compiled ahead."""
 
