@@ -3,6 +3,14 @@
 The names below are the public interface and stay as they are; everything else may change between versions.
 """
 
+from pathlib import Path
+
+_TREE = Path(__file__).parents[1]
+if (_TREE / "triton_kernels" / "__init__.py").exists():
+    __path__.append(
+        str(_TREE)
+    )  # in a source tree `triton_kernels` and `configs` lie beside, also where nothing installed it
+
 from dsfast import ops
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError

@@ -18,7 +18,7 @@ from dsfast.command import CommandParser, run_command
 from dsfast.files import cache_folder
 from dsfast.ops import native, triton
 
-_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "rich", "triton", "transformers")
+_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "rich", "triton", "transformers", "liger_kernel")
 _ROOT = Path(__file__).parents[1]
 
 

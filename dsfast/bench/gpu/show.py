@@ -169,10 +169,14 @@ def _tests(console: Console, row: Json) -> None:
 
 
 def _figures(console: Console, rows: list[Json]) -> None:
-    table = _table("Figures asked for on an H200", "figure", "asked", "stretch", "got", "met?")
+    table = _table(
+        "Figures asked for on an H200", "figure", "asked", "stretch", "got", "met?", "the bound, us", "of bound"
+    )
     for row in rows:
         got = "-" if row["got"] is None else f"{row['got']:,.2f} {row['unit']}".rstrip()
-        table.add_row(row["what"], row["asked"], row["stretch"], got, row["met"])
+        bound = f"{row['bound_seconds'] * 1e6:,.1f}" if row["bound_seconds"] else ""
+        share = f"{row['bound_share']:.0%}" if row["bound_share"] else ""
+        table.add_row(row["what"], row["asked"], row["stretch"], got, row["met"], bound, share)
     console.print(table)
 
 
