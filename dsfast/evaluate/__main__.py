@@ -14,6 +14,7 @@ from dsfast.evaluate.probes import ask, check_lengths
 from dsfast.evaluate.recall import measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
+from dsfast.train.runtime import answering
 
 
 def main(argv: list[str]) -> int:
@@ -24,14 +25,15 @@ def main(argv: list[str]) -> int:
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]
     check_lengths(tokenizer, asked, config.model.max_position_embeddings)
-    probes = ask(model, tokenizer, asked, config.suite.max_new_tokens)
-    facts = _taught(config)
+    with answering(model, config, arguments.device):
+        probes = ask(model, tokenizer, asked, config.suite.max_new_tokens)
+        recall = measure_taught(model, tokenizer, _taught(config))
     result = {
         "checkpoint": str(arguments.checkpoint),
         "config_sha256": config.hash(),
         "probes": [probe.to_dict() for probe in probes],
         "exact": sum(probe.exact for probe in probes),
-        "recall": {name: value and asdict(value) for name, value in measure_taught(model, tokenizer, facts).items()},
+        "recall": {name: value and asdict(value) for name, value in recall.items()},
     }
     print(_text(result))
     if path is not None:
@@ -43,6 +45,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.evaluate", description=__doc__)
     parser.add_path("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: the one it was trained on, where that is here"
+    )
     parser.add_path("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
     parser.add_path("--json", metavar="FILE", help="write the results here too")
     return parser

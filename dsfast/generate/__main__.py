@@ -7,6 +7,7 @@ import sys
 from dsfast.command import CommandParser, run_command
 from dsfast.generate import generate
 from dsfast.train import load_checkpoint
+from dsfast.train.runtime import answering
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     length = config.suite.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens
-    text = generate(model, tokenizer, arguments.prompt, length, arguments.temperature, arguments.seed)
+    with answering(model, config, arguments.device):
+        text = generate(model, tokenizer, arguments.prompt, length, arguments.temperature, arguments.seed)
     print(arguments.prompt + text)
     return 0
 
@@ -22,6 +24,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.generate", description="Continue a prompt with a checkpoint.")
     parser.add_path("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run folder (its newest)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: the one it was trained on, where that is here"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the config's suite.max_new_tokens")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import Config
 from dsfast.errors import UserError
-from dsfast.model import captured, gpu, gpu_has_bfloat16, precision_of
+from dsfast.model import DeepseekV3, captured, gpu, gpu_has_bfloat16, precision_of
 from dsfast.ops import native
 from dsfast.train.device_step import Batches, DeviceStep, read, row_elements
 from dsfast.train.optimizer import learning_rate_scale
@@ -51,6 +52,27 @@ def prepare(config: Config) -> torch.device:
     if compiled is not None:
         compiled.keep_freed_memory()
     return torch.device(runtime.device)
+
+
+@contextmanager
+def answering(model: DeepseekV3, config: Config, asked: str | None) -> Iterator[None]:
+    """Inside, a checkpoint's model is on the device that is `asked` for; None: on the one it was trained on, or with a warning on
+    the CPU where that is not here. It computes in float32, with the kernels that the config names for that device.
+
+    Raises UserError where "cuda" is asked for and is not here, and GpuError where the GPU fails or has no room for it.
+    """
+    here = torch.cuda.is_available()
+    if asked == "cuda" and not here:
+        raise UserError("--device cuda: torch finds no GPU here; known here: cpu")
+    if asked is None and config.runtime.device == "cuda" and not here:
+        warnings.warn("the model was trained on a GPU, and torch finds none here: it answers on the CPU", stacklevel=3)
+    device = asked or (config.runtime.device if here else "cpu")
+    kernels = config.runtime.kernels if device == config.runtime.device else {}
+    failed = "the GPU failed before anything was asked"
+    with gpu.gpu_errors(lambda said: f"no room for the model on the GPU ({said})", lambda said: f"{failed}: {said}"):
+        model.to(device)
+    with ops.configured(kernels, device):
+        yield
 
 
 def _check_gpu(config: Config) -> None:
