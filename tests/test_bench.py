@@ -271,12 +271,13 @@ def test_a_steps_flops_are_those_torch_counts_in_the_eager_model(changes: dict):
 # peers
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["by tokens", "every expert"])
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def test_the_eager_peer_has_dsfasts_loss_and_gradients(changes: dict):
+def test_the_eager_peer_has_dsfasts_loss_and_gradients(changes: dict, static: bool):
     config = tiny_models.tiny_config(**changes)
     rows = random_batch(config, 3, 21)
     model = tiny_models.random_model(**changes).train()
-    peer = EagerDeepseekV3(model)
+    peer = peers._module(model, static)
     loss, theirs = model.loss(*rows), peer.loss(*rows)
     loss.backward()
     theirs.backward()

@@ -148,6 +148,13 @@ def _sdpa(backend: SDPBackend, arguments: list, differentiable: Sequence[int]) -
     return _first_taken(attempts, differentiable)
 
 
+def _compiled_attention(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """From the operator's own arguments: the compiler is to make what a user would else expand and concatenate."""
+    if len(set(_documents(arguments)[1])) > 1:
+        raise RefusedError("documents of several lengths need a mask")
+    return direct(torch.compile(eager.mla_attention), arguments, differentiable)
+
+
 def _flex(arguments: list, differentiable: Sequence[int]) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -373,9 +380,11 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
             }.items()
         },
         "eager": _plain("the reference, scores in memory", _reference("mla_attention", ops.mla_attention)),
+        "compile": GpuPeer("torch.compile of scaled_dot_product_attention with its expanding", _compiled_attention, no_gpu),
     },
     "experts": {
         "grouped_mm": _plain("sort, torch._grouped_mm twice, unsort", grouped_experts),
+        "compile": _compiled("grouped_mm", grouped_experts),
         "liger": _plain("LigerFusedMoEFunction", _liger_experts, no_liger),
         "eager": _plain("a loop over experts", eager.moe_experts),
     },
@@ -387,6 +396,7 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
     },
     "decode": {
         "eager": _plain("absorbed, einsum and softmax", eager.mla_decode),
+        "compile": _compiled("it", eager.mla_decode),
         "SDPA expanded": GpuPeer("scaled_dot_product_attention over keys and values of all heads", _expanded_decode),
     },
     "route": {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsfast.bench.peers import huggingface
-from dsfast.bench.peers.eager import EagerDeepseekV3
+from dsfast.bench.peers.eager import EagerDeepseekV3, MoE
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3
 
@@ -55,8 +55,16 @@ class PeerTraining:
         return loss.item()
 
 
-def _module(model: DeepseekV3) -> EagerDeepseekV3:
-    return EagerDeepseekV3(model).to(_device(model))
+FEW_EXPERTS = 4
+"""Up to so many each works on all tokens in the module on a GPU."""
+
+
+def _module(model: DeepseekV3, static: bool = False) -> EagerDeepseekV3:
+    module = EagerDeepseekV3(model).to(_device(model))
+    for layer in module.modules():
+        if isinstance(layer, MoE):
+            layer.static = static
+    return module
 
 
 def _device(model: DeepseekV3) -> torch.device:
@@ -75,7 +83,8 @@ def _compiled(model: DeepseekV3) -> tuple[nn.Module, Loss]:
 
 def _autocast(model: DeepseekV3, mode: str | None = None) -> tuple[nn.Module, Loss]:
     """mode: of torch.compile; None is eager."""
-    module = _module(model)
+    few = model.config.n_routed_experts <= FEW_EXPERTS
+    module = _module(model, static=few and _device(model).type == "cuda")
     loss = torch.compile(module.loss, mode=mode) if mode else module.loss
     return module, torch.autocast(_device(model).type, torch.bfloat16)(loss)
 

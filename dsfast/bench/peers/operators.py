@@ -94,7 +94,12 @@ def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling,
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return weights * scaling, indices, torch.bincount(indices.flatten(), minlength=logits.size(1))
+    chosen = indices.flatten()
+    if logits.is_cuda:  # which waits for nothing, as bincount does
+        counts = chosen.new_zeros(logits.size(1)).scatter_add_(0, chosen, torch.ones_like(chosen))
+    else:
+        counts = torch.bincount(chosen, minlength=logits.size(1))
+    return weights * scaling, indices, counts
 
 
 def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
