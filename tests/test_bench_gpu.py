@@ -20,7 +20,7 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, child, operators, peers, run, suite, training, whole
+from dsfast.bench.gpu import cases, child, operators, peers, recall, run, suite, training, whole
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
@@ -374,7 +374,10 @@ def test_every_figure_names_what_the_parts_measure():
         for case in ("cold", "warm", "CPU")
     ]
     generated = [row("generate", f"batch {b}", f"{whole.NEW_TOKENS} tokens") for b in whole.BATCHES]
-    assert [f["what"] for f in figures([*by_run.values(), *steps, *trained, *generated]) if f["got"] is None] == []
+    recalled = [{"part": "recall", "case": "seed 0", "passes": {}, "overlap": True}]
+    assert [
+        f["what"] for f in figures([*by_run.values(), *steps, *trained, *generated, *recalled]) if f["got"] is None
+    ] == []
 
 
 class TestTheStep:
@@ -412,7 +415,7 @@ def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monk
         {"compile": "missing", "reduce-overhead": "missing"},
     ]
     assert [set(row["passes"]["step"]["variants"]) for row in rows] == [{"dsfast", "eager"}, {"dsfast"}]
-    assert set(run.PARTS[run.PARTS.index("compiled") + 1 :]) == {"project", "output", "tests"}
+    assert set(run.PARTS[run.PARTS.index("compiled") + 1 :]) == {"project", "output", "recall", "tests"}
 
 
 def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
@@ -497,6 +500,40 @@ class TestTheTrainingPart:
         assert found["preparation_seconds"] is None
         assert found.keys() == TOOK.keys()
         assert training.trainer_for("cpu", 20, rehearsal=False).config.train.steps == 20
+
+
+class TestTheRecallPart:
+    KNOWN = {"asked": 800, "correct": 776, "fraction": 0.97, "low": 0.955, "high": 0.98}  # noqa: RUF012
+
+    def found(self, monkeypatch, cpu_low: float, cpu_high: float) -> list[dict]:
+        commands = []
+
+        def run_process(command, caches):
+            commands.append(command[3:])
+            known = self.KNOWN if command[3] == "gpu" else {**self.KNOWN, "low": cpu_low, "high": cpu_high}
+            return 30.0, {"taught": known, "heldout": self.KNOWN}
+
+        monkeypatch.setattr(recall, "run_process", run_process)
+        rows = list(recall.run_recall(False, never))
+        assert commands == [[device, str(seed)] for seed in range(5) for device in ("gpu", "cpu")]
+        return rows
+
+    @pytest.mark.parametrize(("low", "high", "got", "met"), [(0.97, 0.99, 5.0, "yes"), (0.985, 0.99, 0.0, "no")])
+    def test_the_intervals_of_each_seed(self, monkeypatch, low, high, got, met):
+        rows = self.found(monkeypatch, low, high)
+        figure = next(figure for figure in figures(rows) if figure["what"] == "recall as on the CPU, seeds")
+        assert (figure["got"], figure["met"]) == (got, met)
+        assert "recall, seed 4, CPU, taught phrasings: 97.0% " in plain(document(run_document(rows)))
+
+    def test_only_on_request(self):
+        assert "recall" not in run.choose_parts(None)
+        assert run.choose_parts(["recall"]) == ("recall",)
+        assert {row["status"] for row in recall.run_recall(False, lambda: True)} == {"not measured: out of time"}
+
+    def test_what_a_run_knows(self, monkeypatch):
+        assert recall.recall(recall.seeded("cpu", 3, rehearsal=True)) == {"taught": None, "heldout": None}
+        assert recall.overlap({"taught": None, "heldout": None}, {"taught": None, "heldout": None}) is None
+        assert recall.seeded("cpu", 3, rehearsal=False).config.seed == 3
 
 
 def run_document(rows: list) -> dict:
@@ -585,7 +622,7 @@ def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
     assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
     assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
     assert run.compile_parts([], True, 7.0) == {}
-    assert set(run.PARTS) - set(run.COMPILED) == {"training", "compiled", "tests"}
+    assert set(run.PARTS) - set(run.COMPILED) == {"training", "compiled", "recall", "tests"}
 
 
 @needs_native

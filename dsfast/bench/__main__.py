@@ -118,7 +118,7 @@ def _parser() -> CommandParser:
 def _add_gpu(commands) -> None:
     purpose = "everything on a GPU beside its peers, within 8 minutes: DIR/gpu.json, gpu.txt and gpu.log"
     gpu = commands.add_parser("gpu", help=purpose, description=purpose)
-    gpu.add_argument("--only", metavar="PART,...", type=_names, help=f"default: {','.join(PARTS)}")
+    gpu.add_argument("--only", metavar="PART,...", type=_names, help=f"of {','.join(PARTS)}; default: all but recall")
     purpose = "tiles near the shipped ones, on a GPU: what keeps the limits and is right, timed beside these"
     tiles = commands.add_parser("tiles", help=purpose, description=purpose)
     tiles.add_argument("parts", metavar="PART", nargs="*", help=", ".join(TILED))

@@ -16,6 +16,7 @@ from dsfast.bench.gpu import cases
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.clock import GpuClock, HostClock
 from dsfast.bench.gpu.operators import ROUNDS, check_ours, check_peers, run_case
+from dsfast.bench.gpu.recall import run_recall
 from dsfast.bench.gpu.suite import run_tests
 from dsfast.bench.gpu.training import run_training
 from dsfast.bench.gpu.tuning import tune
@@ -51,6 +52,8 @@ def rows_of(
         yield from run_training(rehearsal)
     elif part == "generate":
         yield from run_generation(clock, rehearsal)
+    elif part == "recall":
+        yield from run_recall(rehearsal, expired)
     else:
         yield from _operator(part, rehearsal, lambda case: run_case(
             case, clock, found, device, expired, 1 if rehearsal else ROUNDS), expired)  # fmt: skip

@@ -113,6 +113,12 @@ def _ratio(key: str, part: str, run: str, case: str, other: str) -> Callable[[Ro
     return _of(part, case, run, value)
 
 
+def _overlapping(rows: Rows) -> float | None:
+    """Seeds whose recalls on the GPU and on the CPU are the same within noise."""
+    found = [row["overlap"] for (part, _), row in rows.items() if part == "recall" and row["overlap"] is not None]
+    return float(sum(found)) if found else None
+
+
 _BOTH = "forward+backward"
 _SDPA = ("SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math")
 _H16, _H128 = (("decode", f"V3 H{heads}", "forward") for heads in (16, 128))
@@ -146,6 +152,7 @@ FIGURES = (
     Figure("training, whole process, empty caches", "s", 20, None, _seconds("training", "cold", "process", 1), at_most=True),
     Figure("training, whole process, warm caches", "s", 6, None, _seconds("training", "warm", "process", 1), at_most=True),
     Figure("training over dsfast on the CPU", "x", 50, None, _ratio("tokens_per_second", "training", "training", "warm", "CPU")),
+    Figure("recall as on the CPU, seeds", "of 5", 5, None, _overlapping),
     Figure("training, memory of the GPU", "GB", 1, None, _ours("training", "warm", "training", "memory_gb"), at_most=True),
     Figure("generation, one stream", "tokens/s", 5000, None, _ours("generate", "batch 1", "64 tokens", "tokens_per_second")),
     Figure("generation, batch 256", "tokens/s", 500000, None, _ours("generate", "batch 256", "64 tokens", "tokens_per_second")),

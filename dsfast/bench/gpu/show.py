@@ -115,6 +115,11 @@ def _row(console: Console, row: Json) -> None:
                         f"{key.replace('graph_reason', 'not captured')}: {run}: {name}: {variant[key]}",
                         "yellow",
                     )
+    for device, recalls in row.get("recall", {}).items():
+        for phrasing, r in recalls.items():
+            if r:
+                shares = f"{r['fraction']:.1%} ({r['low']:.1%} .. {r['high']:.1%})"
+                _say(console, f"recall, {row['case']}, {device}, {phrasing} phrasings: {shares}")
     for fallback in row.get("fallbacks", ()):
         _say(console, f"fell back: {row['part']} {row['case']}: {fallback['operator']}: {fallback['reason']}", "yellow")
 
@@ -169,15 +174,16 @@ def _tests(console: Console, row: Json) -> None:
 
 
 def _figures(console: Console, rows: list[Json]) -> None:
-    table = _table(
-        "Figures asked for on an H200", "figure", "asked", "stretch", "got", "met?", "the bound, us", "of bound"
-    )
-    for row in rows:
-        got = "-" if row["got"] is None else f"{row['got']:,.2f} {row['unit']}".rstrip()
-        bound = f"{row['bound_seconds'] * 1e6:,.1f}" if row["bound_seconds"] else ""
-        share = f"{row['bound_share']:.0%}" if row["bound_share"] else ""
-        table.add_row(row["what"], row["asked"], row["stretch"], got, row["met"], bound, share)
-    console.print(table)
+    lines = [
+        {
+            "figure": row["what"], "asked": row["asked"], "stretch": row["stretch"], "met?": row["met"],
+            "got": "-" if row["got"] is None else f"{row['got']:,.2f} {row['unit']}".rstrip(),
+            "the bound, us": f"{row['bound_seconds'] * 1e6:,.1f}" if row["bound_seconds"] else "",
+            "of bound": f"{row['bound_share']:.0%}" if row["bound_share"] else "",
+        } for row in rows
+    ]  # fmt: skip
+    columns = ("figure", "asked", "stretch", "got", "met?", "the bound, us", "of bound")
+    console.print(_filled("Figures asked for on an H200", columns, lines))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,0 +1,62 @@
+"""The part "recall", which runs where it is asked for alone: whether what is trained on the GPU knows as much as what is trained
+on this machine's CPU, seed by seed, each in a process of its own.
+
+    python -m dsfast.bench.gpu.recall DEVICE SEED [rehearsal]    trains, asks, and prints the recalls as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from dsfast.bench.gpu.training import run_process, trainer_for
+from dsfast.config import default_config
+from dsfast.evaluate import measure_taught
+from dsfast.files import cache_folder
+from dsfast.train import Trainer
+
+SEEDS = 5
+PHRASINGS = ("taught", "heldout")
+
+Json = dict[str, Any]
+
+
+def run_recall(rehearsal: bool, expired: Callable[[], bool]) -> Iterator[Json]:
+    """A row for each seed: recall ("GPU", "CPU" -> phrasings -> as dataclass Recall) and overlap, see `overlap`."""
+    for seed in range(1 if rehearsal else SEEDS):
+        if expired():
+            yield {"part": "recall", "case": f"seed {seed}", "status": "not measured: out of time"}
+            continue
+        found = {}
+        for name, device in (("GPU", "cpu" if rehearsal else "gpu"), ("CPU", "cpu")):
+            command = [sys.executable, "-m", "dsfast.bench.gpu.recall", device, str(seed), *["rehearsal"] * rehearsal]
+            found[name] = run_process(command, str(cache_folder()))[1]
+        yield {
+            "part": "recall", "case": f"seed {seed}", "sizes": {}, "dtype": "", "peers": {}, "passes": {}, "check": "",
+            "recall": found, "overlap": overlap(found["GPU"], found["CPU"]),
+        }  # fmt: skip
+
+
+def overlap(ours: Json, theirs: Json) -> bool | None:
+    """Whether the Wilson intervals of the two recalls overlap, in both phrasings; None where nothing was asked."""
+    pairs = [(ours[name], theirs[name]) for name in PHRASINGS if ours[name] and theirs[name]]
+    return all(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in pairs) if pairs else None
+
+
+def recall(trainer: Trainer) -> Json:
+    """What the model knows after its run."""
+    trainer.train(quiet=True)
+    found = measure_taught(trainer.model, trainer.dataset.tokenizer, trainer.dataset.taught)
+    return {name: value and asdict(value) for name, value in found.items()}
+
+
+def seeded(device: str, seed: int, rehearsal: bool) -> Trainer:
+    return trainer_for(device, 1, True) if rehearsal else Trainer(default_config(device).replace(seed=seed))
+
+
+if __name__ == "__main__":
+    device, seed, *rest = sys.argv[1:]
+    print(json.dumps(recall(seeded(device, int(seed), bool(rest)))))
