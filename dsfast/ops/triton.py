@@ -117,7 +117,7 @@ def kept_kernels() -> Iterator[None]:
     _use_kernel_cache()
     try:
         yield
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
         if not _is_of_the_cache(error):
             raise
         reason = str(error).strip().split("\n")[0]
@@ -149,4 +149,6 @@ def _is_of_the_cache(error: Exception) -> bool:
     """Whether it is about a file of the cache or the room for one, or a kernel that the driver did not recognise."""
     if isinstance(error, OSError):
         return Path(error.filename or kernel_cache()).is_relative_to(kernel_cache())
+    if isinstance(error, KeyError):
+        return "Unknown key: " in str(error)  # Triton 3.7: a file of the kernel is gone
     return not isinstance(error, RuntimeError) or "device kernel image is invalid" in str(error)
