@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsfast.config import OPERATORS
+from dsfast.ops.triton import INTERPRETED
 from dsfast.train.device_step import DeviceStep
 
 WAITING = {"_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"}
@@ -32,8 +35,8 @@ class NotCapturableError(AssertionError):
 class GraphGuard(TorchDispatchMode):
     """Inside, what waits for the device, copies to the CPU or takes its shape from data raises NotCapturableError.
 
-    Inside an operator of dsfast only the launchers of its Triton kernels are held to it (which run in the interpreter): its
-    C++ kernel and what interprets a kernel are not what a GPU runs.
+    Of an operator of dsfast's what a GPU runs is held to it: in the interpreter's process the operators of PyTorch's that it
+    calls, and the launchers of its Triton kernels, but not what interprets a kernel; elsewhere C++ takes its place, and nothing.
     """
 
     def __init__(self) -> None:
@@ -79,11 +82,38 @@ class GraphGuard(TorchDispatchMode):
         if len({x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}) > 1:
             raise NotCapturableError(f"{func} takes a tensor from the host")
         self.seen.append(func.name())
-        self._in_operator = True
+        former, self._in_operator = self._in_operator, True
         try:
+            if func.namespace == "dsfast" and INTERPRETED:
+                with _Inside(self):
+                    return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
             return func(*args, **kwargs)
         finally:
-            self._in_operator = False
+            self._in_operator = former
+
+
+class _Inside(TorchDispatchMode):
+    """Hands what an operator calls to the guard."""
+
+    def __init__(self, guard: GraphGuard):
+        super().__init__()
+        self._guard = guard
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self._guard.__torch_dispatch__(func, types, args, kwargs)
+
+
+def kept_memory(call: Callable[[], object]) -> list[Tensor]:
+    """The tensors that are alive after `call` in memory that none had before it."""
+
+    def living() -> dict[int, Tensor]:
+        gc.collect()
+        found = (x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter))
+        return {x.untyped_storage().data_ptr(): x for x in found if x.is_cpu and x.layout == torch.strided}
+
+    before = set(living())
+    call()
+    return [x for place, x in living().items() if place not in before]
 
 
 def operators_called(seen: list[str]) -> set[str]:
