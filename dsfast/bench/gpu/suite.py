@@ -19,6 +19,10 @@ NOT_ON_A_GPU = (
 )  # one is for chips that are not there, one for the interpreter
 ENDING = 10.0  # seconds to end in
 MOST_TOGETHER = 8
+_PYTEST = (  # a shell's background jobs ignore what interrupts others, and so would their children
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path[:1] = ['.'];"
+    " import pytest; sys.exit(pytest.main())"
+)
 
 Json = dict[str, Any]
 
@@ -52,7 +56,7 @@ def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> J
     """
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         child = subprocess.Popen(
             command,
