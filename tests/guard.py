@@ -103,17 +103,22 @@ class _Inside(TorchDispatchMode):
         return self._guard.__torch_dispatch__(func, types, args, kwargs)
 
 
+def living_tensors() -> list[Tensor]:
+    """All on the CPU that have memory."""
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+    return [x for x in found if x.is_cpu and x.layout == torch.strided]
+
+
 def kept_memory(call: Callable[[], object]) -> list[Tensor]:
     """The tensors that are alive after `call` in memory that none had before it."""
 
-    def living() -> dict[int, Tensor]:
+    def places() -> dict[int, Tensor]:
         gc.collect()
-        found = (x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter))
-        return {x.untyped_storage().data_ptr(): x for x in found if x.is_cpu and x.layout == torch.strided}
+        return {x.untyped_storage().data_ptr(): x for x in living_tensors()}
 
-    before = set(living())
+    before = set(places())
     call()
-    return [x for place, x in living().items() if place not in before]
+    return [x for place, x in places().items() if place not in before]
 
 
 def operators_called(seen: list[str]) -> set[str]:

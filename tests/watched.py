@@ -16,7 +16,6 @@ Atomics are no part of any kernel here, and refused. A barrier is taken for one 
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from guard import living_tensors
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -86,12 +85,6 @@ def _tensors(arguments: Iterable) -> list[Tensor]:
     return found
 
 
-def _living() -> list[Tensor]:
-    """All tensors on the CPU; kernels read the addresses of some from tables."""
-    found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
-    return [x for x in found if x.device.type == "cpu" and x.layout == torch.strided]
-
-
 def _line() -> str:
     """The innermost line that is neither triton's nor this file's."""
     frame = sys._getframe(1)
@@ -132,7 +125,8 @@ class Launch:
             return
         inside = self.memory.holds(access.addresses, access.addresses + access.itemsize)
         if not inside.all() and not self.looked_everywhere:
-            self.memory, self.looked_everywhere = Memory.of(_living()), True
+            # kernels read the addresses of some from tables
+            self.memory, self.looked_everywhere = Memory.of(living_tensors()), True
             inside = self.memory.holds(access.addresses, access.addresses + access.itemsize)
         if not inside.all():
             raise self.fault(

@@ -29,10 +29,8 @@ BUDGET = 450
 LEAST = 10.0  # seconds below which no part is started
 RESERVED = 90.0  # seconds of a budget that are the tests', where they are asked for
 SHARE = 100.0  # seconds that one part may take, but for the tests
-SHARES = {
-    "training": 160.0,
-    "recall": 580.0,
-}  # in place of it: empty caches are what it is about; whole runs on the CPU
+SHARES = {"training": 160.0, "recall": 580.0}
+"""In place of it: of the one empty caches are the point, of the other whole runs on the CPU."""
 ON_REQUEST = ("recall",)
 """Parts that the 8 minutes of all have no room for."""
 COMPILING = 90.0  # seconds at most, before anything is timed, in which all parts compile at once

@@ -13,10 +13,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[3]
-NOT_ON_A_GPU = (
-    "test_triton_compile.py",
-    "test_watched.py",
-)  # one is for chips that are not there, one for the interpreter
+NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
+"""The one is for chips that are not there, the other for the interpreter."""
 ENDING = 10.0  # seconds to end in
 MOST_TOGETHER = 8
 _PYTEST = (  # a shell's background jobs ignore what interrupts others, and so would their children
