@@ -39,36 +39,37 @@ _UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and 
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) as exact as eager's: exp2 of a rounded product would be |x| / 2 ulp off, and might turn near ties."""
-    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))  # infinities would give inf - inf; NaN passes
-    t = -x * LOG2E
-    rest = tl.fma(-x, LOG2E, -t) - x * LOG2E_LOW
-    e = tl.exp2(t)
-    return tl.div_rn(1.0, 1.0 + e * (1.0 + rest * LN2))
-
-
-@triton.jit
 def _exp(x):
-    """exp(x) of x <= 0, as exact as above, of -inf 0."""
-    x = tl.where(x < -150.0, -150.0, x)
+    """exp(x) of a finite x as exact as eager's: exp2 of a rounded product would be |x| / 2 ulp off, and might turn near ties."""
     t = x * LOG2E
     rest = tl.fma(x, LOG2E, -t) + x * LOG2E_LOW
     return tl.exp2(t) * (1.0 + rest * LN2)
 
 
 @triton.jit
+def _sigmoid(x):
+    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))  # infinities would give inf - inf; NaN passes
+    return tl.div_rn(1.0, 1.0 + _exp(-x))
+
+
+@triton.jit
+def _power(x):
+    """exp(x) of x <= 0, of -inf 0."""
+    return _exp(tl.where(x < -150.0, -150.0, x))
+
+
+@triton.jit
 def _highest_and_sum(b_logits, m_e):
     """Of the logits [BN, PLACES] of experts: the highest, and the sum of exp(logit - highest) [BN, 1]."""
     b_high = tl.max(tl.where(m_e, b_logits, float("-inf")), 1, keep_dims=True)
-    return b_high, tl.sum(tl.where(m_e, _exp(b_logits - b_high), 0.0), 1, keep_dims=True)
+    return b_high, tl.sum(tl.where(m_e, _power(b_logits - b_high), 0.0), 1, keep_dims=True)
 
 
 @triton.jit
 def _score(b_logits, b_high, b_sum, SOFTMAX: tl.constexpr):
     """Scores of logits [BN, ...], with softmax by what `_highest_and_sum` gave for their tokens."""
     if SOFTMAX:
-        return tl.div_rn(_exp(b_logits - b_high), b_sum)
+        return tl.div_rn(_power(b_logits - b_high), b_sum)
     return _sigmoid(b_logits)
 
 

@@ -98,7 +98,7 @@ def split_and_turn(
         if x.size(-1) < dr:
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
     if choose("rope", q, not_triton=_not_triton(dr)) != "triton":
-        (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+        (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
         turn = rope_ if in_place else rope
         k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
         return q_nope, turn(q_rope, cos, sin, positions), latent, k_rope
@@ -108,16 +108,21 @@ def split_and_turn(
     expect_dtype("rope", torch.int64, q.device, positions=positions)
     if not in_place:
         return _SplitAndTurn.apply(q, kv, cos, sin, positions)
-    (q_nope, q_rope), (latent, k_rope) = (x.split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+    (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
     torch.ops.dsfast.rope_pair_(q_rope, k_rope, cos, sin, positions)
     return q_nope, q_rope, latent, k_rope
+
+
+def _parts(dr: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of each what is not turned, and the last `dr` columns, which are."""
+    return [x.split([x.size(-1) - dr, dr], -1) for x in tensors]
 
 
 class _SplitAndTurn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, cos, sin, positions):
         dr = 2 * cos.size(1)
-        (q_nope, q_rope), (latent, k_rope) = (x.detach().split([x.size(-1) - dr, dr], -1) for x in (q, kv))
+        (q_nope, q_rope), (latent, k_rope) = _parts(dr, q.detach(), kv.detach())
         ctx.save_for_backward(cos, sin, positions)
         q_rope, k_rope = torch.ops.dsfast.rope_pair(q_rope, k_rope, cos, sin, positions)
         return q_nope, q_rope, latent, k_rope
