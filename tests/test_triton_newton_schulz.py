@@ -66,8 +66,13 @@ def test_more_rows_than_fit_are_plain_pytorchs_and_a_warning_says_so(dtype):
 
 
 @on_device
-def test_as_many_rows_as_fit():
+@pytest.mark.parametrize("whole", [True, False], ids=["in registers", "by blocks"])
+def test_as_many_rows_as_fit(whole, monkeypatch):
     """At 128 rows, in 16 bits: what the 500K model has, the largest of it."""
+    from dsfast.triton_kernels import newton_schulz as kernels
+
+    if not whole:
+        monkeypatch.setattr(kernels, "WHOLE", 0)
     case = newton_schulz_case("largest", (1, 128, 192))
     (x, shapes), dtype = on_the_device(drawn(case)), torch.float16 if INTERPRETED else torch.bfloat16
     with poisoned(), ops.use("triton"):

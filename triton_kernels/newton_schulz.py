@@ -1,8 +1,10 @@
 """Triton kernel of dsfast.ops.newton_schulz, whose module has the maths: all matrices in one launch, a program for each.
 
-R rows, C columns. A program holds X X^T, all of it, in registers, and takes X a block of columns at a time: the polynomial of
-X X^T multiplies each block by itself, so that a new block replaces the old one in the result, which is all the memory there
-is, and at once gives its part of the next X X^T. X is read and written once for an iteration, and columns may be any number.
+R rows, C columns. Where all matrices are small, X stays in registers from the first iteration to the last: what an iteration
+would else wait for is memory, not products. Else a program holds X X^T alone, all of it, and takes X a block of columns at a
+time: the polynomial of X X^T multiplies each block by itself, so that a new block replaces the old one in the result, which is
+all the memory there is, and at once gives its part of the next X X^T. X is read and written once for an iteration, and columns
+may be any number.
 
 Products multiply numbers of x's dtype: bfloat16 as Muon's authors do, whose five iterations bear its rounding, and who keep X
 in it as well; float32 is at full precision. All sums are float32.
@@ -15,12 +17,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
 from dsfast.triton_kernels.pieces import options, padded
 from torch import Tensor
 
 COLUMNS = {2: 64, 4: 32}
 """Of a block, by bytes of a number."""
+WHOLE = 2**15
+"""Numbers of 16 bits, those of a matrix with the padding, that stay in registers; only where products are those of warp groups,
+which read both operands from shared memory: others would spill."""
 
 
 @triton.jit
@@ -49,28 +54,34 @@ def _step(out, j, R, C, b_poly, BR: tl.constexpr, BC: tl.constexpr):
     return b_x
 
 
-@triton.jit(do_not_specialize=["ITERATIONS"])
-def newton_schulz_kernel(
-    x, out, a, b, c, eps, ITERATIONS, STACKS: tl.constexpr, COUNT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """STACKS: COUNT times number of the first matrix, its begin in x, R and C."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    pid = tl.program_id(0)
-    # Chosen among constants only, R and C stay known to be multiples of 16 where all are: memory is read 16 bytes at a time.
-    R, C, begin = STACKS[2], STACKS[3], tl.cast(pid, tl.int64) * (STACKS[2] * STACKS[3])
-    for s in tl.static_range(1, COUNT):
-        here = pid >= STACKS[4 * s]
-        R, C = tl.where(here, STACKS[4 * s + 2], R), tl.where(here, STACKS[4 * s + 3], C)
-        begin = tl.where(here, STACKS[4 * s + 1] + tl.cast(pid - STACKS[4 * s], tl.int64) * (R * C), begin)
-    x, out, blocks = x + begin, out + begin, tl.cdiv(C, BC)
+@triton.jit
+def _norm(b_squares, eps):
+    norm = tl.sqrt(tl.sum(tl.sum(b_squares, 1), 0))
+    return tl.where(norm < eps, eps, norm)  # not tl.maximum: NaN stays
 
+
+@triton.jit
+def _in_registers(x, out, R, C, a, b, c, eps, ITERATIONS, BR: tl.constexpr, BC: tl.constexpr):
+    dtype: tl.constexpr = x.dtype.element_ty
+    at, mask = _offsets(0, R, C, BR, BC)
+    b_first = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    b_x = (b_first / _norm(b_first * b_first, eps)).to(dtype)
+    for _ in range(ITERATIONS):
+        b_gram = tl.dot(b_x, tl.trans(b_x), input_precision="ieee")
+        b_x = tl.dot(_polynomial(b_gram, a, b, c, BR, dtype), b_x, input_precision="ieee").to(dtype)
+    tl.store(out + at, b_x, mask=mask)
+
+
+@triton.jit
+def _by_blocks(x, out, R, C, a, b, c, eps, ITERATIONS, BR: tl.constexpr, BC: tl.constexpr):
+    dtype: tl.constexpr = x.dtype.element_ty
+    blocks = tl.cdiv(C, BC)
     b_squares = tl.zeros([BR, BC], tl.float32)
     for j in range(blocks):
         at, mask = _offsets(j, R, C, BR, BC)
         b_x = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         b_squares += b_x * b_x
-    norm = tl.sqrt(tl.sum(tl.sum(b_squares, 1), 0))
-    norm = tl.where(norm < eps, eps, norm)  # not tl.maximum: NaN stays
+    norm = _norm(b_squares, eps)
 
     b_gram = tl.zeros([BR, BR], tl.float32)
     for j in range(blocks):
@@ -91,6 +102,25 @@ def newton_schulz_kernel(
         _step(out, j, R, C, b_poly, BR, BC)
 
 
+@triton.jit(do_not_specialize=["ITERATIONS"])
+def newton_schulz_kernel(
+    x, out, a, b, c, eps, ITERATIONS, STACKS: tl.constexpr, COUNT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """STACKS: COUNT times number of the first matrix, its begin in x, R and C. WHOLE: none has more than BC columns."""
+    pid = tl.program_id(0)
+    # Chosen among constants only, R and C stay known to be multiples of 16 where all are: memory is read 16 bytes at a time.
+    R, C, begin = STACKS[2], STACKS[3], tl.cast(pid, tl.int64) * (STACKS[2] * STACKS[3])
+    for s in tl.static_range(1, COUNT):
+        here = pid >= STACKS[4 * s]
+        R, C = tl.where(here, STACKS[4 * s + 2], R), tl.where(here, STACKS[4 * s + 3], C)
+        begin = tl.where(here, STACKS[4 * s + 1] + tl.cast(pid - STACKS[4 * s], tl.int64) * (R * C), begin)
+    if WHOLE:
+        _in_registers(x + begin, out + begin, R, C, a, b, c, eps, ITERATIONS, BR, BC)
+    else:
+        _by_blocks(x + begin, out + begin, R, C, a, b, c, eps, ITERATIONS, BR, BC)
+
+
 def newton_schulz(
     x: Tensor, shapes: Sequence[int], abc: tuple[float, float, float], eps: float, iterations: int
 ) -> Tensor:
@@ -101,21 +131,23 @@ def newton_schulz(
     expect_dtype("newton_schulz", x.dtype)
     x, out = x.contiguous(), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        launch(x, out, shapes, abc, eps, iterations).run()
+        launch(x, out, shapes, abc, eps, iterations, large_tiles(x.device)).run()
     return out
 
 
-def launch(x: Tensor, out: Tensor, shapes: Sequence[int], abc, eps: float, iterations: int) -> Launch:
+def launch(x: Tensor, out: Tensor, shapes: Sequence[int], abc, eps: float, iterations: int, large: int) -> Launch:
     """The launch that fills out; tensors may lie on the meta device."""
-    stacks, matrices, begin, rows = [], 0, 0, 0
+    stacks, matrices, begin, rows, columns = [], 0, 0, 0, 0
     for n, r, c in zip(*(shapes[i::3] for i in range(3)), strict=True):
         if n * r * c:
             stacks += matrices, begin, r, c
-            matrices, begin, rows = matrices + n, begin + n * r * c, max(rows, r)
+            matrices, begin, rows, columns = matrices + n, begin + n * r * c, max(rows, r), max(columns, c)
     a, b, c = abc
     numbers = {"a": a, "b": b, "c": c, "eps": eps, "ITERATIONS": iterations}
-    br = padded(rows)
-    sizes = {"STACKS": tuple(stacks), "COUNT": len(stacks) // 4, "BR": br, "BC": COLUMNS[x.element_size()]}
+    br, bc = padded(rows), padded(columns)
+    whole = bool(large) and x.element_size() == 2 and br * bc <= WHOLE
+    bc = bc if whole else COLUMNS[x.element_size()]
+    sizes = {"STACKS": tuple(stacks), "COUNT": len(stacks) // 4, "BR": br, "BC": bc, "WHOLE": whole}
     arguments = {"x": x, "out": out, **numbers, **sizes}
     return Launch(newton_schulz_kernel, (matrices,), arguments, options(8 if br > 64 else 4), x.element_size(), br)
 
@@ -129,9 +161,9 @@ EXAMPLES = {
 """n, R and C of the stacks in launches that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; in float32 of those matrices that it takes, if there are any."""
     shapes = [shape for shape in EXAMPLES[size] if dtype.itemsize == 2 or shape[1] <= 32]
     x = torch.empty(sum(n * r * c for n, r, c in shapes), dtype=dtype, device="meta")
     flat = [number for shape in shapes for number in shape]
-    return {"newton_schulz_kernel": launch(x, x, flat, (3.4445, -4.7750, 2.0315), 1e-7, 5)} if shapes else {}
+    return {"newton_schulz_kernel": launch(x, x, flat, (3.4445, -4.7750, 2.0315), 1e-7, 5, large)} if shapes else {}
