@@ -131,13 +131,13 @@ def sort_kernel(input_ids, keys, order, N, V, BN: tl.constexpr, BM: tl.constexpr
     """Put BN tokens at their places in keys and order [N]: as many as come before them. V N < 2^31."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     key = _key(input_ids, i, N, V)
-    rank = (key * N + i).to(tl.int32)[:, None]
+    rank = (key.to(tl.int32) * N + i)[:, None]
     b_before = tl.zeros([BN, BM], tl.int32)
     for m in range(0, N, BM):
         j = m + tl.arange(0, BM)
-        other = tl.where(j < N, _key(input_ids, j, N, V) * N + j, 2**31 - 1).to(tl.int32)[None, :]
-        b_before += (other < rank).to(tl.int32)
-    place = tl.sum(b_before, 1)
+        other = tl.where(j < N, _key(input_ids, j, N, V).to(tl.int32) * N + j, 2**31 - 1)[None, :]
+        b_before += (other - rank) >> 31
+    place = -tl.sum(b_before, 1)
     tl.store(keys + place, key.to(keys.dtype.element_ty), mask=i < N)
     tl.store(order + place, i.to(tl.int64), mask=i < N)
 
@@ -337,7 +337,7 @@ def keys_launch(input_ids, keys, v: int) -> Launch:
 
 def sort_launch(input_ids, keys, order, v: int) -> Launch:
     """The launch that fills keys and order; tensors may lie on the meta device. Starting values: nobody has measured them."""
-    n, bn, bm = keys.size(0), 32, 128
+    n, bn, bm = keys.size(0), 32, 256
     arguments = {
         "input_ids": input_ids.contiguous(), "keys": keys, "order": order, "N": n, "V": v, "BN": bn, "BM": bm,
     }  # fmt: skip
