@@ -195,6 +195,7 @@ void bind_model(py::module_& m) {
     bind(m, "mla_decode", ISA::mla_decode);                 \
     bind(m, "moe_route_forward", ISA::moe_route_forward);   \
     bind(m, "moe_route_backward", ISA::moe_route_backward); \
+    bind(m, "sort_slots", ISA::sort_slots);                 \
     bind(m, "decode_panels", ISA::decode_panels);           \
     bind(m, "decode_step", ISA::decode_step);               \
     bind_lists(m, ISA::adamw, ISA::grad_norm);              \

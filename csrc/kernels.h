@@ -50,9 +50,13 @@ int64_t mla_decode(const float* q_nope, int64_t qn_row, int64_t qn_head, const f
                    int64_t rope_row, int64_t rope_token, const int64_t* lengths, const float* up, float scale, float* o,
                    int64_t B, int64_t C, int64_t H, int64_t R, int64_t Dn, int64_t Dr, int64_t Dv, int threads);
 
+// order and offsets as `sort_slots` makes them.
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
-                       int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
-                       bool softmax, float scaling, int threads);
+                       int32_t* order, int32_t* offsets, int64_t N, int64_t E, int64_t K, int64_t n_group,
+                       int64_t topk_group, bool norm_topk_prob, bool softmax, float scaling, int threads);
+// Sorts the slots (token, choice) by expert, stably: order [slots], and where each expert begins there, offsets [E +
+// 1]. Returns how many indices are out of range; then order is not written.
+int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets);
 void moe_route_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* indices,
                         float* dlogits, int64_t N, int64_t E, int64_t K, bool norm_topk_prob, bool softmax,
                         float scaling, int threads);
@@ -64,13 +68,11 @@ void swiglu_mlp_backward(const float* dy, int64_t dy_row, const float* x, int64_
                          const float* down, const float* gu, float* dx, float* dgate_up, float* ddown, int64_t N,
                          int64_t D, int64_t I, int threads);
 
-// gate_up [E, 2I, D], down [E, D, I]. order [N K] lists the slots sorted by expert, offsets [E
-// + 1] where each expert begins there; gu [N K, 2I] is in that order. slots [N K, D] is working memory, used only where
-// K > 1.
-int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
-                            const float* gate_up, const float* down, float* y, float* gu, int32_t* order,
-                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
-                            int threads);
+// gate_up [E, 2I, D], down [E, D, I]. order and offsets as `sort_slots` made them; gu [N K, 2I] is in that order.
+// slots [N K, D] is working memory, used only where K > 1.
+void moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int32_t* order,
+                         const int32_t* offsets, const float* gate_up, const float* down, float* y, float* gu,
+                         float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads);
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,
                           const float* gate_up, const float* down, const float* gu, const int32_t* order,
                           const int32_t* offsets, float* dx, float* dweights, float* dgate_up, float* ddown,

@@ -31,25 +31,6 @@ void scatter(const float* block, const int32_t* order, int64_t rows, int64_t D, 
 
 }  // namespace
 
-// A counting sort, stable: slots of one expert stay in the order of the tokens. Returns how many indices are out of
-// range.
-int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets) {
-  int64_t bad = 0;
-  for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
-  for (int64_t s = 0; s < slots; ++s) {
-    if (indices[s] < 0 || indices[s] >= E)
-      ++bad;
-    else
-      ++offsets[indices[s] + 1];
-  }
-  if (bad != 0) return bad;
-  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t s = 0; s < slots; ++s) order[offsets[indices[s]]++] = int32_t(s);
-  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
-  offsets[0] = 0;
-  return 0;
-}
-
 int64_t count_blocks(const Experts& z, const int32_t* offsets) {
   int64_t blocks = 0;
   const int64_t rows = z.each.block();
@@ -99,12 +80,9 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
   });
 }
 
-int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int64_t* indices,
-                            const float* gate_up, const float* down, float* y, float* gu, int32_t* order,
-                            int32_t* offsets, float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I,
-                            int threads) {
-  const int64_t bad = sort_slots(indices, N * K, E, order, offsets);
-  if (bad != 0) return bad;
+void moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int32_t* order,
+                         const int32_t* offsets, const float* gate_up, const float* down, float* y, float* gu,
+                         float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
   const Experts z = {{D, I}, K, E};
   const MlpWeights w = packed_mlp(z.each, E, gate_up, down, false, threads);
   parallel_ranges(count_blocks(z, offsets), threads, [&](int, int64_t begin, int64_t end) {
@@ -112,7 +90,6 @@ int64_t moe_experts_forward(const float* x, int64_t x_row, const float* weights,
                     dsfast::scratch(z.forward_memory()), begin, end);
   });
   if (K > 1) combine_slots(slots, y, N, K, D, threads);
-  return 0;
 }
 
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,

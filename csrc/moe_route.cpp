@@ -8,14 +8,6 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // tokens of the backward pass worked on at a time
 
-// Adds the choice of `count` lanes to counts [E][W].
-DSFAST_INLINE void count_lanes(vint at, int64_t count, int64_t E, int32_t* counts) {
-  if (count == W && E <= FEW)
-    for (int64_t e = 0; e < E; ++e) store(counts + e * W, load(counts + e * W) - (at == int32_t(e)));
-  else
-    for (int64_t i = 0; i < count; ++i) ++counts[at[i] * W + i];
-}
-
 // The gradient of the logits of up to W tokens, one in each lane: with s all scores and ds those of the chosen (0 of
 // the others), s (ds - sum(ds s)).
 void softmax_backward(const float* dweights, int64_t dweights_row, const float* logits, const int64_t* chosen,
@@ -54,30 +46,42 @@ void softmax_backward(const float* dweights, int64_t dweights_row, const float* 
 
 }  // namespace
 
+// A counting sort.
+int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets) {
+  int64_t bad = 0;
+  for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;
+  for (int64_t s = 0; s < slots; ++s) {
+    if (indices[s] < 0 || indices[s] >= E)
+      ++bad;
+    else
+      ++offsets[indices[s] + 1];
+  }
+  if (bad != 0) return bad;
+  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
+  for (int64_t s = 0; s < slots; ++s) order[offsets[indices[s]]++] = int32_t(s);
+  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];  // each had moved to its end
+  offsets[0] = 0;
+  return 0;
+}
+
 void moe_route_forward(const float* logits, const float* bias, float* weights, int64_t* indices, int64_t* counts,
-                       int64_t N, int64_t E, int64_t K, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
-                       bool softmax, float scaling, int threads) {
+                       int32_t* order, int32_t* offsets, int64_t N, int64_t E, int64_t K, int64_t n_group,
+                       int64_t topk_group, bool norm_topk_prob, bool softmax, float scaling, int threads) {
   const Choice z = {E, K, n_group, topk_group, norm_topk_prob, softmax, scaling};
-  int32_t* of_thread[MAX_THREADS] = {};  // [E][W]: a lane's tokens
-  parallel_ranges(N, threads, [&](int thread, int64_t begin, int64_t end) {
-    float *memory = dsfast::scratch(z.memory() + 3 * E * W + 2 * K * W), *scores = memory + z.memory();
+  parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
+    float *memory = dsfast::scratch(z.memory() + 2 * E * W + 2 * K * W), *scores = memory + z.memory();
     float *turned = scores + E * W, *chosen = turned + E * W;
-    int32_t *at = reinterpret_cast<int32_t*>(chosen + K * W), *own = of_thread[thread] = at + K * W;
-    clear(reinterpret_cast<float*>(own), E * W);
+    int32_t* at = reinterpret_cast<int32_t*>(chosen + K * W);
     for (int64_t n = begin; n < end; n += W) {
       const int64_t count = least(end - n, W);
       scores_of(logits + n * E, count, E, softmax, scores, turned);
       route_lanes(z, scores, bias, chosen, at, memory);
       to_rows(chosen, K, count, weights + n * K);
       to_rows(at, K, count, indices + n * K);
-      for (int64_t k = 0; k < K; ++k) count_lanes(load(at + k * W), count, E, own);
     }
   });
-  for (int64_t e = 0; e < E; ++e) {
-    counts[e] = 0;
-    for (int t = 0; t < MAX_THREADS && of_thread[t] != nullptr; ++t)
-      for (int64_t i = 0; i < W; ++i) counts[e] += of_thread[t][e * W + i];
-  }
+  sort_slots(indices, N * K, E, order, offsets);
+  for (int64_t e = 0; e < E; ++e) counts[e] = offsets[e + 1] - offsets[e];
 }
 
 // With s the chosen scores, T their sum:  w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T.

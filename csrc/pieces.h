@@ -82,8 +82,6 @@ struct Experts {
   int64_t backward_memory() const { return each.backward_memory() + each.block() * (3 * each.D + 2); }
 };
 
-// Sorts the slots by expert, stably; returns how many indices are out of range.
-int64_t sort_slots(const int64_t* indices, int64_t slots, int64_t E, int32_t* order, int32_t* offsets);
 // How many blocks the experts' slots are worked on in; the next two work on the blocks begin .. end.
 int64_t count_blocks(const Experts& z, const int32_t* offsets);
 // slots [N K, D]: each slot's result times its weight, in the order of the tokens.

@@ -189,12 +189,11 @@ void Pass::mlp(int64_t number, const LayerWeights& w, const LayerState& l) const
   if (routed) {
     scores(layer.router, w.router, l.x_mlp, l.logits);
     clock.charge(LINEAR);
-    moe_route_forward(l.logits, layer.router_bias, l.weights, l.chosen, s.counts, n, m.experts, m.chosen, m.groups,
-                      m.chosen_groups, m.norm_topk_prob, m.softmax_scores, m.routed_scaling, 1);
+    moe_route_forward(l.logits, layer.router_bias, l.weights, l.chosen, s.counts, l.order, l.offsets, n, m.experts,
+                      m.chosen, m.groups, m.chosen_groups, m.norm_topk_prob, m.softmax_scores, m.routed_scaling, 1);
     for (int64_t e = 0; e < m.experts; ++e) loads[number * m.experts + e] += s.counts[e];
     clock.charge(ROUTE);
     const Experts z = {{m.width, m.expert_width}, m.chosen, m.experts};
-    sort_slots(l.chosen, n * m.chosen, m.experts, l.order, l.offsets);
     experts_forward(z, l.x_mlp, row(), l.weights, w.expert_gate_up, w.expert_down, l.order, l.offsets,
                     m.chosen > 1 ? s.slots : s.delta, l.expert_gate_up, s.memory, 0, count_blocks(z, l.offsets));
     if (m.chosen > 1) combine_slots(s.slots, s.delta, n, m.chosen, m.width, 1);

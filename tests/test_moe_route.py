@@ -63,8 +63,11 @@ class TestMoeRoute(OperatorContract):
             indices[token] = torch.tensor(sorted(allowed, key=value.get, reverse=True)[:top_k])
         weights = torch.stack([scores[t, indices[t]] for t in range(n)]) if n else scores[:, :top_k]
         weights = weights / weights.sum(1, keepdim=True) if norm_topk_prob else weights
-        counts = torch.tensor([int((indices == i).sum()) for i in range(e)])
-        return weights * scaling, indices, counts
+        slots = [[s for s, i in enumerate(indices.flatten().tolist()) if i == expert] for expert in range(e)]
+        order = torch.tensor([s for of_expert in slots for s in of_expert], dtype=torch.int32)
+        counts = torch.tensor([len(of_expert) for of_expert in slots])
+        offsets = torch.tensor([sum(map(len, slots[:expert])) for expert in range(e + 1)], dtype=torch.int32)
+        return weights * scaling, indices, counts, order, offsets
 
 
 class TestRouteTokens(OperatorContract):
@@ -104,11 +107,11 @@ def test_tokens_of_another_dtype_are_routed_by_float32_scores():
     needs_native()
     x, weight, *others = drawn(route_tokens_case("", 33, 20, 5, 2))
     x, weight = x.bfloat16(), weight.bfloat16()
-    weights, indices, counts = ops.route_tokens(x, weight, *others)
+    weights, *found = ops.route_tokens(x, weight, *others)
     expected, *choice = ops.moe_route(x.float() @ weight.float().T, *others)
     assert weights.dtype == torch.bfloat16
     assert torch.equal(weights, expected.bfloat16())
-    assert all(torch.equal(a, b) for a, b in zip((indices, counts), choice, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, choice, strict=True))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "native"])
@@ -120,22 +123,22 @@ class TestChoice:
             return ops.moe_route(torch.tensor(logits), torch.tensor(bias), *choice)
 
     def test_equal_values_go_to_the_lower_index(self, implementation):
-        _, indices, counts = self.route(implementation, [[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
+        _, indices, counts, *_ = self.route(implementation, [[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
         assert indices.tolist() == [[0, 1, 2, 3]] * 3
         assert counts.tolist() == [3, 3, 3, 3, 0, 0]
 
     def test_bias_steers_the_choice_and_is_not_in_the_weights(self, implementation):
-        weights, indices, _ = self.route(implementation, [[2.0, 0.0, -2.0]], [0.0, 0.0, 5.0], 2, 1, 1, False, 1.0)
+        weights, indices, *_ = self.route(implementation, [[2.0, 0.0, -2.0]], [0.0, 0.0, 5.0], 2, 1, 1, False, 1.0)
         assert indices.tolist() == [[2, 0]]
         torch.testing.assert_close(weights, torch.tensor([[-2.0, 2.0]]).sigmoid())
 
     def test_a_group_counts_by_its_two_best(self, implementation):
         # group 0 has the single best expert, group 1 the two best together
-        _, indices, _ = self.route(implementation, [[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
+        _, indices, *_ = self.route(implementation, [[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
         assert indices.tolist() == [[4, 3]]
 
     def test_negative_biased_scores_still_beat_the_groups_left_out(self, implementation):
-        _, indices, _ = self.route(
+        _, indices, *_ = self.route(
             implementation, [[1.0, 0.0, 2.0, 2.0]], [-9.0, -9.0, -20.0, -20.0], 2, 2, 1, False, 1.0
         )
         assert indices.tolist() == [[0, 1]]
@@ -149,7 +152,7 @@ class TestChoice:
     def test_experts_that_a_bias_forbids(self, implementation, forbidden, choice, expected):
         experts = {(2, 1, 1): 2, (3, 1, 1): 10}.get(choice, 4)
         bias = [-math.inf if e in forbidden else 0.0 for e in range(experts)]
-        _, indices, counts = self.route(implementation, [[0.5] * experts] * 20, bias, *choice, False, 1.0)
+        _, indices, counts, *_ = self.route(implementation, [[0.5] * experts] * 20, bias, *choice, False, 1.0)
         assert indices.tolist() == [expected] * 20
         assert counts.tolist() == [20 * (e in expected) for e in range(experts)]
 
@@ -157,7 +160,7 @@ class TestChoice:
     def test_nan_is_chosen_so_that_it_shows(self, implementation, at):
         logits = [1.0, 3.0, 2.0, 0.0]
         logits[at] = float("nan")
-        weights, _, counts = self.route(implementation, [logits], [0.0] * 4, 1, 1, 1, False, 1.0)
+        weights, _, counts, *_ = self.route(implementation, [logits], [0.0] * 4, 1, 1, 1, False, 1.0)
         assert weights.isnan().all()
         assert counts[at] == 1
 
@@ -197,7 +200,7 @@ def test_ties_and_nan_in_every_lane(tokens, choice):
     logits = values[torch.randint(0, 5, (tokens, experts), generator=generator)]
     bias = torch.tensor([0.0, 0.25, -0.5])[torch.randint(0, 3, (experts,), generator=generator)]
     with ops.use("native"):
-        weights, indices, counts = ops.moe_route(logits, bias, top_k, n_group, topk_group, False, 1.0)
+        weights, indices, counts, *_ = ops.moe_route(logits, bias, top_k, n_group, topk_group, False, 1.0)
         alone = [ops.moe_route(row[None], bias, top_k, n_group, topk_group, False, 1.0)[1][0] for row in logits]
     assert indices.tolist() == chosen_one_by_one(logits, bias, top_k, n_group, topk_group)
     assert torch.equal(indices, torch.stack(alone))
@@ -213,7 +216,7 @@ def test_saturated_scores(size):
     needs_native()
 
     def scores(logits):
-        weights, indices, _ = ops.moe_route(logits, torch.zeros(17).to(logits), 17, 1, 1, False, 1.0)
+        weights, indices, *_ = ops.moe_route(logits, torch.zeros(17).to(logits), 17, 1, 1, False, 1.0)
         return torch.zeros_like(weights).scatter(1, indices, weights)
 
     logits = torch.linspace(-size, size, 34).view(2, 17)
@@ -230,7 +233,7 @@ def test_softmax_of_large_logits(implementation, size):
     needs_native()
     logits = torch.linspace(-size, size, 34).view(2, 17).requires_grad_()
     with ops.use(implementation):
-        weights, indices, _ = ops.moe_route(logits, torch.zeros(17), 17, 1, 1, False, 1.0, "softmax")
+        weights, indices, *_ = ops.moe_route(logits, torch.zeros(17), 17, 1, 1, False, 1.0, "softmax")
     found = torch.zeros(2, 17).scatter(1, indices, weights)
     torch.testing.assert_close(found.double(), logits.double().softmax(1), rtol=1e-5, atol=1e-37)
     (gradient,) = torch.autograd.grad(weights[:, :3].sum(), logits)
@@ -245,7 +248,7 @@ def test_softmax_of_what_is_no_number(implementation, value):
     needs_native()
     logits = torch.tensor([[0.0, 1.0, value, 2.0], [3.0, 1.0, 2.0, 0.0]])
     with ops.use(implementation):
-        weights, indices, _ = ops.moe_route(logits, torch.zeros(4), 2, 1, 1, False, 1.0, "softmax")
+        weights, indices, *_ = ops.moe_route(logits, torch.zeros(4), 2, 1, 1, False, 1.0, "softmax")
     assert indices.tolist() == [[3, 1] if value == -math.inf else [0, 1], [0, 2]]
     assert weights.isnan().tolist() == [[value != -math.inf] * 2, [False] * 2]
 
@@ -263,6 +266,6 @@ def test_softmax_against_transformers():
     with torch.no_grad():
         router.weight.copy_(weight)
         _, expected, chosen = router(x)
-    weights, indices, _ = ops.route_tokens(x, weight, torch.zeros(8), 2, 1, 1, True, 1.0, "softmax")
+    weights, indices, *_ = ops.route_tokens(x, weight, torch.zeros(8), 2, 1, 1, True, 1.0, "softmax")
     assert torch.equal(indices, chosen)
     torch.testing.assert_close(weights, expected)

@@ -41,10 +41,12 @@ class TestMoeRoute(TritonContract):
         moe_route_case("softmax, one expert: the score is constant, the gradient 0", 7, 1, 1, 1, 1, False, "softmax"),
         moe_route_case("softmax, top 1 of 2, one token above a tile", 65, 2, 1, 1, 1, False, "softmax"),
         moe_route_case("softmax, 2 of 3 groups of 7, normalised", 41, 21, 4, 3, 2, True, "softmax"),
-        moe_route_case("softmax, DeepSeek-V2's 160 experts", 7, 160, 6, 8, 3, False, "softmax"),
+        moe_route_case(
+            "softmax, DeepSeek-V2's 160 experts: blocks of 120 slots, two", 21, 160, 6, 8, 3, False, "softmax"
+        ),
     )
     tiny = moe_route_case("tiny", 3, 6, 2, 3, 2, True)
-    registered = ("moe_route", "moe_route_backward")
+    registered = ("moe_route", "moe_route_backward", "sort_slots")
 
 
 class TestRouteTokens(TritonContract):
@@ -78,11 +80,11 @@ def test_tokens_of_16_bits_have_scores_in_float32(experts, groups, dtype):
     with poisoned():
         assert_passed(check_draws("moe_route", case.function, draws, case.differentiable, ["triton"], dtype))
         x, weight = (t.to(dtype) for t in draws[0][:2])
-        weights, indices, _ = case.function(x, weight, *draws[0][2:])
+        weights, indices, *_ = case.function(x, weight, *draws[0][2:])
     assert weights.dtype == dtype
     logits = x.double() @ weight.double().T
     with ops.use("reference"):
-        _, expected, _ = ops.moe_route(logits, draws[0][2].double(), *draws[0][3:])
+        _, expected, *_ = ops.moe_route(logits, draws[0][2].double(), *draws[0][3:])
     assert torch.equal(indices, expected)
 
 
@@ -93,7 +95,7 @@ def route(logits, bias, *choice):
 
 @on_device
 def test_equal_values_go_to_the_lower_index():
-    _, indices, counts = route([[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
+    _, indices, counts, *_ = route([[0.5] * 6] * 3, [0.0] * 6, 4, 3, 2, False, 1.0)
     assert indices.tolist() == [[0, 1, 2, 3]] * 3
     assert counts.tolist() == [3, 3, 3, 3, 0, 0]
 
@@ -106,22 +108,22 @@ def test_equal_values_among_many():
     bias = torch.randint(0, 2, (60,), generator=random) / 8
     arguments = (7, 5, 3, False, 1.0)
     with ops.use("reference"):
-        _, expected, _ = ops.moe_route(logits, bias, *arguments)
-    _, indices, _ = route(logits.tolist(), bias.tolist(), *arguments)
+        _, expected, *_ = ops.moe_route(logits, bias, *arguments)
+    _, indices, *_ = route(logits.tolist(), bias.tolist(), *arguments)
     assert torch.equal(indices.cpu(), expected)
 
 
 @on_device
 def test_a_group_counts_by_its_two_best():
     # group 0 has the single best expert, group 1 the two best together
-    _, indices, _ = route([[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
+    _, indices, *_ = route([[3.0, -9.0, -9.0, 1.0, 1.5, -9.0]], [0.0] * 6, 2, 2, 1, False, 1.0)
     assert indices.tolist() == [[4, 3]]
 
 
 @on_device
 @pytest.mark.parametrize("bias", [[-9.0, -9.0, -20.0, -20.0], [-3e38, -3e38, float("-inf"), float("-inf")]], ids=str)
 def test_negative_biased_scores_still_beat_the_groups_left_out(bias):
-    _, indices, _ = route([[1.0, 0.0, 2.0, 2.0]], bias, 2, 2, 1, False, 1.0)
+    _, indices, *_ = route([[1.0, 0.0, 2.0, 2.0]], bias, 2, 2, 1, False, 1.0)
     assert sorted(indices[0].tolist()) == [0, 1]
 
 
@@ -130,7 +132,7 @@ def test_negative_biased_scores_still_beat_the_groups_left_out(bias):
 def test_nan_is_chosen_so_that_it_shows(nan):
     """The lowest of two NaN, also where a group is chosen for it; the other tokens are as they would be."""
     logits = [[1.0, 3.0, 2.0, 0.0, 1.0, 1.0], [0.0, 1.0, nan, nan, 0.0, 2.0], [nan] * 6]
-    weights, indices, counts = route(logits, [0.0] * 6, 1, 3, 2, False, 1.0)
+    weights, indices, counts, *_ = route(logits, [0.0] * 6, 1, 3, 2, False, 1.0)
     assert indices.tolist() == [[1], [2], [0]]
     assert weights.isnan().flatten().tolist() == [False, True, True]
     assert counts.tolist() == [1, 1, 1, 0, 0, 0]
@@ -140,7 +142,7 @@ def test_nan_is_chosen_so_that_it_shows(nan):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_indices_stay_in_range(value):
     """Also of tokens without a single number, where places beyond the last expert and group stand beside them."""
-    _, indices, counts = route([[value] * 21] * 5, [0.0] * 21, 6, 3, 2, True, 1.0)
+    _, indices, counts, *_ = route([[value] * 21] * 5, [0.0] * 21, 6, 3, 2, True, 1.0)
     assert indices.tolist() == [[0, 1, 2, 3, 4, 5]] * 5
     assert counts.sum() == 30
 
@@ -150,7 +152,7 @@ def test_indices_stay_in_range(value):
 def test_saturated_scores(size):
     """Small scores keep their digits, nothing overflows. 1e-5 on a machine without fused multiply-add (the interpreter)."""
     logits = torch.linspace(-size, size, 34).view(2, 17)
-    weights, indices, _ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0)
+    weights, indices, *_ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0)
     found = torch.zeros(2, 17).scatter(1, indices.cpu(), weights.cpu()).double()
     exact = logits.double().sigmoid()
     torch.testing.assert_close(found, exact, rtol=1e-6 if DEVICE == "cuda" else 1e-5, atol=1e-36)
@@ -161,7 +163,7 @@ def test_saturated_scores(size):
 def test_softmax_of_large_logits(size):
     """Nothing overflows; what is less than float32 holds is 0."""
     logits = torch.linspace(-size, size, 34).view(2, 17)
-    weights, indices, _ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0, "softmax")
+    weights, indices, *_ = route(logits.tolist(), [0.0] * 17, 17, 1, 1, False, 1.0, "softmax")
     found = torch.zeros(2, 17).scatter(1, indices.cpu(), weights.cpu()).double()
     torch.testing.assert_close(found, logits.double().softmax(1), rtol=1e-5, atol=1e-37)
 
@@ -171,20 +173,29 @@ def test_softmax_of_large_logits(size):
 def test_softmax_of_what_is_no_number(value):
     """NaN and inf make NaN of all scores of their token, -inf is never chosen while others are left."""
     logits = [[0.0, 1.0, value, 2.0], [3.0, 1.0, 2.0, 0.0]]
-    weights, indices, _ = route(logits, [0.0] * 4, 2, 1, 1, False, 1.0, "softmax")
+    weights, indices, *_ = route(logits, [0.0] * 4, 2, 1, 1, False, 1.0, "softmax")
     lowest = value == float("-inf")
     assert indices.tolist() == [[3, 1] if lowest else [0, 1], [0, 2]]
     assert weights.isnan().tolist() == [[not lowest] * 2, [False] * 2]
 
 
+# Tokens, experts, choices, groups, groups taken; a tile has 64, 16 and 4 tokens.
 @on_device
-def test_more_tiles_than_are_counted_at_once(monkeypatch):
+@pytest.mark.parametrize("sizes", [(64 * 4 + 1, 3, 1, 1, 1), (70, 40, 2, 1, 1), (81, 160, 6, 8, 3)], ids=str)
+@pytest.mark.parametrize("summed", [0, 4096], ids=["scanned", "summed"])
+def test_many_tiles_are_sorted(sizes, summed, monkeypatch):
+    """By the last kernel itself, and by one before that takes 16 tiles at once; counts and places say the same as the choice."""
     from dsfast.triton_kernels import moe_route as kernels
 
-    monkeypatch.setattr(kernels, "COUNTED", 2)
-    logits = torch.randn(64 * 4 + 1, 3, generator=torch.Generator().manual_seed(0))
-    _, indices, counts = route(logits.tolist(), [0.0] * 3, 1, 1, 1, False, 1.0)
-    assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=3))
+    monkeypatch.setattr(kernels, "SUMMED", summed)
+    monkeypatch.setattr(kernels, "SCANNED", 16)
+    tokens, experts, *choice = sizes
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
+    _, indices, counts, order, offsets = route(logits.tolist(), [0.0] * experts, *choice, False, 1.0)
+    chosen = indices.flatten()
+    assert torch.equal(counts, torch.bincount(chosen, minlength=experts))
+    assert torch.equal(order, chosen.argsort(stable=True).int())
+    assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
 
 
 @on_device
@@ -205,7 +216,6 @@ def sort(indices, experts):
 
 
 # Slots, experts, with the reason. A block has 128 slots; up to 128 blocks of up to 31 experts need no scan, 8 of up to 511.
-# Of up to 3 experts 8,192 slots are counted by each program itself.
 SORTS = {
     "no slot": (0, 5),
     "one slot": (1, 2),
@@ -215,8 +225,7 @@ SORTS = {
     "two experts": (1100, 2),
     "three experts": (300, 3),
     "four experts": (300, 4),
-    "as many of one expert as are counted by each program": (8192, 1),
-    "one more": (8193, 3),
+    "one expert": (1000, 1),
     "one above the blocks of 256 experts that need no scan": (128 * 8 + 1, 256),
     "more experts than slots": (200, 511),
     "more experts than a block has slots": (200, 600),

@@ -30,7 +30,6 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.moe_route import sort_slots
 from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
 from torch import Tensor
 
@@ -422,20 +421,19 @@ def _size(places: int, experts: int, width: int) -> int:
     return 128 if places >= 256 * experts and places // 128 * triton.cdiv(width, 128) >= FULL // 2 else 64
 
 
-def forward(x, weights, indices, gate_up, down) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes as dsfast.ops.moe_experts -> y [N, D], gu [N K, 2I] by place, order [N K] and offsets [E + 1] int32.
+def forward(x, weights, order, offsets, gate_up, down) -> tuple[Tensor, Tensor]:
+    """Shapes as dsfast.ops.moe_experts -> y [N, D], gu [N K, 2I] by place.
 
-    An index outside 0..E-1 is no error here, where nobody waits for the device: y is NaN for its token. Raises TypeError for
-    other dtypes than float32, float16 and bfloat16.
+    Slots from order[offsets[E]] on have no expert. That is no error here, where nobody waits for the device: y is NaN for their
+    tokens. Raises TypeError for other dtypes than float32, float16 and bfloat16.
     """
     expect_dtype("moe_experts", x.dtype)
-    (n, d), k = x.shape, indices.size(1)
+    (n, d), k = x.shape, weights.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n * k, gate_up.size(1))
-    order, offsets = sort_slots(indices, down.size(0))
     with torch.cuda.device_of(x):
         for launch in forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large_tiles(x.device)):
             launch.run()
-    return y, gu, order, offsets
+    return y, gu
 
 
 def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,11 +4,12 @@ N tokens, E experts in G groups of S, K chosen experts; GP, SP, KP: G, S, K roun
 by GP x SP places; place g SP + s is expert g S + s, so the lowest place is the lowest expert, and places with g >= G or s >= S
 are empty. Values are compared as integers in the same order (_key): a maximum over 32-bit integers is one instruction
 of a warp where the chip has one, NaN has a rank, and nothing has the two lowest numbers, which stand for places that may not be
-chosen (OUT) or were (TAKEN). Each tile counts its own choices and a second kernel adds the counts up: no atomics.
+chosen (OUT) or were (TAKEN).
 
-sort_slots is the stable permutation of the slots (token, choice) by expert that moe_experts works on; B blocks of BS slots,
-E + 1 bins, EP of them with the padding. A counting sort: every place follows from integer sums, so it is exact and the same
-on every run.
+The slots are sorted by a counting sort: every place follows from integer sums, so it is exact and the same on every run, and
+there are no atomics. The slots of B tiles are counted one by one, in EP bins, of which bin e is expert e and the last may be one
+for indices that name none; TILES of them are a block, whose PER slots (BS with the padding) one program brings to their places.
+The choice's kernel counts its own tiles; for indices from elsewhere there is a kernel that does nothing else.
 
 The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in. A layer's router starts
 from its tokens x [N, D] and its matrix w [E, D]. Up to FEW places the choice's kernel makes the logits too, BK columns of x in a
@@ -30,11 +31,11 @@ LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
 LN2 = tl.constexpr(0.6931471805599453)
 OUT = tl.constexpr(-(2**31))
 TAKEN = tl.constexpr(-(2**31) + 1)
-COUNTED = 512  # tiles whose counts are summed at once
 FEW = 16  # places: the narrowest product
-SORTED = 128  # slots in a block of sort_slots
-ALONE = 8192  # slots, of up to 3 experts, that each program of sort_slots counts itself
-SCANNED = 512  # blocks whose histograms are summed at once
+SORTED = 128  # slots in a block, if not fewer
+SUMMED = 4096  # bins of all tiles that the last kernel adds up itself
+FEW_TILES = 16  # such as one step of generation has
+SCANNED = 2048  # tiles whose counts are summed at once
 _UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -174,18 +175,6 @@ def forward_kernel(
     tl.store(parts + tl.program_id(0).to(tl.int64) * (G * S) + e, b_count.to(tl.int8), mask=m_e)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def count_kernel(parts, counts, B, E: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
-    """counts [E] int64, the sum of the rows of parts [B, E], for BE experts."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    b = tl.arange(0, BB)[:, None]
-    b_sum = tl.zeros([BB, BE], tl.int32)
-    for start in range(0, B, BB):
-        p_parts = parts + (start + b).to(tl.int64) * E + e[None, :]
-        b_sum += tl.load(p_parts, mask=(start + b < B) & (e[None, :] < E), other=0)
-    tl.store(counts + e, tl.sum(b_sum, 0).to(tl.int64), mask=e < E)
-
-
 @triton.jit
 def _logits_gradient(
     dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E: tl.constexpr,
@@ -270,81 +259,84 @@ def tokens_backward_kernel(
 
 
 @triton.jit
-def _load_bins(indices, start, SLOTS, E, BS: tl.constexpr):
-    """The experts of BS slots, as int32; E for an index that names none and for what lies beyond the last slot."""
-    slot = start + tl.arange(0, BS)
-    b_e = tl.load(indices + slot, mask=slot < SLOTS, other=-1)
+def _load_bins(indices, slot, m_slot, E):
+    """The experts of slots, as int32; E for an index that names none and outside of m_slot."""
+    b_e = tl.load(indices + slot, mask=m_slot, other=-1)
     return tl.where(b_e.to(tl.uint64, bitcast=True) < E, b_e, E).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def histogram_kernel(indices, parts, SLOTS, E, EP: tl.constexpr, BS: tl.constexpr):
-    """Slots of each bin in one block: a row of parts [B + 1, EP]."""
-    block = tl.program_id(0)
-    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)
-    tl.store(parts + block.to(tl.int64) * EP + tl.arange(0, EP), tl.histogram(b_e, EP))
+    """Slots of each bin in one tile: a row of parts [B, EP]."""
+    tile = tl.program_id(0)
+    slot = tile * BS + tl.arange(0, BS)
+    b_e = _load_bins(indices, slot, slot < SLOTS, E)
+    tl.store(parts + tile.to(tl.int64) * EP + tl.arange(0, EP), tl.histogram(b_e, EP))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def scan_kernel(parts, B, EP: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr):
-    """Each row of parts [B + 1, EP] becomes the sum of the rows before it, for BE bins."""
+def scan_kernel(
+    parts, before, B, BINS: tl.constexpr, EP: tl.constexpr, TILES: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr
+):
+    """For BE bins before [B / TILES + 1, EP], the sums of the rows of parts [B, BINS] before each block, and of all of them."""
     e = tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
     b = tl.arange(0, BB)[:, None]
     b_before = tl.zeros([1, BE], tl.int32)
     for start in range(0, B, BB):
-        p_parts = parts + (start + b).to(tl.int64) * EP + e
-        b_part = tl.load(p_parts, mask=start + b < B, other=0)
-        tl.store(p_parts, b_before + tl.cumsum(b_part, 0) - b_part, mask=start + b < B)
+        tile = (start + b).to(tl.int64)
+        b_part = tl.load(parts + tile * BINS + e, mask=(tile < B) & (e < BINS), other=0).to(tl.int32)
+        b_sum = b_before + tl.cumsum(b_part, 0) - b_part
+        tl.store(before + tile // TILES * EP + e, b_sum, mask=(tile < B) & (tile % TILES == 0))
         b_before += tl.sum(b_part, 0, keep_dims=True)
-    tl.store(parts + tl.cast(B, tl.int64) * EP + e, b_before)
+    tl.store(before + tl.cdiv(B, TILES).to(tl.int64) * EP + e, b_before)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def scatter_kernel(
-    indices, parts, order, offsets, SLOTS, B, E,
-    EP: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr, ALONE: tl.constexpr,
+    indices, parts, before, order, offsets, counts, SLOTS, B, E, BINS: tl.constexpr, EP: tl.constexpr, TILES: tl.constexpr,
+    PER: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The slots of one block to their places in order, and from the first block offsets [E + 1].
+    """The slots of one block to their places in order, and from the first block offsets [E + 1] and counts [E] int64 (None: not).
 
-    ROWS says what parts holds: 0, nothing, there is but this block; 1, what scan_kernel left; more, the histograms of all
-    B <= ROWS blocks. Where ALONE is not 0 it holds nothing either: each program counts the SLOTS <= ALONE of E <= 3 experts.
+    What stands before a block comes from `before`, what scan_kernel left; where that is None from parts [B <= ROWS, BINS], the
+    counts of all tiles; where that is None too there is but this block.
     """
     block = tl.program_id(0)
-    bins = tl.arange(0, EP)
-    b_e = _load_bins(indices, block * BS, SLOTS, E, BS)  # [BS]
-    if ALONE:  # four counts of 16 bits in a number
-        b_one = tl.full([ALONE], 1, tl.int64) << 16 * _load_bins(indices, 0, SLOTS, E, ALONE)
-        before = tl.sum(tl.where(tl.arange(0, ALONE) < block * BS, b_one, 0), 0)
-        b_total = tl.where(bins < 4, tl.sum(b_one, 0) >> 16 * (bins % 4) & 0xFFFF, 0).to(tl.int32)
-        b_before = tl.where(bins < 4, before >> 16 * (bins % 4) & 0xFFFF, 0).to(tl.int32)
-    elif ROWS == 0:
+    bins, i = tl.arange(0, EP), tl.arange(0, BS)
+    slot = block * PER + i
+    m_slot = (i < PER) & (slot < SLOTS)
+    b_e = _load_bins(indices, slot, m_slot, E)  # [BS]
+    if before is not None:
+        b_total = tl.load(before + tl.num_programs(0).to(tl.int64) * EP + bins)
+        b_before = tl.load(before + block.to(tl.int64) * EP + bins)
+    elif parts is not None:
+        tile = tl.arange(0, ROWS)[:, None]
+        m_parts = (tile < B) & (bins[None, :] < BINS)
+        b_parts = tl.load(parts + tile * BINS + bins[None, :], mask=m_parts, other=0).to(tl.int32)
+        b_total = tl.sum(b_parts, 0)
+        b_before = tl.sum(tl.where(tile < block * TILES, b_parts, 0), 0)
+    else:
         b_total = tl.histogram(b_e, EP)
         b_before = tl.zeros([EP], tl.int32)
-    elif ROWS == 1:
-        b_total = tl.load(parts + tl.cast(B, tl.int64) * EP + bins)
-        b_before = tl.load(parts + block.to(tl.int64) * EP + bins)
-    else:
-        row = tl.arange(0, ROWS)[:, None]
-        b_parts = tl.load(parts + row * EP + bins[None, :], mask=row < B, other=0)
-        b_total = tl.sum(b_parts, 0)
-        b_before = tl.sum(tl.where(row < block, b_parts, 0), 0)
-    b_offset = tl.cumsum(b_total, 0) - b_total  # [EP]
+    b_end = tl.cumsum(b_total, 0)  # [EP]
     if block == 0:
-        tl.store(offsets + bins, b_offset, mask=bins <= E)
+        tl.store(offsets, 0)
+        tl.store(offsets + 1 + bins, b_end, mask=bins < E)
+        if counts is not None:
+            tl.store(counts + bins, b_total.to(tl.int64), mask=bins < E)
 
     # A slot's rank among those of its bin in the block, as many as stand before it: with one number c for (bin, i) these
     # are the c' for which c' - (bin, 0) lies in 0 .. i - 1, one unsigned comparison.
-    i = tl.arange(0, BS)
     b_ahead = (b_e * BS + i)[:, None] - (b_e * BS)[None, :]  # [BS, BS]
     b_rank = tl.sum((b_ahead.to(tl.uint32, bitcast=True) < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
-    slot = block * BS + i
-    tl.store(order + tl.gather(b_offset + b_before, b_e, 0) + b_rank, slot, mask=slot < SLOTS)
+    b_first = tl.gather(b_end - b_total + b_before, tl.minimum(b_e, EP - 1), 0)
+    tl.store(order + b_first + b_rank, slot, mask=m_slot)
 
 
 def forward(
     logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [N, E], bias [E] float32 -> weights [N, K], indices [N, K] int64, counts [E] int64, as dsfast.ops.moe_route.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits [N, E], bias [E] float32 -> weights, indices, counts, order and offsets, as dsfast.ops.moe_route.Routing.
 
     A NaN counts as the largest value, so a broken router shows in the weights; the indices lie in 0..E-1 whatever the logits.
     Raises TypeError for another dtype.
@@ -356,9 +348,10 @@ def forward(
 
 def forward_tokens(
     x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [N, D], weight [E, D], bias [E] float32 -> weights [N, K] in x's dtype, indices, counts, as `forward`, and logits [N, E]
-    float32. Raises TypeError for other dtypes than float32, float16 and bfloat16.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D], weight [E, D], bias [E] float32 -> what `forward` returns, with weights in x's dtype, and logits [N, E] float32.
+
+    Raises TypeError for other dtypes than float32, float16 and bfloat16.
     """
     expect_dtype("moe_route", x.dtype)
     few = _places(weight.size(0), n_group) <= FEW
@@ -368,14 +361,23 @@ def forward_tokens(
     return *_forward(logits, tokens, bias, x.dtype, *choice), logits
 
 
-def _forward(logits, tokens, bias, dtype, top_k, *choice) -> tuple[Tensor, Tensor, Tensor]:
-    n, e = logits.shape
-    weights, counts = logits.new_empty(n, top_k, dtype=dtype), logits.new_empty(e, dtype=torch.int64)
-    indices = logits.new_empty(n, top_k, dtype=torch.int64)
+def _forward(logits, tokens, bias, dtype, top_k, *choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(logits, top_k, dtype)
     with torch.cuda.device_of(logits):
-        for launch in forward_launches(logits, bias, top_k, *choice, weights, indices, counts, tokens):
+        for launch in forward_launches(logits, bias, top_k, *choice, *outputs, tokens):
             launch.run()
-    return weights, indices, counts
+    return outputs
+
+
+def _outputs(logits: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, e = logits.shape
+    weights, indices = logits.new_empty(n, top_k, dtype=dtype), logits.new_empty(n, top_k, dtype=torch.int64)
+    return weights, indices, logits.new_empty(e, dtype=torch.int64), *_sorted(indices, e)
+
+
+def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """What order and offsets are to be written to."""
+    return indices.new_empty(indices.numel(), dtype=torch.int32), indices.new_empty(experts + 1, dtype=torch.int32)
 
 
 def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -445,9 +447,11 @@ def forward_launches(
     weights,
     indices,
     counts,
+    order,
+    offsets,
     tokens=None,
 ) -> list[Launch]:
-    """The choice, and then the sum of the tiles' counts; tensors may lie on the meta device.
+    """The choice, and what sorts the slots; tensors may lie on the meta device.
 
     tokens: x and the router's matrix, for up to FEW places: the first kernel then makes the logits too.
     """
@@ -471,12 +475,10 @@ def forward_launches(
         "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
         "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax", "BN": bn,
     }  # fmt: skip
-    be = min(32, triton.next_power_of_2(e))
-    counting = {"parts": parts, "counts": counts, "B": blocks, "E": e, "BB": COUNTED, "BE": be}
-    return [
-        Launch(forward_kernel, (blocks,), arguments, options(1), itemsize, product_rows),
-        Launch(count_kernel, (triton.cdiv(e, be),), counting, options(8), 4, 0),
-    ]
+    choose = Launch(forward_kernel, (blocks,), arguments, options(1), itemsize, product_rows)
+    if bn * top_k > SORTED:  # too many slots in a tile for one program to sort
+        return [choose, *sort_launches(indices, e, order, offsets, counts)]
+    return [choose, *_place_launches(indices, parts, bn * top_k, order, offsets, counts)]
 
 
 def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits) -> Launch:
@@ -517,43 +519,47 @@ def tokens_backward_launches(
 
 
 def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """indices [N, K] int64 -> order [N K] int32, the slots n K + k sorted by expert and stable, and offsets [E + 1] int32.
-
-    Expert e has the slots order[offsets[e]:offsets[e + 1]]. Slots whose index lies outside 0..E-1 come last, from
+    """indices [N, K] int64 -> order and offsets, as `forward`. Slots whose index lies outside 0..E-1 come last, from
     order[offsets[E]] on.
     """
-    order = indices.new_empty(indices.numel(), dtype=torch.int32)
-    offsets = indices.new_empty(experts + 1, dtype=torch.int32)
+    order, offsets = _sorted(indices, experts)
     with torch.cuda.device_of(indices):
         for launch in sort_launches(indices, experts, order, offsets):
             launch.run()
     return order, offsets
 
 
-def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor) -> list[Launch]:
-    """A histogram for each block of slots, their sums over the blocks in front, the places; tensors may lie on the meta device.
-
-    The last of them takes the sums itself where the histograms are few, and needs none where there is one block, or few experts
-    and so few slots that to count them in each program costs less than a launch.
-    """
-    slots = indices.numel()
+def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor, counts=None) -> list[Launch]:
+    """The launches that fill order, offsets and, if not None, counts; tensors may lie on the meta device."""
+    indices = indices.contiguous()
     bins = max(32, triton.next_power_of_2(experts + 1))  # the last one for the indices that name no expert
-    blocks = max(1, triton.cdiv(slots, SORTED))
-    together = max(2, 4096 // bins)
-    alone = ALONE if blocks > 1 and experts <= 3 and slots <= ALONE else 0
-    parts = order.new_empty(0 if blocks == 1 or alone else blocks + 1, bins)
+    tiles = triton.cdiv(indices.numel(), SORTED)
+    if tiles <= 1:
+        return _place_launches(indices, None, SORTED, order, offsets, counts, bins)
+    parts = order.new_empty(tiles, bins)
+    counting = {"indices": indices, "parts": parts, "SLOTS": indices.numel(), "E": experts, "EP": bins, "BS": SORTED}
+    histogram = Launch(histogram_kernel, (tiles,), counting, options(4), 4, 0)
+    return [histogram, *_place_launches(indices, parts, SORTED, order, offsets, counts)]
+
+
+def _place_launches(indices, parts, slots: int, order, offsets, counts, bins: int = 0) -> list[Launch]:
+    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None: there is but one block, to be counted
+    in so many bins. Where the counts are many their sums are taken by a kernel before.
+    """
+    tiles, bins = (1, bins) if parts is None else parts.shape
+    together = SORTED // slots
+    blocks = max(1, triton.cdiv(tiles, together))
+    ep, rows_ = triton.next_power_of_2(bins), triton.next_power_of_2(max(1, tiles))
+    before = None if parts is None or rows_ * ep <= SUMMED else order.new_empty(blocks + 1, ep)
     arguments = {
-        "indices": indices.contiguous(), "parts": parts, "order": order, "offsets": offsets, "SLOTS": slots, "B": blocks,
-        "E": experts, "EP": bins, "BS": SORTED, "BB": SCANNED, "BE": 16,
-        "ROWS": 0 if blocks == 1 else together if blocks <= together else 1, "ALONE": alone,
+        "indices": indices, "parts": parts, "before": before, "order": order, "offsets": offsets, "counts": counts,
+        "SLOTS": indices.numel(), "B": tiles, "E": offsets.numel() - 1, "BINS": bins, "EP": ep, "TILES": together,
+        "PER": together * slots, "BS": triton.next_power_of_2(together * slots),
+        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED, "BE": min(4, ep),
     }  # fmt: skip
-
-    def launch(kernel, programs, warps):
-        return Launch(kernel, (programs,), arguments, options(warps), 4, 0)
-
-    histogram, scan = launch(histogram_kernel, blocks, 4), launch(scan_kernel, bins // 16, 8)
-    before = [] if blocks == 1 or alone else [histogram] if blocks <= together else [histogram, scan]
-    return [*before, launch(scatter_kernel, blocks, 16 if alone else 4)]
+    scan = Launch(scan_kernel, (ep // min(4, ep),), arguments, options(8), 4, 0)
+    scatter = Launch(scatter_kernel, (blocks,), arguments, options(4), 4, 0)
+    return [scatter] if before is None else [scan, scatter]
 
 
 EXAMPLES = {
@@ -576,17 +582,17 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     empty = on_meta(torch.float32)
     n, e, k, *groups, norm_topk_prob, scoring_func = EXAMPLES[size]
     choice = *groups, norm_topk_prob, 2.5, scoring_func
-    logits, weights = empty(n, e), empty(n, k)
-    indices, counts = empty(n, k, dtype=torch.int64), empty(e, dtype=torch.int64)
+    logits = empty(n, e)
+    weights, indices, *others = _outputs(logits, k, torch.float32)
     launches = [
-        *forward_launches(logits, empty(e), k, *choice, weights, indices, counts),
+        *forward_launches(logits, empty(e), k, *choice, weights, indices, *others),
         backward_launch(weights, logits, indices, *choice[2:], empty(n, e)),
-        *sort_launches(indices, e, empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32)),
     ]
     found = {launch.kernel.__name__: launch for launch in launches}
+    found |= {f"{x.kernel.__name__}, of indices": x for x in sort_launches(indices, e, *others[1:])}
     if size in OF_TOKENS:
         x, w, weights = (empty(*shape, dtype=dtype) for shape in ((n, OF_TOKENS[size]), (e, OF_TOKENS[size]), (n, k)))
-        first = forward_launches(logits, empty(e), k, *choice, weights, indices, counts, (x, w))[0]
+        first = forward_launches(logits, empty(e), k, *choice, weights, indices, *others, (x, w))[0]
         launches = tokens_backward_launches(weights, x, w, logits, indices, *choice[2:], x, w)
         found |= {"forward_kernel, from tokens": first} | {launch.kernel.__name__: launch for launch in launches}
     return found

@@ -190,7 +190,7 @@ def _mla_decode(name: str, B: int, C: int, H: int, R: int, Dn: int, Dr: int, Dv:
 
 
 def _moe_route(name: str, N: int, E: int, K: int, G: int, kept: int):
-    forward = Work(0, N * E + E + N * K, N * K + E)
+    forward = Work(0, N * E + E + 2 * N * K + E + 1, N * K + E)  # order and offsets are as narrow as a float
     backward = Work(0, N * K + 2 * N * E, N * K)
     return cases.moe_route_case(name, N, E, K, G, kept, norm_topk_prob=K > 1), forward, backward
 

@@ -45,12 +45,12 @@ class Router(Float32Buffers):
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, D] -> weights [N, K], expert numbers [N, K] int64. Training mode sets `load` [E], in tokens."""
-        weights, indices, counts = ops.route_tokens(x, self.weight, self.e_score_correction_bias, *self.choice)
+    def forward(self, x: Tensor) -> ops.Routing:
+        """x [N, D] -> the choice. Training mode sets `load` [E], in tokens."""
+        routing = ops.route_tokens(x, self.weight, self.e_score_correction_bias, *self.choice)
         if self.training:
-            self.load = counts
-        return weights, indices
+            self.load = routing.counts
+        return routing
 
 
 class DeepseekMoE(nn.Module):
@@ -67,7 +67,7 @@ class DeepseekMoE(nn.Module):
 
     def forward(self, x: Tensor, x_experts: Tensor, x_shared: Tensor | None = None) -> Tensor:
         """x of the router, of the routed and of the shared experts [N, D], the same numbers (see `ops.stream_norm`) -> [N, D]."""
-        routed = self.experts(x_experts, *self.gate(x))
+        routed = self.experts(x_experts, self.gate(x))
         return routed if self.shared_experts is None else self.shared_experts(x_shared, routed)
 
 
@@ -80,6 +80,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, i))
 
-    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """x [N, D], weights and indices [N, K] -> the weighted sum of the chosen experts' outputs [N, D]."""
-        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, routing: ops.Routing) -> Tensor:
+        """x [N, D] -> the weighted sum of the chosen experts' outputs [N, D]."""
+        weights, indices, _, order, offsets = routing
+        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj, order, offsets)

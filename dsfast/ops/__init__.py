@@ -20,7 +20,7 @@ from dsfast.ops.mla_decode import mla_decode
 from dsfast.ops.mla_output import mla_output, outputs_at_once
 from dsfast.ops.mla_project import mla_project, projects_at_once
 from dsfast.ops.moe_experts import moe_experts
-from dsfast.ops.moe_route import moe_route, route_tokens
+from dsfast.ops.moe_route import Routing, moe_route, route_tokens
 from dsfast.ops.muon import muon
 from dsfast.ops.native import products_in
 from dsfast.ops.newton_schulz import newton_schulz
@@ -32,6 +32,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "OPERATORS",
     "FallbackWarning",
+    "Routing",
     "adamw",
     "check_all",
     "clip_scale",

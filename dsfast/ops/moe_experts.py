@@ -4,7 +4,7 @@
     expert_e(x) = (silu(x gate_e^T) * (x up_e^T)) down_e^T,    gate_up_e = [gate_e; up_e]
 
 N tokens, D model width, K chosen experts, E experts, I intermediate width. A slot is one (token, choice) pair; slots are
-worked on sorted by expert.
+worked on sorted by expert, as dsfast.ops.moe_route sorts them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
+from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, rows
+from dsfast.ops.moe_route import sort_slots
 from dsfast.ops.swiglu_mlp import swiglu_mlp_reference
 
 
@@ -27,10 +28,14 @@ def moe_experts_reference(x: Tensor, weights: Tensor, indices: Tensor, gate_up: 
     return y
 
 
-def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_experts(
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor,
+    order: Tensor | None = None, offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x [N, D], weights [N, K], indices [N, K] int64 in 0..E-1, gate_up [E, 2I, D], down [E, D, I] -> [N, D].
 
-    Raises ValueError for other shapes or an index out of range, TypeError for mixed dtypes or devices.
+    order [N K] and offsets [E + 1] int32 are what `moe_route` gave with these indices, and are believed; without them the
+    indices are sorted here. Raises ValueError for other shapes or an index out of range, TypeError for mixed dtypes or devices.
     """
     expect_shape("moe_experts", "x", x, "N", "D")
     expect_shape("moe_experts", "weights", weights, x.size(0), "K")
@@ -39,36 +44,38 @@ def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, do
     expect_shape("moe_experts", "gate_up", gate_up, down.size(0), 2 * down.size(2), x.size(1))
     expect_dtype("moe_experts", x.dtype, x.device, weights=weights, gate_up=gate_up, down=down)
     expect_dtype("moe_experts", torch.int64, x.device, indices=indices)
+    if order is not None:
+        expect_shape("moe_experts", "order", order, indices.numel())
+        expect_shape("moe_experts", "offsets", offsets, down.size(0) + 1)
+        expect_dtype("moe_experts", torch.int32, x.device, order=order, offsets=offsets)
     if choose("moe_experts", x) == "reference":
         expect_range("moe_experts", "indices", indices, down.size(0))
         return moe_experts_reference(x, weights, indices, gate_up, down)
-    return torch.ops.dsfast.moe_experts(x, weights, indices, gate_up, down)[0]
+    if order is None:
+        order, offsets = sort_slots(indices, down.size(0))
+    return torch.ops.dsfast.moe_experts(x, weights, order, offsets, gate_up, down)[0]
 
 
-def _sizes(x, indices, down):
-    return (*x.shape, indices.size(1), down.size(0), down.size(2))
+def _sizes(x, weights, down):
+    return (*x.shape, weights.size(1), down.size(0), down.size(2))
 
 
-def _forward_cpu(x, weights, indices, gate_up, down):
-    x, weights, indices = rows(x), weights.contiguous(), indices.contiguous()
+def _forward_cpu(x, weights, order, offsets, gate_up, down):
+    x, weights, order, offsets = rows(x), weights.contiguous(), order.contiguous(), offsets.contiguous()
     gate_up, down = gate_up.contiguous(), down.contiguous()
-    n, d, k, e, i = sizes = _sizes(x, indices, down)
-    y, gu = x.new_empty(n, d), x.new_empty(n * k, 2 * i)
-    order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
+    n, d, k, *_ = sizes = _sizes(x, weights, down)
+    y, gu = _forward_fake(x, weights, order, offsets, gate_up, down)
     slots = x.new_empty(n * k if k > 1 else 0, d)
-    bad = native.products().moe_experts_forward(
-        x.data_ptr(), x.stride(0), weights.data_ptr(), indices.data_ptr(), gate_up.data_ptr(), down.data_ptr(),
-        y.data_ptr(), gu.data_ptr(), order.data_ptr(), offsets.data_ptr(), slots.data_ptr(), *sizes,
-        torch.get_num_threads(),
+    native.products().moe_experts_forward(
+        x.data_ptr(), x.stride(0), weights.data_ptr(), order.data_ptr(), offsets.data_ptr(), gate_up.data_ptr(),
+        down.data_ptr(), y.data_ptr(), gu.data_ptr(), slots.data_ptr(), *sizes, torch.get_num_threads(),
     )  # fmt: skip
-    raise_out_of_range("moe_experts", "indices", bad, n * k, e)
-    return y, gu, order, offsets
+    return y, gu
 
 
-def _forward_fake(x, weights, indices, gate_up, down):
-    n, d, k, e, i = _sizes(x, indices, down)
-    order, offsets = x.new_empty(n * k, dtype=torch.int32), x.new_empty(e + 1, dtype=torch.int32)
-    return x.new_empty(n, d), x.new_empty(n * k, 2 * i), order, offsets
+def _forward_fake(x, weights, order, offsets, gate_up, down):
+    n, d, k, _, i = _sizes(x, weights, down)
+    return x.new_empty(n, d), x.new_empty(n * k, 2 * i)
 
 
 def _backward_cpu(dy, x, weights, gate_up, down, gu, order, offsets):
@@ -85,20 +92,18 @@ def _backward_cpu(dy, x, weights, gate_up, down, gu, order, offsets):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, _, gate_up, down = inputs
-    ctx.save_for_backward(x, weights, gate_up, down, *output[1:])
-    ctx.mark_non_differentiable(*output[2:])
+    x, weights, order, offsets, gate_up, down = inputs
+    ctx.save_for_backward(x, weights, gate_up, down, output[1], order, offsets)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, *_):
     dx, dweights, dgate_up, ddown = torch.ops.dsfast.moe_experts_backward(dy, *ctx.saved_tensors)
-    return dx, dweights, None, dgate_up, ddown
+    return dx, dweights, None, None, dgate_up, ddown
 
 
 define(
-    "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor gate_up, Tensor down)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "moe_experts(Tensor x, Tensor weights, Tensor order, Tensor offsets, Tensor gate_up, Tensor down) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
     cuda=triton.launcher("moe_experts", "forward"),

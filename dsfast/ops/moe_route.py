@@ -6,18 +6,38 @@
 
 N tokens, D model width, E experts, K chosen (top_k), G groups (n_group). The logits of a layer's router are x weight^T. The bias
 steers the choice only: it has no gradient and is not in the weights. Equal values: the lower index wins.
+
+A slot is one (token, choice) pair, n K + k. The experts work on the slots sorted by expert, those of one expert in their order:
+expert e has the slots order[offsets[e]:offsets[e + 1]].
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, raise_out_of_range, rows
 
 SCORING_FUNCS = ("sigmoid", "softmax")
+
+
+class Routing(NamedTuple):
+    """What `moe_route` finds."""
+
+    weights: Tensor
+    """[N, K], how much each choice counts."""
+    indices: Tensor
+    """[N, K] int64, the chosen experts, best first."""
+    counts: Tensor
+    """[E] int64, tokens per expert."""
+    order: Tensor
+    """[N K] int32, the slots sorted by expert."""
+    offsets: Tensor
+    """[E + 1] int32, where each expert's begin there."""
 
 
 def moe_route_reference(
@@ -30,14 +50,20 @@ def moe_route_reference(
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return weights * scaling, indices, counts
+    return Routing(weights * scaling, indices, counts, *sort_slots_reference(indices, logits.size(1)))
+
+
+def sort_slots_reference(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    in_order, order = indices.flatten().sort(stable=True)
+    offsets = torch.searchsorted(in_order, torch.arange(experts + 1, device=indices.device))
+    return order.int(), offsets.int()
 
 
 def route_tokens_reference(x, weight, bias, *choice):
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = torch.nn.functional.linear(x.to(wide), weight.to(wide))
-    weights, indices, counts = moe_route_reference(logits, bias.to(wide), *choice)
-    return weights.to(x.dtype), indices, counts
+    weights, *found = moe_route_reference(logits, bias.to(wide), *choice)
+    return Routing(weights.to(x.dtype), *found)
 
 
 def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
@@ -56,8 +82,8 @@ def _top(values: Tensor, k: int) -> Tensor:
 def moe_route(
     logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling: float,
     scoring_func: str = "sigmoid",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """logits [N, E], bias [E] -> weights [N, K], indices [N, K] int64 (best first), counts [E] int64 (tokens per expert).
+) -> Routing:  # fmt: skip
+    """logits [N, E], bias [E] -> the choice, in their dtype.
 
     scoring_func: one of SCORING_FUNCS. Raises ValueError for another one, other shapes or a choice that cannot be made, TypeError
     for mixed dtypes or devices.
@@ -69,14 +95,14 @@ def moe_route(
     choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
     if choose("moe_route", logits) == "reference":
         return moe_route_reference(logits, bias, *choice)
-    return torch.ops.dsfast.moe_route(logits, bias, *choice)
+    return Routing(*torch.ops.dsfast.moe_route(logits, bias, *choice))
 
 
 def route_tokens(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool,
     scaling: float, scoring_func: str = "sigmoid",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`moe_route` of the logits x weight^T: x [N, D], weight [E, D], bias [E] float32 -> weights in x's dtype, indices, counts.
+) -> Routing:  # fmt: skip
+    """`moe_route` of the logits x weight^T: x [N, D], weight [E, D], bias [E] float32 -> the choice, with weights in x's dtype.
 
     The logits are float32 whatever x is: near ties decide the choice. Where 16-bit x lies on a GPU, the gradient of the logits is
     rounded to its dtype before it is multiplied. Errors as `moe_route`.
@@ -92,9 +118,17 @@ def route_tokens(
     if implementation == "reference":
         return route_tokens_reference(x, weight, bias, *choice)
     if implementation == "triton":
-        return torch.ops.dsfast.moe_route_tokens(x, weight, bias, *choice)[:3]
-    weights, indices, counts = moe_route(torch.nn.functional.linear(x.float(), weight.float()), bias, *choice)
-    return weights.to(x.dtype), indices, counts
+        return Routing(*torch.ops.dsfast.moe_route_tokens(x, weight, bias, *choice)[:5])
+    weights, *found = moe_route(torch.nn.functional.linear(x.float(), weight.float()), bias, *choice)
+    return Routing(weights.to(x.dtype), *found)
+
+
+def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 -> order [N K] and offsets [E + 1] int32, as `Routing` has them.
+
+    Raises ValueError on a CPU for an index outside 0..E-1; a GPU is not waited for: there such slots come last.
+    """
+    return torch.ops.dsfast.sort_slots(indices, experts)
 
 
 def _check_choice(experts: int, top_k: int, n_group: int, topk_group: int, scoring_func: str) -> None:
@@ -108,20 +142,31 @@ def _check_choice(experts: int, top_k: int, n_group: int, topk_group: int, scori
 
 def _forward_cpu(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func):
     logits, bias = logits.contiguous(), bias.contiguous()
-    n, e = logits.shape
-    weights = logits.new_empty(n, top_k)
-    indices, counts = logits.new_empty(n, top_k, dtype=torch.int64), logits.new_empty(e, dtype=torch.int64)
+    outputs = _forward_fake(logits, bias, top_k)
     native.module().moe_route_forward(
-        logits.data_ptr(), bias.data_ptr(), weights.data_ptr(), indices.data_ptr(), counts.data_ptr(),
-        n, e, top_k, n_group, topk_group, norm_topk_prob, scoring_func == "softmax", scaling, torch.get_num_threads(),
+        logits.data_ptr(), bias.data_ptr(), *(x.data_ptr() for x in outputs), *logits.shape, top_k, n_group, topk_group,
+        norm_topk_prob, scoring_func == "softmax", scaling, torch.get_num_threads(),
     )  # fmt: skip
-    return weights, indices, counts
+    return outputs
 
 
 def _forward_fake(logits, bias, top_k, *_):
     n, e = logits.shape
     indices = logits.new_empty(n, top_k, dtype=torch.int64)
-    return logits.new_empty(n, top_k), indices, logits.new_empty(e, dtype=torch.int64)
+    counts = logits.new_empty(e, dtype=torch.int64)
+    return logits.new_empty(n, top_k), indices, counts, *_sort_fake(indices, e)
+
+
+def _sort_cpu(indices, experts):
+    indices = indices.contiguous()
+    order, offsets = _sort_fake(indices, experts)
+    bad = native.module().sort_slots(indices.data_ptr(), indices.numel(), experts, order.data_ptr(), offsets.data_ptr())
+    raise_out_of_range("moe_experts", "indices", bad, indices.numel(), experts)
+    return order, offsets
+
+
+def _sort_fake(indices, experts):
+    return indices.new_empty(indices.numel(), dtype=torch.int32), indices.new_empty(experts + 1, dtype=torch.int32)
 
 
 def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling, scoring_func):
@@ -137,14 +182,14 @@ def _backward_cpu(dweights, logits, indices, norm_topk_prob, scaling, scoring_fu
 
 def _tokens_fake(x, weight, bias, *choice):
     logits = x.new_empty(x.size(0), weight.size(0), dtype=torch.float32)
-    weights, indices, counts = _forward_fake(logits, bias, *choice)
-    return weights.to(x.dtype), indices, counts, logits
+    weights, *found = _forward_fake(logits, bias, *choice)
+    return weights.to(x.dtype), *found, logits
 
 
 def _setup_context(ctx, inputs, output):
     logits, _, _, _, _, *ctx.weighing = inputs
     ctx.save_for_backward(logits, output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -156,9 +201,9 @@ def _backward(ctx, dweights, *_):
 
 def _tokens_setup_context(ctx, inputs, output):
     x, weight, _, _, *ctx.choice = inputs
-    _, indices, counts, logits = output
+    _, indices, *_, logits = output
     ctx.save_for_backward(x, weight, logits, indices)
-    ctx.mark_non_differentiable(indices, counts, logits)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -170,10 +215,17 @@ def _tokens_backward(ctx, dweights, *_):
     return *gradients, *(None,) * 7
 
 
-_WEIGHING = "bool norm_topk_prob, float scaling, str scoring_func"
 define(
-    f"moe_route(Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, {_WEIGHING})"
-    " -> (Tensor, Tensor, Tensor)",
+    "sort_slots(Tensor indices, int experts) -> (Tensor, Tensor)",
+    cpu=_sort_cpu,
+    fake=_sort_fake,
+    cuda=triton.launcher("moe_route", "sort_slots"),
+)
+
+_WEIGHING = "bool norm_topk_prob, float scaling, str scoring_func"
+_ROUTING = "Tensor weights, Tensor indices, Tensor counts, Tensor order, Tensor offsets"
+define(
+    f"moe_route(Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, {_WEIGHING}) -> ({_ROUTING})",
     cpu=_forward_cpu,
     fake=_forward_fake,
     cuda=triton.launcher("moe_route", "forward"),
@@ -188,7 +240,7 @@ autograd("moe_route", _backward, _setup_context)
 
 define(
     f"moe_route_tokens(Tensor x, Tensor weight, Tensor bias, int top_k, int n_group, int topk_group, {_WEIGHING})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f" -> ({_ROUTING}, Tensor logits)",
     cpu=None,
     fake=_tokens_fake,
     cuda=triton.launcher("moe_route", "forward_tokens"),

@@ -21,7 +21,6 @@ from dsfast.bench import cases
 from dsfast.bench.cases import Work
 from dsfast.ops.cases import Case
 from dsfast.ops.checks import IN_FLOAT32, MATRICES
-from dsfast.ops.dispatch import choose
 
 OPERATORS = {
     "attention": "mla_attention",
@@ -145,8 +144,7 @@ def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:
         dtype = torch.float16
     case = GpuCase(part, name, sizes, smaller, timed, checked, timed.function, forward, backward, dtype)
     if part == "route":
-        routed = {"timed": replace(timed, function=route), "checked": replace(checked, function=route)}
-        return replace(case, **routed, ours=route, canonical=_canonical_route)
+        return replace(case, canonical=_canonical_route)
     if part == "adamw":
         return replace(case, ours=clip_and_update if name.endswith("clip") else ops.adamw)
     if part == "muon":
@@ -163,16 +161,6 @@ def _case(part: str, name: str, sizes: Sizes) -> tuple[Case, Work, Work | None]:
         return (cases.project if part == "project" else cases.output)(name, **sizes)
     bench = cases.build_case(OPERATORS[part], name, sizes)
     return bench.case, bench.forward, bench.backward
-
-
-def route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling) -> tuple[Tensor, ...]:
-    """`ops.moe_route` and the stable permutation of the slots by expert, int32 [N K]."""
-    weights, indices, counts = ops.moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling)
-    if choose("moe_route", logits) != "triton":
-        return weights, indices, counts, indices.flatten().argsort(stable=True).int()
-    from dsfast.triton_kernels.moe_route import sort_slots  # triton is not installed everywhere
-
-    return weights, indices, counts, sort_slots(indices, logits.size(1))[0]
 
 
 def _canonical_route(outputs: tuple) -> tuple:

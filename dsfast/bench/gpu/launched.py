@@ -35,8 +35,9 @@ def _attention(*inputs):
 
 
 def _experts(x, weights, indices, gate_up, down):
-    y, *kept = moe_experts.forward(x, weights, indices, gate_up, down)
-    moe_experts.backward(y, x, weights, gate_up, down, *kept)
+    slots = moe_route.sort_slots(indices, down.size(0))
+    y, gu = moe_experts.forward(x, weights, *slots, gate_up, down)
+    moe_experts.backward(y, x, weights, gate_up, down, gu, *slots)
 
 
 def _head(hidden, weight, labels):
@@ -46,9 +47,8 @@ def _head(hidden, weight, labels):
 
 
 def _route(logits, bias, *choice):
-    weights, indices, _ = moe_route.forward(logits, bias, *choice, "sigmoid")
+    weights, indices, *_ = moe_route.forward(logits, bias, *choice, "sigmoid")
     moe_route.backward(weights, logits, indices, *choice[3:], "sigmoid")
-    moe_route.sort_slots(indices, logits.size(1))
 
 
 def _norm(x, weight, eps, residual):

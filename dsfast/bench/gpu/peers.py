@@ -202,7 +202,7 @@ def _with_permutation(weights: Tensor, indices: Tensor, counts: Tensor) -> tuple
 
 
 def _eager_route(*arguments) -> tuple[Tensor, ...]:
-    return _with_permutation(*eager.moe_route(*arguments))
+    return _with_permutation(*eager.choose_experts(*arguments))
 
 
 def _transformers_route(arguments: list, differentiable: Sequence[int]) -> Prepared:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsfast.bench.peers.operators import causal_attention, embedding, moe_route, rotate
+from dsfast.bench.peers.operators import causal_attention, choose_experts, embedding, rotate
 from dsfast.config import ModelConfig
 from dsfast.model import DeepseekV3
 from dsfast.model.rope import softmax_scale
@@ -89,7 +89,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] -> weights and expert numbers, [N, K]."""
-        weights, indices, _ = moe_route(functional.linear(x, self.weight), self.e_score_correction_bias, *self.choice)
+        logits = functional.linear(x, self.weight)
+        weights, indices, _ = choose_experts(logits, self.e_score_correction_bias, *self.choice)
         return weights, indices
 
 

@@ -82,7 +82,14 @@ def mla_output(values, o, residual, norm, eps, uses):
     return *[y] * uses, h
 
 
-def moe_route(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"):
+def moe_route(logits, *choice):
+    weights, indices, counts = choose_experts(logits, *choice)
+    offsets = functional.pad(counts.cumsum(0), (1, 0))
+    return weights, indices, counts, indices.flatten().argsort(stable=True).int(), offsets.int()
+
+
+def choose_experts(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"):
+    """The first three results of `moe_route`: a model that loops over its experts sorts nothing."""
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(1)
     biased = (scores + bias).detach()
     if n_group > 1:
