@@ -131,4 +131,4 @@ def addresses(step: DeviceStep) -> list[int]:
     gradients = [p.grad for p in step.parameters if p.grad is not None]
     assert len(gradients) == len(step.gradients)
     cast = list((step.weights.cast or {}).values())
-    return [x.data_ptr() for x in [*step.state(), step.batches.rows, step.scales, *step.gradients, *gradients, *cast]]
+    return [x.data_ptr() for x in [*step.state(), step.batches.rows, *step.gradients, *gradients, *cast]]

@@ -438,7 +438,7 @@ class TestWhatAGraphForbids:
     def test_there_a_number_of_the_hosts_is_noticed(self, monkeypatch):
         steps = on_meta("muon", torch.float32, monkeypatch)
         inner = steps.step._gradients
-        steps.step._gradients = lambda: torch.where((loss := inner()) > 0, loss, torch.tensor(0.0))
+        steps.step._gradients = lambda batch: torch.where((loss := inner(batch)) > 0, loss, torch.tensor(0.0))
         with steps.trainer.kernels():
             steps.step()
             with pytest.raises(NotCapturableError, match="takes a tensor from the host"), GraphGuard():
@@ -469,8 +469,8 @@ class TestWhatAGraphForbids:
         trainer = steps.trainer
         inner = steps.step._gradients
 
-        def injected():
-            loss = inner()
+        def injected(batch):
+            loss = inner(batch)
             forbidden(loss)
             return loss
 

@@ -79,8 +79,37 @@ def multiple_kernel(x, n):
 
 
 @triton.jit
-def atomic_kernel(x):
-    tl.atomic_add(x, 1.0)
+def last_sums_kernel(x, done, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, LAST: tl.constexpr):
+    """Every program writes a number, the one that is done last (not LAST: the last one, which need not be) adds them up."""
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(x + p, p + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    before = tl.atomic_add(done, 1, sem=SEM) if LAST else p
+    if before == programs - 1:
+        i = tl.arange(0, BLOCK)
+        tl.store(y, tl.sum(tl.load(x + i, mask=i < programs, other=0.0), 0))
+        tl.store(done, 0)
+
+
+@triton.jit
+def two_counts_kernel(x, done):
+    """Each of two programs reads what the other wrote, behind additions to different numbers."""
+    p = tl.program_id(0)
+    tl.store(x + p, 1.0)
+    tl.debug_barrier()
+    tl.atomic_add(done + p, 1, sem="acq_rel")
+    tl.store(x + 2 + p, tl.load(x + 1 - p))
+
+
+@triton.jit
+def add_many_kernel(x, BLOCK: tl.constexpr):
+    tl.atomic_add(x + tl.arange(0, BLOCK), 1.0)
+
+
+@triton.jit
+def swap_kernel(x):
+    tl.atomic_cas(x, 0, 1)
 
 
 def numbers(n: int = N) -> torch.Tensor:
@@ -175,9 +204,31 @@ def test_no_multiple():
 
 
 @interpreted
-def test_atomics_are_refused():
-    with pytest.raises(InterpreterError, match=r"atomic_kernel: .*: atomics are not watched"):
-        atomic_kernel[(1,)](torch.zeros(1))
+def test_the_program_that_is_done_last_may_read_what_all_wrote():
+    x, y, done = torch.zeros(5), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    for _ in range(2):
+        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=True)
+        assert (y.item(), done.item()) == (15, 0)
+    with pytest.raises(LaunchError, match=r"programs 0 and 4 do not wait for each other: store at .*, load at "):
+        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=False)
+    with pytest.raises(LaunchError, match=r"programs 0 and 4 do not wait for each other: store at .*, load at "):
+        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=False, SEM="acq_rel", LAST=True)
+    with pytest.raises(InterpreterError, match="by an addition that acquires and releases"):
+        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="relaxed", LAST=True)
+
+
+@interpreted
+def test_additions_to_different_numbers_order_nothing():
+    with pytest.raises(LaunchError, match=r"two_counts_kernel: programs 0 and 1 do not wait for each other"):
+        two_counts_kernel[(2,)](torch.zeros(4), torch.zeros(2, dtype=torch.int32))
+
+
+@interpreted
+def test_other_atomics_are_refused():
+    with pytest.raises(InterpreterError, match=r"add_many_kernel: .*: only one number is added to"):
+        add_many_kernel[(1,)](torch.zeros(2), BLOCK=2)
+    with pytest.raises(InterpreterError, match=r"swap_kernel: .*: compare and swap is not watched"):
+        swap_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)

@@ -11,7 +11,9 @@ LaunchError where a launch
 - writes different values to one address in one instruction;
 - says tl.multiple_of of what is no multiple.
 
-Atomics are no part of any kernel here, and refused. A barrier is taken for one of the whole program, as it is.
+An atomic addition of one number lets a program read what others wrote: those whose additions to that number came before, where a
+barrier stood between the writing and theirs. Other atomics are no part of any kernel here, and refused. A barrier is taken for
+one of the whole program, as it is.
 """
 
 from __future__ import annotations
@@ -25,22 +27,32 @@ from typing import NamedTuple
 import numpy as np
 from guard import living_tensors
 from torch import Tensor
+from triton._C.libtriton.ir import ATOMIC_OP, MEM_SEMANTIC, MEM_SYNC_SCOPE
 from triton.runtime import interpreter
 
 THREADS = 32  # of a warp
-ATOMICS = ("create_atomic_cas", "create_atomic_rmw")
+ADD = ATOMIC_OP.ADD
 
 
 class LaunchError(AssertionError):
     """A launch that a GPU may run otherwise than the interpreter."""
 
 
+class Addition(NamedTuple):
+    """An atomic one. phase: how many barriers of its program were before it."""
+
+    program: int
+    phase: int
+    address: int
+
+
 class Access(NamedTuple):
-    """One instruction of one program. phase: how many barriers were before it."""
+    """One instruction of one program. phase: how many of its barriers, additions: how many of all programs' were before it."""
 
     store: bool
     program: int
     phase: int
+    additions: int
     pointers: np.ndarray  # of the whole tile
     addresses: np.ndarray  # [n] of what is not masked
     itemsize: int
@@ -100,6 +112,7 @@ class Launch:
         self.name, self.warps = name, warps
         self.program = self.phase = -1
         self.accesses: list[Access] = []
+        self.additions: list[Addition] = []
         self.memory, self.looked_everywhere = Memory.of(tensors), False
 
     def begin_program(self) -> None:
@@ -113,11 +126,20 @@ class Launch:
         pointers = pointers.view(np.int64)
         mask = np.broadcast_to(mask, pointers.shape)
         addresses = pointers.ravel() if mask.all() else pointers[mask]
-        access = Access(store, self.program, self.phase, pointers, addresses, itemsize, _line())
+        access = Access(
+            store, self.program, self.phase, len(self.additions), pointers, addresses, itemsize, _line()
+        )
         if len(addresses):
             self._expect_in_bounds(access)
             self.accesses.append(access)
         return access
+
+    def add(self, pointers: np.ndarray, mask: np.ndarray, ordered: bool) -> None:
+        """Note down an atomic addition; `ordered`: it acquires and releases."""
+        pointers = pointers.view(np.int64)
+        if pointers.size > 1 or not mask.all() or not ordered:
+            raise self.fault(f"{_line()}: only one number is added to, by an addition that acquires and releases")
+        self.additions.append(Addition(self.program, self.phase, pointers.item()))
 
     def _expect_in_bounds(self, access: Access) -> None:
         span = access.addresses.min(keepdims=True), access.addresses.max(keepdims=True) + access.itemsize
@@ -172,11 +194,23 @@ class Launch:
 
     def _judge(self, a: Access, b: Access) -> None:
         if a.program != b.program:
+            if self._handed_over(*sorted((a, b), key=lambda access: access.additions)):
+                return
             raise self.fault(f"programs {a.program} and {b.program} do not wait for each other: {a}, {b}")
         own_thread = self.warps == 1 or a.pointers.size >= self.warps * THREADS
         same_pointers = a.pointers.shape == b.pointers.shape and np.array_equal(a.pointers, b.pointers)
         if a.store or not (own_thread and same_pointers):
             raise self.fault(f"program {a.program}: no barrier between {a} and {b}")
+
+
+    def _handed_over(self, a: Access, b: Access) -> bool:
+        """Whether a's program added to a number behind a barrier, and then b's to the same number, between a and b."""
+        between = self.additions[a.additions : b.additions]
+        return any(
+            first.program == a.program and first.phase > a.phase
+            and any(then.program == b.program and then.address == first.address for then in between[i + 1 :])
+            for i, first in enumerate(between)
+        )  # fmt: skip
 
 
 def _by_address(accesses: list[Access]) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +232,7 @@ def watch_launches() -> None:
     """From now on, in this process."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     run, begin = executor.__call__, builder.set_grid_idx
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, add = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 
     def watched_run(self, *arguments, **options):
         tensors = _tensors([*arguments, *options.values()])
@@ -225,13 +259,17 @@ def watch_launches() -> None:
     def watched_barrier(self):
         _now[-1].phase += 1
 
+    def watched_addition(self, operation, pointers, value, mask, sem, scope):
+        ordered = operation == ADD and sem == MEM_SEMANTIC.ACQUIRE_RELEASE and scope == MEM_SYNC_SCOPE.GPU
+        _now[-1].add(pointers.data, mask.data, ordered)
+        return add(self, operation, pointers, value, mask, sem, scope)
+
     def refuse(self, *arguments):
-        raise _now[-1].fault(f"{_line()}: atomics are not watched")
+        raise _now[-1].fault(f"{_line()}: compare and swap is not watched")
 
     executor.__call__, builder.set_grid_idx, builder.create_barrier = watched_run, watched_begin, watched_barrier
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
-    for name in ATOMICS:
-        setattr(builder, name, refuse)
+    builder.create_atomic_rmw, builder.create_atomic_cas = watched_addition, refuse
     interpreter.TensorHandle.set_attr = _set_attr
 
 

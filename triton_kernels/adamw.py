@@ -1,6 +1,7 @@
 """Triton kernels of dsfast.ops.adamw, whose module has the maths: all tensors in one launch.
 
-T tensors, cut into B blocks (dsfast.triton_kernels.tables); P programs of the norm. What changes from step to step (the scale of
+T tensors, cut into B blocks (dsfast.triton_kernels.tables); P programs of the norm, the last of which to be done, whichever it is,
+adds up what all of them found, always in the same order. What changes from step to step (the scale of
 the learning rates, step, clip factor) may lie in device memory, so that a captured CUDA graph stays valid: then a launch holds
 nothing that the host computes.
 """
@@ -15,12 +16,13 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
 from dsfast.triton_kernels.pieces import options
-from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
+from dsfast.triton_kernels.tables import BLOCK, Kept, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
 
 MOST_PARTS = 2048  # of the norm
 COLUMNS = 8  # of the update's table: elements, first, param, grad, exp_avg, exp_avg_sq, bits of learning rate and weight decay
 NORM_COLUMNS = 3  # elements, first, grad
+_done = Kept(most=16)  # counts of programs, one for each table of gradients
 
 
 @triton.jit
@@ -82,8 +84,15 @@ def adamw_kernel(
 
 
 @triton.jit(do_not_specialize=["B"])
-def norm_kernel(table, parts, B, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's part of the sum of squares, in float64: blocks p, p + P, p + 2 P ..."""
+def norm_kernel(
+    table, parts, done, loss, norm, scale, max_norm, B, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    BP: tl.constexpr,
+):  # fmt: skip
+    """One of P parts of the sum of squares, in float64: blocks p, p + P, p + 2 P ... From the program that is done last norm, and
+    the factor that makes it max_norm at most: NaN where norm or loss (None: none) is not finite.
+
+    done counts programs, and is 0 before and after.
+    """
     p, programs = tl.program_id(0), tl.num_programs(0)
     b_sum = tl.zeros([BLOCK], tl.float64)
     for t in range(tl.cdiv(B - p, programs)):
@@ -95,19 +104,17 @@ def norm_kernel(table, parts, B, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALI
             b_g = tl.load(p_g, mask=tl.arange(0, BLOCK) < count, other=0.0)
         b_sum += b_g.to(tl.float64) * b_g.to(tl.float64)
     tl.store(parts + p, tl.sum(b_sum, 0))
-
-
-@triton.jit(do_not_specialize=["P"])
-def clip_kernel(parts, loss, norm, scale, max_norm, P, BP: tl.constexpr):
-    """norm from its P parts, and the factor that makes it max_norm at most: NaN where norm or loss (None: none) is not finite."""
-    p = tl.arange(0, BP)
-    b_norm = tl.sqrt(tl.sum(tl.load(parts + p, mask=p < P, other=0.0), 0))
-    b_scale = tl.where(b_norm > max_norm, max_norm / b_norm, 1.0)
-    good = b_norm < float("inf")
-    if loss is not None:
-        good = good & is_finite(tl.load(loss).to(tl.float32))
-    tl.store(norm, b_norm)
-    tl.store(scale, tl.where(good, b_scale, float("nan")).to(tl.float32))
+    tl.debug_barrier()
+    if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        part = tl.arange(0, BP)
+        b_norm = tl.sqrt(tl.sum(tl.load(parts + part, mask=part < programs, other=0.0), 0))
+        b_scale = tl.where(b_norm > max_norm, max_norm / b_norm, 1.0)
+        good = b_norm < float("inf")
+        if loss is not None:
+            good = good & is_finite(tl.load(loss).to(tl.float32))
+        tl.store(norm, b_norm)
+        tl.store(scale, tl.where(good, b_scale, float("nan")).to(tl.float32))
+        tl.store(done, 0)
 
 
 def adamw(
@@ -141,15 +148,18 @@ def adamw(
 
 
 def grad_clip(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Norm (float64) and clip_scale (float32), both without dimension; as dsfast.ops.grad_clip. Errors as `adamw`."""
+    """Norm (float64) and clip_scale (float32), both without dimension; as dsfast.ops.grad_clip. Errors as `adamw`.
+
+    Not for the same gradients in two streams at once: both would count in one place.
+    """
     _check(grads)
     grads, device = [g.contiguous() for g in grads], grads[0].device
     norm, scale = grads[0].new_empty((), dtype=torch.float64), grads[0].new_empty(())
     with torch.cuda.device_of(norm):
         table, aligned = table_of((grads,), [g.numel() for g in grads], (), device)
-        parts = norm.new_empty(min(table.size(0), MOST_PARTS, 8 * multiprocessors(device)))
-        for launch in grad_clip_launches(table, aligned, max_norm, loss, parts, norm, scale):
-            launch.run()
+        parts = norm.new_empty(max(1, min(table.size(0), MOST_PARTS, 8 * multiprocessors(device))))
+        done = _done.get((device, table.data_ptr()), lambda: torch.zeros(1, dtype=torch.int32), device)
+        grad_clip_launch(table, aligned, max_norm, loss, parts, done, norm, scale).run()
     return norm, scale
 
 
@@ -167,16 +177,13 @@ def adamw_launch(
     return Launch(adamw_kernel, (table.size(0),), arguments, options(4), 4, 0)
 
 
-def grad_clip_launches(table, aligned, max_norm: float, loss, parts, norm, scale) -> list[Launch]:
-    """The kernel that fills parts, a program for each (none without blocks), and the one that fills norm and scale."""
-    blocks = table.size(0)
-    sums = {"table": table, "parts": parts, "B": blocks, "COLUMNS": NORM_COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned}
-    clip = {
-        "parts": parts, "loss": loss, "norm": norm, "scale": scale, "max_norm": float(max_norm), "P": parts.size(0),
-        "BP": MOST_PARTS,
+def grad_clip_launch(table, aligned, max_norm: float, loss, parts, done, norm, scale) -> Launch:
+    """The launch that fills norm and scale, by a program for each of parts; tensors may lie on the meta device."""
+    arguments = {
+        "table": table, "parts": parts, "done": done, "loss": loss, "norm": norm, "scale": scale, "max_norm": float(max_norm),
+        "B": table.size(0), "COLUMNS": NORM_COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned, "BP": MOST_PARTS,
     }  # fmt: skip
-    launches = [Launch(norm_kernel, (parts.size(0),), sums, options(4), 4, 0)] if blocks else []
-    return [*launches, Launch(clip_kernel, (1,), clip, options(4), 4, 0)]
+    return Launch(norm_kernel, (parts.size(0),), arguments, options(4), 4, 0)
 
 
 def _check(tensors: Sequence[Tensor]) -> None:
@@ -208,6 +215,9 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     parts, number = empty(min(blocks, 8 * 132), dtype=torch.float64), empty((), dtype=torch.float64)
     numbers = adamw_launch(table, aligned, *settings, 0.5, None, 3, None, 0.7, None)
     tensors = adamw_launch(table, aligned, *settings, 1.0, number, 1, empty((), dtype=torch.int64), 1.0, empty(()))
-    others = grad_clip_launches(table, aligned, 1.0, empty(()), parts, number, empty(()))
-    found = {"adamw_kernel": numbers, "adamw_kernel, scale, step and clip on the device": tensors}
-    return found | {launch.kernel.__name__: launch for launch in others}
+    done = empty(1, dtype=torch.int32)
+    return {
+        "adamw_kernel": numbers,
+        "adamw_kernel, scale, step and clip on the device": tensors,
+        "norm_kernel": grad_clip_launch(table, aligned, 1.0, empty(()), parts, done, number, empty(())),
+    }

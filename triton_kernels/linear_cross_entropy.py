@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
+from dsfast.triton_kernels.pieces import load_tile, options, padded, splits
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
@@ -39,7 +39,7 @@ LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
-_UNSPECIALIZED = ("N", "S", "STEPS", "ignore_index")
+_UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
 
@@ -76,9 +76,8 @@ def count_kernel(labels, count, N, ignore_index, BLOCK: tl.constexpr):
     tl.store(count, tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
-    """loss, a scalar: the sum of losses [N] over count. One program."""
+@triton.jit
+def _mean(losses, count, loss, N, BLOCK: tl.constexpr):
     b_loss = tl.zeros([BLOCK], tl.float32)
     for k in range(tl.cdiv(N, BLOCK)):
         i = k * BLOCK + tl.arange(0, BLOCK)
@@ -86,21 +85,31 @@ def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
     tl.store(loss, tl.sum(b_loss, 0) / tl.load(count))
 
 
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
+    """loss, a scalar: the sum of losses [N] over count. One program."""
+    _mean(losses, count, loss, N, BLOCK)
+
+
 @triton.jit
-def _scale(x, dloss, y, block, SIZE, BLOCK: tl.constexpr):
+def _scale(parts, dloss, y, block, S, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
-    tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
+    part = tl.arange(0, BS)[:, None]
+    b_x = tl.zeros([BS, BLOCK], tl.float32)
+    for k in range(0, S, BS):
+        p_parts = parts + (k + part).to(tl.int64) * SIZE + i[None, :]
+        b_x += tl.load(p_parts, mask=(k + part < S) & (i < SIZE)[None, :], other=0.0).to(tl.float32)
+    tl.store(y + i, (tl.sum(b_x, 0) * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
 
 
-@triton.jit
-def scale_kernel(x_1, x_2, dloss, y_1, y_2, SIZE_1, SIZE_2, BLOCK: tl.constexpr):
-    """y_1 [SIZE_1] = x_1 dloss and y_2 [SIZE_2] = x_2 dloss, the products in float32."""
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scale_kernel(x, parts, dloss, y_1, y_2, S, SIZE_1, SIZE_2, BS: tl.constexpr, BLOCK: tl.constexpr):
+    """y_1 [SIZE_1] = x dloss, and y_2 [SIZE_2] the sum of parts [S, SIZE_2] times dloss; in float32, BS parts at a time."""
     block, blocks = tl.program_id(0), tl.cdiv(SIZE_1, BLOCK)
     if block < blocks:
-        _scale(x_1, dloss, y_1, block, SIZE_1, BLOCK)
+        _scale(x, dloss, y_1, block, 1, SIZE_1, 1, BLOCK)
     else:
-        _scale(x_2, dloss, y_2, block - blocks, SIZE_2, BLOCK)
+        _scale(parts, dloss, y_2, block - blocks, S, SIZE_2, BS, BLOCK)
 
 
 @triton.jit
@@ -123,11 +132,11 @@ def _take_in(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
-    hidden, weight, softmax_parts, o_parts, hidden_n, weight_v, N, V, S, STEPS,
+    hidden, weight, labels, softmax_parts, o_parts, counts, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
 ):  # fmt: skip
     """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
-    words, STEPS tiles of them."""
+    words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32."""
     t, s = tl.program_id(0) * BT, tl.program_id(1)
     i = t + tl.arange(0, BT)  # [BT]
     b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
@@ -141,6 +150,9 @@ def forward_kernel(
     if whole < end:  # the last tile of words is cut off
         b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, True)
 
+    if s == 0:
+        b_counts = tl.load(labels + i, mask=i < N, other=ignore_index) != ignore_index
+        tl.store(counts + tl.program_id(0), tl.sum(b_counts.to(tl.int32), 0).to(tl.float32))
     part = tl.cast(s, tl.int64) * N
     every = tl.cast(S, tl.int64) * N
     p_softmax = softmax_parts + part + i
@@ -153,12 +165,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
-    softmax_parts, o_parts, hidden, weight, labels, count, losses, words, softmax, dhidden, z_loss, hidden_n, weight_v, N, V, S,
-    ignore_index, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr, FOLDED: tl.constexpr,
-    STAGES: tl.constexpr,
+    softmax_parts, o_parts, hidden, weight, labels, counts, count, losses, words, softmax, dhidden, z_loss, hidden_n, weight_v,
+    N, V, S, TILES, ignore_index, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
+    FOLDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """losses [N], and where GRADS words [N] int32, softmax [2, N] (m and factor, or where FOLDED what stands for both) and
-    dhidden [N, R], from the shares, for one tile of tokens.
+    dhidden [N, R], from the shares, for one tile of tokens; and from the first program count [1], as count_kernel's.
 
     The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
     """
@@ -186,6 +198,13 @@ def combine_kernel(
     b_h = tl.load(hidden + row * hidden_n + d, mask=m_o, other=0.0).to(tl.float32)
     b_loss, b_factor = _of_token(b_m, b_l, tl.sum(b_h * b_w, 1), b_word, z_loss)
     tl.store(losses + i, b_loss, mask=i < N)
+    b_counts = tl.zeros([COUNTED], tl.float32)
+    for k in range(0, TILES, COUNTED):
+        tile = k + tl.arange(0, COUNTED)
+        b_counts += tl.load(counts + tile, mask=tile < TILES, other=0.0)
+    number = tl.maximum(tl.sum(b_counts, 0), 1)
+    if tl.program_id(0) == 0:
+        tl.store(count, number)
     if GRADS:
         tl.store(words + i, b_word, mask=i < N)
         if FOLDED:  # factor 0 is exp2(-inf); NaN stays
@@ -193,7 +212,7 @@ def combine_kernel(
         else:
             tl.store(softmax + N + i, b_factor, mask=i < N)
         tl.store(softmax + i, b_m, mask=i < N)
-        b_dh = (b_o * b_factor[:, None] - b_w) / tl.load(count)
+        b_dh = (b_o * b_factor[:, None] - b_w) / number
         tl.store(dhidden + row * R + d, b_dh.to(dhidden.dtype.element_ty), mask=m_o)
 
 
@@ -220,10 +239,11 @@ def _add_tokens(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dweight_kernel(
-    hidden, weight, words, softmax, count, dweight_parts, hidden_n, weight_v, N, V, STEPS,
-    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr,
+    hidden, weight, words, softmax, losses, count, loss, dweight_parts, hidden_n, weight_v, N, V, STEPS,
+    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them."""
+    """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them; and from the first
+    program the loss, as loss_kernel's."""
     v, s = tl.program_id(0) * BV, tl.program_id(1)
     word = v + tl.arange(0, BV)  # [BV]
     b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, True)  # [BV, RP]
@@ -238,6 +258,8 @@ def dweight_kernel(
     row, d = word.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
     tl.store(p_dw, b_dw.to(dweight_parts.dtype.element_ty), mask=(row < V) & (d < R))
+    if (tl.program_id(0) == 0) & (s == 0):
+        _mean(losses, count, loss, N, BLOCK)
 
 
 @triton.jit
@@ -332,7 +354,8 @@ _SMALL = {
 }
 _COMBINED = 2048  # elements of dhidden in a program of combine_kernel
 _TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
-_SCALED = 4096  # elements of a gradient in a program of scale_kernel
+COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
+_SCALED = 4096  # elements in a program of scale_kernel
 _WORDS = 8192  # logits in a step of softmax_kernel
 
 
@@ -371,8 +394,24 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
         return hidden.new_zeros((), dtype=torch.float32), kept_1, kept_2.zero_()
     loss, count, losses = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), 1, n))
     with torch.cuda.device_of(hidden):
+        if narrow(r, hidden.dtype):
+            for launch in narrow_launches(
+                hidden,
+                weight,
+                labels,
+                ignore_index,
+                z_loss,
+                count,
+                losses,
+                loss,
+                kept_1,
+                kept_2,
+                large_tiles(hidden.device),
+            ).values():
+                launch.run()
+            return loss, kept_1, kept_2
         count_launch(labels, ignore_index, count).run()
-        way = _narrow if narrow(r, hidden.dtype) else _at_once if with_grads and at_once(hidden, weight) else _by_chunks
+        way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
         way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
         loss_launch(losses, count, loss).run()
     return loss, kept_1, kept_2
@@ -396,39 +435,44 @@ def backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index) -> tup
     return scaled
 
 
-def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
+def kept(hidden, weight, with_grads: bool, large: int | None = None) -> tuple[Tensor, Tensor]:
     """What `forward` keeps, yet to be filled: if `at_once` logits [N, V and padding] and softmax [3, N] in float32, else dhidden
-    [N, R] and dweight [V, R]. Narrow heads' gradients are float32: `backward` rounds them."""
+    [N, R] and dweight [S, V, R], S parts to be added up. Narrow heads' gradients are float32, `backward` rounds them; those of
+    others are whole (S is 1)."""
     if not with_grads:
         return hidden.new_empty(0, 0), weight.new_empty(0, 0)
     if at_once(hidden, weight):
         n = hidden.size(0)
         return hidden.new_empty(n, _aligned(weight.size(0))), hidden.new_empty(3, n, dtype=torch.float32)
-    dtype = torch.float32 if narrow(hidden.size(1), hidden.dtype) else hidden.dtype
-    return hidden.new_empty(hidden.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)
+    if not narrow(hidden.size(1), hidden.dtype):
+        return torch.empty_like(hidden), weight.new_empty(1, *weight.shape)
+    parts, _ = _shares(hidden, weight, large_tiles(hidden.device) if large is None else large)
+    dhidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
+    return dhidden, weight.new_empty(parts, *weight.shape, dtype=torch.float32)
 
 
-def _narrow(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
-    large = large_tiles(hidden.device)
-    for launch in narrow_launches(
-        hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large
-    ).values():
-        launch.run()
+def _shares(hidden, weight, large: int) -> tuple[int, int]:
+    """(number of parts of a narrow head's dweight, tiles of tokens in each)."""
+    bv, bt, *_ = tiles("dweight", hidden.dtype, padded(hidden.size(1)), large)
+    return splits(triton.cdiv(weight.size(0), bv), max(1, triton.cdiv(hidden.size(0), bt)))
 
 
 def narrow_launches(
-    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight, large: int
+    hidden, weight, labels, ignore_index, z_loss, count, losses, loss, dhidden, dweight, large: int
 ) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill losses and, unless dweight is empty, dhidden and dweight. Any device."""
+    """Name -> launch, in their order: they fill count, losses, loss and, unless dweight is empty, dhidden and dweight. Any
+    device."""
     (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
     rp = padded(r)
     inputs = {
-        "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "dhidden": dhidden,
+        "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "loss": loss, "dhidden": dhidden,
         "hidden_n": hidden.stride(0), "weight_v": weight.stride(0), "N": n, "V": v, "R": r, "RP": rp,
         "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads, "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
     }  # fmt: skip
     bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
     parts, steps = splits(triton.cdiv(n, bt), triton.cdiv(v, bv))
+    inputs["TILES"] = triton.cdiv(n, bt)
+    inputs["counts"] = hidden.new_empty(triton.cdiv(n, bt), dtype=torch.float32)
     inputs["softmax_parts"] = hidden.new_empty(2, parts, n, dtype=torch.float32)
     inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
     inputs["softmax"] = hidden.new_empty((2, n) if grads else 0, dtype=torch.float32)
@@ -444,15 +488,11 @@ def narrow_launches(
     )
     if grads:
         bv, bt, *resources = tiles("dweight", hidden.dtype, rp, large)
-        parts, steps = splits(triton.cdiv(v, bv), triton.cdiv(n, bt))
-        target = dweight if parts == 1 else hidden.new_empty(parts, v, r, dtype=torch.float32)
-        grid = (triton.cdiv(v, bv), parts)
-        launches["dweight"] = _launch(
-            dweight_kernel, grid, inputs, resources, bv, dweight_parts=target, STEPS=steps, BT=bt, BV=bv
-        )
-        if parts > 1:
-            launches["sum"] = sum_launch(target, dweight)
-    return launches
+        parts, steps = _shares(hidden, weight, large)
+        others = {"dweight_parts": dweight, "STEPS": steps, "BT": bt, "BV": bv, "BLOCK": _TOKENS}
+        launches["dweight"] = _launch(dweight_kernel, (triton.cdiv(v, bv), parts), inputs, resources, bv, **others)
+        return launches
+    return launches | {"loss": loss_launch(losses, count, loss)}
 
 
 def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) -> Launch:
@@ -467,6 +507,7 @@ def _at_once(hidden, weight, labels, ignore_index, z_loss, count, losses, logits
 
 def _by_chunks(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
     n, v, grads = hidden.size(0), weight.size(0), dweight.numel() > 0
+    dweight = dweight.view(weight.shape if grads else (0, 0))
     chunk, width = chunk_shape(n, v, hidden.dtype.itemsize)
     logits = hidden.new_empty(chunk, width)[:, :v]
     several = chunk < n and grads and hidden.dtype.itemsize == 2
@@ -554,14 +595,16 @@ def loss_launch(losses, count, loss) -> Launch:
     return Launch(loss_kernel, (1,), arguments, options(8), 4, 0)
 
 
-def scale_launch(x, dloss, y) -> Launch:
-    """The launch that fills the two tensors y, contiguous as the two x are."""
-    sizes = [part.numel() for part in x]
+def scale_launch(kept, dloss, y) -> Launch:
+    """The launch that fills the two tensors y, contiguous as the two that were kept are."""
+    sizes, parts = [tensor.numel() for tensor in y], kept[1].size(0)
+    bs = min(8, triton.next_power_of_2(parts))
+    block = _SCALED // bs
     arguments = {
-        "x_1": x[0], "x_2": x[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "SIZE_1": sizes[0], "SIZE_2": sizes[1],
-        "BLOCK": _SCALED,
+        "x": kept[0], "parts": kept[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "S": parts, "SIZE_1": sizes[0],
+        "SIZE_2": sizes[1], "BS": bs, "BLOCK": block,
     }  # fmt: skip
-    grid = (sum(triton.cdiv(size, _SCALED) for size in sizes),)
+    grid = (sum(triton.cdiv(size, block) for size in sizes),)
     return Launch(scale_kernel, grid, arguments, options(4), y[0].dtype.itemsize, 0)
 
 
@@ -585,13 +628,13 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
     if narrow(r, dtype):
         for grads in (True, False):
-            gradients = kept(hidden, weight, grads)
+            gradients = kept(hidden, weight, grads, large)
             if grads:
                 launches["scale"] = scale_launch(gradients, loss, (hidden, weight))
-            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, *gradients, large)
+            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, loss, *gradients, large)
         return launches
     logits, softmax = empty(n, v), empty(3, n, dtype=torch.float32)
-    launches["scale"] = scale_launch((hidden, weight), loss, (hidden, weight))
+    launches["scale"] = scale_launch((hidden, weight[None]), loss, (hidden, weight))
     for name, *wanted in (
         ("softmax", softmax, False),
         ("softmax by chunks", None, True),

@@ -37,7 +37,8 @@ def read(numbers: Tensor, loads: Tensor) -> list[Measured]:
 
 
 class Batches:
-    """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1], int32 by twos.
+    """`places` batches in device memory, one int64 row each: ids, labels, positions [N], then cu_seqlens [S + 1], int32 by twos,
+    then the learning rate's scale, a float64.
 
     Those with fewer segments end in empty ones, boundaries N, so that all have one shape.
     """
@@ -46,25 +47,27 @@ class Batches:
         self.tokens, self.segments = tokens, segments
         self.rows = torch.zeros(places, row_elements(tokens, segments), dtype=torch.int64, device=device)
 
-    def load(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    def load(self, batches: Sequence[tuple[Tensor, ...]], scales: Sequence[float]) -> None:
         """Put them in the first places; each flat, as `DeepseekV3.flatten` returns it, on the CPU."""
         rows = torch.empty(len(batches), self.rows.size(1), dtype=torch.int64)
         for row, (*parts, cu_seqlens) in zip(rows, batches, strict=True):
             row[: 3 * self.tokens] = torch.cat([part.long() for part in parts])
-            boundaries = row[3 * self.tokens :].view(torch.int32).fill_(self.tokens)
+            boundaries = row[3 * self.tokens : -1].view(torch.int32).fill_(self.tokens)
             boundaries[: len(cu_seqlens)] = cu_seqlens
+        rows[:, -1] = torch.tensor(scales, dtype=torch.float64).view(torch.int64)
         self.rows[: len(batches)].copy_(rows)
 
-    def at(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids, labels, positions [N] int64 and cu_seqlens [S + 1] int32 of the batch at place [1] int64."""
+    def at(self, place: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """(ids, labels, positions [N] int64, cu_seqlens [S + 1] int32) of the batch at place [1] int64, and its scale []."""
         row = self.rows.index_select(0, place).squeeze(0)
-        ids, labels, positions, boundaries = row.tensor_split([n * self.tokens for n in (1, 2, 3)])
-        return ids, labels, positions, boundaries.view(torch.int32)[: self.segments + 1]
+        ids, labels, positions, boundaries, scale = row.tensor_split([*(n * self.tokens for n in (1, 2, 3)), -1])
+        batch = ids, labels, positions, boundaries.view(torch.int32)[: self.segments + 1]
+        return batch, scale.view(torch.float64).squeeze(0)
 
 
 def row_elements(tokens: int, segments: int) -> int:
     """int64 elements that a batch takes."""
-    return 3 * tokens + segments // 2 + 1
+    return 3 * tokens + segments // 2 + 1 + 1
 
 
 class DeviceStep:
@@ -86,7 +89,6 @@ class DeviceStep:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.update = torch.ones((), dtype=torch.int64, device=device)
         """The number of the next one, from 1."""
-        self.scales = torch.zeros(places, dtype=torch.float64, device=device)
         self.measured = torch.zeros(places, 4, dtype=torch.float64, device=device)
         experts = max((len(router.load) for router in self.routers), default=0)
         self.loads = torch.zeros(places, len(self.routers), experts, dtype=torch.int64, device=device)
@@ -98,17 +100,17 @@ class DeviceStep:
 
         Raises UserError for ids, labels or positions out of range: here they lie on the CPU and can be looked at.
         """
-        self.batches.load([self.model.flatten(b.input_ids, b.labels, b.positions, b.cu_seqlens) for b in batches])
-        self.scales[: len(scales)].copy_(torch.tensor(scales, dtype=torch.float64))
+        flat = [self.model.flatten(b.input_ids, b.labels, b.positions, b.cu_seqlens) for b in batches]
+        self.batches.load(flat, scales)
         self.place.zero_()
         self.update.fill_(updates + 1)
 
     def __call__(self) -> None:
         """One step; returns before the device has done it."""
-        loss = self._gradients()
+        batch, lr_scale = self.batches.at(self.place)
+        loss = self._gradients(batch)
         with torch.no_grad():
             norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip, loss)
-            lr_scale = self.scales.index_select(0, self.place).squeeze(0)
             self.optimizer.step(lr_scale, clip_scale, self.update)
             loads = self.model.update_router_bias(self.train.bias_update_speed, clip_scale)
             kept = (self.place, self.update, self.measured, self.loads)
@@ -128,9 +130,9 @@ class DeviceStep:
         biases = [router.e_score_correction_bias for router in self.routers]
         return [*(p.detach() for p in self.parameters), *self.optimizer.tensors(), *biases, *own]
 
-    def _gradients(self) -> Tensor:
+    def _gradients(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Set every `.grad`, in place after the first call; the loss, without dimension."""
-        loss, gradients = self.weights.loss_and_gradients(self.batches.at(self.place), self.train.mtp_loss_weight)
+        loss, gradients = self.weights.loss_and_gradients(batch, self.train.mtp_loss_weight)
         pairs = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
         if not self.gradients:  # which parameters have one follows from the model, not from the batch
             self.gradients = [torch.empty_like(p, requires_grad=False) for p, _ in pairs]
