@@ -126,9 +126,7 @@ class Launch:
         pointers = pointers.view(np.int64)
         mask = np.broadcast_to(mask, pointers.shape)
         addresses = pointers.ravel() if mask.all() else pointers[mask]
-        access = Access(
-            store, self.program, self.phase, len(self.additions), pointers, addresses, itemsize, _line()
-        )
+        access = Access(store, self.program, self.phase, len(self.additions), pointers, addresses, itemsize, _line())
         if len(addresses):
             self._expect_in_bounds(access)
             self.accesses.append(access)
@@ -201,7 +199,6 @@ class Launch:
         same_pointers = a.pointers.shape == b.pointers.shape and np.array_equal(a.pointers, b.pointers)
         if a.store or not (own_thread and same_pointers):
             raise self.fault(f"program {a.program}: no barrier between {a} and {b}")
-
 
     def _handed_over(self, a: Access, b: Access) -> bool:
         """Whether a's program added to a number behind a barrier, and then b's to the same number, between a and b."""

@@ -11,7 +11,7 @@ Then one program for each word adds up the blocks inside its segment and the tok
 not occur get zeros from the same program.
 
 Few tokens are sorted in one launch, each compared with every other: 2^26 comparisons for 8192 tokens are microseconds, where
-torch.sort is some eight launches.
+torch.sort is some eight launches. A comparison is the sign of a difference, shifted and added: two instructions.
 
 An id outside 0..V-1 gives a row of NaN and takes no part in the backward pass; it sorts behind all words.
 """
@@ -112,6 +112,29 @@ def dprojection_kernel(
     tl.store(p_dp, b_dp.to(dprojection_parts.dtype.element_ty), mask=(row < R) & (col < D))
 
 
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def both_kernel(
+    dy, input_ids, table, projection, x, dprojection_parts, dy_n, table_v, projection_r, N, V, STEPS, R: tl.constexpr,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What taken_kernel and dprojection_kernel do, for STEPS tiles of tokens, where R and D fit one tile: dy is read once."""
+    s = tl.program_id(0)
+    row, col = tl.arange(0, BR), tl.arange(0, BD)
+    b_p = load_tile(projection, projection_r, 0, 0, R, D, BR, BD, True)  # [BR, BD]
+    b_dp = tl.zeros([BR, BD], tl.float32)
+    for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BN))):
+        n = tile * BN
+        b_dy = load_tile(dy, dy_n, n, 0, N, D, BN, BD, True)  # [BN, BD]
+        b_x = tl.dot(b_dy, tl.trans(b_p), input_precision="ieee")
+        i = (n + tl.arange(0, BN)).to(tl.int64)[:, None]
+        tl.store(x + i * R + row[None, :], b_x, mask=(i < N) & (row[None, :] < R))
+        b_taken, known = _gather(table, table_v, input_ids, n, 0, N, V, R, BN, BR)  # [BN, BR]
+        b_known = tl.where(known[:, None], b_dy, 0.0)
+        b_dp = tl.dot(tl.trans(b_taken), b_known, b_dp, input_precision="ieee")
+    p_dp = dprojection_parts + (tl.cast(s, tl.int64) * R + row[:, None]) * D + col[None, :]
+    tl.store(p_dp, b_dp.to(dprojection_parts.dtype.element_ty), mask=(row[:, None] < R) & (col[None, :] < D))
+
+
 @triton.jit
 def _key(input_ids, i, N, V):
     """What tokens are sorted by: the word, or V where there is none."""
@@ -142,18 +165,22 @@ def sort_kernel(input_ids, keys, order, N, V, BN: tl.constexpr, BM: tl.constexpr
     tl.store(order + place, i.to(tl.int64), mask=i < N)
 
 
+@triton.jit
+def _starts(keys, w, N, BITS):
+    """How many of the sorted keys are below each of the words w, by bisection. BITS > log2 N."""
+    below = w * 0
+    for bit in range(BITS):
+        more = below + (1 << (BITS - 1 - bit))
+        key = tl.load(keys + tl.minimum(more, N) - 1)
+        below = tl.where((more <= N) & (key < w), more, below)
+    return below
+
+
 @triton.jit(do_not_specialize=("N", "BITS"))
 def starts_kernel(keys, starts, N, BITS, V, KEYS: tl.constexpr):
-    """starts [V + 1]: how many of the sorted keys are below each word, by bisection. BITS > log2 N."""
+    """starts [V + 1], of each word."""
     w = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    low = w * 0
-    high = low + N
-    for _ in range(BITS):
-        middle = (low + high) // 2
-        below = (low < high) & (tl.load(keys + middle, mask=low < high, other=0) < w)
-        high = tl.where(below, high, tl.where(low < high, middle, high))
-        low = tl.where(below, middle + 1, low)
-    tl.store(starts + w, low, mask=w <= V)
+    tl.store(starts + w, _starts(keys, w, N, BITS), mask=w <= V)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -173,13 +200,18 @@ def blocks_kernel(
         tl.store(blocks + tl.program_id(0).to(tl.int64) * R + col, tl.sum(b_sum, 0), mask=col < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "BITS"))
 def words_kernel(
-    x, order, starts, blocks, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
-):
-    """One tile of dtable [V, R]: one word."""
+    x, keys, order, starts, blocks, dtable, x_n, N, BITS, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """One tile of dtable [V, R]: one word. Without starts it looks for the word's tokens itself."""
     w, r = tl.program_id(0), tl.program_id(1) * BR
-    begin, end = tl.load(starts + w), tl.load(starts + w + 1)
+    if starts is None:
+        b_starts = _starts(keys, w + tl.arange(0, 2), N, BITS)
+        begin, end = tl.min(b_starts, 0), tl.max(b_starts, 0)
+    else:
+        begin, end = tl.load(starts + w), tl.load(starts + w + 1)
     first = tl.cdiv(begin, BLOCK)
     whole = tl.maximum(end // BLOCK - first, 0)
     single = end - begin - whole * BLOCK
@@ -229,8 +261,7 @@ def backward(dy, input_ids, table, projection) -> tuple[Tensor, Tensor]:
         x = dy
         if projection is not None:
             x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
-            taken_launch(dy, projection, x, large).run()
-            for launch in dprojection_launches(dy, input_ids, table, dprojection, large).values():
+            for launch in product_launches(dy, input_ids, table, projection, x, dprojection, large).values():
                 launch.run()
         keys, order = _sorted(input_ids, table.size(0))
         for launch in dtable_launches(x, keys, order, dtable).values():
@@ -297,6 +328,25 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
     return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
 
 
+def product_launches(dy, input_ids, table, projection, x, dprojection, large: bool) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill x and dprojection."""
+    dy, table, projection = rows(dy, table, projection)
+    (n, d), (v, r) = dy.shape, table.shape
+    br, bd, bn = padded(r), padded(d), 64
+    if dy.dtype.itemsize > 2 or br > 64 or bd > 128:
+        taken = {"taken": taken_launch(dy, projection, x, large)}
+        return taken | dprojection_launches(dy, input_ids, table, dprojection, large)
+    parts, steps = splits(1, triton.cdiv(n, bn))
+    target = dprojection if parts == 1 else dy.new_empty(parts, r, d, dtype=torch.float32)
+    arguments = {
+        "dy": dy, "input_ids": input_ids.contiguous(), "table": table, "projection": projection, "x": x,
+        "dprojection_parts": target, "dy_n": dy.stride(0), "table_v": table.stride(0), "projection_r": projection.stride(0),
+        "N": n, "V": v, "STEPS": steps, "R": r, "D": d, "BR": br, "BD": bd, "BN": bn,
+    }  # fmt: skip
+    launches = {"both": _launch(both_kernel, (parts,), arguments, (4, 1), dy.dtype.itemsize, br)}
+    return launches if parts == 1 else launches | {"sum": sum_launch(target, dprojection)}
+
+
 def taken_launch(dy, projection, x, large: bool) -> Launch:
     """The launch that fills x."""
     dy, projection = rows(dy, projection)
@@ -348,15 +398,18 @@ def dtable_launches(x, keys, order, dtable) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dtable from x [N, R], the sorted keys and the tokens in that order."""
     (x,) = rows(x)
     n, (v, r) = x.size(0), dtable.shape
-    starts, blocks = keys.new_empty(v + 1, dtype=torch.int32), x.new_empty(n // BLOCK, r, dtype=torch.float32)
     bn, br = _strip(r)
+    strips = triton.cdiv(r, br)
+    starts = keys.new_empty(v + 1, dtype=torch.int32) if strips > 1 else None  # else each is asked for once
+    blocks = x.new_empty(n // BLOCK, r, dtype=torch.float32)
     arguments = {
         "x": x, "keys": keys, "order": order, "starts": starts, "blocks": blocks, "dtable": dtable, "x_n": x.stride(0),
         "N": n, "V": v, "R": r, "BITS": n.bit_length(), "KEYS": _KEYS, "BLOCK": BLOCK, "BN": min(bn, 16), "BR": br,
     }  # fmt: skip
-    strips, itemsize = triton.cdiv(r, br), dtable.dtype.itemsize
-    resources = (1,) if br <= 64 else (4,)
-    launches = {"starts": _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), itemsize)}
+    itemsize, resources = dtable.dtype.itemsize, (1,) if br <= 64 else (4,)
+    launches = {}
+    if starts is not None:
+        launches["starts"] = _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), itemsize)
     if n >= BLOCK:
         launches["blocks"] = _launch(blocks_kernel, (n // BLOCK, strips), arguments, resources, itemsize)
     return launches | {"words": _launch(words_kernel, (v, strips), arguments, resources, itemsize)}
@@ -391,6 +444,5 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     x = dy
     if projection is not None:
         x = empty(n, r, dtype=torch.float32)
-        launches |= {"taken": taken_launch(dy, projection, x, large)}
-        launches |= dprojection_launches(dy, input_ids, table, projection, large)
+        launches |= product_launches(dy, input_ids, table, projection, x, projection, large)
     return launches | dtable_launches(x, keys, input_ids, table)
