@@ -63,7 +63,7 @@ def store_tokens(
 @triton.jit
 def normalised(b_x, start, N, eps, BN: tl.constexpr, W: tl.constexpr):
     """(x / rms(x), 1 / rms(x) [BN, 1]) of b_x [BN, ...] float32, whose rows hold W numbers; zeros from token N on."""
-    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / W + eps)
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / W + eps)
     b_rstd = tl.where(tl.arange(0, BN) < N - start, b_rstd, 0.0)[:, None]
     return b_x * b_rstd, b_rstd
 
