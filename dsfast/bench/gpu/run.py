@@ -207,7 +207,7 @@ def where(rehearsal: bool) -> Json:
 
 
 def gpu_facts() -> Json:
-    """Name, compute capability, memory, multiprocessors, driver and CUDA version of the GPU."""
+    """Name, compute capability, memory, multiprocessors, driver, and CUDA and cuDNN version of the GPU."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -216,6 +216,7 @@ def gpu_facts() -> Json:
         "multiprocessors": properties.multi_processor_count,
         "driver": _driver(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "hip": torch.version.hip,
     }
 
