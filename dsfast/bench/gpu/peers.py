@@ -258,6 +258,20 @@ def grouped_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor
     return (out[inverse].unflatten(0, indices.shape) * weights[..., None]).sum(1)
 
 
+def _transformers_experts(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """With transformers' own grouped products."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
+
+    e, d, i = arguments[4].shape
+    experts = hf.DeepseekV3Experts(hf.DeepseekV3Config(hidden_size=d, n_routed_experts=e, moe_intermediate_size=i))
+    experts.config._experts_implementation = "grouped_mm"
+
+    def run(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.func.functional_call(experts, {"gate_up_proj": gate_up, "down_proj": down}, (x, indices, weights))
+
+    return direct(run, arguments, differentiable)
+
+
 def _liger_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     from liger_kernel.ops import LigerFusedMoEFunction
 
@@ -298,7 +312,33 @@ def _liger_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
-# norm, AdamW
+# norm, rope
+
+
+def _transformers_norm(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+    norm = DeepseekV3RMSNorm(arguments[1].size(0), arguments[2])
+
+    def run(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return torch.func.functional_call(norm, {"weight": weight}, (h,)), h
+
+    return direct(run, arguments, differentiable)
+
+
+def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """Which leaves a pair's halves apart, and is given no heads of keys."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+
+    x, cos, sin, positions = arguments
+    cos, sin = (table[positions].to(x.dtype).repeat(1, 2) for table in (cos, sin))
+    leaf = x.detach().clone().requires_grad_()
+
+    def run() -> Tensor:
+        return apply_rotary_pos_emb_interleave(leaf, leaf[:, :0], cos, sin)[0]
+
+    return Prepared(run, (leaf,), lambda y: y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
 
 
 def _liger_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +346,9 @@ def _liger_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tupl
 
     h = x + residual
     return LigerRMSNormFunction.apply(h, weight, eps), h
+
+
+# AdamW, and what stands around attention
 
 
 def _fused_adamw(clip: bool, arguments: list, differentiable: Sequence[int]) -> Prepared:
@@ -324,6 +367,25 @@ def _fused_adamw(clip: bool, arguments: list, differentiable: Sequence[int]) -> 
         )  # fmt: skip
 
     return Prepared(run, ())
+
+
+def _compiled_adamw(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, _ = arguments
+    leaves = [p.detach().requires_grad_() for p in params]  # which share their memory
+    optimizer = torch.optim.AdamW(
+        leaves,
+        lr=lrs[0],
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=decays[0],
+        foreach=True,
+        capturable=leaves[0].is_cuda,
+    )
+    for leaf, grad, exp_avg, exp_avg_sq in zip(leaves, grads, exp_avgs, exp_avg_sqs, strict=True):
+        leaf.grad = grad
+        before = torch.tensor(step - 1.0, device=leaf.device)
+        optimizer.state[leaf] = {"step": before, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return Prepared(torch.compile(lambda: optimizer.step()), ())
 
 
 def _project_by_operators(
@@ -365,7 +427,10 @@ _ADAMW = {
     "update": GpuPeer("torch._fused_adamw_", partial(_fused_adamw, False)),
     "clip": GpuPeer("total norm, foreach scaling, torch._fused_adamw_", partial(_fused_adamw, True)),
 }
-_ADAMW_OTHERS = {"eager": _plain("tensor by tensor, no clip", _eager_adamw)}
+_ADAMW_OTHERS = {
+    "eager": _plain("tensor by tensor, no clip", _eager_adamw),
+    "compile": GpuPeer("torch.compile of torch.optim.AdamW(foreach=True).step, no clip", _compiled_adamw, no_gpu),
+}
 
 _PEERS: dict[str, dict[str, GpuPeer]] = {
     "attention": {
@@ -385,6 +450,7 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
     "experts": {
         "grouped_mm": _plain("sort, torch._grouped_mm twice, unsort", grouped_experts),
         "compile": _compiled("grouped_mm", grouped_experts),
+        "transformers": GpuPeer("DeepseekV3Experts by grouped_mm", _transformers_experts, huggingface.missing),
         "liger": _plain("LigerFusedMoEFunction", _liger_experts, no_liger),
         "eager": _plain("a loop over experts", eager.moe_experts),
     },
@@ -407,9 +473,14 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
     "norm": {
         "eager": _plain("add and functional.rms_norm", eager.rms_norm),
         "compile": _compiled("it", eager.rms_norm),
+        "transformers": GpuPeer("add and DeepseekV3RMSNorm", _transformers_norm, huggingface.missing),
         "liger": _plain("LigerRMSNormFunction", _liger_norm, no_liger),
     },
-    "rope": {"eager": _plain("stack of two rotations", eager.rope), "compile": _compiled("it", eager.rope)},
+    "rope": {
+        "eager": _plain("stack of two rotations", eager.rope),
+        "compile": _compiled("it", eager.rope),
+        "transformers": GpuPeer("apply_rotary_pos_emb_interleave", _transformers_rope, huggingface.missing),
+    },
     "muon": {"eager": _plain("foreach, equal matrices by bmm", _eager_muon), "compile": _compiled("it", _eager_muon)},
     "newton_schulz": {
         "eager": _plain("bmm, baddbmm, baddbmm", eager.newton_schulz), "compile": _compiled("it", eager.newton_schulz),
