@@ -463,7 +463,7 @@ class TestTheTrainingPart:
 
         monkeypatch.setattr(training, "run_process", run_process)
         found = list(training.run_training(False))
-        assert commands == [["gpu", "200"], ["gpu", "200"], ["cpu", "20"]]
+        assert commands == [["gpu", "200"], ["gpu", "200"], ["cpu", "200"]]
         (folder,) = {folder for folder, _ in folders}
         assert [names for _, names in folders] == [[], ["kept"], ["kept"]]
         assert not Path(folder).exists()
