@@ -147,7 +147,12 @@ def test_bad_input_is_one_line_and_2(arguments, complaint, nothing_compiled, cap
             lambda name: None,
             "triton is not installed; run `pip install dsfast[gpu]`",
         ),
-        (triton, "__version__", "3.5rc1", "triton 3.5rc1 is too old, 3.6 or newer is needed; run `pip install -U dsfast"),
+        (
+            triton,
+            "__version__",
+            "3.5rc1",
+            "triton 3.5rc1 is too old, 3.6 or newer is needed; run `pip install -U dsfast",
+        ),
         (ops_triton, "INTERPRETED", True, "TRITON_INTERPRET=1 is set, and Triton then compiles nothing; unset it"),
     ],
     ids=["missing", "too old", "interpreted"],

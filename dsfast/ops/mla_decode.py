@@ -26,7 +26,6 @@ from dsfast.ops.library import (
     refuse_derivative,
     rows,
 )
-from dsfast.ops.narrow import padded
 
 WIDEST = 1152
 """R + Dr, each rounded up to a power of two, that the Triton kernels take."""
@@ -81,7 +80,8 @@ def mla_decode(
 
 def _not_triton(latent: Tensor, k_rope: Tensor) -> str:
     """Why the Triton kernels do not take such a cache, or ""."""
-    width, dtype = padded(latent.size(-1)) + padded(k_rope.size(-1)), str(latent.dtype).removeprefix("torch.")
+    width = triton.padded(latent.size(-1)) + triton.padded(k_rope.size(-1))
+    dtype = str(latent.dtype).removeprefix("torch.")
     if width <= WIDEST:
         return ""
     return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {WIDEST} in {dtype}, got {width}"

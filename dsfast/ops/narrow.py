@@ -11,11 +11,6 @@ from torch import Tensor
 from dsfast.ops.dispatch import choose
 
 
-def padded(width: int) -> int:
-    """The power of two that a width is rounded up to in a tile."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def at_once(x: Tensor, widths: Mapping[str, int], widest: Mapping[str, int], instead_of: Sequence[str]) -> bool:
     """Whether one launch takes tokens such as `x`: no padded width above the widest, and each operator that it stands for would
     run as a Triton kernel. Not in float32, where products take longer than launches."""
