@@ -338,7 +338,7 @@ class Tiles(NamedTuple):
 # them.
 _FLOAT32 = {
     "forward": {16: Tiles(64, 32, 4, 1), 32: Tiles(32, 16, 4, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
-    "dweight": {32: Tiles(64, 32, 4, 1), 64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 8, 1)},
+    "dweight": {32: Tiles(64, 32, 8, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
 }
 _LARGE = {  # 128 rows: of 64 both warp groups of sm_90 would compute all logits
     "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
