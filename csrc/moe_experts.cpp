@@ -20,6 +20,13 @@ void gather(const float* x, int64_t x_row, const int32_t* order, int64_t rows, i
   for (int64_t i = 0; i < rows; ++i) copy(x + order[i] / K * x_row, out + i * D, D);
 }
 
+bool of_slots(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t E) {
+  bool good = offsets[0] == 0 && offsets[E] == slots;
+  for (int64_t e = 0; e < E; ++e) good &= offsets[e] <= offsets[e + 1];
+  for (int64_t i = 0; i < slots; ++i) good &= uint32_t(order[i]) < uint64_t(slots);
+  return good;
+}
+
 // to[slot] = scale[slot] * rows (scale null: 1)
 void scatter(const float* block, const int32_t* order, int64_t rows, int64_t D, const float* scale, float* to) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -80,9 +87,10 @@ void experts_backward(const Experts& z, const float* dy, int64_t dy_row, const f
   });
 }
 
-void moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int32_t* order,
+bool moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int32_t* order,
                          const int32_t* offsets, const float* gate_up, const float* down, float* y, float* gu,
                          float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads) {
+  if (!of_slots(order, offsets, N * K, E)) return false;
   const Experts z = {{D, I}, K, E};
   const MlpWeights w = packed_mlp(z.each, E, gate_up, down, false, threads);
   parallel_ranges(count_blocks(z, offsets), threads, [&](int, int64_t begin, int64_t end) {
@@ -90,6 +98,7 @@ void moe_experts_forward(const float* x, int64_t x_row, const float* weights, co
                     dsfast::scratch(z.forward_memory()), begin, end);
   });
   if (K > 1) combine_slots(slots, y, N, K, D, threads);
+  return true;
 }
 
 void moe_experts_backward(const float* dy, int64_t dy_row, const float* x, int64_t x_row, const float* weights,

@@ -1,4 +1,4 @@
-// Scores, group-limited top-k, weights, counts; see dsfast/ops/moe_route.py.
+// Scores, group-limited top-k, weights, counts, the slots sorted by expert; see dsfast/ops/moe_route.py.
 #include "kernels.h"
 #include "parallel.h"
 #include "route.h"

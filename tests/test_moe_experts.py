@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from operator_cases import OperatorContract, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
 from dsfast.ops.cases import moe_experts_case
+from dsfast.ops.checks import evaluate
 
 
 class TestMoeExperts(OperatorContract):
@@ -79,3 +83,48 @@ def test_agrees_with_swiglu_mlp_where_there_is_one_expert():
     with ops.use("native"):
         routed = ops.moe_experts(x, torch.ones(101, 1), torch.zeros(101, 1, dtype=torch.int64), gate_up, down)
         assert torch.equal(routed, ops.swiglu_mlp(x, gate_up[0], down[0]))
+
+
+def with_slots():
+    """(arguments, slots) of a case, as a router gives them."""
+    x, weights, indices, gate_up, down = drawn(moe_experts_case("slots", 29, 5, 2, 4, 3))
+    with ops.use("reference"):
+        *_, order, offsets = ops.moe_route(
+            torch.zeros(29, 4).scatter(1, indices, 1.0), torch.zeros(4), 2, 1, 1, False, 1.0
+        )
+    indices = indices.sort(1).values  # of equal scores the lower comes first
+    return (x, weights, indices, gate_up, down), (order, offsets)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["contiguous", "apart"])
+def test_slots_that_were_sorted_before_change_nothing(apart):
+    needs_native()
+    arguments, slots = with_slots()
+    if apart:
+        slots = tuple(torch.stack([s, -s], 1)[:, 0] for s in slots)
+    expected = evaluate(ops.moe_experts, arguments, (0, 1, 3, 4))
+    found = evaluate(partial(ops.moe_experts, slots=slots), arguments, (0, 1, 3, 4))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda order, offsets: (order[:-1], offsets), r"order must have shape \[58\], got \[57\]"),
+        (lambda order, offsets: (order, offsets[:-1]), r"offsets must have shape \[5\], got \[4\]"),
+        (lambda order, offsets: (order + 1, offsets), "slots must be order and offsets of 58 slots"),
+        (lambda order, offsets: (order, offsets + 1), "slots must be order and offsets of 58 slots"),
+        (lambda order, offsets: (order, offsets.flip(0)), "slots must be order and offsets of 58 slots"),
+    ],
+)
+def test_slots_of_other_sizes_are_refused(change, complaint):
+    needs_native()
+    arguments, slots = with_slots()
+    with pytest.raises(ValueError, match=f"moe_experts: {complaint}"):
+        ops.moe_experts(*arguments, change(*slots))
+
+
+def test_slots_of_another_dtype_are_refused():
+    arguments, (order, offsets) = with_slots()
+    with pytest.raises(TypeError, match=r"moe_experts: order must be torch.int32 on cpu, got torch.int64"):
+        ops.moe_experts(*arguments, (order.long(), offsets))

@@ -50,7 +50,7 @@ SIZES = (
     embedding_case("one below", 63, 5, 63, 127),
     embedding_case("one above", 65, 5, 65, 129),
     embedding_case("several steps of depth, both ways", 19, 7, 150, 145),
-    embedding_case("more words than starts are looked up together", 9, 1030, 2, None),
+    embedding_case("more words than programs of a row of tiles", 9, 1030, 2, None),
     embedding_case("more tokens than keys are made together", 1030, 3, 2, None),
     embedding_case("rows in more than one strip", 5, 3, 1030, None),
 )
@@ -63,6 +63,16 @@ SIZES = (
 def test_sizes(case, dtype):
     with poisoned():
         assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+
+
+@on_device
+def test_starts_of_more_words_than_are_looked_up_together(monkeypatch):
+    """Where a row of the table is several strips, each word's tokens are looked for once, by a kernel of their own."""
+    from dsfast.triton_kernels import embedding as kernels
+
+    monkeypatch.setattr(kernels, "_KEYS", 16)
+    with poisoned():
+        assert_passed(compare(embedding_case("40 words", 70, 40, 1030, None), ["triton"], DEVICE, draws=DRAWS))
 
 
 # How often each word occurs, with the reason; blocks have 64 sorted tokens.

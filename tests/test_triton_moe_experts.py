@@ -22,6 +22,7 @@ from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import moe_experts_case
 from dsfast.ops.checks import check, compare
+from dsfast.ops.moe_route import sort_slots
 
 
 class TestMoeExperts(TritonContract):
@@ -230,6 +231,20 @@ def test_every_tile(monkeypatch, dtype, size):
     case = moe_experts_case("tiles", 70, 20, 2, 3, 18, used=(0, 2))
     with poisoned():
         assert_passed(compare(case, ["triton"], DEVICE, dtype))
+
+
+@on_device
+def test_slots_apart_in_memory():
+    """Sorted before, as views with other numbers between theirs."""
+    arguments = on_the_device(drawn(moe_experts_case("slots", 70, 20, 2, 3, 18)))
+    weights, gate_up = (arguments[position].requires_grad_() for position in (1, 3))
+    order, offsets = sort_slots(arguments[2], 3)
+    found = []
+    with poisoned(), ops.use("triton"):
+        for slots in (None, tuple(torch.stack([s, -s], 1)[:, 0] for s in (order, offsets))):
+            y = ops.moe_experts(*arguments, slots)
+            found.append((y, *torch.autograd.grad(y.sum(), (weights, gate_up))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 LARGER = (

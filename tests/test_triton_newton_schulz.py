@@ -32,6 +32,18 @@ class TestNewtonSchulz(TritonContract):
     registered = ("newton_schulz",)
 
 
+class TestByBlocks(TritonContract):
+    """As sm_80 and gfx942 do, whatever the sizes."""
+
+    cases, tiny, registered = TestNewtonSchulz.cases, TestNewtonSchulz.tiny, ()
+
+    @pytest.fixture(autouse=True)
+    def by_blocks(self, monkeypatch):
+        from dsfast.triton_kernels import newton_schulz as kernels
+
+        monkeypatch.setattr(kernels, "WHOLE", {4: 0, 8: 0})
+
+
 @on_device
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_what_is_not_finite_or_zero_stays_in_its_matrix(value):
@@ -72,7 +84,7 @@ def test_as_many_rows_as_fit(whole, monkeypatch):
     from dsfast.triton_kernels import newton_schulz as kernels
 
     if not whole:
-        monkeypatch.setattr(kernels, "WHOLE", 0)
+        monkeypatch.setattr(kernels, "WHOLE", {4: 0, 8: 0})
     case = newton_schulz_case("largest", (1, 128, 192))
     (x, shapes), dtype = on_the_device(drawn(case)), torch.float16 if INTERPRETED else torch.bfloat16
     with poisoned(), ops.use("triton"):

@@ -79,17 +79,34 @@ def multiple_kernel(x, n):
 
 
 @triton.jit
-def last_sums_kernel(x, done, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, LAST: tl.constexpr):
-    """Every program writes a number, the one that is done last (not LAST: the last one, which need not be) adds them up."""
+def last_sums_kernel(
+    x, done, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, LAST: tl.constexpr, BEHIND: tl.constexpr
+):
+    """Every program writes a number; the one that is done last, but BEHIND, adds them up (not LAST: that of the last number)."""
     p, programs = tl.program_id(0), tl.num_programs(0)
     tl.store(x + p, p + 1.0)
     if BARRIER:
         tl.debug_barrier()
     before = tl.atomic_add(done, 1, sem=SEM) if LAST else p
-    if before == programs - 1:
+    if before % programs == programs - 1 - BEHIND:
         i = tl.arange(0, BLOCK)
         tl.store(y, tl.sum(tl.load(x + i, mask=i < programs, other=0.0), 0))
-        tl.store(done, 0)
+
+
+@triton.jit
+def next_reads_kernel(x, done, y):
+    """Each program reads what the one before wrote, whoever comes last."""
+    p = tl.program_id(0)
+    tl.store(x + p, 1.0)
+    tl.debug_barrier()
+    tl.atomic_add(done, 1, sem="acq_rel")
+    tl.store(y + p, tl.load(x + tl.maximum(p, 1) - 1))
+
+
+@triton.jit
+def read_count_kernel(done, y):
+    tl.atomic_add(done, 1, sem="acq_rel")
+    tl.store(y + tl.program_id(0), tl.load(done))
 
 
 @triton.jit
@@ -205,16 +222,29 @@ def test_no_multiple():
 
 @interpreted
 def test_the_program_that_is_done_last_may_read_what_all_wrote():
-    x, y, done = torch.zeros(5), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-    for _ in range(2):
-        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=True)
-        assert (y.item(), done.item()) == (15, 0)
+    x, y, done = torch.zeros(5), torch.zeros(5), torch.zeros(1, dtype=torch.int32)
+
+    def run(**changes):
+        options = {"BARRIER": True, "SEM": "acq_rel", "LAST": True, "BEHIND": 0} | changes
+        last_sums_kernel[(5,)](x, done, y, BLOCK=8, **options)
+
+    for launches in (1, 2):
+        run()
+        assert (y[0].item(), done.item()) == (15, 5 * launches)
     with pytest.raises(LaunchError, match=r"programs 0 and 4 do not wait for each other: store at .*, load at "):
-        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=False)
+        run(LAST=False)
     with pytest.raises(LaunchError, match=r"programs 0 and 4 do not wait for each other: store at .*, load at "):
-        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=False, SEM="acq_rel", LAST=True)
+        run(BARRIER=False)
+    with pytest.raises(LaunchError, match=r"programs 0 and 3 do not wait for each other: store at .*, load at "):
+        run(BEHIND=1)
     with pytest.raises(InterpreterError, match="by an addition that acquires and releases"):
-        last_sums_kernel[(5,)](x, done, y, BLOCK=8, BARRIER=True, SEM="relaxed", LAST=True)
+        run(SEM="relaxed")
+    with pytest.raises(LaunchError, match=r"programs \d and \d do not wait for each other: store at .*, load at "):
+        next_reads_kernel[(5,)](x, done, y)
+    with pytest.raises(LaunchError, match=r"read_count_kernel: program 0: load at .* of what programs add to"):
+        read_count_kernel[(5,)](done, y)
+    with pytest.raises(InterpreterError, match=r"program 0: store at .* of 1 elements outside of all tensors"):
+        last_sums_kernel[(5,)](x, done[1:], y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=True, BEHIND=0)
 
 
 @interpreted

@@ -11,9 +11,10 @@ LaunchError where a launch
 - writes different values to one address in one instruction;
 - says tl.multiple_of of what is no multiple.
 
-An atomic addition of one number lets a program read what others wrote: those whose additions to that number came before, where a
-barrier stood between the writing and theirs. Other atomics are no part of any kernel here, and refused. A barrier is taken for
-one of the whole program, as it is.
+An atomic addition to one number, by every program of the launch once, lets the one that comes last read what all wrote before a
+barrier and their addition. Who is last is known by what the addition returns alone: whether a kernel asks for that is not seen,
+but the last here is only let read what it reads as the last. The number itself is for additions only. Other atomics are no part
+of any kernel here, and refused. A barrier is taken for one of the whole program, as it is.
 """
 
 from __future__ import annotations
@@ -132,11 +133,14 @@ class Launch:
             self.accesses.append(access)
         return access
 
-    def add(self, pointers: np.ndarray, mask: np.ndarray, ordered: bool) -> None:
+    def add(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, ordered: bool) -> None:
         """Note down an atomic addition; `ordered`: it acquires and releases."""
         pointers = pointers.view(np.int64)
         if pointers.size > 1 or not mask.all() or not ordered:
             raise self.fault(f"{_line()}: only one number is added to, by an addition that acquires and releases")
+        self._expect_in_bounds(
+            Access(True, self.program, self.phase, len(self.additions), pointers, pointers.ravel(), itemsize, _line())
+        )
         self.additions.append(Addition(self.program, self.phase, pointers.item()))
 
     def _expect_in_bounds(self, access: Access) -> None:
@@ -164,6 +168,10 @@ class Launch:
 
     def end(self) -> None:
         """Raises LaunchError for what programs, or the threads of one, do at the same time."""
+        added_to = np.unique([addition.address for addition in self.additions])
+        for access in self.accesses if len(added_to) else ():
+            if np.isin(access.addresses, added_to).any():
+                raise self.fault(f"program {access.program}: {access} of what programs add to")
         accesses = self._beside_stores()
         if not accesses:
             return
@@ -201,13 +209,15 @@ class Launch:
             raise self.fault(f"program {a.program}: no barrier between {a} and {b}")
 
     def _handed_over(self, a: Access, b: Access) -> bool:
-        """Whether a's program added to a number behind a barrier, and then b's to the same number, between a and b."""
-        between = self.additions[a.additions : b.additions]
-        return any(
-            first.program == a.program and first.phase > a.phase
-            and any(then.program == b.program and then.address == first.address for then in between[i + 1 :])
-            for i, first in enumerate(between)
-        )  # fmt: skip
+        """Whether before b its program was the last of all to add to a number, once each; a's did so behind a and a barrier."""
+        for address in {addition.address for addition in self.additions[: b.additions]}:
+            before = [addition for addition in self.additions[: b.additions] if addition.address == address]
+            all_once = len(before) == len({addition.program for addition in before}) == self.program + 1
+            last = before[-1].program == b.program
+            released = any(x.program == a.program and x.phase > a.phase for x in self.additions[a.additions :])
+            if all_once and last and released:
+                return True
+        return False
 
 
 def _by_address(accesses: list[Access]) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +268,7 @@ def watch_launches() -> None:
 
     def watched_addition(self, operation, pointers, value, mask, sem, scope):
         ordered = operation == ADD and sem == MEM_SEMANTIC.ACQUIRE_RELEASE and scope == MEM_SYNC_SCOPE.GPU
-        _now[-1].add(pointers.data, mask.data, ordered)
+        _now[-1].add(pointers.data, mask.data, _itemsize(pointers), ordered)
         return add(self, operation, pointers, value, mask, sem, scope)
 
     def refuse(self, *arguments):

@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
 from dsfast.triton_kernels.pieces import options
-from dsfast.triton_kernels.tables import BLOCK, Kept, as_float, elements, float_bits, is_finite, table_of
+from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
 
 MOST_PARTS = 2048  # of the norm
 COLUMNS = 8  # of the update's table: elements, first, param, grad, exp_avg, exp_avg_sq, bits of learning rate and weight decay
 NORM_COLUMNS = 3  # elements, first, grad
-_done = Kept(most=16)  # counts of programs, one for each table of gradients
 
 
 @triton.jit
@@ -85,13 +84,13 @@ def adamw_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def norm_kernel(
-    table, parts, done, loss, norm, scale, max_norm, B, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    table, parts, loss, norm, scale, max_norm, B, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
     """One of P parts of the sum of squares, in float64: blocks p, p + P, p + 2 P ... From the program that is done last norm, and
     the factor that makes it max_norm at most: NaN where norm or loss (None: none) is not finite.
 
-    done counts programs, and is 0 before and after.
+    The table's last row is of no tensor: in the place of an address it counts the programs of all launches that are done.
     """
     p, programs = tl.program_id(0), tl.num_programs(0)
     b_sum = tl.zeros([BLOCK], tl.float64)
@@ -105,7 +104,8 @@ def norm_kernel(
         b_sum += b_g.to(tl.float64) * b_g.to(tl.float64)
     tl.store(parts + p, tl.sum(b_sum, 0))
     tl.debug_barrier()
-    if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == programs - 1:
+    done = tl.atomic_add(table + tl.cast(B, tl.int64) * COLUMNS + 2, 1, sem="acq_rel", scope="gpu")
+    if done % programs == programs - 1:
         part = tl.arange(0, BP)
         b_norm = tl.sqrt(tl.sum(tl.load(parts + part, mask=part < programs, other=0.0), 0))
         b_scale = tl.where(b_norm > max_norm, max_norm / b_norm, 1.0)
@@ -114,7 +114,6 @@ def norm_kernel(
             good = good & is_finite(tl.load(loss).to(tl.float32))
         tl.store(norm, b_norm)
         tl.store(scale, tl.where(good, b_scale, float("nan")).to(tl.float32))
-        tl.store(done, 0)
 
 
 def adamw(
@@ -150,16 +149,15 @@ def adamw(
 def grad_clip(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None) -> tuple[Tensor, Tensor]:
     """Norm (float64) and clip_scale (float32), both without dimension; as dsfast.ops.grad_clip. Errors as `adamw`.
 
-    Not for the same gradients in two streams at once: both would count in one place.
+    Not for the same gradients in two streams at once: both would count in one place, and their norms could be wrong.
     """
     _check(grads)
     grads, device = [g.contiguous() for g in grads], grads[0].device
     norm, scale = grads[0].new_empty((), dtype=torch.float64), grads[0].new_empty(())
     with torch.cuda.device_of(norm):
-        table, aligned = table_of((grads,), [g.numel() for g in grads], (), device)
-        parts = norm.new_empty(max(1, min(table.size(0), MOST_PARTS, 8 * multiprocessors(device))))
-        done = _done.get((device, table.data_ptr()), lambda: torch.zeros(1, dtype=torch.int32), device)
-        grad_clip_launch(table, aligned, max_norm, loss, parts, done, norm, scale).run()
+        table, aligned = table_of(([*grads, None],), [*(g.numel() for g in grads), 1], (), device)
+        parts = norm.new_empty(max(1, min(table.size(0) - 1, MOST_PARTS, 8 * multiprocessors(device))))
+        grad_clip_launch(table, aligned, max_norm, loss, parts, norm, scale).run()
     return norm, scale
 
 
@@ -177,11 +175,11 @@ def adamw_launch(
     return Launch(adamw_kernel, (table.size(0),), arguments, options(4), 4, 0)
 
 
-def grad_clip_launch(table, aligned, max_norm: float, loss, parts, done, norm, scale) -> Launch:
-    """The launch that fills norm and scale, by a program for each of parts; tensors may lie on the meta device."""
+def grad_clip_launch(table, aligned, max_norm: float, loss, parts, norm, scale) -> Launch:
+    """The launch that fills norm and scale, by a program for each of parts; table [B + 1, COLUMNS]; any device."""
     arguments = {
-        "table": table, "parts": parts, "done": done, "loss": loss, "norm": norm, "scale": scale, "max_norm": float(max_norm),
-        "B": table.size(0), "COLUMNS": NORM_COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned, "BP": MOST_PARTS,
+        "table": table, "parts": parts, "loss": loss, "norm": norm, "scale": scale, "max_norm": float(max_norm),
+        "B": table.size(0) - 1, "COLUMNS": NORM_COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned, "BP": MOST_PARTS,
     }  # fmt: skip
     return Launch(norm_kernel, (parts.size(0),), arguments, options(4), 4, 0)
 
@@ -215,9 +213,8 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     parts, number = empty(min(blocks, 8 * 132), dtype=torch.float64), empty((), dtype=torch.float64)
     numbers = adamw_launch(table, aligned, *settings, 0.5, None, 3, None, 0.7, None)
     tensors = adamw_launch(table, aligned, *settings, 1.0, number, 1, empty((), dtype=torch.int64), 1.0, empty(()))
-    done = empty(1, dtype=torch.int32)
     return {
         "adamw_kernel": numbers,
         "adamw_kernel, scale, step and clip on the device": tensors,
-        "norm_kernel": grad_clip_launch(table, aligned, 1.0, empty(()), parts, done, number, empty(())),
+        "norm_kernel": grad_clip_launch(table, aligned, 1.0, empty(()), parts, number, empty(())),
     }

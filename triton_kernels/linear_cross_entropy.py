@@ -8,8 +8,8 @@ Two ways, by R and dtype alone:
   made again rather than stored. With P the softmax, dhidden = (P weight - weight[label]) / count has the form of attention
   over the words (arXiv 2205.14135): one sweep of online softmax gives loss and dhidden together. The gradient of the weight
   is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
-  logit in all. Both sweeps are split over programs until these fill a chip; a second kernel adds up the parts, always in
-  the same order.
+  logit in all. Both sweeps are split over programs until these fill a chip. The parts are added up by the next kernel, always
+  in the same order: those of the weight's gradient, up to 70 MB, stay until the backward pass multiplies them by dloss.
 - Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. The three products are cuBLAS's. Logits
   of up to WORKSPACE bytes are kept for the backward pass, and one kernel turns them into their gradient, times dloss. More
   tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
@@ -372,7 +372,7 @@ def tiles(kernel: str, dtype: torch.dtype, rp: int, large: int) -> Tiles:
 
 def at_once(hidden, weight) -> bool:
     """Whether the logits of a wide head are kept for the backward pass. Else, and for a narrow one, what is kept are gradients:
-    dweight, for few tokens the largest of all tensors, is then read and written once more to be multiplied by dloss."""
+    dweight, for few tokens the largest of all tensors, or its parts, are then read once more to be multiplied by dloss."""
     n, v = hidden.size(0), weight.size(0)
     return not narrow(hidden.size(1), hidden.dtype) and n * _aligned(v) * hidden.dtype.itemsize <= WORKSPACE
 
@@ -595,13 +595,13 @@ def loss_launch(losses, count, loss) -> Launch:
     return Launch(loss_kernel, (1,), arguments, options(8), 4, 0)
 
 
-def scale_launch(kept, dloss, y) -> Launch:
-    """The launch that fills the two tensors y, contiguous as the two that were kept are."""
-    sizes, parts = [tensor.numel() for tensor in y], kept[1].size(0)
+def scale_launch(gradients, dloss, y) -> Launch:
+    """The launch that fills the two tensors y, contiguous as the two `gradients` that were kept are."""
+    sizes, parts = [tensor.numel() for tensor in y], gradients[1].size(0)
     bs = min(8, triton.next_power_of_2(parts))
     block = _SCALED // bs
     arguments = {
-        "x": kept[0], "parts": kept[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "S": parts, "SIZE_1": sizes[0],
+        "x": gradients[0], "parts": gradients[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "S": parts, "SIZE_1": sizes[0],
         "SIZE_2": sizes[1], "BS": bs, "BLOCK": block,
     }  # fmt: skip
     grid = (sum(triton.cdiv(size, block) for size in sizes),)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 COLUMNS = {2: 64, 4: 32}
 """Of a block, by bytes of a number."""
-WHOLE = 2**15
-"""Numbers of 16 bits, those of a matrix with the padding, that stay in registers; only where products are those of warp groups,
-which read both operands from shared memory: others would spill."""
+WHOLE = {4: 2**14, 8: 2**15}
+"""Numbers of 16 bits, those of a matrix with the padding, that stay in the registers of so many warps; only on sm_90 and sm_100:
+sm_80 and gfx942 would spill."""
 
 
 @triton.jit
@@ -145,16 +145,20 @@ def launch(x: Tensor, out: Tensor, shapes: Sequence[int], abc, eps: float, itera
     a, b, c = abc
     numbers = {"a": a, "b": b, "c": c, "eps": eps, "ITERATIONS": iterations}
     br, bc = padded(rows), padded(columns)
-    whole = bool(large) and x.element_size() == 2 and br * bc <= WHOLE
+    warps = 8 if br > 64 else 4
+    whole = bool(large) and x.element_size() == 2 and br * bc <= WHOLE[warps]
     bc = bc if whole else COLUMNS[x.element_size()]
     sizes = {"STACKS": tuple(stacks), "COUNT": len(stacks) // 4, "BR": br, "BC": bc, "WHOLE": whole}
     arguments = {"x": x, "out": out, **numbers, **sizes}
-    return Launch(newton_schulz_kernel, (matrices,), arguments, options(8 if br > 64 else 4), x.element_size(), br)
+    return Launch(newton_schulz_kernel, (matrices,), arguments, options(warps), x.element_size(), br)
 
 
 EXAMPLES = {
     "500K": ((2, 128, 192), (2, 128, 128), (18, 64, 128), (2, 48, 128), (2, 32, 256), (1, 32, 128)),
     "64 rows": ((18, 64, 128),),
+    "64 rows, as many columns as stay in registers": ((2, 64, 256),),
+    "64 rows, one column more": ((2, 64, 257),),
+    "16 rows, as many columns as stay in registers": ((2, 16, 1024),),
     "32 rows, any columns": ((2, 32, 256), (5, 17, 1031)),
     "rows that do not begin at 16 bytes": ((3, 127, 1031),),
 }

@@ -82,5 +82,5 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: ops.Routing) -> Tensor:
         """x [N, D] -> the weighted sum of the chosen experts' outputs [N, D]."""
-        weights, indices, _, order, offsets = routing
-        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj, order, offsets)
+        weights, indices, _, *slots = routing
+        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj, tuple(slots))

@@ -29,13 +29,13 @@ def moe_experts_reference(x: Tensor, weights: Tensor, indices: Tensor, gate_up: 
 
 
 def moe_experts(
-    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor,
-    order: Tensor | None = None, offsets: Tensor | None = None,
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, slots: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:  # fmt: skip
     """x [N, D], weights [N, K], indices [N, K] int64 in 0..E-1, gate_up [E, 2I, D], down [E, D, I] -> [N, D].
 
-    order [N K] and offsets [E + 1] int32 are what `moe_route` gave with these indices, and are believed; without them the
-    indices are sorted here. Raises ValueError for other shapes or an index out of range, TypeError for mixed dtypes or devices.
+    slots: order [N K] and offsets [E + 1] int32, as `moe_route` gave them with these indices, which then are not looked at;
+    without them the indices are sorted here. Raises ValueError for other shapes, and on a CPU for an index out of range or slots
+    that are none of these sizes; TypeError for mixed dtypes or devices.
     """
     expect_shape("moe_experts", "x", x, "N", "D")
     expect_shape("moe_experts", "weights", weights, x.size(0), "K")
@@ -44,15 +44,15 @@ def moe_experts(
     expect_shape("moe_experts", "gate_up", gate_up, down.size(0), 2 * down.size(2), x.size(1))
     expect_dtype("moe_experts", x.dtype, x.device, weights=weights, gate_up=gate_up, down=down)
     expect_dtype("moe_experts", torch.int64, x.device, indices=indices)
-    if order is not None:
+    if slots is not None:
+        order, offsets = slots
         expect_shape("moe_experts", "order", order, indices.numel())
         expect_shape("moe_experts", "offsets", offsets, down.size(0) + 1)
         expect_dtype("moe_experts", torch.int32, x.device, order=order, offsets=offsets)
     if choose("moe_experts", x) == "reference":
         expect_range("moe_experts", "indices", indices, down.size(0))
         return moe_experts_reference(x, weights, indices, gate_up, down)
-    if order is None:
-        order, offsets = sort_slots(indices, down.size(0))
+    order, offsets = sort_slots(indices, down.size(0)) if slots is None else (s.contiguous() for s in slots)
     return torch.ops.dsfast.moe_experts(x, weights, order, offsets, gate_up, down)[0]
 
 
@@ -61,15 +61,16 @@ def _sizes(x, weights, down):
 
 
 def _forward_cpu(x, weights, order, offsets, gate_up, down):
-    x, weights, order, offsets = rows(x), weights.contiguous(), order.contiguous(), offsets.contiguous()
-    gate_up, down = gate_up.contiguous(), down.contiguous()
+    x, weights, gate_up, down = rows(x), weights.contiguous(), gate_up.contiguous(), down.contiguous()
     n, d, k, *_ = sizes = _sizes(x, weights, down)
     y, gu = _forward_fake(x, weights, order, offsets, gate_up, down)
     slots = x.new_empty(n * k if k > 1 else 0, d)
-    native.products().moe_experts_forward(
+    fits = native.products().moe_experts_forward(
         x.data_ptr(), x.stride(0), weights.data_ptr(), order.data_ptr(), offsets.data_ptr(), gate_up.data_ptr(),
         down.data_ptr(), y.data_ptr(), gu.data_ptr(), slots.data_ptr(), *sizes, torch.get_num_threads(),
     )  # fmt: skip
+    if not fits:
+        raise ValueError(f"moe_experts: slots must be order and offsets of {n * k} slots, as moe_route gives them")
     return y, gu
 
 

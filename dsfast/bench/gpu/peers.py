@@ -332,13 +332,13 @@ def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepar
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
     x, cos, sin, positions = arguments
-    cos, sin = (table[positions].to(x.dtype).repeat(1, 2) for table in (cos, sin))
+    cos, sin = (table[positions].to(x.dtype).repeat(1, 2)[None] for table in (cos, sin))
     leaf = x.detach().clone().requires_grad_()
 
     def run() -> Tensor:
-        return apply_rotary_pos_emb_interleave(leaf, leaf[:, :0], cos, sin)[0]
+        return apply_rotary_pos_emb_interleave(leaf[None], leaf[None, :, :0], cos, sin, unsqueeze_dim=2)[0]
 
-    return Prepared(run, (leaf,), lambda y: y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+    return Prepared(run, (leaf,), lambda y: y[0].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
 
 
 def _liger_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
