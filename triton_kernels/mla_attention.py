@@ -113,6 +113,12 @@ def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _within(x, begin, end):
+    """begin <= x < end, of numbers from 0 on, by one comparison."""
+    return (x - begin).to(tl.uint32, bitcast=True) < tl.maximum(end - begin, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
     """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores, those where the mask m_s
     says so; None: all."""
@@ -136,7 +142,7 @@ def _attend(
     m_s = None
     if MASKED:
         j = s + tl.arange(0, BS)
-        m_s = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
+        m_s = _within(j[None, :], begin[:, None], i[:, None] + 1)
     if APART:
         b_p, b_m_new, b_sum = tl.zeros([BT, BS], v.dtype.element_ty), b_m, tl.zeros([BT], tl.float32)
         if s < N:
@@ -221,7 +227,7 @@ def _attend_dq(
         b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
         if MASKED:
             j = s + tl.arange(0, BS)
-            b_p = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None]), b_p, 0.0)
+            b_p = tl.where(_within(j[None, :], begin[:, None], i[:, None] + 1), b_p, 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
     if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
@@ -300,7 +306,7 @@ def _attend_dkv(
     if not APART or s < N:
         b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
         if MASKED:
-            b_p = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), b_p, 0.0)
+            b_p = tl.where(_within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
         b_left = b_p.to(b_v.dtype)
     b_dv = tl.dot(b_left, b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
