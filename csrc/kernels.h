@@ -69,8 +69,8 @@ void swiglu_mlp_backward(const float* dy, int64_t dy_row, const float* x, int64_
                          int64_t D, int64_t I, int threads);
 
 // gate_up [E, 2I, D], down [E, D, I]. order and offsets as `sort_slots` made them; gu [N K, 2I] is in that order.
-// slots [N K, D] is working memory, used only where K > 1. Returns whether order and offsets are of these sizes; if not,
-// nothing is written.
+// slots [N K, D] is working memory, used only where K > 1. Returns whether order and offsets are of these sizes; if
+// not, nothing is written.
 bool moe_experts_forward(const float* x, int64_t x_row, const float* weights, const int32_t* order,
                          const int32_t* offsets, const float* gate_up, const float* down, float* y, float* gu,
                          float* slots, int64_t N, int64_t D, int64_t K, int64_t E, int64_t I, int threads);
