@@ -411,6 +411,8 @@ def _tiles(kernel: str, dtype: torch.dtype, large: bool, size: int, width: int, 
     by_rows = _table(dtype, large)[kernel]
     bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
     bn, bk = (min(block, padded(n)) for block, n in ((bn, width), (bk, depth)))
+    if bm == bn == 64:  # which two warp groups would share badly
+        warps = 4
     return Tiles(bm, bn, bk, warps, min(stages, max(1, triton.cdiv(depth, bk))))
 
 
