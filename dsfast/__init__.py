@@ -7,9 +7,8 @@ from pathlib import Path
 
 _TREE = Path(__file__).parents[1]
 if (_TREE / "triton_kernels" / "__init__.py").exists():
-    __path__.append(
-        str(_TREE)
-    )  # in a source tree `triton_kernels` and `configs` lie beside, also where nothing installed it
+    # In a source tree `triton_kernels` and `configs` lie beside, also where nothing installed it.
+    __path__.append(str(_TREE))
 
 from dsfast import ops
 from dsfast.config import Config, load_config

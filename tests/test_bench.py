@@ -218,9 +218,8 @@ def test_forward_bytes_are_those_of_inputs_and_results(operator: str):
     with ops.use("reference"):
         outputs = case.ours(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    tensors = [
-        x for x in arguments if isinstance(x, Tensor) and x.dtype is not torch.int32
-    ]  # without boundaries of documents
+    # The boundaries of documents do not count.
+    tensors = [x for x in arguments if isinstance(x, Tensor) and x.dtype is not torch.int32]
     assert case.forward.bytes == sum(x.nbytes for x in (*tensors, *outputs))
 
 

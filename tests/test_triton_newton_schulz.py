@@ -32,6 +32,12 @@ class TestNewtonSchulz(TritonContract):
     registered = ("newton_schulz",)
 
 
+def keep_out_of_registers(monkeypatch):
+    from dsfast.triton_kernels import newton_schulz as kernels
+
+    monkeypatch.setattr(kernels, "IN_REGISTERS", {4: 0, 8: 0})
+
+
 class TestByBlocks(TritonContract):
     """As sm_80 and gfx942 do, whatever the sizes."""
 
@@ -39,9 +45,7 @@ class TestByBlocks(TritonContract):
 
     @pytest.fixture(autouse=True)
     def by_blocks(self, monkeypatch):
-        from dsfast.triton_kernels import newton_schulz as kernels
-
-        monkeypatch.setattr(kernels, "WHOLE", {4: 0, 8: 0})
+        keep_out_of_registers(monkeypatch)
 
 
 @on_device
@@ -81,10 +85,8 @@ def test_more_rows_than_fit_are_plain_pytorchs_and_a_warning_says_so(dtype):
 @pytest.mark.parametrize("whole", [True, False], ids=["in registers", "by blocks"])
 def test_as_many_rows_as_fit(whole, monkeypatch):
     """At 128 rows, in 16 bits: what the 500K model has, the largest of it."""
-    from dsfast.triton_kernels import newton_schulz as kernels
-
     if not whole:
-        monkeypatch.setattr(kernels, "WHOLE", {4: 0, 8: 0})
+        keep_out_of_registers(monkeypatch)
     case = newton_schulz_case("largest", (1, 128, 192))
     (x, shapes), dtype = on_the_device(drawn(case)), torch.float16 if INTERPRETED else torch.bfloat16
     with poisoned(), ops.use("triton"):

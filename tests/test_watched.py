@@ -224,9 +224,9 @@ def test_no_multiple():
 def test_the_program_that_is_done_last_may_read_what_all_wrote():
     x, y, done = torch.zeros(5), torch.zeros(5), torch.zeros(1, dtype=torch.int32)
 
-    def run(**changes):
+    def run(count=done, **changes):
         options = {"BARRIER": True, "SEM": "acq_rel", "LAST": True, "BEHIND": 0} | changes
-        last_sums_kernel[(5,)](x, done, y, BLOCK=8, **options)
+        last_sums_kernel[(5,)](x, count, y, BLOCK=8, **options)
 
     for launches in (1, 2):
         run()
@@ -244,7 +244,7 @@ def test_the_program_that_is_done_last_may_read_what_all_wrote():
     with pytest.raises(LaunchError, match=r"read_count_kernel: program 0: load at .* of what programs add to"):
         read_count_kernel[(5,)](done, y)
     with pytest.raises(InterpreterError, match=r"program 0: store at .* of 1 elements outside of all tensors"):
-        last_sums_kernel[(5,)](x, done[1:], y, BLOCK=8, BARRIER=True, SEM="acq_rel", LAST=True, BEHIND=0)
+        run(done[1:])
 
 
 @interpreted

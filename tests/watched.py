@@ -12,9 +12,8 @@ LaunchError where a launch
 - says tl.multiple_of of what is no multiple.
 
 An atomic addition to one number, by every program of the launch once, lets the one that comes last read what all wrote before a
-barrier and their addition. Who is last is known by what the addition returns alone: whether a kernel asks for that is not seen,
-but the last here is only let read what it reads as the last. The number itself is for additions only. Other atomics are no part
-of any kernel here, and refused. A barrier is taken for one of the whole program, as it is.
+barrier and their addition; any other program that reads it is at fault. The number itself is for additions only. Other
+atomics are no part of any kernel here, and refused. A barrier is taken for one of the whole program, as it is.
 """
 
 from __future__ import annotations
@@ -127,20 +126,21 @@ class Launch:
         pointers = pointers.view(np.int64)
         mask = np.broadcast_to(mask, pointers.shape)
         addresses = pointers.ravel() if mask.all() else pointers[mask]
-        access = Access(store, self.program, self.phase, len(self.additions), pointers, addresses, itemsize, _line())
+        access = self._here(store, pointers, addresses, itemsize)
         if len(addresses):
             self._expect_in_bounds(access)
             self.accesses.append(access)
         return access
+
+    def _here(self, store: bool, pointers: np.ndarray, addresses: np.ndarray, itemsize: int) -> Access:
+        return Access(store, self.program, self.phase, len(self.additions), pointers, addresses, itemsize, _line())
 
     def add(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, ordered: bool) -> None:
         """Note down an atomic addition; `ordered`: it acquires and releases."""
         pointers = pointers.view(np.int64)
         if pointers.size > 1 or not mask.all() or not ordered:
             raise self.fault(f"{_line()}: only one number is added to, by an addition that acquires and releases")
-        self._expect_in_bounds(
-            Access(True, self.program, self.phase, len(self.additions), pointers, pointers.ravel(), itemsize, _line())
-        )
+        self._expect_in_bounds(self._here(True, pointers, pointers.ravel(), itemsize))
         self.additions.append(Addition(self.program, self.phase, pointers.item()))
 
     def _expect_in_bounds(self, access: Access) -> None:
@@ -214,7 +214,8 @@ class Launch:
             before = [addition for addition in self.additions[: b.additions] if addition.address == address]
             all_once = len(before) == len({addition.program for addition in before}) == self.program + 1
             last = before[-1].program == b.program
-            released = any(x.program == a.program and x.phase > a.phase for x in self.additions[a.additions :])
+            released = any((x.program, x.address) == (a.program, address) and x.phase > a.phase
+                           for x in self.additions[a.additions :])  # fmt: skip
             if all_once and last and released:
                 return True
         return False

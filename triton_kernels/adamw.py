@@ -1,9 +1,8 @@
 """Triton kernels of dsfast.ops.adamw, whose module has the maths: all tensors in one launch.
 
-T tensors, cut into B blocks (dsfast.triton_kernels.tables); P programs of the norm, of which the one that is done last
-adds up what all of them found, always in the same order. What changes from step to step (the scale of
-the learning rates, step, clip factor) may lie in device memory, so that a captured CUDA graph stays valid: then a launch holds
-nothing that the host computes.
+T tensors, cut into B blocks (dsfast.triton_kernels.tables); P programs of the norm, of which the one that is done last adds up
+what all of them found, always in the same order. What changes from step to step (the scale of the learning rates, step, clip
+factor) may lie in device memory, so that a captured CUDA graph stays valid: then a launch holds nothing that the host computes.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.pieces import load_tile, options, padded, splits, sum_launch
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
 BLOCK = 64  # sorted tokens in a block

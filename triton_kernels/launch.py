@@ -74,6 +74,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def padded(width: int) -> int:
+    """The power of two that a width is rounded up to in a tile: 16 at least, a product's narrowest."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 def on_meta(dtype: torch.dtype) -> Callable[..., Tensor]:
     """torch.empty on the meta device, of `dtype` if no other is given: for launches that are only compiled."""
     return partial(torch.empty, dtype=dtype, device="meta")

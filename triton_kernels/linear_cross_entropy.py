@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.pieces import load_tile, options, padded, splits
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import load_tile, options, splits
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
@@ -39,6 +39,7 @@ LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
+COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
 _UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
@@ -76,19 +77,14 @@ def count_kernel(labels, count, N, ignore_index, BLOCK: tl.constexpr):
     tl.store(count, tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32))
 
 
-@triton.jit
-def _mean(losses, count, loss, N, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
+    """loss, a scalar: the sum of losses [N] over count. One program."""
     b_loss = tl.zeros([BLOCK], tl.float32)
     for k in range(tl.cdiv(N, BLOCK)):
         i = k * BLOCK + tl.arange(0, BLOCK)
         b_loss += tl.load(losses + i, mask=i < N, other=0.0)
     tl.store(loss, tl.sum(b_loss, 0) / tl.load(count))
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
-    """loss, a scalar: the sum of losses [N] over count. One program."""
-    _mean(losses, count, loss, N, BLOCK)
 
 
 @triton.jit
@@ -259,7 +255,7 @@ def dweight_kernel(
     p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
     tl.store(p_dw, b_dw.to(dweight_parts.dtype.element_ty), mask=(row < V) & (d < R))
     if (tl.program_id(0) == 0) & (s == 0):
-        _mean(losses, count, loss, N, BLOCK)
+        loss_kernel(losses, count, loss, N, BLOCK)
 
 
 @triton.jit
@@ -354,7 +350,6 @@ _SMALL = {
 }
 _COMBINED = 2048  # elements of dhidden in a program of combine_kernel
 _TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
-COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
 _SCALED = 4096  # elements in a program of scale_kernel
 _WORDS = 8192  # logits in a step of softmax_kernel
 
@@ -396,18 +391,8 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
     with torch.cuda.device_of(hidden):
         if narrow(r, hidden.dtype):
             for launch in narrow_launches(
-                hidden,
-                weight,
-                labels,
-                ignore_index,
-                z_loss,
-                count,
-                losses,
-                loss,
-                kept_1,
-                kept_2,
-                large_tiles(hidden.device),
-            ).values():
+                hidden, weight, labels, ignore_index, z_loss, count, losses, loss, kept_1, kept_2, large_tiles(hidden.device)
+            ).values():  # fmt: skip
                 launch.run()
             return loss, kept_1, kept_2
         count_launch(labels, ignore_index, count).run()
@@ -470,17 +455,16 @@ def narrow_launches(
         "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads, "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
     }  # fmt: skip
     bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
-    parts, steps = splits(triton.cdiv(n, bt), triton.cdiv(v, bv))
-    inputs["TILES"] = triton.cdiv(n, bt)
-    inputs["counts"] = hidden.new_empty(triton.cdiv(n, bt), dtype=torch.float32)
+    blocks = triton.cdiv(n, bt)
+    parts, steps = splits(blocks, triton.cdiv(v, bv))
+    inputs |= {"TILES": blocks, "counts": hidden.new_empty(blocks, dtype=torch.float32)}
     inputs["softmax_parts"] = hidden.new_empty(2, parts, n, dtype=torch.float32)
     inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
     inputs["softmax"] = hidden.new_empty((2, n) if grads else 0, dtype=torch.float32)
     inputs["words"] = labels.new_empty(n if grads else 0, dtype=torch.int32)
     launches = {}
     name = "forward" if grads else "forward without gradients"
-    grid = (triton.cdiv(n, bt), parts)
-    launches[name] = _launch(forward_kernel, grid, inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
+    launches[name] = _launch(forward_kernel, (blocks, parts), inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
     name = "combine" if grads else "combine without gradients"
     block, stages = max(1, _COMBINED // rp), 3 if parts > 2 else 1  # else a program waits for the parts one by one
     launches[name] = _launch(

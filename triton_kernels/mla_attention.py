@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, rows
-from dsfast.triton_kernels.pieces import again, options, padded, place, sum_launch
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import again, options, place, sum_launch
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta
-from dsfast.triton_kernels.pieces import again, options, padded
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
+from dsfast.triton_kernels.pieces import again, options
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, on_meta, rows
+from dsfast.triton_kernels.launch import Launch, on_meta, padded, rows
 from dsfast.triton_kernels.narrow import (
     load_tokens,
     load_vector,
@@ -24,7 +24,7 @@ from dsfast.triton_kernels.narrow import (
     store_tokens,
     store_weight,
 )
-from dsfast.triton_kernels.pieces import gradients_read, options, padded, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
 from torch import Tensor
 
 

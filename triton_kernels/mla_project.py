@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, large_tiles, on_meta, rows
+from dsfast.triton_kernels.launch import Launch, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.narrow import (
     load_tokens,
     load_vector,
@@ -30,7 +30,7 @@ from dsfast.triton_kernels.narrow import (
     store_tokens,
     store_weight,
 )
-from dsfast.triton_kernels.pieces import again, options, padded, sum_launch
+from dsfast.triton_kernels.pieces import again, options, sum_launch
 from torch import Tensor
 
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, rows
-from dsfast.triton_kernels.pieces import options, padded, splits, sum_launch
+from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import options, splits, sum_launch
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -532,34 +532,40 @@ def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor, counts=None) -> list[Launch]:
     """The launches that fill order, offsets and, if not None, counts; tensors may lie on the meta device."""
     indices = indices.contiguous()
-    bins = max(32, triton.next_power_of_2(experts + 1))  # the last one for the indices that name no expert
-    tiles = triton.cdiv(indices.numel(), SORTED)
+    tiles, bins = triton.cdiv(indices.numel(), SORTED), _bins(experts)
     if tiles <= 1:
-        return _place_launches(indices, None, SORTED, order, offsets, counts, bins)
+        return _place_launches(indices, None, SORTED, order, offsets, counts)
     parts = order.new_empty(tiles, bins)
     counting = {"indices": indices, "parts": parts, "SLOTS": indices.numel(), "E": experts, "EP": bins, "BS": SORTED}
     histogram = Launch(histogram_kernel, (tiles,), counting, options(4), 4, 0)
     return [histogram, *_place_launches(indices, parts, SORTED, order, offsets, counts)]
 
 
-def _place_launches(indices, parts, slots: int, order, offsets, counts, bins: int = 0) -> list[Launch]:
-    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None: there is but one block, to be counted
-    in so many bins. Where the counts are many their sums are taken by a kernel before.
+def _bins(experts: int) -> int:
+    """Of indices from elsewhere: the last one is for those that name no expert."""
+    return max(32, triton.next_power_of_2(experts + 1))
+
+
+def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[Launch]:
+    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None: there is but one block, still to be
+    counted. Where the counts are many their sums are taken by a kernel before.
     """
-    tiles, bins = (1, bins) if parts is None else parts.shape
+    experts = offsets.numel() - 1
+    tiles, bins = (1, _bins(experts)) if parts is None else parts.shape
     together = SORTED // slots
     blocks = max(1, triton.cdiv(tiles, together))
-    ep, rows_ = triton.next_power_of_2(bins), triton.next_power_of_2(max(1, tiles))
-    before = None if parts is None or rows_ * ep <= SUMMED else order.new_empty(blocks + 1, ep)
+    ep = triton.next_power_of_2(bins)
+    be = min(4, ep)
+    few = parts is None or triton.next_power_of_2(max(1, tiles)) * ep <= SUMMED
+    before = None if few else order.new_empty(blocks + 1, ep)
     arguments = {
         "indices": indices, "parts": parts, "before": before, "order": order, "offsets": offsets, "counts": counts,
-        "SLOTS": indices.numel(), "B": tiles, "E": offsets.numel() - 1, "BINS": bins, "EP": ep, "TILES": together,
+        "SLOTS": indices.numel(), "B": tiles, "E": experts, "BINS": bins, "EP": ep, "TILES": together,
         "PER": together * slots, "BS": triton.next_power_of_2(together * slots),
-        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED, "BE": min(4, ep),
+        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED, "BE": be,
     }  # fmt: skip
-    scan = Launch(scan_kernel, (ep // min(4, ep),), arguments, options(8), 4, 0)
     scatter = Launch(scatter_kernel, (blocks,), arguments, options(4), 4, 0)
-    return [scatter] if before is None else [scan, scatter]
+    return [scatter] if few else [Launch(scan_kernel, (ep // be,), arguments, options(8), 4, 0), scatter]
 
 
 EXAMPLES = {

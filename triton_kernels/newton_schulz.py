@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles
-from dsfast.triton_kernels.pieces import options, padded
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
+from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
 COLUMNS = {2: 64, 4: 32}
 """Of a block, by bytes of a number."""
-WHOLE = {4: 2**14, 8: 2**15}
+IN_REGISTERS = {4: 2**14, 8: 2**15}
 """Numbers of 16 bits, those of a matrix with the padding, that stay in the registers of so many warps; only on sm_90 and sm_100:
 sm_80 and gfx942 would spill."""
 
@@ -56,12 +56,14 @@ def _step(out, j, R, C, b_poly, BR: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _norm(b_squares, eps):
+    """The root of their sum, eps at least."""
     norm = tl.sqrt(tl.sum(tl.sum(b_squares, 1), 0))
     return tl.where(norm < eps, eps, norm)  # not tl.maximum: NaN stays
 
 
 @triton.jit
 def _in_registers(x, out, R, C, a, b, c, eps, ITERATIONS, BR: tl.constexpr, BC: tl.constexpr):
+    """One matrix of up to BC columns."""
     dtype: tl.constexpr = x.dtype.element_ty
     at, mask = _offsets(0, R, C, BR, BC)
     b_first = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -74,6 +76,7 @@ def _in_registers(x, out, R, C, a, b, c, eps, ITERATIONS, BR: tl.constexpr, BC: 
 
 @triton.jit
 def _by_blocks(x, out, R, C, a, b, c, eps, ITERATIONS, BR: tl.constexpr, BC: tl.constexpr):
+    """One matrix, BC columns at a time."""
     dtype: tl.constexpr = x.dtype.element_ty
     blocks = tl.cdiv(C, BC)
     b_squares = tl.zeros([BR, BC], tl.float32)
@@ -146,7 +149,7 @@ def launch(x: Tensor, out: Tensor, shapes: Sequence[int], abc, eps: float, itera
     numbers = {"a": a, "b": b, "c": c, "eps": eps, "ITERATIONS": iterations}
     br, bc = padded(rows), padded(columns)
     warps = 8 if br > 64 else 4
-    whole = bool(large) and x.element_size() == 2 and br * bc <= WHOLE[warps]
+    whole = bool(large) and x.element_size() == 2 and br * bc <= IN_REGISTERS[warps]
     bc = bc if whole else COLUMNS[x.element_size()]
     sizes = {"STACKS": tuple(stacks), "COUNT": len(stacks) // 4, "BR": br, "BC": bc, "WHOLE": whole}
     arguments = {"x": x, "out": out, **numbers, **sizes}

@@ -101,8 +101,3 @@ def gradients_read(dys: list[Tensor], dh: Tensor | None) -> dict[str, Tensor | i
     for name in ("dy", "dy_2", "dy_3", "dh"):
         found |= {name: given.get(name), f"{name}_n": given[name].stride(0) if name in given else 0}
     return found
-
-
-def padded(width: int) -> int:
-    """The power of two that a product's inner dimension of `width` is rounded up to."""
-    return max(16, triton.next_power_of_2(width))

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, rows
-from dsfast.triton_kernels.pieces import gradients_read, options, padded, sum_launch
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
 from torch import Tensor
 
 WIDEST = 8192

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+from dsfast.triton_kernels.launch import padded
 
 WIDEST = {4: 320, 2: 576}
 """Dn + Dr + Dv, each rounded up to a power of two, that the Triton kernels take, by bytes of a number."""
@@ -70,7 +71,7 @@ def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
 def _not_triton(q_nope: Tensor, q_rope: Tensor, v: Tensor, scale: float) -> str:
     """Why the Triton kernels do not take them, or ""."""
     widths = q_nope.size(2), q_rope.size(2), v.size(2)
-    width = sum(map(triton.padded, widths))
+    width = sum(map(padded, widths))
     most = WIDEST.get(q_nope.element_size(), width)
     if 0 in widths:
         return "the Triton kernels take Dn, Dr and Dv from 1 on, got 0"

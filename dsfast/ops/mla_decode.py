@@ -26,6 +26,7 @@ from dsfast.ops.library import (
     refuse_derivative,
     rows,
 )
+from dsfast.triton_kernels.launch import padded
 
 WIDEST = 1152
 """R + Dr, each rounded up to a power of two, that the Triton kernels take."""
@@ -80,10 +81,10 @@ def mla_decode(
 
 def _not_triton(latent: Tensor, k_rope: Tensor) -> str:
     """Why the Triton kernels do not take such a cache, or ""."""
-    width = triton.padded(latent.size(-1)) + triton.padded(k_rope.size(-1))
-    dtype = str(latent.dtype).removeprefix("torch.")
+    width = padded(latent.size(-1)) + padded(k_rope.size(-1))
     if width <= WIDEST:
         return ""
+    dtype = str(latent.dtype).removeprefix("torch.")
     return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {WIDEST} in {dtype}, got {width}"
 
 

@@ -19,6 +19,7 @@ from dsfast.ops import triton
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 from dsfast.ops.narrow import at_once
 from dsfast.ops.rms_norm import expect_uses, rms_norm_reference
+from dsfast.triton_kernels.launch import padded
 
 INSTEAD_OF = ("rms_norm", "mla_attention")
 """The operators whose choice it follows: it runs where both run as Triton kernels."""
@@ -56,7 +57,7 @@ def mla_output(
 def outputs_at_once(values: Tensor, o: Tensor) -> bool:
     """Whether `mla_output` takes such arguments, which are to fit together, in one launch (dsfast.ops.narrow)."""
     d, c = o.shape
-    return at_once(values, {"D": triton.padded(d), "H Dv": triton.padded(c)}, WIDEST, INSTEAD_OF)
+    return at_once(values, {"D": padded(d), "H Dv": padded(c)}, WIDEST, INSTEAD_OF)
 
 
 def for_each_use(*arguments) -> tuple[Tensor, ...]:

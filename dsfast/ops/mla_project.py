@@ -23,6 +23,7 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 from dsfast.ops.narrow import at_once
 from dsfast.ops.rms_norm import rms_norm_reference
 from dsfast.ops.rope import rope_reference
+from dsfast.triton_kernels.launch import padded
 
 INSTEAD_OF = ("rms_norm", "rope", "mla_attention")
 """The operators whose choice it follows: it runs where all of them run as Triton kernels."""
@@ -69,7 +70,7 @@ def projects_at_once(
 ) -> bool:
     """Whether `mla_project` takes such arguments, which are to fit together, in one launch (dsfast.ops.narrow)."""
     r, dn, dr, dv = _widths(q, latent_norm, kv_b, heads, cos)
-    h, (d, r, dn, dr, dv) = 1 << (heads - 1).bit_length(), map(triton.padded, (kv_a.size(1), r, dn, dr, dv))
+    h, (d, r, dn, dr, dv) = 1 << (heads - 1).bit_length(), map(padded, (kv_a.size(1), r, dn, dr, dv))
     widths = {"D": d, "R": r, "H Dn": h * dn, "H Dr": h * dr, "H Dv": h * dv}
     return at_once(delta, widths, WIDEST, INSTEAD_OF)
 

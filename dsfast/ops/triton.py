@@ -34,11 +34,6 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
-def padded(width: int) -> int:
-    """The power of two that a width is rounded up to in a tile."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def missing() -> str:
     """What is wrong with the installed triton and how to mend it; empty if nothing is."""
     if importlib.util.find_spec("triton") is None:

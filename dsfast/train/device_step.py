@@ -48,7 +48,7 @@ class Batches:
         self.rows = torch.zeros(places, row_elements(tokens, segments), dtype=torch.int64, device=device)
 
     def load(self, batches: Sequence[tuple[Tensor, ...]], scales: Sequence[float]) -> None:
-        """Put them in the first places; each flat, as `DeepseekV3.flatten` returns it, on the CPU."""
+        """Put them in the first places, each with its scale; each flat, as `DeepseekV3.flatten` returns it, on the CPU."""
         rows = torch.empty(len(batches), self.rows.size(1), dtype=torch.int64)
         for row, (*parts, cu_seqlens) in zip(rows, batches, strict=True):
             row[: 3 * self.tokens] = torch.cat([part.long() for part in parts])
@@ -67,7 +67,8 @@ class Batches:
 
 def row_elements(tokens: int, segments: int) -> int:
     """int64 elements that a batch takes."""
-    return 3 * tokens + segments // 2 + 1 + 1
+    boundaries = segments // 2 + 1
+    return 3 * tokens + boundaries + 1
 
 
 class DeviceStep:

@@ -373,14 +373,8 @@ def _compiled_adamw(arguments: list, differentiable: Sequence[int]) -> Prepared:
     params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, _ = arguments
     leaves = [p.detach().requires_grad_() for p in params]  # which share their memory
     optimizer = torch.optim.AdamW(
-        leaves,
-        lr=lrs[0],
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=decays[0],
-        foreach=True,
-        capturable=leaves[0].is_cuda,
-    )
+        leaves, lr=lrs[0], betas=(beta1, beta2), eps=eps, weight_decay=decays[0], foreach=True, capturable=leaves[0].is_cuda
+    )  # fmt: skip
     for leaf, grad, exp_avg, exp_avg_sq in zip(leaves, grads, exp_avgs, exp_avg_sqs, strict=True):
         leaf.grad = grad
         before = torch.tensor(step - 1.0, device=leaf.device)
