@@ -216,4 +216,4 @@ def test_a_layer_with_a_latent_of_the_queries_goes_operator_by_operator():
     assert "mla_project" not in called
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

@@ -184,4 +184,4 @@ def test_refused_before_launch():
         ops.embedding(*arguments)
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

@@ -265,4 +265,4 @@ def test_refused_before_launch(sizes, dtype, message):
         ops.linear_cross_entropy(*on_the_device(list(arguments)))
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

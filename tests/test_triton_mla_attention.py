@@ -234,4 +234,4 @@ def test_operator_takes_the_kernels():
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, leaves, do), gradients, strict=True))
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

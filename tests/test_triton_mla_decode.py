@@ -261,4 +261,4 @@ class TestPlan:
         assert _readable(cache.transpose(1, 2)).is_contiguous()
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

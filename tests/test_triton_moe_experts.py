@@ -276,4 +276,4 @@ def test_other_dtypes_are_refused():
             ops.moe_experts(*arguments)
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

@@ -104,4 +104,4 @@ def test_other_dtypes_are_refused():
             ops.newton_schulz(x, ((1, 2, 3),))
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

@@ -80,4 +80,4 @@ def test_other_dtypes_are_refused():
             ops.swiglu_mlp(x, gate_up, down)
 
 
-test_in_the_interpreter = in_the_interpreter(__file__)
+test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from dsfast.triton_kernels import launch
+from dsfast.triton_kernels.limits import CHIPS
 from operator_cases import DRAWS, LAYOUTS, assert_bitwise_equal, assert_passed, drawn, expanded, with_gradient_layout
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -44,6 +46,7 @@ if INTERPRETED:
     from watched import watch_launches
 
     watch_launches()
+    launch.INTERPRETED_AS = CHIPS[os.environ.get("DSFAST_INTERPRETED_CHIP", "sm_90")].large
 
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         """A product summed exactly, then rounded.
@@ -84,16 +87,19 @@ def run_triton(case: Case, arguments: list) -> dict[str, Tensor]:
         return evaluate(case.function, on_the_device(arguments), case.differentiable)
 
 
-def in_the_interpreter(path: str):
-    """A test that runs the tests of `path` in a process of the interpreter's."""
+def in_the_interpreter(path: str, other_chips: tuple[str, ...] = ()):
+    """A test that runs the tests of `path` in a process of the interpreter's, by the tiles of an sm_90, and where it is slow
+    those that are not by the tiles of `other_chips` as well."""
+    slow = [("slow", "sm_90"), *(("not slow", chip) for chip in other_chips)]
 
     @pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
-    @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-    def test(which):
+    @pytest.mark.parametrize(
+        ("which", "chip"), [("not slow", "sm_90"), *(pytest.param(*run, marks=pytest.mark.slow) for run in slow)]
+    )
+    def test(which, chip):
         command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", path]
-        child = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-        )
+        interpreted = {"TRITON_INTERPRET": "1", "DSFAST_INTERPRETED_CHIP": chip}
+        child = subprocess.run(command, env={**os.environ, **interpreted}, capture_output=True, text=True, check=False)
         assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
     return test

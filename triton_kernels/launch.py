@@ -15,6 +15,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+INTERPRETED_AS = 9
+"""Whose tiles Triton's interpreter runs: what `large_tiles` says of that chip. The tests go through all."""
+
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
@@ -60,10 +63,10 @@ def large_tiles(device: torch.device) -> int:
     """The major compute capability of `device` where it is a data-centre chip with warp-group products and 227 KB of shared
     memory (sm_90, sm_100), else 0.
 
-    Without a device (Triton's interpreter) it is taken for an sm_90.
+    Without a device (Triton's interpreter) INTERPRETED_AS.
     """
     if device.type != "cuda":
-        return 9
+        return INTERPRETED_AS
     major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
     return major if major in (9, 10) else 0
 
