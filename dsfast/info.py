@@ -121,7 +121,10 @@ def _processor() -> str:
 def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
-    gpu = torch.cuda.get_device_properties(0)
+    try:
+        gpu = torch.cuda.get_device_properties(0)
+    except RuntimeError as error:  # busy, or broken
+        return {"name": f"does not answer: {str(error).splitlines()[0]}", "capability": None, "memory_gb": None}
     capability = f"{gpu.major}.{gpu.minor}"
     return {"name": gpu.name, "capability": capability, "memory_gb": round(gpu.total_memory / 1e9, 1)}
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsfast.config import OPERATORS
+from dsfast.model import DeepseekV3
 from dsfast.ops.triton import INTERPRETED
 from dsfast.train.device_step import DeviceStep
 
@@ -22,6 +23,8 @@ WAITING = {"_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"}
 """Operators of aten that look at values on the host."""
 METHODS = ("item", "tolist", "numpy", "cpu", "to", "__bool__", "__int__", "__float__", "__index__", "is_pinned")
 """Those of a tensor that do; some of them are not seen by a dispatch mode on a CPU, where there is nothing to copy."""
+FROM_THE_HOST = ("tensor", "as_tensor", "from_numpy")
+"""Functions of torch that take the host's numbers: on a GPU a copy of memory that is not pinned."""
 SHAPED_BY_DATA = {
     "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave", "histc",
 }  # fmt: skip
@@ -33,7 +36,7 @@ class NotCapturableError(AssertionError):
 
 
 class GraphGuard(TorchDispatchMode):
-    """Inside, what waits for the device, copies to the CPU or takes its shape from data raises NotCapturableError.
+    """Inside, what waits for the device, copies to or from the host or takes its shape from data raises NotCapturableError.
 
     Of an operator of dsfast's what a GPU runs is held to it: in the interpreter's process the operators of PyTorch's that it
     calls, and the launchers of its Triton kernels, but not what interprets a kernel; elsewhere C++ takes its place, and nothing.
@@ -44,21 +47,35 @@ class GraphGuard(TorchDispatchMode):
         self._in_operator, self._former, self.seen = False, {}, []
 
     def __enter__(self):
-        self._former = {name: getattr(Tensor, name) for name in METHODS}
-        for name, method in self._former.items():
-            setattr(Tensor, name, self._watched(name, method))
+        watched = [(Tensor, name, self._watched) for name in METHODS]
+        watched += [(torch, name, self._refused) for name in FROM_THE_HOST] + [(Tensor, "new_tensor", self._refused)]
+        self._former = {(owner, name): getattr(owner, name) for owner, name, _ in watched}
+        for owner, name, watch in watched:
+            setattr(owner, name, watch(name, self._former[owner, name]))
         return super().__enter__()
 
     def __exit__(self, *error):
-        for name, method in self._former.items():
-            setattr(Tensor, name, method)
+        for (owner, name), function in self._former.items():
+            setattr(owner, name, function)
         return super().__exit__(*error)
+
+    def _held(self) -> bool:
+        """Whether what calls the caller is held to it, and not what stands in for a kernel."""
+        return not self._in_operator or sys._getframe(2).f_code.co_filename.startswith(LAUNCHERS)
+
+    def _refused(self, name: str, function):
+        @wraps(function)
+        def refused(*args, **kwargs):
+            if self._held():
+                raise NotCapturableError(f"{name} copies from the host")
+            return function(*args, **kwargs)
+
+        return refused
 
     def _watched(self, name: str, method):
         @wraps(method)
         def watched(x, *args, **kwargs):
-            held = not self._in_operator or sys._getframe(1).f_code.co_filename.startswith(LAUNCHERS)
-            if held and (
+            if self._held() and (
                 name != "to" or "cpu" in (str(a) for a in (*args, *kwargs.values()) if not isinstance(a, Tensor))
             ):
                 raise NotCapturableError(f"Tensor.{name} waits for the device")
@@ -79,6 +96,8 @@ class GraphGuard(TorchDispatchMode):
             raise NotCapturableError(f"{func} with a mask has a shape that depends on data")
         if name == "_to_copy" and str(kwargs.get("device", "")) == "cpu":
             raise NotCapturableError(f"{func} copies to the CPU")
+        if name == "_to_copy" and args[0].is_cpu and str(kwargs.get("device") or "cpu") != "cpu":
+            raise NotCapturableError(f"{func} copies from the host")
         if len({x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}) > 1:
             raise NotCapturableError(f"{func} takes a tensor from the host")
         self.seen.append(func.name())
@@ -119,6 +138,14 @@ def kept_memory(call: Callable[[], object]) -> list[Tensor]:
     before = set(places())
     call()
     return [x for place, x in places().items() if place not in before]
+
+
+def kept_by_step(step: Callable[[], object], model: DeepseekV3) -> list[tuple[int, ...]]:
+    """Shapes of what `kept_memory` finds, but for what each step makes anew and no other reads: the routers' loads, and where in
+    a cache its tokens lie."""
+    kept = kept_memory(step)
+    anew = [router.load for router in model.routers()] + ([step.cache._positions] if hasattr(step, "cache") else [])
+    return [tuple(x.shape) for x in kept if x.data_ptr() not in [y.data_ptr() for y in anew]]
 
 
 def operators_called(seen: list[str]) -> set[str]:

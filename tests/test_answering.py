@@ -59,10 +59,13 @@ def test_a_gpu_asked_for_that_is_not_here(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), r"^no room for the model on the GPU \(CUDA out of memory.\)$"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            r"^out of GPU memory while loading the model: it takes a GPU with room, or --device cpu \(CUDA out of memory.\)$",
+        ),
         (
             RuntimeError("CUDA error: device busy\nmore"),
-            "^the GPU failed before anything was asked: CUDA error: device busy$",
+            "^the GPU failed while loading the model: CUDA error: device busy$",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from guard import GraphGuard, NotCapturableError, addresses, operators_called
+from guard import GraphGuard, NotCapturableError, addresses, kept_by_step, operators_called
 from operator_cases import needs_native
 from tiny import tiny_config, tiny_dataset
 
@@ -411,7 +411,7 @@ class TestWhatAGraphForbids:
         with trainer.kernels():
             for _ in range(4):
                 with GraphGuard() as guard:
-                    steps.step()
+                    assert kept_by_step(steps.step, trainer.model) == []
                 assert {"dsfast::mla_attention_backward", "dsfast::grad_clip", "dsfast::adamw"} <= set(guard.seen)
                 assert addresses(steps.step) == before
                 place = int(steps.step.place)
@@ -437,8 +437,8 @@ class TestWhatAGraphForbids:
 
     def test_there_a_number_of_the_hosts_is_noticed(self, monkeypatch):
         steps = on_meta("muon", torch.float32, monkeypatch)
-        inner = steps.step._gradients
-        steps.step._gradients = lambda batch: torch.where((loss := inner(batch)) > 0, loss, torch.tensor(0.0))
+        inner, zero = steps.step._gradients, torch.tensor(0.0)
+        steps.step._gradients = lambda batch: torch.where((loss := inner(batch)) > 0, loss, zero)
         with steps.trainer.kernels():
             steps.step()
             with pytest.raises(NotCapturableError, match="takes a tensor from the host"), GraphGuard():
@@ -462,6 +462,10 @@ class TestWhatAGraphForbids:
             lambda x: torch.repeat_interleave(x[None], x[None].long()),
             lambda x: torch.bincount(x[None].long()),
             lambda x: torch.equal(x, x),
+            lambda x: torch.tensor(1.0, device=x.device),
+            lambda x: torch.as_tensor([1.0]),
+            lambda x: x.new_tensor([1.0]),
+            lambda x: torch.zeros(1).to("meta"),
         ],
     )
     def test_the_guard_notices(self, forbidden):
@@ -492,7 +496,6 @@ class TestCapture:
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch):
         monkeypatch.setattr(gpu, "_side_stream", nullcontext)
-        monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
 
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         calls = []
@@ -572,9 +575,14 @@ class TestCapture:
             gpu.record(failing)
         assert streams == ["the caller's"] * 2  # after a capture that failed as well
 
-    def test_out_of_memory_is_no_reason_for_another_way(self, monkeypatch):
+    @pytest.mark.parametrize("on_top", [False, True])
+    def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):
         def record(step):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            finally:
+                if on_top:
+                    raise RuntimeError("the capture could not be ended")
 
         monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
@@ -620,6 +628,16 @@ class TestAGpuThatFails:
             (
                 RuntimeError("Triton Error [CUDA]: out of memory"),
                 "out of GPU memory after step 5 with train.batch_size 3",
+            ),
+            *(
+                (RuntimeError(said), f"the GPU failed after step 5: {said}")
+                for said in (
+                    "CUDA unknown error - this may be due to an incorrectly set up environment",
+                    "NVML_SUCCESS == r INTERNAL ASSERT FAILED at somewhere",
+                    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before",
+                    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+                    "No CUDA GPUs are available",
+                )
             ),
             (RuntimeError("CUDA error: out of memory\nmore"), "out of GPU memory after step 5 with train.batch_size 3"),
             (

@@ -11,15 +11,14 @@ from operator_cases import needs_native
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.ops import dispatch, native
+from dsfast.ops import native
 
 X, WEIGHT = torch.ones(2, 3), torch.ones(3)
 
 
 @pytest.fixture(autouse=True)
-def own_selection(monkeypatch):
-    """What a test configures or notes ends with it."""
-    monkeypatch.setattr(dispatch, "_fallbacks", {})
+def own_selection():
+    """What a test configures ends with it."""
     with ops.use("auto"):
         yield
 

@@ -145,8 +145,7 @@ class TestInPlaceAndOnTheDevice:
                 ops.muon(*arguments, **{name: torch.tensor(1)})
 
 
-def test_iterating_in_bfloat16_is_said_to_be_plain_pytorchs(monkeypatch):
+def test_iterating_in_bfloat16_is_said_to_be_plain_pytorchs():
     needs_native()
-    monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
     with pytest.warns(ops.FallbackWarning, match="muon runs in plain PyTorch: the C.. kernels iterate in float32"):
         ops.muon(*drawn(TestMuon.tiny), dtype=torch.bfloat16)

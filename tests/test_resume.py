@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_dataset, write_text_run
 
-from dsfast.errors import UserError
-from dsfast.train import Trainer, TrainingError
+from dsfast.errors import GpuError, UserError
+from dsfast.train import Trainer, TrainingError, checkpoint
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
@@ -63,6 +64,20 @@ def test_five_and_five_equal_ten(tmp_path, kind):
     assert (result.steps, len(result.losses)) == (10, 5)
     assert_same_run(whole, parts)
     assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_gpu_that_fails_while_resuming_is_not_the_checkpoints_fault(tmp_path, monkeypatch):
+    def busy(states):
+        raise torch.AcceleratorError("CUDA error: device busy\nmore")
+
+    folder = tmp_path / "run"
+    Trainer(tiny_config(**{"train.steps": 2}), folder, tiny_dataset()).train(quiet=True)
+    monkeypatch.setattr(checkpoint, "restore_random_states", busy)
+    again = Trainer(tiny_config(**{"train.steps": 3}), folder, tiny_dataset())
+    with pytest.raises(
+        GpuError, match=r"^the GPU failed after step 0: CUDA error: device busy; the last checkpoint is .*-000002$"
+    ):
+        again.train(resume=folder, quiet=True)
 
 
 def test_resume_into_another_folder(tmp_path):

@@ -14,17 +14,28 @@ import torch
 from rich.console import Console
 from tiny import write_text_run
 
+from dsfast import info
 from dsfast.config import CONFIGS, load_config
 from dsfast.data import Prompt, load_prompts
 from dsfast.errors import GpuError, UserError
 from dsfast.evaluate.probes import judge
+from dsfast.ops import triton
 from dsfast.suite import __main__ as suite
 from dsfast.suite import phases
 from dsfast.suite.error_reports import error_reports
-from dsfast.suite.report import FAILED, PASSED, Reporter, duration, performance_block, training_time, utilisation
+from dsfast.suite.report import (
+    FAILED,
+    PASSED,
+    Reporter,
+    duration,
+    fallbacks,
+    performance_block,
+    training_time,
+    utilisation,
+)
 from dsfast.suite.results import write_results
 from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
-from dsfast.train import loop, runtime
+from dsfast.train import checkpoint, loop, runtime
 
 BELOW, ABOVE = -1e-9, 1e-9
 
@@ -303,6 +314,27 @@ def test_behind_it_stands_what_the_gpu_took_besides():
         "GPU utilisation and memory:",
         "  GPU: busy 97% of the steps' time; 0.31 GB of VRAM",
     ]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "line"),
+    [
+        ([8.0, 6.01, 4.0], "apart by 0.17% at most (step 2), never by more than 3%"),
+        ([8.0, 6.3, 4.4], "apart by 10.00% at most (step 3), first by more than 3% at step 2"),
+    ],
+)
+def test_how_far_the_losses_come_apart(gpu, line):
+    results = both_devices(672.0)
+    for name, losses in (("cpu", [8.0, 6.0, 4.0]), ("gpu", gpu)):
+        results["tests"][name]["phases"].append({"name": "training", "details": {"losses": losses}})
+    results["comparison"] = phases.compare(results["tests"]["cpu"], results["tests"]["gpu"])
+    assert performance_block(results)[-3:-1] == ["", f"Losses of CPU and GPU: {line}"]
+
+
+def test_what_fell_back_is_said_once():
+    row = {"operator": "train_step", "device": "cuda", "reason": "capture as a CUDA graph failed: why"}
+    found = [{"name": name, "details": {"fallbacks": [row]}} for name in ("training", "generation")]
+    assert fallbacks({"gpu": {"phases": found}, "cpu": {"phases": []}}) == [row]
 
 
 def test_without_a_gpu_nothing_is_said_of_one():
@@ -686,13 +718,19 @@ def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeyp
     assert "cpu: training: ZeroDivisionError: a defect" in results["verdict"]["failed"]
 
 
-@pytest.mark.parametrize("phase", ["set-up", "training", "generation"])
-def test_a_gpu_that_fails_ends_with_one_line_after_the_results_are_written(tmp_path, monkeypatch, phase):
+GPU_FAILURES = [
+    *((phase, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")) for phase in phases.PHASES),
+    ("training", GpuError("the GPU failed after step 1: CUDA error: unspecified launch failure")),
+]
+
+
+@pytest.mark.parametrize(("phase", "error"), GPU_FAILURES)
+def test_a_gpu_that_fails_ends_with_one_line_after_the_results_are_written(tmp_path, monkeypatch, phase, error):
     asked = []
 
     def failing(session):
         asked.append(session.plan.name)
-        raise GpuError("the GPU failed after step 1: CUDA error: unspecified launch failure")
+        raise error
 
     monkeypatch.setitem(phases.PHASES, phase, failing)
     monkeypatch.setattr(phases.Plan, "device", "gpu")
@@ -700,7 +738,7 @@ def test_a_gpu_that_fails_ends_with_one_line_after_the_results_are_written(tmp_p
     config = write_text_run(tmp_path, **changes)
     arguments = ["--config", str(config), "--full-training", "--output-dir", str(tmp_path / "out")]
     with pytest.raises(
-        GpuError, match=r"^the GPU failed after step 1: .* launch failure; what was found until then is in "
+        GpuError, match=r"^the GPU failed (after step 1|while .*): .* launch failure; what was found until then is in "
     ) as caught:
         suite.main(arguments)
     assert "\n" not in str(caught.value)
@@ -712,7 +750,39 @@ def test_a_gpu_that_fails_ends_with_one_line_after_the_results_are_written(tmp_p
     assert tests["cpu"]["status"] == "error"
     assert (tests["full"]["status"], tests["full"]["reason"]) == ("skipped", "the GPU failed in the test before")
     assert results["verdict"]["passed"] is False
-    assert any("the GPU failed after step 1" in reason for reason in results["verdict"]["failed"])
+    assert any("the GPU failed " in reason for reason in results["verdict"]["failed"])
+
+
+def test_a_gpu_that_fails_before_the_first_test_ends_with_one_line(tmp_path, monkeypatch):
+    def failing(session):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(suite, "set_up", failing)
+    config = write_text_run(tmp_path, **{"model.max_position_embeddings": 128})
+    expected = r"^out of GPU memory while setting up: lower train.batch_size .* \(CUDA out of memory. Tried .*\)$"
+    with pytest.raises(GpuError, match=expected):
+        suite.main(["--config", str(config), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_does_not_answer_leaves_the_cpus_test(monkeypatch):
+    def busy(*_):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_device_capability", "get_device_name", "get_device_properties", "get_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, busy)
+    configs, skipped = suite.choose_configs(suite._parser().parse_args([]))
+    assert set(configs) == {"cpu"}
+    assert re.search(r"^the GPU failed while asked what it can: CUDA error: .* busy or unavailable$", skipped["gpu"])
+    triton.available.cache_clear()
+    try:
+        facts = info.collect()
+    finally:
+        triton.available.cache_clear()
+    assert facts["machine"]["gpu"]["name"].startswith("does not answer: CUDA error: ")
+    assert {row["implementation"] for row in facts["operators"]["cuda"]} == {"reference"}
+    assert checkpoint.random_states()["cuda"] == []  # of a run on the CPU, which needs no GPU
 
 
 def test_a_gpu_that_cannot_run_the_config_leaves_the_cpus_test(monkeypatch):

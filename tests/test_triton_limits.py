@@ -46,11 +46,6 @@ BEYOND = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(ops.dispatch, "_fallbacks", {})
-
-
 def arguments_of(case: Case, dtype: torch.dtype) -> list:
     drawn = case.make_inputs(torch.Generator().manual_seed(0))
     cast = (x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in drawn)

@@ -61,7 +61,6 @@ def generate_ids(
     limit, batch = model.config.max_position_embeddings, len(prompts)
     room = [min(max_new_tokens, limit - len(prompt) + 1) for prompt in prompts]  # the last token is never read back
     capacity = max(len(prompt) + n - 1 for prompt, n in zip(prompts, room, strict=True))
-    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     was_training = model.training
     if was_training:
         model.eval()
@@ -72,6 +71,7 @@ def generate_ids(
             ),
             lambda said: f"the GPU failed while generating: {said}",
         ):
+            generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
             decoder = (decoder_type or _own_decoder(model))(model, batch, capacity, temperature, generator)
             return _collect(decoder, packed, room, eos_id)
     finally:

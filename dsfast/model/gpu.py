@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,11 @@ from dsfast import ops
 from dsfast.errors import GpuError
 from dsfast.ops import triton
 
-_OF_THE_GPU = ("CUDA error", "CUDA driver error", "Triton Error [", "HIP error", "CUBLAS_STATUS", "HIPBLAS_STATUS")
-"""How the first line of a RuntimeError begins, or what it holds, that tells of a GPU: torch's, Triton's and the libraries'."""
+_OF_THE_GPU = (
+    "CUDA error", "CUDA driver error", "CUDA unknown error", "cudaGetDeviceCount", "No CUDA GPUs", "NVML_SUCCESS", "HIP error",
+    "Triton Error [", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "HIPBLAS_STATUS",
+)  # fmt: skip
+"""What the first line of a RuntimeError that tells of a GPU holds: torch's, Triton's and the libraries'."""
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 WARM_UP = 3
 """Calls before a capture: kernels are compiled, libraries allocate their working memory."""
@@ -50,11 +53,12 @@ def captured(step: Step) -> Callable[[], None]:
     with unchanged(step.state()):
         try:
             return record(step)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             # What went wrong in the capture, not that the capture could not be ended, which is raised on top of it.
-            reason = f"capture as a CUDA graph failed: {_first_line(error.__context__ or error)}"
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = f"capture as a CUDA graph failed: {_first_line(cause)}"
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
     return step
 
@@ -151,6 +155,14 @@ def gpu_errors(out_of_memory: Callable[[str], str], failed: Callable[[str], str]
             raise
         short = any(words in said for words in _OUT_OF_MEMORY)
         raise GpuError(out_of_memory(said) if short else failed(said)) from error
+
+
+def gpu_errors_while(what: str, remedy: str = "") -> AbstractContextManager[None]:
+    """`gpu_errors` that say at what it was, "setting up", and what helps against too little memory."""
+    return gpu_errors(
+        lambda said: f"out of GPU memory while {what}{remedy and f': {remedy}'} ({said})",
+        lambda said: f"the GPU failed while {what}: {said}",
+    )
 
 
 def _first_line(error: Exception) -> str:

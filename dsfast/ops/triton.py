@@ -68,7 +68,10 @@ def available(operator: str) -> tuple[bool, str]:
         return True, "Triton kernel, interpreted"
     if not torch.cuda.is_available():
         return False, "PyTorch finds no GPU"
-    capability = torch.cuda.get_device_capability()
+    try:
+        capability = torch.cuda.get_device_capability()
+    except RuntimeError as error:
+        return False, f"the GPU does not answer: {str(error).splitlines()[0]}"
     if capability < OLDEST_CHIP:
         return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
     if reason := _no_launcher():

@@ -20,8 +20,10 @@ from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
 from dsfast.errors import GpuError, UserError
 from dsfast.files import check_output_folder
+from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.phases import (
     DEVICE_NAMES,
+    REMEDY,
     Plan,
     Session,
     compare,
@@ -49,8 +51,9 @@ def main(argv: list[str]) -> int:
     configs, skipped = choose_configs(arguments)
     folder = check_output_folder(arguments.output_dir, "--output-dir")
     plans = make_plans(configs, prompts, arguments.full_training)
-    for plan in plans:
-        set_up(Session(plan))  # a mistake in the second test's input must not come out after the first has trained
+    for plan in plans:  # a mistake in the second test's input must not come out after the first has trained
+        with gpu_errors_while("setting up", REMEDY):
+            set_up(Session(plan))
     if not arguments.full_training:
         skipped["full"] = "not asked for (--full-training)"
     reporter = Reporter()

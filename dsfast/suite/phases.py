@@ -26,15 +26,16 @@ from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import GpuError
 from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught
 from dsfast.model import DeepseekV3, parameter_counts
+from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.error_reports import error_reports
 from dsfast.suite.propagation import check_propagation
 from dsfast.suite.report import Reporter
-from dsfast.suite.verdict import Check, judge_phase
+from dsfast.suite.verdict import PARTED, Check, judge_phase
 from dsfast.train import Trainer, TrainResult
+from dsfast.train.runtime import answering
 
 DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
-PARTED = 0.03
-"""Relative difference of a step's losses above which CPU and GPU are said to have parted: what bfloat16 may make."""
+REMEDY = "lower train.batch_size or data.sequence_length"
 
 Details = dict[str, Any]
 
@@ -83,7 +84,8 @@ class Session:
     probes: dict[str, list[ProbeResult]] = field(default_factory=dict)
 
     def ask(self, model: DeepseekV3, prompts: Sequence[Prompt]) -> list[ProbeResult]:
-        return ask(model, self.trainer.dataset.tokenizer, prompts, self.plan.config.suite.max_new_tokens)
+        with answering(model, self.plan.config, None):
+            return ask(model, self.trainer.dataset.tokenizer, prompts, self.plan.config.suite.max_new_tokens)
 
 
 def set_up(session: Session) -> Details:
@@ -151,13 +153,15 @@ def propagation(session: Session) -> Details:
 
 
 def generation(session: Session) -> Details:
-    """The prompts, greedily, one by one. The first is asked once more beforehand: on a GPU kernels are compiled then.
+    """The prompts, greedily, one by one. Beforehand the first is asked once more, on a GPU all of them: kernels are compiled
+    then, for long prompts others than for short ones.
 
     preparation_seconds: what that took on a GPU, in no answer's seconds; None on a CPU, which has nothing to prepare.
     """
-    model, started = session.trainer.model, time.perf_counter()
-    session.ask(model, next(iter(session.plan.prompts.values()))[:1])
-    preparation = time.perf_counter() - started if session.plan.device == "gpu" else None
+    model, started, on_gpu = session.trainer.model, time.perf_counter(), session.plan.device == "gpu"
+    prompts = [prompt for prompts in session.plan.prompts.values() for prompt in prompts]
+    session.ask(model, prompts if on_gpu else prompts[:1])
+    preparation = time.perf_counter() - started if on_gpu else None
     session.probes = {name: session.ask(model, prompts) for name, prompts in session.plan.prompts.items()}
     return {
         "preparation_seconds": preparation,
@@ -188,7 +192,8 @@ def recall(session: Session) -> Details:
     facts = session.trainer.dataset.taught
     if not facts:
         return {"taught": None, "heldout": None, "reason": "the text is not dsfast's own: it teaches no known facts"}
-    recalls = measure_taught(session.trainer.model, session.trainer.dataset.tokenizer, facts)
+    with answering(session.trainer.model, session.plan.config, None):
+        recalls = measure_taught(session.trainer.model, session.trainer.dataset.tokenizer, facts)
     return {"facts": len(facts), **{name: asdict(value) for name, value in recalls.items()}}
 
 
@@ -247,7 +252,8 @@ def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[di
     """
     start = time.perf_counter()
     try:
-        details = function()
+        with gpu_errors_while(f"at the phase {name!r}", REMEDY):
+            details = function()
     except Exception as error:
         phase = {"name": name, "status": "error", "seconds": time.perf_counter() - start}
         if isinstance(error, GpuError):

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsfast.data.prompts import PRIORITIES
-from dsfast.suite.verdict import THRESHOLDS, Check, show
+from dsfast.suite.verdict import PARTED, THRESHOLDS, Check, show
 
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 SHOWN = 48  # characters of a generated answer in a table
@@ -76,6 +76,8 @@ class Reporter:
         if full:
             self.console.print(priority_table(full))
         self._line("\n".join(performance_block(results)))
+        for fallback in fallbacks(results["tests"]):
+            self._line(f"FELL BACK  {fallback['operator']} on {fallback['device']}: {fallback['reason']}", "yellow")
         for skipped in verdict["skipped"]:
             self._line(f"SKIPPED  {skipped}", "yellow")
         for failed in verdict["failed"]:
@@ -104,6 +106,13 @@ def make_console() -> Console:
         sys.stdout.reconfigure(errors="replace")
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def fallbacks(tests: Json) -> list[Json]:
+    """What ran in another way than it should, each once."""
+    found = [find_details(test, phase) or {} for test in tests.values() for phase in ("training", "generation")]
+    rows = [row for details in found for row in details.get("fallbacks", [])]
+    return [row for place, row in enumerate(rows) if row not in rows[:place]]
 
 
 def find_details(test: Json, phase: str) -> Json | None:
@@ -171,6 +180,16 @@ def _speedup(speedups: Json, name: str) -> list[str]:
     return [f"  Speedup: {speedups[name]:.1f}x faster on GPU{warning}"]
 
 
+def _parting(speedups: Json) -> list[str]:
+    """How far the losses of the two devices come apart, where both have trained."""
+    found = speedups.get("losses")
+    if not found:
+        return []
+    where = found["part_at_step"]
+    parted = f"first by more than {PARTED:.0%} at step {where}" if where else f"never by more than {PARTED:.0%}"
+    return ["", f"Losses of CPU and GPU: apart by {found['largest']:.2%} at most (step {found['at_step']}), {parted}"]
+
+
 def _gpu_lines(measured: Json, speedups: Json) -> list[str]:
     """What is to be known of the tests that ran on a GPU beside the specification's lines."""
     if not measured:
@@ -189,7 +208,7 @@ def _gpu_lines(measured: Json, speedups: Json) -> list[str]:
         lines.append(
             f"  {_label(name)}: {utilisation(d['utilisation'])}; {show(d['memory_gb'], 'GB')} of VRAM{warning}"
         )
-    return lines
+    return lines + _parting(speedups)
 
 
 def utilisation(share: float | None) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 Severity = Literal["critical", "error", "warning"]
 Status = Literal["PASS", "FAIL", "SKIP"]
 
+PARTED = 0.03
+"""Relative difference of a step's losses above which CPU and GPU are said to have parted: what bfloat16 may make."""
 _RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
 
 

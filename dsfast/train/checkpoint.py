@@ -133,6 +133,8 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
     try:
         state = TrainingState(**read_json(path / "state.json"))
         restore_random_states(state.random)
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise  # the checkpoint is not to blame
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         message = f"not the training state of a dsfast checkpoint: {type(error).__name__}: {error}"
         raise UserError(f"{path / 'state.json'}: {message}") from None
@@ -168,10 +170,10 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, JSON-able."""
+    """The states of Python's, NumPy's and torch's global generators, JSON-able; a GPU's where this process uses one."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "python": [version, _encode(np.array(numbers, dtype=np.uint32)), gauss],
         "numpy": [kind, _encode(keys), position, has_gauss, cached],
@@ -186,7 +188,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, _decode(keys, np.uint32), *rest))
     torch.set_rng_state(torch.from_numpy(_decode(states["torch"], np.uint8)))
-    if states["cuda"] and torch.cuda.is_available():
+    if states["cuda"] and torch.cuda.is_initialized():
         known = states["cuda"][: torch.cuda.device_count()]  # the run may have been saved where there were more
         torch.cuda.set_rng_state_all([torch.from_numpy(_decode(state, np.uint8)) for state in known])
 

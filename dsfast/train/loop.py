@@ -19,6 +19,7 @@ from dsfast.config import Config
 from dsfast.data import Batch, Dataset, build_dataset
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, precision_of
+from dsfast.model.gpu import gpu_errors_while
 from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.gradients import Gradients
@@ -90,7 +91,8 @@ class Trainer:
         """Steps without an update since the last one with."""
         self.last_saved: Path | None = None
         """The newest checkpoint written, or resumed from."""
-        with gpu_errors(self):  # a GPU that is broken shows when it is first asked for anything
+        # A GPU that is broken shows when it is first asked for anything.
+        with gpu_errors_while("setting up the model and its optimizer", "it takes a smaller model, or a GPU with room"):
             self.device = prepare(config)
             self.precision = precision_of(config.runtime)
             torch.manual_seed(config.seed)
@@ -113,7 +115,8 @@ class Trainer:
         rows, train = self.dataset.rows, self.config.train
         resumed = None if resume is None else ckpt.find_checkpoint(resume)
         if resumed is not None:
-            self._resume(resumed)
+            with gpu_errors(self):
+                self._resume(resumed)
         if self.steps_done >= train.steps:
             raise UserError(f"train.steps: expected more than the {self.steps_done} done already, got {train.steps}")
         rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
@@ -254,9 +257,9 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         check_same_run(path, self.config, json.loads(json.dumps(self.dataset.manifest)))
+        self.last_saved = path
         state = ckpt.load_training_state(path, self.model, self.optimizer)
         self.steps_done, self.bad_steps = state.step, state.bad_steps
-        self.last_saved = path
 
 
 def _metrics(report: StepReport, loads: list[Tensor]) -> dict:

@@ -39,7 +39,8 @@ def prepare(config: Config) -> torch.device:
     """Apply config.runtime to the process; returns the device. Raises UserError for what is not there."""
     runtime = config.runtime
     if runtime.device == "cuda":
-        _check_gpu(config)
+        with gpu.gpu_errors_while("asked what it can"):
+            _check_gpu(config)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     products = precision_of(runtime).products
@@ -68,8 +69,7 @@ def answering(model: DeepseekV3, config: Config, asked: str | None) -> Iterator[
         warnings.warn("the model was trained on a GPU, and torch finds none here: it answers on the CPU", stacklevel=3)
     device = asked or (config.runtime.device if here else "cpu")
     kernels = config.runtime.kernels if device == config.runtime.device else {}
-    failed = "the GPU failed before anything was asked"
-    with gpu.gpu_errors(lambda said: f"no room for the model on the GPU ({said})", lambda said: f"{failed}: {said}"):
+    with gpu.gpu_errors_while("loading the model", "it takes a GPU with room, or --device cpu"):
         model.to(device)
     with ops.configured(kernels, device):
         yield
