@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from dsfast.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an interruption: what is to be cleaned up is, and processes that were started are ended."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -37,10 +46,28 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     its traceback.
     """
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        with _sigterm_interrupts():
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:  # dsfast.train's Interrupted says what was saved, and which signal it was
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated. Python gives signals to the main thread alone; elsewhere this does nothing."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise Terminated("terminated")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

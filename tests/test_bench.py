@@ -531,6 +531,22 @@ def test_another_model_in_transformers_is_wrong_and_not_timed(monkeypatch):
     assert "comparison" not in found["batches"][0]
 
 
+def test_a_peer_that_answers_and_cannot_generate_costs_dsfast_nothing(monkeypatch):
+    pytest.importorskip("transformers")
+    make = huggingface.from_dsfast
+
+    def made(model):
+        peer = make(model)
+        monkeypatch.setattr(type(peer), "generate", None, raising=False)
+        return peer
+
+    monkeypatch.setattr(huggingface, "from_dsfast", made)
+    found = run_generate(tiny_models.random_model(**EVEN), [1], 3, 1, quiet)
+    assert found["status"] == "failed"
+    assert "not callable" in found["reason"]
+    assert found["batches"][0]["tokens_per_second"] > 0
+
+
 def test_a_model_that_transformers_cannot_run_is_reported(monkeypatch):
     def fails(model):
         raise RuntimeError("strides should be multiple of 16 bytes")

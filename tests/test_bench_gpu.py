@@ -38,6 +38,11 @@ def never() -> bool:
     return False
 
 
+def step_rows(part: str = "step", expired=never) -> list[dict]:
+    """What a rehearsed step's row is like each time it is there; the same dict, which grows."""
+    return [json.loads(json.dumps(row)) for row in whole.run_step(HostClock(), None, True, part, expired, 1)]
+
+
 def run_tiny(part: str, expired=never) -> dict:
     *_, row = operators.run_case(
         cases.build(part, "tiny", rehearsal=True), HostClock(), BOUNDS, "cpu", expired, rounds=1
@@ -295,12 +300,12 @@ def row(part: str, case: str, run: str, **over: float) -> dict:
 
 def test_generation_with_other_tokens_than_launched_one_by_one_is_not_timed(monkeypatch):
     right, clock = whole.OperatorDecoder.step, HostClock()
-    [*rows] = whole.run_generation(clock, rehearsal=True)
+    [*rows] = whole.run_generation(clock, True, 1)
     assert [list(row["passes"]) for row in rows] == [["2 tokens", "one step"]] * 2
     assert {"dsfast", whole.UNCAPTURED} <= set(rows[0]["passes"]["2 tokens"]["variants"])
     assert run.sound({"parts": {}, "rows": rows})
     monkeypatch.setattr(whole.OperatorDecoder, "step", lambda self: [token + 1 for token in right(self)])
-    rows = list(whole.run_generation(clock, rehearsal=True))
+    rows = list(whole.run_generation(clock, True, 1))
     assert [(row["check"], row["passes"]) for row in rows] == [(f"other tokens than {whole.UNCAPTURED}", {})] * 2
     assert not run.sound({"parts": {}, "rows": rows})
 
@@ -316,7 +321,7 @@ def test_a_step_is_also_timed_in_a_graph_and_its_launches_counted():
         def launches(self, call):
             return 40
 
-    row = next(whole.run_generation(Clock(), rehearsal=True))
+    row = next(whole.run_generation(Clock(), True, 1))
     variant = row["passes"]["one step"]["variants"]["dsfast"]
     assert (variant["graph_seconds"], variant["launches"]) == (1e-4, 40)
 
@@ -393,7 +398,7 @@ class TestTheStep:
         monkeypatch.setattr(
             whole, "DeviceSteps", lambda trainer, launch: make(trainer, lambda step: lambda: launched.append(step()))
         )
-        found = whole.run_step(HostClock(), None, True)
+        (found,) = step_rows()
         assert len(launched) == 1 + whole.WARM_CALLS + 1  # checked, warm, timed
         assert found["check"] == ""
         assert found["preparation_seconds"] > 0
@@ -401,21 +406,34 @@ class TestTheStep:
 
     def test_is_held_against_the_models_loss(self, monkeypatch):
         monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
-        check = whole.run_step(HostClock(), None, True)["check"]
+        check = step_rows()[0]["check"]
         assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
 
 
 def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monkeypatch):
     names = ("compile", "eager", "reduce-overhead")
     monkeypatch.setattr(whole, "GPU_PEERS", {name: whole.GPU_PEERS[name] for name in names})
-    rows = [*rows_of("step", True, None, 60.0), *rows_of("compiled", True, None, 60.0)]
+    rows = [list(rows_of(part, True, None, 60.0))[-1] for part in ("step", "compiled")]
     assert [(row["part"], row["case"]) for row in rows] == [("step", "1 x 8"), ("compiled", "1 x 8")]
     assert [{name: state["status"] for name, state in row["peers"].items()} for row in rows] == [
         {"eager": "ready"},
         {"compile": "missing", "reduce-overhead": "missing"},
     ]
     assert [set(row["passes"]["step"]["variants"]) for row in rows] == [{"dsfast", "eager"}, {"dsfast"}]
-    assert set(run.PARTS[run.PARTS.index("compiled") + 1 :]) == {"project", "output", "recall", "tests"}
+    before = {
+        "attention",
+        "experts",
+        "head",
+        "decode",
+        "route",
+        "norm",
+        "rope",
+        "adamw",
+        "step",
+        "training",
+        "generate",
+    }
+    assert set(run.PARTS[: run.PARTS.index("compiled")]) == before  # all that figures are asked of
 
 
 def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
@@ -434,10 +452,14 @@ def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeyp
     eager = whole.GPU_PEERS["eager"]
     monkeypatch.setattr(whole, "GPU_PEERS", {"broken": dataclasses.replace(eager, build=build), "right": eager})
     monkeypatch.setitem(whole.GPU_PEERS, "eager", dataclasses.replace(eager, missing=lambda: "not asked for"))
-    row = whole.run_step(HostClock(), None, True)
-    assert row["peers"]["broken"]["status"] == "failed"
-    assert row["peers"]["broken"]["reason"] == "RuntimeError: overwritten by a later run"
-    assert set(row["passes"]["step"]["variants"]) == {"dsfast", "right"}
+    first, second, last, _ = step_rows()
+    assert first["peers"]["right"]["status"] == second["peers"]["right"]["status"] == "skipped"
+    assert [set(row["passes"]["step"]["variants"]) for row in (first, second)] == [{"dsfast"}] * 2
+    assert last["peers"]["broken"]["status"] == "failed"
+    assert last["peers"]["broken"]["reason"] == "RuntimeError: overwritten by a later run"
+    assert set(last["passes"]["step"]["variants"]) == {"dsfast", "right"}
+    (row,) = step_rows(expired=lambda: True)
+    assert {(peer["status"], peer["reason"]) for peer in row["peers"].values()} == {("skipped", "out of time")}
 
 
 TOOK = {
@@ -449,10 +471,11 @@ TOOK = {
 class TestTheTrainingPart:
     def test_cold_warm_and_on_the_cpu_in_processes_of_their_own(self, monkeypatch):
         """The second finds what the first has left, and nobody else's."""
-        commands, folders = [], []
+        commands, folders, times = [], [], []
 
-        def run_process(command, caches):
+        def run_process(command, caches, timeout):
             commands.append(command[3:])
+            times.append(timeout)
             folders.append((caches, [path.name for path in Path(caches).iterdir()]))
             (Path(caches) / "kept").write_text("")
             return 17.0, TOOK if command[3] == "gpu" else {
@@ -462,7 +485,9 @@ class TestTheTrainingPart:
             }
 
         monkeypatch.setattr(training, "run_process", run_process)
-        found = list(training.run_training(False))
+        found = list(training.run_training(False, 100.0))
+        assert times[0] == pytest.approx(50.0, abs=5) == times[1]
+        assert times[2] == pytest.approx(100.0, abs=5)
         assert commands == [["gpu", "200"], ["gpu", "200"], ["cpu", "200"]]
         (folder,) = {folder for folder, _ in folders}
         assert [names for _, names in folders] == [[], ["kept"], ["kept"]]
@@ -480,6 +505,23 @@ class TestTheTrainingPart:
         assert "training cold  steps=200  bfloat16" in shown
         assert "11,000,000.0" in shown
 
+    def test_one_that_fails_or_hangs_costs_the_others_nothing(self, monkeypatch):
+        ends = iter((RuntimeError("no GPU"), subprocess.TimeoutExpired("it", 3.0), (17.0, TOOK)))
+
+        def run_process(command, caches, timeout):
+            end = next(ends)
+            if isinstance(end, Exception):
+                raise end
+            return end
+
+        monkeypatch.setattr(training, "run_process", run_process)
+        found = list(training.run_training(False, 100.0))
+        assert [(row["case"], row.get("status")) for row in found] == [
+            ("cold", "failed: RuntimeError: no GPU"), ("warm", "not measured: out of time"), ("CPU", None)
+        ]  # fmt: skip
+        assert not run.sound({"parts": {}, "rows": found[:1]})
+        assert run.sound({"parts": {}, "rows": found[1:]})
+
     def test_a_loss_that_rose_is_not_sound(self):
         found = training.row("cold", 200, 17.0, {**TOOK, "losses": [9.0, 9.1]})
         assert found["check"] == "the loss rose from 9.0000 to 9.1000"
@@ -488,11 +530,14 @@ class TestTheTrainingPart:
     def test_a_process_has_its_caches_and_its_last_word(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
         said = "import json, os; e = os.environ; print('x'); print(json.dumps([e['DSFAST_CACHE'], e.get('TRITON_CACHE_DIR')]))"
-        seconds, found = training.run_process([sys.executable, "-c", said], str(tmp_path))
+        seconds, found = training.run_process([sys.executable, "-c", said], str(tmp_path), 60.0)
         assert found == [str(tmp_path), None]
         assert seconds > 0
         with pytest.raises(RuntimeError, match=r"^no GPU$"):
-            training.run_process([sys.executable, "-c", "raise SystemExit('no GPU')"], str(tmp_path))
+            training.run_process([sys.executable, "-c", "raise SystemExit('no GPU')"], str(tmp_path), 60.0)
+        for seconds in (0.5, -1.0):
+            with pytest.raises(subprocess.TimeoutExpired):
+                training.run_process([sys.executable, "-c", "import time; time.sleep(60)"], str(tmp_path), seconds)
 
     def test_what_a_run_took(self):
         found = training.train(training.trainer_for("cpu", 1, rehearsal=True))
@@ -508,13 +553,13 @@ class TestTheRecallPart:
     def found(self, monkeypatch, cpu_low: float, cpu_high: float) -> list[dict]:
         commands = []
 
-        def run_process(command, caches):
+        def run_process(command, caches, timeout):
             commands.append(command[3:])
             known = self.KNOWN if command[3] == "gpu" else {**self.KNOWN, "low": cpu_low, "high": cpu_high}
             return 30.0, {"taught": known, "heldout": self.KNOWN}
 
         monkeypatch.setattr(recall, "run_process", run_process)
-        rows = list(recall.run_recall(False, never))
+        rows = list(recall.run_recall(False, 100.0))
         assert commands == [[device, str(seed)] for seed in range(5) for device in ("gpu", "cpu")]
         return rows
 
@@ -528,7 +573,7 @@ class TestTheRecallPart:
     def test_only_on_request(self):
         assert "recall" not in run.choose_parts(None)
         assert run.choose_parts(["recall"]) == ("recall",)
-        assert {row["status"] for row in recall.run_recall(False, lambda: True)} == {"not measured: out of time"}
+        assert {row["status"] for row in recall.run_recall(False, 0.0)} == {"not measured: out of time"}
 
     def test_what_a_run_knows(self, monkeypatch):
         assert recall.recall(recall.seeded("cpu", 3, rehearsal=True)) == {"taught": None, "heldout": None}
@@ -560,7 +605,7 @@ def parts_run(monkeypatch):
     """What was run, for how long; every part takes 30 seconds of a clock of its own."""
     now, asked = [0.0], []
 
-    def run_part(part, bounds, rehearsal, seconds):
+    def run_part(part, bounds, rehearsal, seconds, watch):
         asked.append((part, seconds))
         now[0] += 30.0
         if part == "bounds":
@@ -600,7 +645,8 @@ def test_some_of_the_time_is_the_tests(parts_run):
 def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):
     asked = {}
     monkeypatch.setattr(suite, "run_pytest", lambda name, arguments, seconds, root: asked.update({name: arguments}))
-    suite.run_tests(60)
+    list(suite.run_tests(60))
+    assert [Path(path).name for path in asked["marked gpu"] if path.endswith(".py")][:2] == list(suite.FIRST)
     kernels = {Path(path).name for path in asked["kernels"] if path.endswith(".py")}
     assert {"test_triton_rope.py", "test_mla_project.py", "test_mla_output.py", "test_after_step.py"} <= kernels
     assert not kernels & set(suite.NOT_ON_A_GPU)
@@ -610,7 +656,7 @@ def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
     """Each waits for the other two here."""
     meet, asked = threading.Barrier(3), []
 
-    def in_a_process(command, request, seconds):
+    def in_a_process(command, request, seconds, look):
         asked.append((json.loads(request), seconds))
         meet.wait(timeout=30)
         return (run.OUT_OF_TIME if "muon" in request else "done"), ""
@@ -622,19 +668,65 @@ def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
     assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
     assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
     assert run.compile_parts([], True, 7.0) == {}
-    assert set(run.PARTS) - set(run.COMPILED) == {"training", "compiled", "recall", "tests"}
+    assert set(run.PARTS) - set(run.COMPILED) == {"training", "recall", "tests"}
 
 
 @needs_native
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_compiled_before_is_what_is_checked(monkeypatch):
-    checked = []
-    for name in ("check_ours", "check_peers"):
-        monkeypatch.setattr(child, name, lambda case, *rest, name=name: checked.append((name, case.part, case.name)))
-    child.compile_part("norm", False)
-    assert checked == [(name, "norm", size) for size in cases.SIZES["norm"] for name in ("check_ours", "check_peers")]
-    child.compile_part("step", True)
-    child.compile_part("generate", True)
+def test_what_is_compiled_before_is_what_is_checked_and_what_is_timed(monkeypatch):
+    """Of dsfast's kernels the checks have all; torch.compile makes others for the sizes that are timed, and for gradients."""
+    prepared = []
+
+    def peer(name: str, **how) -> GpuPeer:
+        def prepare(arguments, positions):
+            prepared.append((name, arguments[0].size(0), list(positions)))
+            return operators.direct(cases.build("norm", "tiny", True).ours, arguments, positions)
+
+        return GpuPeer(name, prepare, **how)
+
+    monkeypatch.setattr(operators, "peers_of", lambda case: {"plain": peer("plain"), "it": peer("it", compiled=True)})
+    monkeypatch.setitem(cases.TINY["norm"], "tiny", ({"N": 12, "D": 24}, {"N": 5, "D": 24}))
+    child.compile_part("norm", True)
+    assert prepared == [("plain", 5, []), ("it", 5, []), *[("it", 12, [0, 1, 3])] * 2]
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["step", "generate"])
+def test_whole_steps_are_compiled_before_as_they_are_timed(part):
+    child.compile_part(part, True)
+
+
+def test_rows_are_kept_as_they_come_in(parts_run, monkeypatch):
+    """What a part that hangs, or a command that is ended, had found until then."""
+    kept, inner = [], run.run_part
+
+    def run_part(part, bounds, rehearsal, seconds, watch):
+        for count in (1, 2, 2) if part == "norm" else ():
+            watch([{"part": part, "case": str(i)} for i in range(count)])
+        return inner(part, bounds, rehearsal, seconds, watch)
+
+    monkeypatch.setattr(run, "run_part", run_part)
+    run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: kept.append(len(found["rows"])))
+    assert kept == [0, 1, 2, 1, 1]
+
+
+def test_what_is_ended_ends_what_it_has_started(tmp_path):
+    """SIGTERM to the command while its parts compile."""
+    lasting = "import os, sys, time; open(sys.argv[1] + str(os.getpid()), 'w'); time.sleep(600)"
+    code = (
+        "import sys; from dsfast.bench.gpu import run; from dsfast.command import run_command;"
+        f" run._CHILD, run.LOOK = [sys.executable, '-c', {lasting!r}, sys.argv[1]], 0.1;"
+        " sys.exit(run_command(lambda argv: run.compile_parts(['norm', 'rope'], True, 600.0)))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path}/"], stderr=subprocess.PIPE, text=True)
+    while len(children := list(tmp_path.iterdir())) < 2:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.communicate(timeout=60)[1] == "terminated\n"
+    assert parent.returncode == 143
+    assert not [path for path in children if Path(f"/proc/{path.name}").exists()]
 
 
 def test_what_was_not_asked_for_is_said(parts_run):
@@ -713,7 +805,7 @@ def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
     stopped = suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)
     assert (stopped["status"], stopped["reason"]) == ("not measured: out of time", "stopped after 0 s")
     assert suite.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
-    assert suite.run_tests(60, tmp_path)[0]["status"] == "missing"
+    assert next(suite.run_tests(60, tmp_path))["status"] == "missing"
 
 
 @pytest.mark.parametrize("bad", [True, False])

@@ -62,6 +62,7 @@ def _load_peer(model: DeepseekV3, prompts: Tensor) -> tuple[Any, str, str]:
         peer = huggingface.from_dsfast(model).eval().to(model.embed_tokens.weight.device)
         peer.generation_config.eos_token_id = None  # both sides go on to the last token
         difference = _difference(model, peer, prompts)
+        _generate_theirs(peer, prompts, 2)
     except Exception as error:  # whatever stops the peer is its own; dsfast is still worth timing
         return None, "failed", f"{type(error).__name__}: {error}".splitlines()[0]
     return (None, "wrong", difference) if difference else (peer, "timed", "")

@@ -91,35 +91,41 @@ def first_steps(
     trainer: Trainer, known: Mapping[str, Peer], peers: Mapping[str, str], rows: Batch, progress: Callable[[str], None]
 ) -> tuple[dict[str, PeerTraining], Json]:
     """Those of `peers` (name in `known` -> why it is missing) whose first step gives dsfast's loss, and the outcome so far."""
-    # All copies are made before dsfast's first step, which changes the weights.
-    built = {
-        name: attempt(partial(PeerTraining, known[name], trainer.model, trainer.config.train))
-        for name, missing in peers.items()
-        if not missing
-    }
-    expected = trainer.step(*rows)
-    rough = ROUNDED if torch.bfloat16 in trainer.precision else 0.0
-    trainings, found = {}, {}
-    for name, missing in peers.items():
+    first = FirstSteps(trainer, known, peers, rows)
+    found, trainings = {}, {}
+    for name in peers:
         progress(f"first step of {name}")
-        state = (
-            {"status": "missing", "reason": missing}
-            if missing
-            else _first_step(known[name], *built[name], rows, expected, rough)
-        )
-        found[name] = {"what": known[name].what, **state}
-        if not state["reason"]:
-            trainings[name] = built[name][0]
-    return trainings, {"first_loss": expected, "peers": found}
+        found[name], training = first.of(name)
+        trainings |= {name: training} if training else {}
+    return trainings, {"first_loss": first.expected, "peers": found}
+
+
+class FirstSteps:
+    """dsfast's first step is made, and so are the copies of its weights before it; `of` makes a peer's, one after the other."""
+
+    def __init__(self, trainer: Trainer, known: Mapping[str, Peer], peers: Mapping[str, str], rows: Batch):
+        self.known, self.missing, self.rows = known, peers, rows
+        self._built = {
+            name: attempt(partial(PeerTraining, known[name], trainer.model, trainer.config.train))
+            for name, missing in peers.items()
+            if not missing
+        }
+        self.expected = trainer.step(*rows)
+        self._rough = ROUNDED if torch.bfloat16 in trainer.precision else 0.0  # how far that may be off, relatively
+
+    def of(self, name: str) -> tuple[Json, PeerTraining | None]:
+        """(what it is, status and reason, both empty where its loss is dsfast's; its training then)."""
+        what = {"what": self.known[name].what}
+        if self.missing[name]:
+            return {**what, "status": "missing", "reason": self.missing[name]}, None
+        training, problem = self._built[name]
+        state = _first_step(self.known[name], training, problem, self.rows, self.expected, self._rough)
+        return {**what, **state}, None if state["reason"] else training
 
 
 def _first_step(
     peer: Peer, training: PeerTraining | None, problem: str, rows: Batch, expected: float, rough: float
 ) -> Json:
-    """Status and reason, both empty where the peer was built without a problem and its loss is the expected one.
-
-    rough: how far dsfast's own loss may be off, relatively.
-    """
     if training is not None:
         loss, problem = attempt(partial(training.step, *rows))
     if problem:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from dsfast.bench.gpu import cases
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.clock import GpuClock, HostClock
-from dsfast.bench.gpu.operators import ROUNDS, check_ours, check_peers, run_case
+from dsfast.bench.gpu.operators import ROUNDS, compile_case, run_case
 from dsfast.bench.gpu.recall import run_recall
 from dsfast.bench.gpu.suite import run_tests
 from dsfast.bench.gpu.training import run_training
 from dsfast.bench.gpu.tuning import tune
-from dsfast.bench.gpu.whole import compile_generation, compile_step, run_generation, run_step
+from dsfast.bench.gpu.whole import run_generation, run_step
 from dsfast.files import finite
 
 Json = dict[str, Any]
@@ -28,12 +30,14 @@ OUT_OF_TIME = "not measured: out of time"
 
 
 def rows_of(
-    part: str, rehearsal: bool, bounds: Json | None, seconds: float, tiles_of: str = "", planned: bool = False
-) -> Iterator[Json]:
+    part: str, rehearsal: bool, bounds: Json | None, seconds: float, tiles_of: str = "", planned: bool = False,
+    rounds: int = ROUNDS,
+) -> Iterator[Json]:  # fmt: skip
     """The rows of `part`, none begun after `seconds`; of one part, case and entry the last counts. "bounds" has one, what
-    measure_bounds returns. tiles_of: the case whose tiles are tried, in place of all else; `planned`: see `tune`.
+    measure_bounds returns. tiles_of: the case whose tiles are tried, in place of all else; `planned`: see `tune`. rounds: samples
+    of each variant, of which a rehearsal takes one.
     """
-    end = time.perf_counter() + seconds
+    end, rounds = time.perf_counter() + seconds, 1 if rehearsal else rounds
     clock, device = (HostClock(), "cpu") if rehearsal or planned else (GpuClock(), "cuda")
     found = None if bounds is None else Bounds(**bounds)
 
@@ -47,16 +51,16 @@ def rows_of(
     elif part == "tests":
         yield from run_tests(seconds)
     elif part in ("step", "compiled"):
-        yield run_step(clock, found, rehearsal, part)
+        yield from run_step(clock, found, rehearsal, part, expired, rounds)
     elif part == "training":
-        yield from run_training(rehearsal)
+        yield from run_training(rehearsal, seconds)
     elif part == "generate":
-        yield from run_generation(clock, rehearsal)
+        yield from run_generation(clock, rehearsal, rounds)
     elif part == "recall":
-        yield from run_recall(rehearsal, expired)
+        yield from run_recall(rehearsal, seconds)
     else:
-        yield from _operator(part, rehearsal, lambda case: run_case(
-            case, clock, found, device, expired, 1 if rehearsal else ROUNDS), expired)  # fmt: skip
+        run = partial(run_case, clock=clock, bounds=found, device=device, expired=expired, rounds=rounds)
+        yield from _operator(part, rehearsal, run, expired)
 
 
 def _operator(
@@ -70,16 +74,13 @@ def _operator(
 
 
 def compile_part(part: str, rehearsal: bool) -> None:
-    """Run what is compiled for `part` before it is timed, so that the caches have it: the checks of all its cases."""
-    if part == "step":
-        compile_step(rehearsal)
-    elif part == "generate":
-        compile_generation(rehearsal)
-    else:
-        for name in (cases.TINY if rehearsal else cases.SIZES)[part]:
-            case, device = cases.build(part, name, rehearsal), "cpu" if rehearsal else "cuda"
-            check_ours(case, device)
-            check_peers(case, device, {}, lambda: False)
+    """Run what is compiled for `part` before it is timed, so that the caches have it."""
+    if part not in cases.SIZES:
+        for _ in rows_of(part, rehearsal, None, math.inf, rounds=1):
+            pass
+        return
+    for name in (cases.TINY if rehearsal else cases.SIZES)[part]:
+        compile_case(cases.build(part, name, rehearsal), "cpu" if rehearsal else "cuda")
 
 
 def main() -> None:

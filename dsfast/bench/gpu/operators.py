@@ -30,7 +30,7 @@ PEER_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-3
 ITERATED = {"newton_schulz": 4}
 """So many times as much where steps enlarge the rounding of those before: five of them in bfloat16 make some 3e-2."""
 
-_SKIPPED = {"status": "skipped", "reason": "out of time"}
+SKIPPED = {"status": "skipped", "reason": "out of time"}
 
 Json = dict[str, Any]
 
@@ -53,14 +53,13 @@ def run_case(
         return
     positions = case.timed.differentiable
     right = check_peers(case, device, row["peers"], expired)
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # compiled for two shapes, a peer would get kernels for any
+    _forget_compiled()
     arguments = draw(case.timed, device, case.dtype)
     prepared = {"dsfast": direct(case.ours, arguments, positions)}
     for name, peer in right.items():
         ready, problem = (None, "") if expired() else attempt(partial(peer.prepare, arguments, positions))
         if ready is None:
-            row["peers"][name] |= _failed(problem) if problem else _SKIPPED
+            row["peers"][name] |= _failed(problem) if problem else SKIPPED
         else:
             prepared[name] = ready
     passes = {"update" if case.part in UPDATES else "forward": (case.forward, forward_call)}
@@ -71,6 +70,26 @@ def run_case(
             {n: partial(make, p) for n, p in prepared.items()}, work, case.dtype, clock, bounds, rounds
         )
         yield row
+
+
+def compile_case(case: GpuCase, device: str) -> None:
+    """Run what has to be compiled for `run_case`: the checks, and what torch.compile makes of the peers for the sizes timed."""
+    check_ours(case, device)
+    right = check_peers(case, device, {}, lambda: False)
+    _forget_compiled()
+    compiled = {name: peer for name, peer in right.items() if peer.compiled}
+    if not compiled:
+        return
+    arguments, positions = draw(case.timed, device, case.dtype), case.timed.differentiable
+    calls = (forward_call,) if case.backward is None else (forward_call, backward_call)
+    for peer in compiled.values():
+        attempt(lambda peer=peer: [call(peer.prepare(arguments, positions))() for call in calls])
+
+
+def _forget_compiled() -> None:
+    """Compiled for two shapes, a peer would get kernels for any."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _failed(problem: str) -> Json:
@@ -111,7 +130,7 @@ def check_peers(case: GpuCase, device: str, found: Json, expired: Callable[[], b
     for name, peer in peers_of(case).items():
         state = {"status": "missing", "reason": peer.missing()}
         if not state["reason"] and expired():
-            state = _SKIPPED
+            state = SKIPPED
         elif not state["reason"]:
             problem = attempt(partial(_check_peer, peer, case, arguments, expected))
             state = (

@@ -6,6 +6,7 @@ A peer's expanding, padding and concatenating is done before the clock starts, t
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class GpuPeer:
-    """prepare(arguments of the operator, positions that want gradients) -> Prepared; missing(): why it cannot run, or ""."""
+    """prepare(arguments of the operator, positions that want gradients) -> Prepared; missing(): why it cannot run, or "".
+
+    compiled: whether torch.compile makes it, for each size anew.
+    """
 
     what: str
     prepare: Callable[[list, Sequence[int]], Prepared]
     missing: Callable[[], str] = lambda: ""
+    compiled: bool = False
 
 
 def direct(function: Callable, arguments: list, differentiable: Sequence[int]) -> Prepared:
@@ -62,7 +67,11 @@ def _compiled(what: str, function: Callable) -> GpuPeer:
     def prepare(arguments: list, differentiable: Sequence[int]) -> Prepared:
         return direct(torch.compile(function), arguments, differentiable)
 
-    return GpuPeer(f"torch.compile of {what}", prepare, no_gpu)
+    return _compiled_by(f"torch.compile of {what}", prepare)
+
+
+def _compiled_by(what: str, prepare: Callable[[list, Sequence[int]], Prepared]) -> GpuPeer:
+    return GpuPeer(what, prepare, no_gpu, compiled=True)
 
 
 def no_gpu() -> str:
@@ -72,6 +81,11 @@ def no_gpu() -> str:
 
 def no_liger() -> str:
     return "" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+
+
+def no_varlen() -> str:
+    found = importlib.util.find_spec("torch.nn.attention.varlen")
+    return ("" if found else "torch has it from 2.10 on") or no_gpu()
 
 
 def peers_of(case: GpuCase) -> dict[str, GpuPeer]:
@@ -179,6 +193,26 @@ def _flex(arguments: list, differentiable: Sequence[int]) -> Prepared:
     )
 
 
+def _varlen(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """Documents side by side, as here; keys of every head in memory, values as wide as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest, (width, value) = arguments[5], max(_documents(arguments)[1]), _widths(arguments)
+    taken = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in taken else {"window_size": (-1, 0)}  # torch 2.10; newer
+    scale = {"scale": arguments[6]} if "scale" in taken else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **causal, **scale).transpose(0, 1)[None]
+
+    attempts = [
+        partial(_prepared_heads, attend, arguments, 1, bool(differentiable), width, v)
+        for v in dict.fromkeys((value, width))
+    ]
+    return _first_taken(attempts, differentiable)
+
+
 # decode
 
 
@@ -221,7 +255,7 @@ def _transformers_route(arguments: list, differentiable: Sequence[int]) -> Prepa
     def run() -> tuple[Tensor, ...]:
         with _linear_skipped(hf):
             _, weights, indices = router(leaf)
-        return _with_permutation(weights, indices, torch.bincount(indices.flatten(), minlength=logits.size(1)))
+        return _with_permutation(weights, indices, eager.counted(indices, logits.size(1)))
 
     return Prepared(run, (leaf,))
 
@@ -250,7 +284,7 @@ def grouped_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor
     """Slots sorted by expert, two grouped products, the sum of each token's slots through the inverse permutation."""
     slots = indices.flatten()
     order = slots.argsort(stable=True)
-    ends = torch.bincount(slots, minlength=gate_up.size(0)).cumsum(0).to(torch.int32)
+    ends = eager.counted(slots, gate_up.size(0)).cumsum(0).to(torch.int32)
     taken = x[order // indices.size(1)]
     gate, up = torch._grouped_mm(taken, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     out = torch._grouped_mm(functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
@@ -341,6 +375,21 @@ def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepar
     return Prepared(run, (leaf,), lambda y: y[0].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
 
 
+def _liger_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """Which turns halves: a pair's two are brought there before the clock starts, and back after it."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    x, cos, sin, positions = arguments
+    cos, sin = (table[positions].to(x.dtype).repeat(1, 2)[None] for table in (cos, sin))
+    halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).transpose(0, 1)[None]
+    leaf, none = halves.detach().clone().requires_grad_(), halves[:, :1].detach().clone()
+
+    def run() -> Tensor:
+        return LigerRopeFunction.apply(leaf, none, cos, sin)[0]  # in place: what is turned already takes as long
+
+    return Prepared(run, (leaf,), lambda y: y[0].transpose(0, 1).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+
+
 def _liger_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -423,12 +472,12 @@ _ADAMW = {
 }
 _ADAMW_OTHERS = {
     "eager": _plain("tensor by tensor, no clip", _eager_adamw),
-    "compile": GpuPeer("torch.compile of torch.optim.AdamW(foreach=True).step, no clip", _compiled_adamw, no_gpu),
+    "compile": _compiled_by("torch.compile of torch.optim.AdamW(foreach=True).step, no clip", _compiled_adamw),
 }
 
 _PEERS: dict[str, dict[str, GpuPeer]] = {
     "attention": {
-        "FlexAttention": GpuPeer("flex_attention, compiled", _flex, no_gpu),
+        "FlexAttention": _compiled_by("flex_attention", _flex),
         **{
             f"SDPA {name}": GpuPeer(f"scaled_dot_product_attention, {name} forced", partial(_sdpa, backend))
             for name, backend in {
@@ -438,8 +487,9 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
                 "math": SDPBackend.MATH,
             }.items()
         },
+        "varlen": GpuPeer("torch.nn.attention.varlen", _varlen, no_varlen),
         "eager": _plain("the reference, scores in memory", _reference("mla_attention", ops.mla_attention)),
-        "compile": GpuPeer("torch.compile of scaled_dot_product_attention with its expanding", _compiled_attention, no_gpu),
+        "compile": _compiled_by("torch.compile of scaled_dot_product_attention with its expanding", _compiled_attention),
     },
     "experts": {
         "grouped_mm": _plain("sort, torch._grouped_mm twice, unsort", grouped_experts),
@@ -450,7 +500,7 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
     },
     "head": {
         "eager chunked": _plain(f"cross_entropy, {CHUNK} rows at a time", partial(chunked_head, summed_loss)),
-        "compile chunked": GpuPeer("torch.compile of a chunk", _compiled_chunks, no_gpu),
+        "compile chunked": _compiled_by("torch.compile of a chunk", _compiled_chunks),
         "liger": _plain("LigerFusedLinearCrossEntropyLoss()", _liger_head, no_liger),
         "eager": _plain("all logits at once", eager.linear_cross_entropy),
     },
@@ -474,13 +524,14 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
         "eager": _plain("stack of two rotations", eager.rope),
         "compile": _compiled("it", eager.rope),
         "transformers": GpuPeer("apply_rotary_pos_emb_interleave", _transformers_rope, huggingface.missing),
+        "liger": GpuPeer("LigerRopeFunction, halves given, in place", _liger_rope, no_liger),
     },
     "muon": {"eager": _plain("foreach, equal matrices by bmm", _eager_muon), "compile": _compiled("it", _eager_muon)},
     "newton_schulz": {
         "eager": _plain("bmm, baddbmm, baddbmm", eager.newton_schulz), "compile": _compiled("it", eager.newton_schulz),
     },
     "mlp": {
-        "eager": _plain("linear, silu, linear", eager.swiglu_mlp),
+        "eager": _plain("linear, silu, linear, as transformers'", eager.swiglu_mlp),
         "compile": _compiled("it", eager.swiglu_mlp),
         "liger": _plain("LigerSiLUMulFunction", _liger_mlp, no_liger),
     },

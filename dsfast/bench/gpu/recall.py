@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from dsfast.bench.gpu.training import run_process, trainer_for
+from dsfast.bench.gpu.training import not_run, run_process, trainer_for
+from dsfast.bench.step import attempt
 from dsfast.config import default_config
 from dsfast.evaluate import measure_taught
 from dsfast.files import cache_folder
@@ -24,20 +27,25 @@ PHRASINGS = ("taught", "heldout")
 Json = dict[str, Any]
 
 
-def run_recall(rehearsal: bool, expired: Callable[[], bool]) -> Iterator[Json]:
-    """A row for each seed: recall ("GPU", "CPU" -> phrasings -> as dataclass Recall) and overlap, see `overlap`."""
+def run_recall(rehearsal: bool, seconds: float) -> Iterator[Json]:
+    """A row for each seed: recall ("GPU", "CPU" -> phrasings -> as dataclass Recall) and overlap, see `overlap`; within `seconds`
+    in all. A seed that fails costs the others nothing."""
+    end = time.perf_counter() + seconds
     for seed in range(1 if rehearsal else SEEDS):
-        if expired():
-            yield {"part": "recall", "case": f"seed {seed}", "status": "not measured: out of time"}
-            continue
-        found = {}
-        for name, device in (("GPU", "cpu" if rehearsal else "gpu"), ("CPU", "cpu")):
-            command = [sys.executable, "-m", "dsfast.bench.gpu.recall", device, str(seed), *["rehearsal"] * rehearsal]
-            found[name] = run_process(command, str(cache_folder()))[1]
-        yield {
+        found, problem = attempt(partial(recalls_of, seed, rehearsal, end))
+        yield not_run("recall", f"seed {seed}", problem) if problem else {
             "part": "recall", "case": f"seed {seed}", "sizes": {}, "dtype": "", "peers": {}, "passes": {}, "check": "",
             "recall": found, "overlap": overlap(found["GPU"], found["CPU"]),
         }  # fmt: skip
+
+
+def recalls_of(seed: int, rehearsal: bool, end: float) -> Json:
+    """ "GPU", "CPU" -> the recalls of a run of `seed` there. Raises as `run_process` does, at the latest at `end`."""
+    found = {}
+    for name, device in (("GPU", "cpu" if rehearsal else "gpu"), ("CPU", "cpu")):
+        command = [sys.executable, "-m", "dsfast.bench.gpu.recall", device, str(seed), *["rehearsal"] * rehearsal]
+        found[name] = run_process(command, str(cache_folder()), end - time.perf_counter())[1]
+    return found
 
 
 def overlap(ours: Json, theirs: Json) -> bool | None:

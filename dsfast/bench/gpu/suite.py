@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +18,9 @@ ROOT = Path(__file__).parents[3]
 NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
 """The one is for chips that are not there, the other for the interpreter."""
 ENDING = 10.0  # seconds to end in
-MOST_TOGETHER = 8
+MOST_TOGETHER = 16
+FIRST = ("test_triton_step.py", "test_device_decode.py")
+"""Whole steps, whether they agree with the CPU's and can be captured."""
 _PYTEST = (  # a shell's background jobs ignore what interrupts others, and so would their children
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path[:1] = ['.'];"
     " import pytest; sys.exit(pytest.main())"
@@ -25,26 +29,38 @@ _PYTEST = (  # a shell's background jobs ignore what interrupts others, and so w
 Json = dict[str, Any]
 
 
-def run_tests(seconds: float, root: Path = ROOT) -> list[Json]:
-    """A row for the kernels' tests and one for the others marked gpu, together within `seconds`."""
+def run_tests(seconds: float, root: Path = ROOT) -> Iterator[Json]:
+    """A row for the tests marked gpu, first of all those of whole steps, and one for the kernels' others, within `seconds`.
+
+    The first have at most half of it.
+    """
+    end = time.perf_counter() + max(seconds - 2 * ENDING, seconds / 2)
     tests = sorted(p for p in (root / "tests").glob("test_*.py") if p.name not in NOT_ON_A_GPU)
     kernels = [path for path in tests if "triton_contract" in path.read_text(encoding="utf-8")]
-    others = [path for path in tests if path not in kernels]
     if not kernels:
-        return [_row("kernels", "missing", "no source tree with tests here")]
+        yield _row("kernels", "missing", "no source tree with tests here")
+        return
     if importlib.util.find_spec("pytest") is None:
-        return [_row("kernels", "missing", "pytest is not installed")]
-    seconds = max(seconds - 2 * ENDING, seconds / 2)
-    marked = run_pytest("marked gpu", ["-m", "gpu", *map(str, others)], seconds / 3, root)
-    chosen = ["-m", "not slow", "-k", "not in_the_interpreter", *_together(), *map(str, kernels)]
-    return [marked, run_pytest("kernels", chosen, seconds * 2 / 3, root)]
+        yield _row("kernels", "missing", "pytest is not installed")
+        return
+    for name, marks, paths, share in (
+        ("marked gpu", "gpu and not slow", sorted(tests, key=_importance), 0.5),
+        ("kernels", "not gpu and not slow", kernels, 1.0),
+    ):
+        chosen = ["-m", marks, "-k", "not in_the_interpreter", *_together(), *map(str, paths)]
+        yield run_pytest(name, chosen, (end - time.perf_counter()) * share, root)
+
+
+def _importance(path: Path) -> int:
+    """Where a file's tests stand among the others'."""
+    return FIRST.index(path.name) if path.name in FIRST else len(FIRST)
 
 
 def _together() -> list[str]:
     """Processes that share the GPU: most of the time goes into compiling."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(max(1, min(MOST_TOGETHER, (os.cpu_count() or 1) // 2)))]
+    return ["-n", str(max(1, min(MOST_TOGETHER, os.cpu_count() or 1)))]
 
 
 def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> Json:

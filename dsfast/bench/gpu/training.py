@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dsfast import ops
 from dsfast.bench.gpu.whole import trainer_on, whole_config
+from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread
 from dsfast.bench.workload import random_batch
 from dsfast.config import default_config
@@ -26,24 +28,37 @@ from dsfast.train import Trainer
 Json = dict[str, Any]
 
 
-def run_training(rehearsal: bool) -> Iterator[Json]:
-    """A row for each case. Its seconds: of the whole process, of the preparation of a GPU, and of the training steps."""
-    config = whole_config(rehearsal)
+def run_training(rehearsal: bool, seconds: float) -> Iterator[Json]:
+    """A row for each case. Its seconds: of the whole process, of the preparation of a GPU, and of the training steps.
+
+    In `seconds` in all: a case takes at most half of what is left, the last one all. One that fails costs the others nothing.
+    """
+    config, end = whole_config(rehearsal), time.perf_counter() + seconds
     device, steps = ("cpu", 1) if rehearsal else ("gpu", config.train.steps)
     with TemporaryDirectory() as caches:
         for case, where in (("cold", device), ("warm", device), ("CPU", "cpu")):
             command = [sys.executable, "-m", "dsfast.bench.gpu.training", where, str(steps), *["rehearsal"] * rehearsal]
-            seconds, found = run_process(command, caches)
-            yield row(case, steps, seconds, found)
+            left = (end - time.perf_counter()) * (1.0 if case == "CPU" else 0.5)
+            found, problem = attempt(partial(run_process, command, caches, left))
+            yield not_run("training", case, problem) if problem else row(case, steps, *found)
 
 
-def run_process(command: list[str], caches: str) -> tuple[float, Json]:
-    """(its seconds, what it printed last); `caches`: dsfast's cache folder there. Raises RuntimeError with its last line."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
+def not_run(part: str, case: str, problem: str) -> Json:
+    """The row of a case whose process gave nothing."""
+    late = problem.startswith("TimeoutExpired")
+    return {"part": part, "case": case, "status": "not measured: out of time" if late else f"failed: {problem}"}
+
+
+def run_process(command: list[str], caches: str, timeout: float) -> tuple[float, Json]:
+    """(its seconds, what it printed last); `caches`: dsfast's cache folder there. Raises RuntimeError with its last line, and
+    subprocess.TimeoutExpired after `timeout` seconds."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"} | {
+        "DSFAST_CACHE": caches
+    }
+    if timeout <= 0:
+        raise subprocess.TimeoutExpired(command, timeout)
     begin = time.perf_counter()
-    child = subprocess.run(
-        command, env={**environment, "DSFAST_CACHE": caches}, capture_output=True, text=True, check=False
-    )
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
     seconds = time.perf_counter() - begin
     if child.returncode:
         raise RuntimeError((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.generation import PROMPT_TOKENS, run_generate
+from dsfast.bench.generation import run_generate
 from dsfast.bench.gpu.bounds import Bounds
-from dsfast.bench.gpu.operators import BUDGET, ROUNDS, in_a_graph, related
+from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
 from dsfast.bench.peers import GPU_PEERS
-from dsfast.bench.step import attempt, first_steps
+from dsfast.bench.step import FirstSteps, attempt
 from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
@@ -47,62 +47,66 @@ def whole_config(rehearsal: bool) -> Config:
     return default_config("cpu").replace(**_SMALL) if rehearsal else default_config("gpu")
 
 
-def run_step(clock: Any, bounds: Bounds | None, rehearsal: bool, part: str = "step") -> Json:
-    """A step as the trainer records it on a GPU, its batch in device memory, against those of GPU_PEERS that PyTorch launches;
-    in the part "compiled" against those that it has to compile, which takes longer than all else."""
+def run_step(
+    clock: Any, bounds: Bounds | None, rehearsal: bool, part: str, expired: Callable[[], bool], rounds: int
+) -> Iterator[Json]:  # fmt: skip
+    """The row of a step as the trainer records it on a GPU, its batch in device memory, and again each time a peer has joined:
+    those of GPU_PEERS that PyTorch launches; in the part "compiled" those that it compiles, which takes longer than all else.
+
+    Once `expired()` is true no other peer is tried.
+    """
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
-    trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + ROUNDS)
-    rows = [x.to(trainer.device) for x in rows]
-    here = {
+    missing = {
         name: peer.missing() or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
-    trainings, outcome = first_steps(trainer, GPU_PEERS, here, rows, lambda text: None)
+    trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + rounds * (1 + len(missing)))
+    rows = [x.to(trainer.device) for x in rows]
+    first = FirstSteps(trainer, GPU_PEERS, missing, rows)
+    flops, dtype = matrix_flops(config.model, batch, length), precision_of(config.runtime).tensors
     with trainer.kernels():
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
-        calls = {"dsfast": steps.call}
         _warm(steps.call)
-        for name, peer in trainings.items():
-            call = partial(peer.step, *rows)
-            _, failed = attempt(partial(_warm, call))
-            if failed:
-                outcome["peers"][name] |= {"status": "failed", "reason": failed}
-            else:
+        calls = {"dsfast": steps.call}
+        row = {
+            "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
+            "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."),
+            "peers": {name: {"what": GPU_PEERS[name].what, **SKIPPED} for name in missing},
+            "passes": {"step": _time_step(calls, clock, flops, dtype, bounds, rounds)}, "fallbacks": ops.fallbacks(),
+        }  # fmt: skip
+        yield row
+        for name in missing:
+            if expired():
+                return
+            state, training = first.of(name)
+            call = training and partial(training.step, *rows)
+            _, failed = attempt(partial(_warm, call)) if call else (None, "")
+            state |= {"status": "failed", "reason": failed} if failed else {}
+            row["peers"][name] = _ready({k: state[k] for k in ("what", "status", "reason")})
+            if call and not failed:
                 calls[name] = call
-        turns = {name: (call,) for name, call in calls.items()}
-        taken = take_turns(turns, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)
-    flops, variants = matrix_flops(config.model, batch, length), {}
-    dtype = precision_of(config.runtime).tensors
+                row["passes"]["step"] = _time_step(calls, clock, flops, dtype, bounds, rounds)
+            yield row
+
+
+def _time_step(
+    calls: dict[str, Callable[[], object]], clock: Any, flops: int, dtype: torch.dtype, bounds: Bounds | None, rounds: int
+) -> Json:  # fmt: skip
+    """The pass in which `calls` take turns."""
     ideal = bounds and flops / getattr(bounds, str(dtype).removeprefix("torch."))
+    taken, variants = take_turns({name: (call,) for name, call in calls.items()}, rounds, BUDGET, clock.seconds), {}
     for name, samples in taken.items():
-        seconds = spread([taken for (taken,) in samples])
+        seconds = spread([seconds for (seconds,) in samples])
         variants[name] = {"seconds": asdict(seconds), "flops_per_second": flops / seconds.median}
         variants[name]["bound_share"] = ideal and ideal / seconds.median
-    peers = {n: {k: p[k] for k in ("what", "status", "reason")} for n, p in outcome["peers"].items()}
-    passes = {"step": {"flops": flops, "bytes": None, "ideal_seconds": ideal, "variants": related(variants)}}
-    return {
-        "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
-        "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."), "peers": _ready(peers),
-        "passes": passes, "fallbacks": ops.fallbacks(),
-    }  # fmt: skip
+    return {"flops": flops, "bytes": None, "ideal_seconds": ideal, "variants": related(variants)}
 
 
 def _warm(call: Callable[[], object]) -> None:
     for _ in range(WARM_CALLS):
         call()
-
-
-def compile_step(rehearsal: bool) -> None:
-    """Take the steps of dsfast's that `run_step` takes, for the kernels that are compiled on the way."""
-    config = comparable(whole_config(rehearsal))
-    rows = random_batch(config, *((1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)))
-    trainer = trainer_on(config, *rows, steps=2)
-    rows = [x.to(trainer.device) for x in rows]
-    trainer.step(*rows)
-    with trainer.kernels():
-        recorded_steps(trainer, rows, not rehearsal)
 
 
 class SameRows:
@@ -138,38 +142,25 @@ def recorded_steps(trainer: Trainer, rows: list[Tensor], on_gpu: bool) -> tuple[
     return steps, f"the recorded step's loss is {found:.6f}, the model's {expected:.6f}"
 
 
-def run_generation(clock: Any, rehearsal: bool) -> Iterator[Json]:
+def run_generation(clock: Any, rehearsal: bool, rounds: int) -> Iterator[Json]:
     """Greedy tokens in float32, one row for each batch, against transformers and our own steps launched one by one.
 
     Two passes: the whole call, prompt included, by the host's clock; and one step, by `clock`.
     """
-    model, batches, ours = _generating(rehearsal)
-    tokens, repeats = (2, 1) if rehearsal else (NEW_TOKENS, REPEATS)
-    uncaptured = {UNCAPTURED: partial(generate_ids, decoder_type=OperatorDecoder)}
-    for batch in batches:
-        found = run_generate(model, [batch], tokens, repeats, lambda text: None, ours, uncaptured)
-        peer = {"what": "transformers generate, float32", "status": found["status"], "reason": found["reason"]}
-        row = _generation_row(found["batches"][0], tokens, peer)
-        if not row["check"]:
-            row["passes"]["one step"] = _one_step(clock, model, batch, tokens)
-        yield row
-
-
-def compile_generation(rehearsal: bool) -> None:
-    """Generate two tokens for each batch, for the kernels that are compiled on the way."""
-    model, batches, ours = _generating(rehearsal)
-    for batch in batches:
-        ours(model, [[1] * PROMPT_TOKENS] * batch, 2)
-
-
-def _generating(rehearsal: bool) -> tuple[DeepseekV3, tuple[int, ...], Callable]:
-    """Model, batches, and dsfast's way to generate."""
     config = whole_config(rehearsal).replace(**{"model.zero_init_output": False})
     torch.manual_seed(config.seed)
     model = DeepseekV3(config.model).to(config.runtime.device)
     launch = {"launch": lambda step: step} if rehearsal else {}
     ours = partial(generate_ids, decoder_type=partial(DeviceDecoder, **launch))
-    return model, (1, 2) if rehearsal else BATCHES, ours
+    tokens, repeats = 2 if rehearsal else NEW_TOKENS, min(REPEATS, rounds)
+    uncaptured = {UNCAPTURED: partial(generate_ids, decoder_type=OperatorDecoder)}
+    for batch in (1, 2) if rehearsal else BATCHES:
+        found = run_generate(model, [batch], tokens, repeats, lambda text: None, ours, uncaptured)
+        peer = {"what": "transformers generate, float32", "status": found["status"], "reason": found["reason"]}
+        row = _generation_row(found["batches"][0], tokens, peer)
+        if not row["check"]:
+            row["passes"]["one step"] = _one_step(clock, model, batch, tokens, rounds)
+        yield row
 
 
 def _generation_row(found: Json, tokens: int, peer: Json) -> Json:
@@ -181,13 +172,13 @@ def _generation_row(found: Json, tokens: int, peer: Json) -> Json:
     check = "".join(f"other tokens than {name}" for name in found["different"])
     return {
         "part": "generate", "case": f"batch {found['batch']}", "sizes": {"batch": found["batch"], "tokens": tokens},
-        "dtype": "float32", "check": check, "peers": _ready({"transformers": peer}), "fallbacks": ops.fallbacks(),
+        "dtype": "float32", "check": check, "peers": {"transformers": _ready(peer)}, "fallbacks": ops.fallbacks(),
         "passes": {} if check else {f"{tokens} tokens": _pass(variants)},
     }  # fmt: skip
 
 
 @torch.inference_mode()
-def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int) -> Json:
+def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int, rounds: int) -> Json:
     """A step as it is captured, launched one operator after the other and in a graph; with it, its place set back."""
     step = DecodeStep(model, batch, places_for(model, tokens), temperature=0.0)
 
@@ -196,7 +187,7 @@ def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int) -> Json:
         step()
 
     call()
-    taken = take_turns({"": (call,)}, ROUNDS if clock.on_gpu else 1, BUDGET, clock.seconds)[""]
+    taken = take_turns({"": (call,)}, rounds, BUDGET, clock.seconds)[""]
     median = spread([seconds for (seconds,) in taken])
     variant = {"seconds": asdict(median), "tokens_per_second": batch / median.median}
     return _pass({"dsfast": variant | (in_a_graph(clock, "dsfast", call) if clock.on_gpu else {})})
@@ -206,8 +197,6 @@ def _pass(variants: Json) -> Json:
     return {"flops": 0, "bytes": None, "ideal_seconds": None, "variants": related(variants)}
 
 
-def _ready(peers: Json) -> Json:
+def _ready(peer: Json) -> Json:
     """A peer that was timed is one that was ready, as in the operators' rows."""
-    return {
-        name: {**peer, "status": peer["status"].replace("timed", "ready") or "ready"} for name, peer in peers.items()
-    }
+    return {**peer, "status": peer["status"].replace("timed", "ready") or "ready"}

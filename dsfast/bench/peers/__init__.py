@@ -119,10 +119,10 @@ _ROUGH = 1e-2  # losses in bfloat16
 
 GPU_PEERS = {
     "eager": Peer("PyTorch module, bfloat16 autocast", _autocast, tolerance=_ROUGH),
-    "compile": Peer("torch.compile of it", partial(_autocast, mode="default"), _no_compiler, _ROUGH),
     "reduce-overhead": Peer(
-        "torch.compile with CUDA graphs", partial(_autocast, mode="reduce-overhead"), _no_compiler, _ROUGH
+        "torch.compile of it with CUDA graphs", partial(_autocast, mode="reduce-overhead"), _no_compiler, _ROUGH
     ),
+    "compile": Peer("torch.compile of it", partial(_autocast, mode="default"), _no_compiler, _ROUGH),
     "transformers": Peer(
         "transformers DeepseekV3, full embedding, bfloat16 autocast",
         _transformers_autocast,

@@ -101,12 +101,15 @@ def choose_experts(logits, bias, top_k, n_group, topk_group, norm_topk_prob, sca
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return weights * scaling, indices, counted(indices, logits.size(1))
+
+
+def counted(indices: Tensor, experts: int) -> Tensor:
+    """How often each expert stands in `indices` [experts]. A GPU's host waits for bincount, but not for this."""
     chosen = indices.flatten()
-    if logits.is_cuda:  # which waits for nothing, as bincount does
-        counts = chosen.new_zeros(logits.size(1)).scatter_add_(0, chosen, torch.ones_like(chosen))
-    else:
-        counts = torch.bincount(chosen, minlength=logits.size(1))
-    return weights * scaling, indices, counts
+    if not chosen.is_cuda:
+        return torch.bincount(chosen, minlength=experts)
+    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def moe_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
