@@ -125,6 +125,17 @@ def test_every_size_can_be_built_and_is_checked_no_larger(part):
             assert (sum(size) <= sum(case.sizes[letter])) if letter == "lengths" else size <= case.sizes[letter]
 
 
+@needs_native
+@pytest.mark.filterwarnings("ignore")
+def test_a_paged_cache_is_timed_beside_peers_that_gather_it(monkeypatch):
+    sizes = {"B": 2, "C": 24, "H": 4, "R": 16, "Dn": 16, "Dr": 16, "Dv": 16, "S": 8}
+    monkeypatch.setitem(cases.TINY["decode"], "tiny", (sizes, sizes))
+    row = run_tiny("decode")
+    assert row["check"] == ""
+    assert set(row["passes"]["forward"]["variants"]) == {"dsfast", "eager", "SDPA expanded"}
+    assert cases.SIZES["decode"]["V3 H16 paged"][0]["S"] == 64
+
+
 def test_mixed_documents_have_as_many_tokens_as_the_dense_ones():
     assert sum(cases.MIXED) == cases.SIZES["attention"]["V3"][0]["N"]
 

@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from datetime import datetime
 from time import perf_counter
 
 import pytest
 import torch
+from operator_cases import needs_native
 from rich.console import Console
 from tiny import write_text_run
 
@@ -794,6 +796,18 @@ def test_a_gpu_that_cannot_run_the_config_leaves_the_cpus_test(monkeypatch):
     assert "Old GPU (compute capability 7.5) cannot multiply it" in skipped["gpu"]
     configs, _ = suite.choose_configs(suite._parser().parse_args(["--gpu-only"]))
     assert set(configs) == {"gpu"}  # there the mistake is the user's, and said before anything is trained
+
+
+@pytest.mark.parametrize(("kernel", "decoder"), [("reference", "OperatorDecoder"), ("auto", "NativeDecoder")])
+def test_the_questions_are_answered_by_the_kernels_that_the_results_name(tmp_path, monkeypatch, kernel, decoder):
+    needs_native()
+    generate_module, taken = sys.modules["dsfast.model.generate"], set()
+    for name in ("OperatorDecoder", "NativeDecoder"):
+        own = getattr(generate_module, name)
+        monkeypatch.setattr(generate_module, name, lambda *args, own=own: (taken.add(own.__name__), own(*args))[1])
+    changes = {"model.max_position_embeddings": 128, "train.steps": 2, "runtime.kernels": {"default": kernel}}
+    suite.main(["--config", str(write_text_run(tmp_path, **changes)), "--output-dir", str(tmp_path / "out")])
+    assert taken == {decoder}
 
 
 def test_a_users_mistake_in_setting_up_writes_nothing(tmp_path):

@@ -8,7 +8,8 @@ Sizes: "500k" and "5m" are a training step of those models at 32 x 256 tokens; "
 many tokens, heads, experts and words as two cores check (in float64) and time within a minute.
 Letters: N tokens, T tokens per document, B sequences, C cached tokens, or heads times width of value, D model width, R rank or
 width of latent, table and head, V vocabulary, H heads, Dn / Dr / Dv widths of plain key, rotary key and value, E experts,
-K chosen, G groups, I intermediate width, P parameters, M matrices of R rows and C columns; muon's are those of `layers` layers.
+K chosen, G groups, S places of a page, I intermediate width, P parameters, M matrices of R rows and C columns; muon's are those
+of `layers` layers.
 """
 
 from __future__ import annotations
@@ -182,11 +183,11 @@ def attention(lengths: Sequence[int], name: str, H: int, Dn: int, Dr: int, Dv: i
     return cases.mla_attention_case(name, lengths, H, Dn, Dr, Dv), forward, backward
 
 
-def _mla_decode(name: str, B: int, C: int, H: int, R: int, Dn: int, Dr: int, Dv: int):
+def _mla_decode(name: str, B: int, C: int, H: int, R: int, Dn: int, Dr: int, Dv: int, S: int | None = None):
     products = H * (Dn * R + C * (R + Dr) + C * R + R * Dv)
     values = H * (Dn + Dr + Dv) + C * (R + Dr)
-    forward = Work(2 * B * products, B * values + H * (Dn + Dv) * R, B)
-    return cases.mla_decode_case(name, [C] * B, C, H, R, Dn, Dr, Dv), forward, None
+    forward = Work(2 * B * products, B * values + H * (Dn + Dv) * R, B if S is None else B * (1 + C // S))
+    return cases.mla_decode_case(name, [C] * B, C, H, R, Dn, Dr, Dv, S), forward, None
 
 
 def _moe_route(name: str, N: int, E: int, K: int, G: int, kept: int):

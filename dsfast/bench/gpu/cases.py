@@ -66,7 +66,13 @@ SIZES: dict[str, dict[str, tuple[Sizes, Sizes]]] = {
         f"V3 H{h}": (
             {"B": 128, "C": 4096, "H": h, "R": 512, **_V3_HEAD}, {"B": b, "C": 1024, "H": h, "R": 512, **_V3_HEAD},
         ) for h, b in ((16, 4), (128, 32))
-    } | {"500K": ({"B": 256, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD}, {"B": 32, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD})},
+    } | {
+        "V3 H16 paged": (
+            {"B": 128, "C": 4096, "H": 16, "R": 512, **_V3_HEAD, "S": 64},
+            {"B": 4, "C": 1024, "H": 16, "R": 512, **_V3_HEAD, "S": 64},
+        ),
+        "500K": ({"B": 256, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD}, {"B": 32, "C": 256, "H": 4, "R": 32, **_SMALL_HEAD}),
+    },
     "route": {  # checked on few: a near tie falls either way in float32
         "V3": ({"N": 8192, "E": 256, "K": 8, "G": 8, "kept": 4}, {"N": 128, "E": 256, "K": 8, "G": 8, "kept": 4}),
         "500K": ({"N": 8192, "E": 2, "K": 1, "G": 1, "kept": 1}, {"N": 512, "E": 2, "K": 1, "G": 1, "kept": 1}),

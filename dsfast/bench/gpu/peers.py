@@ -218,7 +218,8 @@ def _varlen(arguments: list, differentiable: Sequence[int]) -> Prepared:
 
 def _expanded_decode(arguments: list, differentiable: Sequence[int]) -> Prepared:
     """Keys and values of every head in memory, as a cache without absorption has them."""
-    q_nope, q_rope, latent, k_rope, _, up, scale = arguments
+    q_nope, q_rope, latent, k_rope, _, up, scale, *pages = arguments
+    latent, k_rope = (x[pages[0]].flatten(1, 2) if pages else x for x in (latent, k_rope))
     up_key, up_value = up.split((q_nope.size(2), up.size(1) - q_nope.size(2)), dim=1)
     k_nope, v = (torch.einsum("bcr,hdr->bhcd", latent, matrix).contiguous() for matrix in (up_key, up_value))
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, up.size(0), -1, -1)), -1)

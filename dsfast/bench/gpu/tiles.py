@@ -15,7 +15,7 @@ from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS
 
 GROUPS = ("V3", "500K")
-_SAME_TILES = ("V3 mixed",)  # cases that take the entries of another of their part
+_SAME_TILES = ("V3 mixed", "V3 H16 paged")  # cases that take the entries of another of their part
 
 Json = dict[str, Any]
 Case = tuple[str, str]

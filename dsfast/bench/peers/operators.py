@@ -55,8 +55,10 @@ def mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 
 @torch.no_grad()
-def mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale):
-    """Keys and values absorbed, the heads as queries of one shared key [latent; k_rope]."""
+def mla_decode(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
+    """Keys and values absorbed, the heads as queries of one shared key [latent; k_rope]; a paged cache is gathered first."""
+    if pages is not None:
+        latent, k_rope = (x[pages].flatten(1, 2) for x in (latent, k_rope))
     up_key, up_value = up.split((q_nope.size(2), up.size(1) - q_nope.size(2)), dim=1)
     q = torch.cat((torch.einsum("bhn,hnr->bhr", q_nope, up_key), q_rope), -1)
     s = torch.baddbmm(q.new_empty(()), q, torch.cat((latent, k_rope), -1).mT, beta=0, alpha=scale)
