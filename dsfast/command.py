@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from dsfast.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,15 +44,20 @@ def _path(text: str) -> str:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` (default: the process's arguments) and return the exit code.
 
-    A UserError becomes one line on stderr and 2; a signal, 128 + its number. Any other exception is a defect and keeps
-    its traceback.
+    A UserError becomes one line on stderr and 2; a signal, 128 + its number, and so a reader of the output that has gone. Any
+    other exception is a defect and keeps its traceback.
     """
     try:
         with _sigterm_interrupts():
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            code = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt as interrupt:  # dsfast.train's Interrupted says what was saved, and which signal it was
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", EXIT_INTERRUPTED)

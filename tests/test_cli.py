@@ -67,6 +67,15 @@ def test_an_interrupt_is_128_plus_the_signal(attributes, code, capsys):
     assert capsys.readouterr().err == "saved as x\n"
 
 
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "before"])
+def test_a_reader_that_has_gone_is_no_defect(lines):
+    code = f"import sys; from dsfast.command import run_command as r; sys.exit(r(lambda argv: print('x\\n' * {lines})))"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 141
+
+
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda argv: 1 / 0, [])
