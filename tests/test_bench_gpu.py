@@ -31,6 +31,9 @@ from dsfast.command import run_command
 from dsfast.ops import native, triton
 
 BOUNDS = Bounds(bandwidth=4e12, bfloat16=8e14, tf32=4e14, float32=5e13, size=8192)
+needs_interpreter = pytest.mark.skipif(
+    bool(triton.missing() or triton.cannot_interpret()), reason="Triton cannot interpret"
+)
 needs_native = pytest.mark.skipif(native.status()[0] is None, reason="the C++ kernels stand in for Triton's here")
 
 
@@ -874,7 +877,7 @@ def test_the_interpreter_is_no_gpu(monkeypatch):
         run.check_gpu(rehearsal=False)
 
 
-@pytest.mark.skipif(bool(triton.missing()), reason="needs triton")
+@needs_interpreter
 @pytest.mark.parametrize("parts", ["norm", pytest.param(",".join(run.PARTS[:-1]), marks=pytest.mark.slow)])
 def test_a_rehearsal_runs_the_whole_command_and_claims_nothing(parts, tmp_path):
     command = [sys.executable, "-m", "dsfast.bench", "gpu", "--out", str(tmp_path), "--rehearse", "--only", parts]

@@ -437,6 +437,10 @@ def command(out, *arguments: str, interpreted: bool = True) -> subprocess.Comple
     return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
+needs_interpreter = pytest.mark.skipif(bool(triton.cannot_interpret()), reason="Triton cannot interpret")
+
+
+@needs_interpreter
 def test_a_rehearsal_goes_from_the_command_to_its_files(tmp_path):
     child = command(tmp_path, "decode", "--rehearse")
     assert child.returncode == 0, child.stderr
@@ -451,6 +455,7 @@ def test_a_rehearsal_goes_from_the_command_to_its_files(tmp_path):
     assert "check: decode mla_decode._FLOAT32[16][96]" in (tmp_path / "rehearsal.log").read_text()
 
 
+@needs_interpreter
 def test_a_run_cut_by_seconds_ends_in_order(tmp_path):
     child = command(tmp_path, "decode", "--rehearse", "--seconds", "1")
     assert child.returncode == 0, child.stderr

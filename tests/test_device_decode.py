@@ -414,7 +414,7 @@ def interpreted() -> dict:
 @pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
 @pytest.mark.skipif(bool(triton.missing()), reason="needs triton")
 def test_tokens_with_the_triton_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False, timeout=300
     )

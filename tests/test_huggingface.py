@@ -108,7 +108,9 @@ def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch)
     positions, cu_seqlens = torch.arange(12), torch.tensor([0, 12], dtype=torch.int32)
     with torch.no_grad():
         state = oracle.model(ids[:, :-1]).last_hidden_state
-        theirs = mtp(ids[:, 1:], state, None, positions[None], None)[1]  # [1, 1, V] after the last position
+        theirs = mtp(ids[:, 1:], state, torch.ones(1, 12), positions[None], None)[
+            1
+        ]  # [1, 1, V] after the last position
         embedded = model.embed_tokens(ids[0])
         hidden = model.hidden(embedded[:-1], positions, cu_seqlens)
         ours = model.logits(model.mtp[0](hidden, embedded[1:], model.rope(torch.float32), positions, cu_seqlens))

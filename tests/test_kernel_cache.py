@@ -23,6 +23,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+VERSION = "" if triton.missing() else importlib.import_module("triton").__version__
+OLD = VERSION.startswith("3.6.")
+TO_DO = r"a compiled kernel could not be written or read back .*; make room, or remove"
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """As in a new process, in which TRITON_CACHE_DIR is not set."""
@@ -103,21 +108,25 @@ def test_what_a_compilation_left_half_built_is_compiled_anew(monkeypatch, tmp_pa
     (cubin,) = tmp_path.rglob("*.cubin")
     whole = cubin.read_bytes()
     damage(group, cubin)
-    assert compiled() == first
-    assert cubin.read_bytes() == whole
+    if (
+        OLD and group.exists()
+    ):  # Triton writes it in one piece; where it is torn all the same, 3.6 does not compile anew
+        with pytest.raises(UserError, match=TO_DO):
+            compiled()
+    else:
+        assert compiled() == first
+        assert cubin.read_bytes() == whole
 
 
 @needs_triton
 def test_a_kernel_whose_code_is_gone(monkeypatch, tmp_path):
-    """It is compiled anew, but by Triton 3.7, which does not look for it: there one line says what to do."""
+    """It is compiled anew, but by Triton 3.6 and 3.7, which do not look for it: there one line says what to do."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     first = compiled()
     (cubin,) = tmp_path.rglob("*.cubin")
     cubin.unlink()
-    if importlib.import_module("triton").__version__.startswith("3.7."):
-        with pytest.raises(
-            UserError, match=r"a compiled kernel could not be written or read back .*; make room, or remove"
-        ):
+    if OLD or VERSION.startswith("3.7."):
+        with pytest.raises(UserError, match=TO_DO):
             compiled()
     else:
         assert compiled() == first

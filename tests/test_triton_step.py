@@ -80,7 +80,7 @@ def interpreted(run: str) -> dict:
 def test_losses_are_those_of_the_native_path(run):
     needs_native()
     command = [sys.executable, __file__, run]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     found = json.loads(child.stdout.splitlines()[-1])

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -47,6 +48,14 @@ def missing() -> str:
 def _numbers(version: str) -> tuple[int, ...]:
     """The first two, of "3.7.1" and of "3.7rc1"."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def cannot_interpret() -> str:
+    """Why this triton's interpreter fails; empty where it does not."""
+    version = importlib.import_module("triton").__version__
+    if _numbers(version) > (3, 6) or _numbers(numpy.__version__) < (2, 4):
+        return ""
+    return f"triton {version}'s interpreter fails with numpy 2.4 or newer; install triton 3.7 or newer"
 
 
 def _no_launcher() -> str:

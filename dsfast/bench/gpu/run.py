@@ -60,8 +60,10 @@ def choose_parts(names: Sequence[str] | None, known: Sequence[str] = PARTS, benc
 def check_gpu(rehearsal: bool, bench: str = "gpu") -> None:
     """Raises UserError where no GPU that the kernels run on is here; for a rehearsal, where Triton's interpreter is not on."""
     if rehearsal:
-        if not triton.INTERPRETED or triton.missing():
-            reason = triton.missing() or "set TRITON_INTERPRET=1"
+        reason = (
+            triton.missing() or ("" if triton.INTERPRETED else "set TRITON_INTERPRET=1") or triton.cannot_interpret()
+        )
+        if reason:
             raise UserError(f"bench {bench} --rehearse runs the kernels in Triton's interpreter: {reason}")
         return
     if triton.INTERPRETED:

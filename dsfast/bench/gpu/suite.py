@@ -72,6 +72,7 @@ def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> J
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-c", _PYTEST, "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environment.get("PYTHONPATH"))))
         child = subprocess.Popen(
             command,
             cwd=root,
