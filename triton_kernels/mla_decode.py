@@ -78,7 +78,7 @@ def _absorb(q, up, q_h, up_h, up_n, h, H, Dn: tl.constexpr, R: tl.constexpr, RP:
     """q_nope up_key of heads `h`: [BH, RP], float32. BU rows of `up` at a time."""
     r = tl.arange(0, RP)[None, None, :]
     b_q = tl.zeros([h.shape[0], RP], tl.float32)
-    for start in tl.static_range(0, Dn, BU):
+    for start in tl.range(0, Dn, BU, loop_unroll_factor=2):
         n = start + tl.arange(0, BU)
         b_x = tl.load(
             q + h[:, None].to(tl.int64) * q_h + n[None, :], mask=(h[:, None] < H) & (n[None, :] < Dn), other=0.0
@@ -96,7 +96,7 @@ def _store_values(
 ):  # fmt: skip
     """up_value of the mixed latents b_o [BH, RP], for heads `h`, to o. BU rows of `up` at a time."""
     r = tl.arange(0, RP)[None, None, :]
-    for start in tl.static_range(0, Dv, BU):
+    for start in tl.range(0, Dv, BU, loop_unroll_factor=2):
         v = start + tl.arange(0, BU)
         m_up = (h[:, None, None] < H) & (v[None, :, None] < Dv) & (r < R)
         b_up = tl.load(
@@ -183,21 +183,19 @@ def attend_kernel(
             b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
             b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
             b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
-            b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
             # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
-            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
+            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice. The maximum is
+            # taken after it: inside, triton 3.6 does not compile it for gfx942.
             if s < length:
                 if PAGE:
                     b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
                 else:
                     b_s = tl.where(m_j[None, :], b_s, float("-inf"))
-                b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-                b_e = tl.exp2(b_s - b_m_new[:, None])
-                b_sum = tl.sum(b_e, 1)
-                b_p = b_e.to(b_c.dtype)
+            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - b_m_new[:, None])
             decay = tl.exp2(b_m - b_m_new)
-            b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
-            b_l = b_l * decay + b_sum
+            b_l = b_l * decay + tl.sum(b_p, 1)
+            b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision=PRECISION)
             b_m = b_m_new
 
     out += b * out_b
@@ -276,7 +274,12 @@ _LARGE = {
         576: Tiles(32, 8, 3, 0, 1),
         1152: Tiles(16, 8, 2, 0, 1),
     },
-    64: {96: Tiles(64, 8, 2, 0, 1), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
+    64: {
+        48: Tiles(64, 8, 2, 0, 1),
+        96: Tiles(128, 8, 2, 0, 1),  # of 64 places and a latent of 64 ptxas makes every product wait
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(64, 8, 2, 0, 1),
+    },
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
 _SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
