@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsfast.triton_kernels import mla_attention, pieces
+from dsfast.triton_kernels import mla_attention, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch
 from dsfast.triton_kernels.limits import CHIPS
 
@@ -170,6 +170,14 @@ def test_limits_find_what_breaks_them():
         "products",
         "each",
     ]
+
+
+@pytest.mark.parametrize("kernel", ["backward_kernel", "backward_kernel, 3 uses"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widest_norm_fits_chips_with_less_shared_memory(kernel, dtype):
+    """The 99 KB of sm_86, sm_89 and sm_120, which take sm_80's tiles."""
+    compiled = compile_launch(rms_norm.example_launches("widest", dtype, large=0)[kernel], "sm_80")
+    assert compiled.shared <= 101_376
 
 
 def test_products_computed_twice_are_found():
