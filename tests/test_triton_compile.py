@@ -7,22 +7,24 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsfast.triton_kernels import mla_attention, pieces
+from dsfast.triton_kernels import mla_attention, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch
 from dsfast.triton_kernels.limits import CHIPS
 
-from dsfast.bench.compile import compile_example, examples, kernels_of, operators
+from dsfast.bench.compile import DTYPES, compile_example, examples, kernels_of, operators
 
 
-def each(dtypes, wanted):
-    """A test for every example launch at the sizes `wanted` says yes to, on every chip."""
-    return pytest.mark.parametrize("example", examples(operators(), list(CHIPS), dtypes, wanted), ids="-".join)
+def each(dtypes, wanted, chips=tuple(CHIPS)):
+    """A test for every example launch at the sizes `wanted` says yes to, on each of `chips`."""
+    return pytest.mark.parametrize("example", examples(operators(), chips, dtypes, wanted), ids="-".join)
 
 
 def assert_within_limits(example):
     row = compile_example(example)
     assert not row["faults"], row
-    assert (row["repeated"] or 1) <= 1, row
+
+
+DEFAULT = ("500K", "DeepSeek-V3")
 
 
 @each(["bfloat16"], lambda size: size == "DeepSeek-V3")
@@ -30,13 +32,19 @@ def test_deepseek_v3(example):
     assert_within_limits(example)
 
 
+@each(["bfloat16"], lambda size: size == "500K", ["sm_90"])
+def test_the_products_own_size(example):
+    """On one chip: all four take minutes, the others are among the slow tests."""
+    assert_within_limits(example)
+
+
 def those_of_other_sizes():
-    """An example on sm_90 for each kernel that DeepSeek-V3's sizes do not launch."""
+    """An example on sm_90 for each kernel that neither size launches."""
     found, seen = [], set()
     planned = examples(operators(), ["sm_90"], ["bfloat16"], lambda size: True)
-    for example in sorted(planned, key=lambda example: example.size != "DeepSeek-V3"):
+    for example in sorted(planned, key=lambda example: example.size not in DEFAULT):
         name = example.operator, example.launch().kernel.__name__
-        found += [example] if name not in seen and example.size != "DeepSeek-V3" else []
+        found += [example] if name not in seen and example.size not in DEFAULT else []
         seen.add(name)
     return found
 
@@ -52,8 +60,65 @@ def test_other_sizes(example):
     assert_within_limits(example)
 
 
+def is_a_table(value) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
+
+
+def entries_of_tables(module) -> dict[tuple[int, object], str]:
+    """Row and key of each entry in the tables of tiles -> what the source calls it."""
+    found = {}
+    for name, table in vars(module).items():
+        for kernel, row in table.items() if is_a_table(table) else ():
+            found |= {(id(row), key): f"{name}[{kernel!r}][{key!r}]" for key in row}
+    return found
+
+
+def entries_read(module, size: str, dtype: torch.dtype) -> set[tuple]:
+    """Row, key and chip (as launchers tell them apart) of each entry that the launches of an example read."""
+    read = set()
+
+    class Watched(dict):
+        def __init__(self, row):
+            super().__init__(row)
+            self.row = id(row)
+
+        def __getitem__(self, key):
+            read.add((self.row, key, chip))
+            return super().__getitem__(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, table in list(vars(module).items()):
+            if is_a_table(table):
+                patch.setattr(module, name, {kernel: Watched(row) for kernel, row in table.items()})
+        for chip in {chip.large for chip in CHIPS.values()}:
+            module.example_launches(size, dtype, chip)
+    return read
+
+
+def sizes_that_read_every_entry(operator: str, dtype: str) -> list[str]:
+    """DEFAULT's, and of the others each that reads an entry on a chip which none before it has read there."""
+    module, chosen, seen = kernels_of(operator), [], set()
+    for size in sorted(module.EXAMPLES, key=lambda size: size not in DEFAULT):
+        read = entries_read(module, size, DTYPES[dtype])
+        chosen += [size] if size in DEFAULT or read - seen else []
+        seen |= read
+    return chosen
+
+
+def those_of_other_dtypes():
+    """In bfloat16 every size is compiled; in the others as many as leave no entry of a table uncompiled on a chip that has it."""
+    return [
+        example
+        for operator in operators()
+        for dtype in ("float16", "float32")
+        for example in examples(
+            [operator], list(CHIPS), [dtype], sizes_that_read_every_entry(operator, dtype).__contains__
+        )
+    ]
+
+
 @pytest.mark.slow
-@each(["float16", "float32"], lambda size: size in ("500K", "DeepSeek-V3"))
+@pytest.mark.parametrize("example", those_of_other_dtypes(), ids="-".join)
 def test_other_dtypes(example):
     assert_within_limits(example)
 
@@ -81,42 +146,13 @@ def test_every_shared_kernel_is_an_example():
     assert names_of_kernels(pieces) <= set().union(*(launched_by(kernels_of(operator)) for operator in operators()))
 
 
-def entries_of_tables(module) -> dict[tuple[int, object], str]:
-    """Row and key of each entry in the tables of tiles -> what the source calls it."""
-    found = {}
-    for name, table in vars(module).items():
-        for kernel, row in table.items() if is_a_table(table) else ():
-            found |= {(id(row), key): f"{name}[{kernel!r}][{key!r}]" for key in row}
-    return found
-
-
-def is_a_table(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
-
-
 @pytest.mark.parametrize("operator", operators())
-def test_every_entry_of_a_table_is_compiled(operator, monkeypatch):
-    """For a chip and a dtype that has it some example's launches read it."""
+def test_every_entry_of_a_table_is_compiled(operator):
+    """Some chip and dtype of the examples that are compiled, above, reads it."""
     module, read = kernels_of(operator), set()
-
-    class Watched(dict):
-        def __init__(self, row):
-            super().__init__(row)
-            self.row = id(row)
-
-        def __getitem__(self, key):
-            read.add((self.row, key))
-            return super().__getitem__(key)
-
-    expected = entries_of_tables(module)
-    for name, table in list(vars(module).items()):
-        if is_a_table(table):
-            monkeypatch.setattr(module, name, {kernel: Watched(row) for kernel, row in table.items()})
-    for size in module.EXAMPLES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for chip in CHIPS.values():
-                module.example_launches(size, dtype, chip.large)
-    assert [name for entry, name in expected.items() if entry not in read] == []
+    for dtype, sizes in (("bfloat16", module.EXAMPLES), ("float32", sizes_that_read_every_entry(operator, "float32"))):
+        read |= {entry[:2] for size in sizes for entry in entries_read(module, size, DTYPES[dtype])}
+    assert [name for entry, name in entries_of_tables(module).items() if entry not in read] == []
 
 
 def test_limits_find_what_breaks_them():
@@ -126,7 +162,22 @@ def test_limits_find_what_breaks_them():
     broken = type(kept)(
         "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True
     )
-    assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == ["8", "232449", "no", "the", "each"]
+    assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == [
+        "8",
+        "232449",
+        "no",
+        "the",
+        "products",
+        "each",
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["backward_kernel", "backward_kernel, 3 uses"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widest_norm_fits_chips_with_less_shared_memory(kernel, dtype):
+    """The 99 KB of sm_86, sm_89 and sm_120, which take sm_80's tiles."""
+    compiled = compile_launch(rms_norm.example_launches("widest", dtype, large=0)[kernel], "sm_80")
+    assert compiled.shared <= 101_376
 
 
 def test_products_computed_twice_are_found():

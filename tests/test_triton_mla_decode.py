@@ -30,6 +30,7 @@ class TestMlaDecode(TritonContract):
         mla_decode_case("products outside, several splits", (70,), 768, **WIDE),
         mla_decode_case("no part with position", (7,), 7, 3, 20, 8, 0, 8),
         mla_decode_case("DeepSeek-V3's widths", (17,), 17, **DEEPSEEK_V3),
+        mla_decode_case("DeepSeek-V3's widths, as many heads as a tile has", (2,), 2, **{**DEEPSEEK_V3, "h": 64}),
     )
     tiny = mla_decode_case("tiny", (2, 0, 33), 33, 2, 3, 3, 2, 2)
     registered = ("mla_decode",)
@@ -93,6 +94,18 @@ def test_any_number_of_splits(splits, widths, dtype):
     found = run(arguments, splits)
     assert not found[0].any()
     assert_as_good_as_eager(found, arguments)
+
+
+@on_device
+@pytest.mark.parametrize("widths", [SMALL, WIDE], ids=["inside", "outside"])
+@pytest.mark.parametrize(("splits", "combined"), [(40, 512), pytest.param(300, 8192, marks=pytest.mark.slow)])
+def test_many_splits(splits, combined, widths, monkeypatch):
+    """Put together in several steps, of which the last has fewer, and none for a sequence that needs one split or two."""
+    from dsfast.triton_kernels import mla_decode as kernels
+
+    monkeypatch.setattr(kernels, "COMBINED", combined)
+    arguments = draw((splits * 64, 70), splits * 64, {**widths, "h": 1}, torch.float16)
+    assert_as_good_as_eager(run(arguments, splits), arguments)
 
 
 @on_device
@@ -243,7 +256,13 @@ class TestPlan:
     def test_no_more_splits_than_there_is_work_for(self):
         assert self.plan(1, 0, 16, DEEPSEEK_V3).splits == 1
         assert self.plan(1, 255, 16, DEEPSEEK_V3).splits == 1
-        assert self.plan(1, 10**6, 16, DEEPSEEK_V3).splits == 64
+        assert self.plan(1, 10**6, 16, DEEPSEEK_V3, processors=1000).splits == 512
+
+    @pytest.mark.parametrize(("c", "h"), [(131072, 16), (32768, 64), (131072, 128)])
+    def test_one_long_sequence_fills_the_chip(self, c, h):
+        chosen = self.plan(1, c, h, DEEPSEEK_V3)
+        programs, slots = chosen.splits * -(-h // chosen.bh), 132 * chosen.tiles.resident
+        assert 0.9 * slots <= programs <= slots
 
     @pytest.mark.parametrize("widths", [SMALL, WIDE], ids=["inside", "outside"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

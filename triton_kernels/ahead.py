@@ -52,6 +52,8 @@ class Compiled:
             found.append(f"no {chip.matrix} for tiles of {launch.rows} rows")
         if self.copies == 0 and launch.options["num_stages"] > 1:
             found.append("the loop is not pipelined: no asynchronous copies")
+        if (self.repeated or 1) > 1:
+            found.append(f"products are computed {self.repeated:g} times")
         if self.serialized:
             found.append("each matrix instruction waits for the one before it (ptxas calls them serialized)")
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]

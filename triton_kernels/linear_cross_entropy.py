@@ -129,11 +129,12 @@ def _take_in(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
     hidden, weight, labels, softmax_parts, o_parts, counts, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
 ):  # fmt: skip
     """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
     words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32."""
     t, s = tl.program_id(0) * BT, tl.program_id(1)
+    hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     i = t + tl.arange(0, BT)  # [BT]
     b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
     b_o = tl.zeros([BT, RP], tl.float32)
@@ -162,7 +163,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
     softmax_parts, o_parts, hidden, weight, labels, counts, count, losses, words, softmax, dhidden, z_loss, hidden_n, weight_v,
-    N, V, S, TILES, ignore_index, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
+    N, V, S, TILES, ignore_index, R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
     FOLDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """losses [N], and where GRADS words [N] int32, softmax [2, N] (m and factor, or where FOLDED what stands for both) and
@@ -171,6 +172,7 @@ def combine_kernel(
     The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
     """
     i = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+    hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     b_word = _words(labels, i, N, V, ignore_index)
     every = tl.cast(S, tl.int64) * N
     b_m = tl.full([BT], LOWEST, tl.float32)
@@ -236,11 +238,13 @@ def _add_tokens(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dweight_kernel(
     hidden, weight, words, softmax, losses, count, loss, dweight_parts, hidden_n, weight_v, N, V, STEPS,
-    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them; and from the first
     program the loss, as loss_kernel's."""
     v, s = tl.program_id(0) * BV, tl.program_id(1)
+    hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     word = v + tl.arange(0, BV)  # [BV]
     b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, True)  # [BV, RP]
     b_dw = tl.zeros([BV, RP], tl.float32)
@@ -448,10 +452,12 @@ def narrow_launches(
     """Name -> launch, in their order: they fill count, losses, loss and, unless dweight is empty, dhidden and dweight. Any
     device."""
     (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
-    rp = padded(r)
+    rp, strides = padded(r), (hidden.stride(0), weight.stride(0))
+    # Triton looks for multiples of 16 only, and copies what may be unaligned element by element, not beside the products.
+    unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
     inputs = {
         "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "loss": loss, "dhidden": dhidden,
-        "hidden_n": hidden.stride(0), "weight_v": weight.stride(0), "N": n, "V": v, "R": r, "RP": rp,
+        "hidden_n": strides[0] // unit, "weight_v": strides[1] // unit, "UNIT": unit, "N": n, "V": v, "R": r, "RP": rp,
         "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads, "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
     }  # fmt: skip
     bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
@@ -598,6 +604,7 @@ EXAMPLES = {
     "5M": (8192, 64, 8000),
     "rank 128": (8192, 128, 16000),
     "widest in the first way": (2048, 256, 129280),
+    "a multiple of 8, not of 16": (2048, 200, 32001),
     "DeepSeek-V3": (2048, 7168, 129280),
 }
 """N, R and V that are compiled ahead."""

@@ -16,6 +16,7 @@ have torch.bmm before and after.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def _absorb(q, up, q_h, up_h, up_n, h, H, Dn: tl.constexpr, R: tl.constexpr, RP:
     """q_nope up_key of heads `h`: [BH, RP], float32. BU rows of `up` at a time."""
     r = tl.arange(0, RP)[None, None, :]
     b_q = tl.zeros([h.shape[0], RP], tl.float32)
-    for start in tl.static_range(0, Dn, BU):
+    for start in tl.range(0, Dn, BU, loop_unroll_factor=2):
         n = start + tl.arange(0, BU)
         b_x = tl.load(
             q + h[:, None].to(tl.int64) * q_h + n[None, :], mask=(h[:, None] < H) & (n[None, :] < Dn), other=0.0
@@ -96,7 +97,7 @@ def _store_values(
 ):  # fmt: skip
     """up_value of the mixed latents b_o [BH, RP], for heads `h`, to o. BU rows of `up` at a time."""
     r = tl.arange(0, RP)[None, None, :]
-    for start in tl.static_range(0, Dv, BU):
+    for start in tl.range(0, Dv, BU, loop_unroll_factor=2):
         v = start + tl.arange(0, BU)
         m_up = (h[:, None, None] < H) & (v[None, :, None] < Dv) & (r < R)
         b_up = tl.load(
@@ -108,6 +109,17 @@ def _store_values(
 
 
 @triton.jit
+def _add_scores(
+    b_s, q, latent, q_h, page, place, latent_p, latent_c: tl.constexpr, h, H, m_j, D: tl.constexpr, SLICE: tl.constexpr,
+    ONE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_s and the first D <= SLICE columns of q . latent more."""
+    b_q = _load_heads(q, q_h, h, H, D, SLICE)
+    b_c = _load_places(latent, page, place, latent_p, latent_c, m_j, D, SLICE, ONE)
+    return tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+
+
+@triton.jit
 def _scores(
     q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c: tl.constexpr, h, H, m_j, BN: tl.constexpr, R: tl.constexpr,
     SLICE: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,10 +127,31 @@ def _scores(
     """q_latent . latent of a tile, [BH, BN]. Where SLICE is not 0, operands are read again, SLICE columns at a time."""
     if SLICE:
         b_s = tl.zeros([h.shape[0], BN], tl.float32)
-        for r in tl.static_range(0, R, SLICE):
-            b_q = _load_heads(q + r, q_h, h, H, R - r, SLICE)
-            b_c = _load_places(latent + r, page, place, latent_p, latent_c, m_j, R - r, SLICE, ONE)
-            b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+        whole: tl.constexpr = R // SLICE * SLICE
+        for r in tl.range(
+            0, whole, SLICE
+        ):  # not unrolled: all slices would be loaded at once, which takes too many registers
+            b_s = _add_scores(
+                b_s, q + r, latent + r, q_h, page, place, latent_p, latent_c, h, H, m_j, SLICE, SLICE, ONE, PRECISION
+            )
+        if whole < R:
+            b_s = _add_scores(
+                b_s,
+                q + whole,
+                latent + whole,
+                q_h,
+                page,
+                place,
+                latent_p,
+                latent_c,
+                h,
+                H,
+                m_j,
+                R - whole,
+                SLICE,
+                ONE,
+                PRECISION,
+            )
     else:
         b_s = tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION)
     return b_s
@@ -183,21 +216,19 @@ def attend_kernel(
             b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
             b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
             b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
-            b_p, b_m_new, b_sum = b_s.to(b_c.dtype), b_m, b_l
             # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
-            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice.
+            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice. The maximum is
+            # taken after it: inside, triton 3.6 does not compile it for gfx942.
             if s < length:
                 if PAGE:
                     b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
                 else:
                     b_s = tl.where(m_j[None, :], b_s, float("-inf"))
-                b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-                b_e = tl.exp2(b_s - b_m_new[:, None])
-                b_sum = tl.sum(b_e, 1)
-                b_p = b_e.to(b_c.dtype)
+            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - b_m_new[:, None])
             decay = tl.exp2(b_m - b_m_new)
-            b_o = tl.dot(b_p, b_c, b_o * decay[:, None], input_precision=PRECISION)
-            b_l = b_l * decay + b_sum
+            b_l = b_l * decay + tl.sum(b_p, 1)
+            b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision=PRECISION)
             b_m = b_m_new
 
     out += b * out_b
@@ -220,26 +251,33 @@ def attend_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
     part, sums, lengths, up, out, part_b, part_s, part_h, sums_b, sums_plane, up_h, up_n, out_b, out_h, H, C, SPLITS,
-    Dn: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, BR: tl.constexpr,
-    BN: tl.constexpr, BU: tl.constexpr, ABSORB: tl.constexpr,
+    Dn: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr, ABSORB: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one head of one sequence put together, BR columns of them: to the mixed latents [B, H, R], where ABSORB
-    (and BR = RP) the values [B, H, Dv]. What a split without places would have written is not read."""
+    """The splits of one head of one sequence put together, BR columns of them, BS splits at a time: to the mixed latents
+    [B, H, R], where ABSORB (and BR = RP) the values [B, H, Dv]. What a split without places would have written is not read."""
     chunks: tl.constexpr = (RP + BR - 1) // BR
     pid = tl.program_id(0)
     chunk, h, b = pid % chunks, pid // chunks % H, pid // chunks // H
     length, good = _length(lengths, b, C)
     b, h = b.to(tl.int64), h.to(tl.int64)
+    share = _share(length, SPLITS, BN)
+    p_sums = sums + b * sums_b + h
     s = tl.arange(0, SP)  # [SP]
-    m_s = s * _share(length, SPLITS, BN) < length
-    p_sums = sums + b * sums_b + s * H + h
-    b_m = tl.load(p_sums, mask=m_s, other=UNSEEN)
-    b_l = tl.load(p_sums + sums_plane, mask=m_s, other=0.0)
+    m_s = s * share < length
+    b_m = tl.load(p_sums + s * H, mask=m_s, other=UNSEEN)
+    b_l = tl.load(p_sums + sums_plane + s * H, mask=m_s, other=0.0)
+    m = tl.max(b_m, 0)
     r = chunk * BR + tl.arange(0, BR)  # [BR]
-    p_part = part + b * part_b + h * part_h + s[:, None] * part_s + r[None, :]
-    b_part = tl.load(p_part, mask=m_s[:, None] & (r[None, :] < R), other=0.0)  # [SP, BR]
-    weight = tl.exp2(b_m - tl.max(b_m, 0))
-    b_o = _normalised(tl.sum(weight[:, None] * b_part, 0), tl.sum(weight * b_l, 0), length, good)
+    p_part = part + b * part_b + h * part_h + r[None, :]
+    b_o = tl.zeros([BR], tl.float32)
+    for start in tl.static_range(0, SP, BS):
+        t = start + tl.arange(0, BS)  # [BS]
+        m_t = t * share < length
+        weight = tl.exp2(tl.load(p_sums + t * H, mask=m_t, other=UNSEEN) - m)
+        b_part = tl.load(p_part + t[:, None] * part_s, mask=m_t[:, None] & (r[None, :] < R), other=0.0)  # [BS, BR]
+        b_o += tl.sum(weight[:, None] * b_part, 0)
+    b_o = _normalised(b_o, tl.sum(tl.exp2(b_m - m) * b_l, 0), length, good)
     out += b * out_b
     if ABSORB:
         _store_values(out, up, out_h, up_h, up_n, b_o[None, :], h + tl.arange(0, 1), H, Dn, Dv, R, RP, BU)
@@ -276,7 +314,12 @@ _LARGE = {
         576: Tiles(32, 8, 3, 0, 1),
         1152: Tiles(16, 8, 2, 0, 1),
     },
-    64: {96: Tiles(64, 8, 2, 0, 1), 192: Tiles(64, 4, 2, 0, 3), 576: Tiles(64, 8, 2, 0, 1)},
+    64: {
+        48: Tiles(64, 8, 2, 0, 1),
+        96: Tiles(128, 8, 2, 0, 1),  # of 64 places and a latent of 64 ptxas makes every product wait
+        192: Tiles(64, 4, 2, 0, 3),
+        576: Tiles(64, 8, 2, 0, 1),
+    },
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
 _SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
@@ -290,8 +333,9 @@ _SMALL = {
     32: {96: Tiles(64, 4, 2, 0, 3), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
 }
 ABSORBED_WIDTH = 64  # widest R, Dn and Dv whose products with `up` are done inside the kernel
-MOST_SPLITS = 64
+MOST_SPLITS = 512
 LEAST_SHARE = 128  # places of a split
+COMBINED = 8192  # numbers of partial results that a program takes at a time
 SPLIT_COST = 128  # of a program beyond its places, in places: its queries, its partial result
 COMBINE_COST = 512  # of a second launch, in places
 
@@ -330,13 +374,17 @@ def plan(
     return Plan(absorb, bh, tiles._replace(slice=0) if absorb else tiles, splits)
 
 
+@lru_cache(maxsize=4096)
 def _splits(programs: int, c: int, slots: int) -> int:
-    """The number of splits with the least estimated time, the fewest of equals: rounds of programs times what one takes."""
+    """The number of splits with the least estimated time, the fewest of equals: rounds of programs times what one takes.
+
+    Beyond one program for each of the slots, more splits would only wait for each other.
+    """
 
     def cost(n: int) -> int:
         return triton.cdiv(programs * n, slots) * (triton.cdiv(c, n) + SPLIT_COST) + (COMBINE_COST if n > 1 else 0)
 
-    return min(range(1, max(1, min(MOST_SPLITS, c // LEAST_SHARE)) + 1), key=cost)
+    return min(range(1, max(1, min(MOST_SPLITS, slots, c // LEAST_SHARE)) + 1), key=cost)
 
 
 def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, splits=None) -> Tensor:
@@ -400,10 +448,11 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
     found = [Launch(attend_kernel, grid, attend, compiler, q.dtype.itemsize, bh)]
     if splits > 1:
         sp = triton.next_power_of_2(splits)
-        br = rp if absorb else min(rp, 8192 // sp)
+        br = rp if absorb else min(rp, max(32, COMBINED // sp))
         combine = shared | {
             "part": part, "part_b": part.stride(0), "part_s": part.stride(1), "part_h": part.stride(2), "sums": sums,
-            "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BR": br, "BU": padded(dv),
+            "out": out, "out_b": out.stride(0), "out_h": out.stride(1), "SP": sp, "BS": min(sp, COMBINED // br),
+            "BR": br, "BU": padded(dv),
         }  # fmt: skip
         grid = (b * h * triton.cdiv(rp, br),)
         found.append(Launch(combine_kernel, grid, combine, options(4), 4, 0))
@@ -418,12 +467,16 @@ def _readable(x: Tensor) -> Tensor:
 EXAMPLES = {
     "500K": (32, 256, 4, (32, 32, 16, 32), 64),
     "5M": (32, 256, 8, (64, 32, 16, 32), 64),
+    "one long sequence, narrow": (1, 131072, 8, (64, 32, 16, 32), 64),
+    "narrow, no power of two": (32, 256, 8, (48, 48, 16, 48), 64),
     "many narrow heads": (32, 256, 64, (32, 32, 16, 32), 64),
+    "many narrow heads, latents of 64": (32, 256, 128, (64, 64, 32, 64), 64),
     "32 narrow heads": (32, 256, 32, (32, 32, 16, 32), 64),
     "middle": (128, 4096, 64, (128, 64, 64, 64), 64),
     "middle, 32 heads": (128, 4096, 32, (128, 64, 64, 64), 64),
     "middle, 16 heads": (128, 4096, 16, (128, 64, 64, 64), 64),
     "16 heads": (128, 4096, 16, (512, 128, 64, 128), 64),
+    "one long sequence": (1, 131072, 16, (512, 128, 64, 128), 64),
     "16 heads, small pages": (128, 4096, 16, (512, 128, 64, 128), 8),
     "32 heads": (128, 4096, 32, (512, 128, 64, 128), 64),
     "DeepSeek-V3": (128, 4096, 128, (512, 128, 64, 128), 64),
@@ -444,10 +497,11 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     if max(r, dn, dv) > ABSORBED_WIDTH:
         q, out = empty(h, b, r).transpose(0, 1), empty(h, b, r).transpose(0, 1)
     found = {}
-    for splits, places, pages in ((1, c, None), (8, page, empty(b, c // page, dtype=torch.int32))):
+    for places, pages in ((c, None), (page, empty(b, c // page, dtype=torch.int32))):
         chosen = plan(b, h, c, (r, dn, dr, dv), 0 if pages is None else page, dtype, large, 132)
         latent, k_rope = empty(b * c // places, places, r + dr).split([r, dr], -1)
         inputs = (q, q_rope, latent, k_rope, empty(b, dtype=torch.int64), empty(h, dn + dv, r), 0.1, pages, out)
+        splits = 1 if pages is None else max(8, chosen.splits)
         for launch in launches(chosen._replace(splits=splits), *inputs):
             found[f"{launch.kernel.__name__}, {'contiguous' if pages is None else 'paged'}"] = launch
     return found

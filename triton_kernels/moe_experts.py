@@ -86,6 +86,15 @@ def _load(p, k, DEPTH: tl.constexpr, BK: tl.constexpr, n, WIDTH: tl.constexpr, B
 
 
 @triton.jit
+def _steps(DEPTH: tl.constexpr, BK: tl.constexpr, R):
+    """Blocks of BK in DEPTH; more than two are a number that LLVM does not know. It else unrolls 8 to 20 of them, and beside a
+    wide tile's sums sm_90 has no registers for their addresses."""
+    if DEPTH <= 2 * BK:
+        return tl.cdiv(DEPTH, BK)
+    return tl.cdiv(DEPTH, BK) + tl.minimum(R, 0)
+
+
+@triton.jit
 def _scatter(out, weights, base, slot, m_r, n, WIDTH: tl.constexpr, b_out, WEIGHTED: tl.constexpr):
     """Rows `slot` and columns n of out [R, WIDTH] = b_out, times the slot's weight if WEIGHTED, plus base where there is one."""
     m_out = m_r[:, None] & (n < WIDTH)
@@ -129,6 +138,9 @@ def up_kernel(
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
+    i = (again(block, blocks) * BN + tl.arange(0, BN))[
+        None, :
+    ]  # again: kept over the loop they are registers that sm_90 lacks
     m_out = m_r[:, None] & (i < I)
     b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
     if FUSED:
@@ -173,7 +185,7 @@ def project_kernel(
         return
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
-    for k in range(tl.cdiv(DEPTH, BK)):
+    for k in range(_steps(DEPTH, BK, R)):
         b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
         b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
         b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
@@ -598,6 +610,8 @@ EXAMPLES = {
     "500K": (8192, 128, 1, 2, 64),
     "DeepSeek-V3": (4096, 7168, 8, 256, 2048),
     "Qwen-like": (32768, 2048, 8, 128, 768),
+    "two wide experts, top 1": (8192, 1024, 1, 2, 512),
+    "no power of two": (4096, 2000, 8, 64, 1000),
     "few tokens": (16, 7168, 8, 256, 2048),
     "narrow": (4096, 64, 2, 8, 48),
     "5M": (8192, 256, 2, 8, 128),

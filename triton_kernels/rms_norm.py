@@ -171,9 +171,9 @@ def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: bool)
     (n, d), (bn, bd, _, warps), programs = h.shape, tiles(h.size(1)), parts.size(0)
     arguments = {"h": h, "weight": weight, "rstd": rstd, "dx": dx, "parts": parts, "h_n": h.stride(0), "N": n, "D": d}
     arguments |= gradients_read(dys, dh)
-    # What is on its way must fit into shared memory.
-    read = len(dys) + (dh is not None) + 1
-    stages = 3 if large and read * bn * bd * h.element_size() <= ON_ITS_WAY else 2
+    # What is on its way must fit into shared memory, of which some chips have 99 KB: float32's widest rows are not.
+    fits = (len(dys) + (dh is not None) + 1) * bn * bd * h.element_size() <= ON_ITS_WAY
+    stages = 1 + bool(large) + fits
     arguments |= {"BD": bd, "BN": bn, "STAGES": stages}
     return [
         Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
