@@ -203,8 +203,8 @@ def test_two_runs_are_equal_and_inputs_stay():
     ("change", "kind", "message"),
     [
         ({"dtype": torch.float64}, TypeError, "take float32, float16, bfloat16, got float64"),
-        ({"widths": (128, 64, 256), "dtype": torch.float32}, ValueError, "up to 320 in float32, got 448"),
-        ({"widths": (512, 64, 512)}, ValueError, "up to 576 in float16, got 1088"),
+        ({"widths": (256, 128, 256), "dtype": torch.float32}, ValueError, "up to 576, got 640"),
+        ({"widths": (512, 64, 512)}, ValueError, "up to 576, got 1088"),
         ({"scale": 0.0}, ValueError, "take a positive scale, got 0.0"),
         ({"scale": float("nan")}, ValueError, "take a positive scale, got nan"),
         ({"boundaries": [0]}, ValueError, "cu_seqlens must hold 0 and the end of each document, got 1 numbers"),
