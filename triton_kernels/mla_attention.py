@@ -30,12 +30,13 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import again, options, place, sum_launch
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
-_CAN_PART = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)  # whether loops may be APART
+_CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 _PITCHES = 16  # PITCH is a multiple of it
 WIDEST = 576  # DN + DR + DV that there are tiles for
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
