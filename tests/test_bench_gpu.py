@@ -85,14 +85,14 @@ class Events:
 
 def test_a_call_is_timed_between_two_events_after_the_flush():
     events = Events()
-    clock = GpuClock(events.event, lambda: events.take("flush", 50.0))
+    clock = GpuClock(events.event, lambda: events.take("flush", 50.0), lambda: events.take("head start", 2.0))
     assert clock.seconds(lambda: events.take("call", 3.0)) == pytest.approx(3e-3)
-    assert events.log == ["flush", "event", "call", "event", "wait"]
+    assert events.log == ["flush", "head start", "event", "call", "event", "wait"]
 
 
 def test_variants_take_turns_by_the_clock():
     events = Events()
-    clock = GpuClock(events.event, lambda: None)
+    clock = GpuClock(events.event, lambda: None, lambda: None)
     calls = {name: (lambda name=name, ms=ms: events.take(name, ms),) for name, ms in (("a", 1.0), ("b", 2.0))}
     taken = timing.take_turns(calls, 3, 10.0, clock.seconds)
     assert taken == {"a": [(pytest.approx(1e-3),)] * 3, "b": [(pytest.approx(2e-3),)] * 3}

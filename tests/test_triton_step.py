@@ -119,7 +119,10 @@ class TestOnAGpu:
     def test_losses_agree_with_the_cpus_step_by_step(self, dtype, first, every, model):
         """The 500K model at 32 x 256 tokens takes other kernels and tiles than the tiny one."""
         expected, found = self.losses("cpu", "float32", model), self.losses("cuda", dtype, model)
-        assert not [row for row in ops.fallbacks() if row["device"] == "cuda"]
+        fell_back = {row["operator"] for row in ops.fallbacks() if row["device"] == "cuda"}
+        assert fell_back <= (
+            {"newton_schulz"} if dtype == "float32" else set()
+        )  # 128 rows of float32 are PyTorch's, said aloud
         apart = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
         parting = parting_step(found, expected, every)
         assert apart[0] <= first, parting

@@ -204,8 +204,10 @@ class TritonContract:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 found = both_passes(self.tiny, arguments)
+        given = [x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)]
         for x in found:
-            x.zero_()
+            if x.untyped_storage().data_ptr() not in given:  # some are views of inputs
+                x.zero_()
         graph.replay()
         for x, y in zip(expected, found, strict=True):
             assert torch.equal(x, y)

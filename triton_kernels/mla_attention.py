@@ -30,13 +30,15 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import again, options, place, sum_launch
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
-_CAN_PART = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)  # whether loops may be APART
+_CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 _PITCHES = 16  # PITCH is a multiple of it
+WIDEST = 576  # DN + DR + DV that there are tiles for
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -376,62 +378,86 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Kernel -> widest DN + DR + DV that a row serves -> tiles. Starting values: they keep the limits of
+_REST = 2048  # key of the row that serves all the rest
+# Kernel -> largest `_measure` that a row serves -> tiles. Starting values: they keep the limits of
 # tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
 # hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones.
 _FLOAT32 = {
-    "forward": {96: Tiles(32, 32, 4, 1), 320: Tiles(16, 16, 8, 1)},
-    "backward_q": {96: Tiles(32, 16, 4, 1), 320: Tiles(16, 16, 8, 1)},
-    "backward_kv": {96: Tiles(16, 32, 4, 1), 320: Tiles(16, 16, 8, 1)},
+    "forward": {96: Tiles(32, 32, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
+    "backward_q": {96: Tiles(32, 16, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
+    "backward_kv": {96: Tiles(16, 32, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
 }
 _LARGE = {
     "forward": {
         96: Tiles(128, 64, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
-        576: Tiles(64, 32, 8, 2),
+        576: Tiles(64, 32, 8, 2) if _CAN_PART else Tiles(128, 32, 8, 2),
+        _REST: Tiles(32, 16, 8, 2),
     },
     "backward_q": {
-        96: Tiles(128, 64, 4, 2),
+        80: Tiles(128, 64, 4, 3),
         192: Tiles(128, 64, 8, 2),
         320: Tiles(128, 64, 8, 2),
-        576: Tiles(64, 16, 8, 2),
+        576: Tiles(64, 16, 8, 2) if _CAN_PART else Tiles(32, 32, 8, 2),
+        _REST: Tiles(32, 16, 8, 2),
     },
     "backward_kv": {
         96: Tiles(64, 64, 4, 2),
         192: Tiles(64, 128, 8, 2),
         320: Tiles(64, 64, 8, 2) if _CAN_PART else Tiles(32, 128, 8, 2),
-        576: Tiles(16, 32, 8, 2),
+        _REST: Tiles(16, 32, 8, 2),
     },
 }
-# Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster.
-_SM_100 = _LARGE | {"backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)}}
+# Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster; and a thread
+# of 8 warps may get 128 registers and no more.
+_SM_100 = {
+    "forward": _LARGE["forward"] | {576: Tiles(64, 32, 8, 3)},
+    "backward_q": _LARGE["backward_q"] | {320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
+    "backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)},
+}
 _SMALL = {
-    "forward": {96: Tiles(64, 64, 4, 2), 192: Tiles(64, 32, 4, 2), 320: Tiles(64, 32, 4, 2), 576: Tiles(32, 32, 4, 1)},
+    "forward": {
+        96: Tiles(64, 64, 4, 2),
+        192: Tiles(64, 32, 4, 2),
+        320: Tiles(64, 32, 4, 2),
+        _REST: Tiles(32, 16, 4, 2),
+    },
     "backward_q": {
         96: Tiles(64, 32, 4, 2),
         192: Tiles(64, 32, 8, 2),
         320: Tiles(32, 32, 4, 2),
-        576: Tiles(16, 16, 4, 1),
+        _REST: Tiles(16, 16, 4, 2),
     },
     "backward_kv": {
         96: Tiles(32, 64, 4, 2),
-        192: Tiles(32, 64, 4, 2),
+        192: Tiles(16, 64, 4, 2),
         320: Tiles(32, 32, 4, 1),
-        576: Tiles(16, 16, 4, 1),
+        _REST: Tiles(16, 16, 4, 2),
     },
 }
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, large: int) -> Tiles:
-    """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at width DN + DR + DV. ValueError if none serves it."""
-    by_width = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
-    if width > max(by_width):
+def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: int) -> Tiles:
+    """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at widths Dn, Dr, Dv. ValueError if none serves them."""
+    by_measure = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
+    width = sum(map(padded, widths))
+    if width > WIDEST:
         raise ValueError(
-            f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {max(by_width)} in "
-            f"{str(dtype).removeprefix('torch.')}, got {width}"
+            f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {WIDEST}, got {width}"
         )
-    return by_width[min(w for w in by_width if w >= width)]
+    measure = _measure(*widths)
+    return by_measure[min(m for m in by_measure if m >= measure)]
+
+
+def _measure(dn: int, dr: int, dv: int) -> int:
+    """What the registers that widths take go by: DN + DR + DV, or more where one part is far wider than the others.
+
+    A rope part as wide as the others costs more than the sum says, masks, of widths that are no power of two, a little more.
+    """
+    wide = padded(dn), padded(dr), padded(dv)
+    masked = wide != (dn, dr, dv)
+    return max(sum(wide), 2 * wide[0], 2 * wide[2], (4 if masked else 3) * wide[1])
 
 
 def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
@@ -544,10 +570,13 @@ def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
 
 
 def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> Launch:
-    widths = {letters.upper(): padded(inputs[letters]) for letters in ("Dn", "Dr", "Dv")}
-    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, sum(widths.values()), large)
+    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, tuple(inputs[width] for width in ("Dn", "Dr", "Dv")), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = inputs["v"].dtype.itemsize
+    # Below 64 rows a gradient no wider than it is high would make Triton give all products to the warps by rows, of which there
+    # are too few: every warp would hold the same sums, whole rows, and spill.
+    least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
+    widths = {letters.upper(): max(padded(inputs[letters]), least) for letters in ("Dn", "Dr", "Dv")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
     arguments = (
         inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
@@ -562,17 +591,17 @@ EXAMPLES = {
     "DeepSeek-V3": (128, 64, 128, 16),
     "DeepSeek-V3, 4 heads of keys": (128, 64, 128, 4),
     "widest": (192, 64, 256, 16),
+    "narrow rope": (80, 16, 80, 16),
+    "three alike": (128, 128, 128, 16),
+    "wide keys": (512, 32, 32, 16),
 }
 """Dn, Dr, Dv and heads of keys and values, for 16 of queries, that are compiled ahead."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
-    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them. None for widths that
-    `dtype` has no tiles for."""
+    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
     empty = on_meta(dtype)
     (dn, dr, dv, hk), n, h = EXAMPLES[size], 4096, 16
-    if dtype.itemsize == 4 and sum(map(padded, (dn, dr, dv))) > max(_FLOAT32["forward"]):
-        return {}
     k_nope, v = empty(n, hk, dn + dv).split([dn, dv], -1)
     inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
     o, softmax = empty(n, h, dv), empty(softmax_shape(inputs[0]), dtype=torch.float32)

@@ -19,8 +19,8 @@ from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
 from dsfast.triton_kernels.launch import padded
 
-WIDEST = {4: 320, 2: 576}
-"""Dn + Dr + Dv, each rounded up to a power of two, that the Triton kernels take, by bytes of a number."""
+WIDEST = 576
+"""Dn + Dr + Dv, each rounded up to a power of two, that the Triton kernels take."""
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
@@ -72,14 +72,12 @@ def _not_triton(q_nope: Tensor, q_rope: Tensor, v: Tensor, scale: float) -> str:
     """Why the Triton kernels do not take them, or ""."""
     widths = q_nope.size(2), q_rope.size(2), v.size(2)
     width = sum(map(padded, widths))
-    most = WIDEST.get(q_nope.element_size(), width)
     if 0 in widths:
         return "the Triton kernels take Dn, Dr and Dv from 1 on, got 0"
     if not scale > 0:
         return f"the Triton kernels take a positive scale, got {scale}"
-    if width > most:
-        dtype = str(q_nope.dtype).removeprefix("torch.")
-        return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {most} in {dtype}, got {width}"
+    if width > WIDEST:
+        return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {WIDEST}, got {width}"
     return ""
 
 

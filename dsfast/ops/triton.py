@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dsfast.errors import UserError
 from dsfast.files import cache_folder
+from dsfast.triton_kernels.version import numbers
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
@@ -40,20 +40,15 @@ def missing() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run `pip install dsfast[gpu]`"
     version = importlib.import_module("triton").__version__
-    if _numbers(version) < OLDEST:
+    if numbers(version) < OLDEST:
         return f"triton {version} is too old, 3.6 or newer is needed; run `pip install -U dsfast[gpu]`"
     return ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The first two, of "3.7.1" and of "3.7rc1"."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def cannot_interpret() -> str:
     """Why this triton's interpreter fails; empty where it does not."""
     version = importlib.import_module("triton").__version__
-    if _numbers(version) > (3, 6) or _numbers(numpy.__version__) < (2, 4):
+    if numbers(version) > (3, 6) or numbers(numpy.__version__) < (2, 4):
         return ""
     return f"triton {version}'s interpreter fails with numpy 2.4 or newer; install triton 3.7 or newer"
 
@@ -61,7 +56,7 @@ def cannot_interpret() -> str:
 def _no_launcher() -> str:
     """Why this triton cannot start kernels on a GPU: up to 3.6 a C compiler makes what does."""
     version = importlib.import_module("triton").__version__
-    if _numbers(version) > (3, 6) or os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc"))):
+    if numbers(version) > (3, 6) or os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc"))):
         return ""
     return f"triton {version} needs a C compiler to start kernels and finds none; install gcc, or set CC"
 

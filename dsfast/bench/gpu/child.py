@@ -38,7 +38,8 @@ def rows_of(
     of each variant, of which a rehearsal takes one.
     """
     end, rounds = time.perf_counter() + seconds, 1 if rehearsal else rounds
-    clock, device = (HostClock(), "cpu") if rehearsal or planned else (GpuClock(), "cuda")
+    on_gpu = GpuClock.from_the_host if part in ("step", "compiled", "generate") else GpuClock
+    clock, device = (HostClock(), "cpu") if rehearsal or planned else (on_gpu(), "cuda")
     found = None if bounds is None else Bounds(**bounds)
 
     def expired() -> bool:

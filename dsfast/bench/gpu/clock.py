@@ -1,4 +1,5 @@
-"""How long a call takes on a GPU: by events, with the L2 cache flushed before; and by replay of a CUDA graph of many calls."""
+"""How long a call takes on a GPU: by events, with the L2 cache flushed before and the host ahead; and by replay of a CUDA graph
+of many calls."""
 
 from __future__ import annotations
 
@@ -13,26 +14,33 @@ from dsfast.model.gpu import record
 
 FLUSH_BYTES = 2**28
 """Written before each timed call: several times any L2."""
+HEAD_START = 4_000_000
+"""Cycles, some 2 ms, that the device waits while the host launches what is timed: else a call of few microseconds would show the
+time that Python takes to launch it, which a user hides in a CUDA graph, and no kernel could be told from another."""
 GRAPH_CALLS = 20
 REPLAYS = 5
 
 
 class GpuClock:
-    """event: makes what records a time on the stream; flush: empties the L2 of what is timed."""
+    """event: makes what records a time on the stream; flush: empties the L2 of what is timed; wait: gives the host its head start,
+    by default of HEAD_START cycles. Without one (`GpuClock.from_the_host`) a call's launches are part of its time."""
 
     on_gpu = True
 
-    def __init__(self, event: Callable | None = None, flush: Call | None = None):
+    def __init__(self, event: Callable | None = None, flush: Call | None = None, wait: Call | None = None):
         self._event = event or partial(torch.cuda.Event, enable_timing=True)
         self._flush = flush or torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
+        self._wait = wait or partial(torch.cuda._sleep, HEAD_START)
+
+    @classmethod
+    def from_the_host(cls) -> GpuClock:
+        return cls(wait=lambda: None)
 
     def seconds(self, call: Call) -> float:
-        """From the start of the first kernel of `call` to the end of its last.
-
-        While the flush runs the host is already launching, so that few launches cost nothing here, and many do.
-        """
+        """From the start of the first kernel of `call` to the end of its last."""
         begin, end = self._event(), self._event()
         self._flush()
+        self._wait()
         begin.record()
         call()
         end.record()
