@@ -22,8 +22,8 @@ REPLAYS = 5
 
 
 class GpuClock:
-    """event: makes what records a time on the stream; flush: empties the L2 of what is timed; wait: gives the host its head start,
-    by default of HEAD_START cycles. Without one (`GpuClock.from_the_host`) a call's launches are part of its time."""
+    """event: makes what records a time on the stream; flush: empties the L2 of what is timed; wait: gives the host its head
+    start, by default of HEAD_START cycles. Without one (`GpuClock.from_the_host`) a call's launches are part of its time."""
 
     on_gpu = True
 
