@@ -4,7 +4,7 @@ from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
 from dsfast.model.gpu import captured
 from dsfast.model.native_step import NativeStep
-from dsfast.model.precision import FixedWeights, Precision, gpu_has_bfloat16, loss_in, precision_of
+from dsfast.model.precision import FixedWeights, Precision, copy_all, gpu_has_bfloat16, loss_in, precision_of
 
 __all__ = [
     "DeepseekV3",
@@ -12,6 +12,7 @@ __all__ = [
     "NativeStep",
     "Precision",
     "captured",
+    "copy_all",
     "generate",
     "generate_ids",
     "gpu_has_bfloat16",

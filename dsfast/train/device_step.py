@@ -17,7 +17,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.data import Batch
-from dsfast.model import DeepseekV3, FixedWeights
+from dsfast.model import DeepseekV3, FixedWeights, copy_all
 from dsfast.train.optimizer import Optimizer
 
 
@@ -141,5 +141,5 @@ class DeviceStep:
             parameter.grad = None
         for (parameter, _), kept in zip(pairs, self.gradients, strict=True):
             parameter.grad = kept
-        torch._foreach_copy_(self.gradients, [gradient for _, gradient in pairs])
+        copy_all(self.gradients, [gradient for _, gradient in pairs])
         return loss

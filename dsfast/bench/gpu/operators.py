@@ -20,8 +20,8 @@ from dsfast.bench.step import attempt
 from dsfast.bench.timing import Call, spread, take_turns
 from dsfast.ops import checks, triton
 
-ROUNDS = 30
-BUDGET = 2.0  # seconds of each variant of a pass
+ROUNDS = 20
+BUDGET = 0.5  # seconds of each variant of a pass
 WARMUP = 3
 GRAPHED = 1e-3
 """A call shorter than this many seconds is also timed in a CUDA graph."""
