@@ -206,9 +206,9 @@ class Tiles(NamedTuple):
     groups: int
 
 
-# They keep the limits of tests/test_triton_compile.py. With 128 tokens the 500K model's 8,192 are 64 programs, half an H200; on
-# sm_100 fewer spill. Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
-_LARGE, _SM_100, _SMALL = Tiles(64, 4, 1), Tiles(128, 8, 1), Tiles(64, 8, 2)
+# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+# Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
+_LARGE, _SMALL = Tiles(128, 8, 1), Tiles(64, 8, 2)
 
 
 class Sizes(NamedTuple):
@@ -270,11 +270,11 @@ def backward(
     return dx, dweights
 
 
-def _tiles(large: int) -> Tiles:
-    return _SM_100 if large == 10 else _LARGE if large else _SMALL
+def _tiles(large: bool) -> Tiles:
+    return _LARGE if large else _SMALL
 
 
-def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
+def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
     """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
     (delta,), n, (bn, warps, _) = rows(delta), delta.size(0), _tiles(large)
     residual = None if residual is None else rows(residual)[0]
@@ -286,7 +286,7 @@ def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
     return Launch(forward_kernel, (2 * triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
 
 
-def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[Launch]:
+def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
     """The kernel that fills dx and parts of dweights, and the one that adds these up; tensors may lie on the meta device."""
     (dh, *others), n, (bn, warps, groups) = gradients, h.size(0), _tiles(large)
     dh = None if dh is None else rows(dh)[0]
@@ -320,7 +320,7 @@ EXAMPLES = {"500K": (8192, 4, 128, 32, 32, 16, 32), "odd": (8192, 3, 112, 16, 32
 """N, H, D, R, Dn, Dr and Dv that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
     if dtype.itemsize != 2:
         return {}
