@@ -633,18 +633,18 @@ def parts_run(monkeypatch):
     return asked
 
 
-def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
+def test_parts_run_in_their_order_until_the_time_is_up(parts_run):
     kept = []
 
     def keep(found, said):
-        kept.append((said, [row["part"] for row in found["rows"]], found["parts"]["route"]["status"]))
+        kept.append((said, [row["part"] for row in found["rows"]], found["parts"]["step"]["status"]))
 
     found = run.run_gpu(run.PARTS[:-1], 130, False, lambda text: None, keep)
-    assert kept[:2] == [("measured\n", [], run.NOT_YET), ("attention said\n", ["attention"], run.NOT_YET)]
+    assert kept[:2] == [("measured\n", [], run.NOT_YET), ("norm said\n", ["norm"], run.NOT_YET)]
     assert len(kept) == 6
-    assert kept[-1] == ("", ["attention", "experts", "head", "decode"], run.OUT_OF_TIME)
-    assert parts_run == [("bounds", 100.0), ("attention", 100.0), ("experts", 70.0), ("head", 40.0), ("decode", 10.0)]
-    assert found["parts"]["route"]["status"] == "not measured: out of time"
+    assert kept[-1] == ("", ["norm", "rope", "adamw", "route"], run.OUT_OF_TIME)
+    assert parts_run == [("bounds", 100.0), ("norm", 100.0), ("rope", 70.0), ("adamw", 40.0), ("route", 10.0)]
+    assert found["parts"]["step"]["status"] == "not measured: out of time"
     assert found["bounds"]["bandwidth"] == 4e12
     assert found["measured_on"] == "GPU"
     assert run.sound(found)
@@ -652,8 +652,8 @@ def test_parts_run_in_order_of_importance_until_the_time_is_up(parts_run):
 
 def test_some_of_the_time_is_the_tests(parts_run):
     found = run.run_gpu(run.PARTS, 130, False, lambda text: None, lambda found, said: None)
-    assert parts_run == [("bounds", 97.5), ("attention", 67.5), ("experts", 37.5), ("tests", 40.0)]
-    assert found["parts"]["head"]["status"] == run.OUT_OF_TIME
+    assert parts_run == [("bounds", 97.5), ("norm", 67.5), ("rope", 37.5), ("tests", 40.0)]
+    assert found["parts"]["adamw"]["status"] == run.OUT_OF_TIME
 
 
 def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):

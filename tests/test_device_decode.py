@@ -428,8 +428,6 @@ def test_tokens_with_the_triton_kernels_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGpu:
-    """Nobody has run this yet."""
-
     @pytest.fixture(params=["factorised", "q_lora", "all at once"])
     def model(self, request):
         return random_model(**MORE_VARIANTS[request.param]).cuda()

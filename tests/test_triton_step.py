@@ -102,7 +102,7 @@ class TestOnAGpu:
     """CPU and GPU in step: the same seed, the same batches, 20 steps.
 
     float32: the first loss to 1e-5, all to 1e-3 (each update is of the size of the rate, whatever the gradient's: rounding
-    grows from step to step). bfloat16: to 3e-2. Nobody has measured either on a GPU yet.
+    grows from step to step). bfloat16: to 3e-2.
     """
 
     STEPS = 20
