@@ -128,30 +128,15 @@ def _scores(
     if SLICE:
         b_s = tl.zeros([h.shape[0], BN], tl.float32)
         whole: tl.constexpr = R // SLICE * SLICE
-        for r in tl.range(
-            0, whole, SLICE
-        ):  # not unrolled: all slices would be loaded at once, which takes too many registers
+        for r in tl.range(0, whole, SLICE):  # unrolled, all slices would be loaded at once: too many registers
             b_s = _add_scores(
                 b_s, q + r, latent + r, q_h, page, place, latent_p, latent_c, h, H, m_j, SLICE, SLICE, ONE, PRECISION
             )
         if whole < R:
+            rest: tl.constexpr = R - whole
             b_s = _add_scores(
-                b_s,
-                q + whole,
-                latent + whole,
-                q_h,
-                page,
-                place,
-                latent_p,
-                latent_c,
-                h,
-                H,
-                m_j,
-                R - whole,
-                SLICE,
-                ONE,
-                PRECISION,
-            )
+                b_s, q + whole, latent + whole, q_h, page, place, latent_p, latent_c, h, H, m_j, rest, SLICE, ONE, PRECISION
+            )  # fmt: skip
     else:
         b_s = tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION)
     return b_s

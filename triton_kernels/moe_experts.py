@@ -138,9 +138,8 @@ def up_kernel(
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
-    i = (again(block, blocks) * BN + tl.arange(0, BN))[
-        None, :
-    ]  # again: kept over the loop they are registers that sm_90 lacks
+    # Made again: kept over the loop they are registers that sm_90 lacks.
+    i = (again(block, blocks) * BN + tl.arange(0, BN))[None, :]
     m_out = m_r[:, None] & (i < I)
     b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
     if FUSED:
