@@ -44,8 +44,8 @@ class Compiled:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
         chip, itemsize = CHIPS[self.chip], launch.itemsize
         found = []
-        if self.spills > SPILLS[itemsize]:
-            found.append(f"{self.spills} bytes of registers spilled, at most {SPILLS[itemsize]} may be")
+        if self.spills > (most := SPILLS[chip.backend][itemsize]):
+            found.append(f"{self.spills} bytes of registers spilled, at most {most} may be")
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory, {chip.shared} are there")
         if itemsize == 2 and launch.rows >= chip.matrix_rows and not self.matrix:

@@ -25,6 +25,7 @@ CHIPS = {
     "gfx942": Chip("hip", "gfx942", 64, 65_536, 0, "v_mfma", "amdgcn", 16),
 }
 
-# Bytes of registers that a thread may keep in memory, by bytes of an element. float32 serves to check, and its products at
-# full precision hold both operands in registers: at DeepSeek-V3's widths not quite all fit (132 bytes on gfx942, 8 on sm_80).
-SPILLS = {2: 0, 4: 160}
+# Bytes of registers that a thread may keep in memory, by backend and bytes of an element. float32 serves to check, and its
+# products at full precision hold both operands in registers: at attention's widest not all fit. A warp of gfx942 has twice the
+# threads; tiles that suit it and the others have not been found there.
+SPILLS = {"cuda": {2: 0, 4: 160}, "hip": {2: 0, 4: 704}}

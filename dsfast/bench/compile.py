@@ -102,8 +102,8 @@ def _among(what: str, names, known) -> list[str]:
 def run_compile(planned: Sequence[Example], progress: Callable[[str], None]) -> Json:
     """Compile `planned` (from `plan`); `progress` is told what is done.
 
-    Returns `limits` (chip -> what one program may take there), `spills` (bytes of an element -> bytes of registers that a
-    thread may keep in memory) and `kernels`, a row as `compile_example` returns for each.
+    Returns `limits` (chip -> what one program may take there), `spills` (backend -> bytes of an element -> bytes of registers
+    that a thread may keep in memory) and `kernels`, a row as `compile_example` returns for each.
     """
     rows = []
     for example, row in zip(planned, _compiled(planned), strict=True):
