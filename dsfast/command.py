@@ -11,17 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dsfast.errors import UserError
+from dsfast.errors import Interrupted, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an interruption: what is to be cleaned up is, and processes that were started are ended."""
-
-    exit_code = 128 + signal.SIGTERM
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -58,17 +52,18 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt as interrupt:  # dsfast.train's Interrupted says what was saved, and which signal it was
+    except KeyboardInterrupt as interrupt:  # an Interrupted says which signal it was, and of training what was saved
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", EXIT_INTERRUPTED)
 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated. Python gives signals to the main thread alone; elsewhere this does nothing."""
+    """Inside, SIGTERM raises Interrupted: what is to be cleaned up is, and processes that were started are ended. Python gives
+    signals to the main thread alone; elsewhere this does nothing."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
-        raise Terminated("terminated")
+        raise Interrupted(number, "terminated")
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""What the user is to mend, what stopped on a signal, and what of an error is told in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ class UserError(Exception):
 
 class GpuError(UserError):
     """A GPU that failed, or had too little memory, while it worked."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by a signal. `exit_code` is 128 + the signal: 130 or 143."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def choices(names) -> str:

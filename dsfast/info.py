@@ -15,6 +15,7 @@ import torch
 
 from dsfast import ops
 from dsfast.command import CommandParser, run_command
+from dsfast.errors import first_line
 from dsfast.files import cache_folder
 from dsfast.ops import native, triton
 
@@ -124,7 +125,7 @@ def _gpu() -> dict[str, Any] | None:
     try:
         gpu = torch.cuda.get_device_properties(0)
     except RuntimeError as error:  # busy, or broken
-        return {"name": f"does not answer: {str(error).splitlines()[0]}", "capability": None, "memory_gb": None}
+        return {"name": f"does not answer: {first_line(error)}", "capability": None, "memory_gb": None}
     capability = f"{gpu.major}.{gpu.minor}"
     return {"name": gpu.name, "capability": capability, "memory_gb": round(gpu.total_memory / 1e9, 1)}
 

@@ -108,9 +108,7 @@ def test_what_a_compilation_left_half_built_is_compiled_anew(monkeypatch, tmp_pa
     (cubin,) = tmp_path.rglob("*.cubin")
     whole = cubin.read_bytes()
     damage(group, cubin)
-    if (
-        OLD and group.exists()
-    ):  # Triton writes it in one piece; where it is torn all the same, 3.6 does not compile anew
+    if OLD and group.exists():  # it is written in one piece; where it is torn all the same, 3.6 does not compile anew
         with pytest.raises(UserError, match=TO_DO):
             compiled()
     else:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
 from dsfast.triton_kernels.pieces import options
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 COLUMNS = {2: 64, 4: 32}
@@ -26,7 +27,7 @@ COLUMNS = {2: 64, 4: 32}
 IN_REGISTERS = {4: 2**14, 8: 2**15}
 """Numbers of 16 bits, those of a matrix with the padding, that stay in the registers of so many warps; only on sm_90 and sm_100:
 sm_80 and gfx942 would spill."""
-TOO_OLD = triton.__version__.startswith("3.6.")
+TOO_OLD = numbers(triton.__version__) <= (3, 6)
 """For the matrices of 8 warps on sm_100: this triton wants 640 columns of its tensor memory, which has 512."""
 
 

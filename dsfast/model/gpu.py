@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.errors import GpuError
+from dsfast.errors import GpuError, first_line
 from dsfast.ops import triton
 
 _OF_THE_GPU = (
@@ -58,7 +58,7 @@ def captured(step: Step) -> Callable[[], None]:
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            reason = f"capture as a CUDA graph failed: {_first_line(cause)}"
+            reason = f"capture as a CUDA graph failed: {first_line(cause)}"
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
     return step
 
@@ -148,9 +148,9 @@ def gpu_errors(out_of_memory: Callable[[str], str], failed: Callable[[str], str]
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise GpuError(out_of_memory(_first_line(error))) from error
+        raise GpuError(out_of_memory(first_line(error))) from error
     except RuntimeError as error:
-        said = _first_line(error)
+        said = first_line(error)
         if not isinstance(error, torch.AcceleratorError) and not any(words in said for words in _OF_THE_GPU):
             raise
         short = any(words in said for words in _OUT_OF_MEMORY)
@@ -163,7 +163,3 @@ def gpu_errors_while(what: str, remedy: str = "") -> AbstractContextManager[None
         lambda said: f"out of GPU memory while {what}{remedy and f': {remedy}'} ({said})",
         lambda said: f"the GPU failed while {what}: {said}",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

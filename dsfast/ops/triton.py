@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dsfast.errors import UserError
+from dsfast.errors import UserError, first_line
 from dsfast.files import cache_folder
 from dsfast.triton_kernels.version import numbers
 
@@ -75,7 +75,7 @@ def available(operator: str) -> tuple[bool, str]:
     try:
         capability = torch.cuda.get_device_capability()
     except RuntimeError as error:
-        return False, f"the GPU does not answer: {str(error).splitlines()[0]}"
+        return False, f"the GPU does not answer: {first_line(error)}"
     if capability < OLDEST_CHIP:
         return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
     if reason := _no_launcher():
@@ -132,10 +132,9 @@ def kept_kernels() -> Iterator[None]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
         if not _is_of_the_cache(error):
             raise
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{kernel_cache()}: a compiled kernel could not be written or read back ({reason}); make room, or remove the folder: "
-            "kernels are then compiled anew"
+            f"{kernel_cache()}: a compiled kernel could not be written or read back ({first_line(error)}); make room, or remove"
+            " the folder: kernels are then compiled anew"
         ) from error
 
 

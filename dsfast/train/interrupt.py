@@ -7,14 +7,6 @@ import threading
 from types import TracebackType
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on a signal; what was done is saved. `exit_code` is 128 + the signal: 130 or 143."""
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
-
-
 class StopSignals:
     """While open, the first SIGINT or SIGTERM only sets `received`; a second one acts as it did before.
 

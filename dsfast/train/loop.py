@@ -17,13 +17,13 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Batch, Dataset, build_dataset
-from dsfast.errors import UserError
+from dsfast.errors import Interrupted, UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.gradients import Gradients
-from dsfast.train.interrupt import Interrupted, StopSignals
+from dsfast.train.interrupt import StopSignals
 from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress

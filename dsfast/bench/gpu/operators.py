@@ -77,12 +77,12 @@ def compile_case(case: GpuCase, device: str) -> None:
     check_ours(case, device)
     right = check_peers(case, device, {}, lambda: False)
     _forget_compiled()
-    compiled = {name: peer for name, peer in right.items() if peer.compiled}
+    compiled = [peer for peer in right.values() if peer.compiled]
     if not compiled:
         return
     arguments, positions = draw(case.timed, device, case.dtype), case.timed.differentiable
     calls = (forward_call,) if case.backward is None else (forward_call, backward_call)
-    for peer in compiled.values():
+    for peer in compiled:
         attempt(lambda peer=peer: [call(peer.prepare(arguments, positions))() for call in calls])
 
 

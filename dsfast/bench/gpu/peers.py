@@ -154,6 +154,11 @@ def _sdpa(backend: SDPBackend, arguments: list, differentiable: Sequence[int]) -
         with sdpa_kernel(backend):
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=arguments[6])
 
+    return _values_taken(attend, arguments, rows, differentiable)
+
+
+def _values_taken(attend: Callable, arguments: list, rows: int, differentiable: Sequence[int]) -> Prepared:
+    """With values of their own width where `attend` takes them, else as wide as the keys."""
     width, value = _widths(arguments)
     attempts = [
         partial(_prepared_heads, attend, arguments, rows, bool(differentiable), width, v)
@@ -194,10 +199,10 @@ def _flex(arguments: list, differentiable: Sequence[int]) -> Prepared:
 
 
 def _varlen(arguments: list, differentiable: Sequence[int]) -> Prepared:
-    """Documents side by side, as here; keys of every head in memory, values as wide as they are."""
+    """Documents side by side, as here; keys of every head in memory."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends, longest, (width, value) = arguments[5], max(_documents(arguments)[1]), _widths(arguments)
+    ends, longest = arguments[5], max(_documents(arguments)[1])
     taken = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in taken else {"window_size": (-1, 0)}  # torch 2.10; newer
     scale = {"scale": arguments[6]} if "scale" in taken else {}
@@ -206,11 +211,7 @@ def _varlen(arguments: list, differentiable: Sequence[int]) -> Prepared:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return varlen_attn(q, k, v, ends, ends, longest, longest, **causal, **scale).transpose(0, 1)[None]
 
-    attempts = [
-        partial(_prepared_heads, attend, arguments, 1, bool(differentiable), width, v)
-        for v in dict.fromkeys((value, width))
-    ]
-    return _first_taken(attempts, differentiable)
+    return _values_taken(attend, arguments, 1, differentiable)
 
 
 # decode
@@ -362,33 +363,41 @@ def _transformers_norm(arguments: list, differentiable: Sequence[int]) -> Prepar
     return direct(run, arguments, differentiable)
 
 
+def _for_halves(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> list[Tensor]:
+    """cos and sin [1, N, Dr], of x's dtype, for rotations that leave a pair's halves apart."""
+    return [table[positions].to(x.dtype).repeat(1, 2)[None] for table in (cos, sin)]
+
+
+def _pairs(halves: Tensor) -> Tensor:
+    """Each pair's two side by side again."""
+    return halves.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
 def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
     """Which leaves a pair's halves apart, and is given no heads of keys."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
-    x, cos, sin, positions = arguments
-    cos, sin = (table[positions].to(x.dtype).repeat(1, 2)[None] for table in (cos, sin))
+    x, (cos, sin) = arguments[0], _for_halves(*arguments)
     leaf = x.detach().clone().requires_grad_()
 
     def run() -> Tensor:
         return apply_rotary_pos_emb_interleave(leaf[None], leaf[None, :, :0], cos, sin, unsqueeze_dim=2)[0]
 
-    return Prepared(run, (leaf,), lambda y: y[0].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+    return Prepared(run, (leaf,), lambda y: _pairs(y[0]))
 
 
 def _liger_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
     """Which turns halves: a pair's two are brought there before the clock starts, and back after it."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    x, cos, sin, positions = arguments
-    cos, sin = (table[positions].to(x.dtype).repeat(1, 2)[None] for table in (cos, sin))
+    x, (cos, sin) = arguments[0], _for_halves(*arguments)
     halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).transpose(0, 1)[None]
     leaf, none = halves.detach().clone().requires_grad_(), halves[:, :1].detach().clone()
 
     def run() -> Tensor:
         return LigerRopeFunction.apply(leaf, none, cos, sin)[0]  # in place: what is turned already takes as long
 
-    return Prepared(run, (leaf,), lambda y: y[0].transpose(0, 1).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+    return Prepared(run, (leaf,), lambda y: _pairs(y[0].transpose(0, 1)))
 
 
 def _liger_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,10 @@ def not_run(part: str, case: str, problem: str) -> Json:
 def run_process(command: list[str], caches: str, timeout: float) -> tuple[float, Json]:
     """(its seconds, what it printed last); `caches`: dsfast's cache folder there. Raises RuntimeError with its last line, and
     subprocess.TimeoutExpired after `timeout` seconds."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"} | {
-        "DSFAST_CACHE": caches
-    }
     if timeout <= 0:
         raise subprocess.TimeoutExpired(command, timeout)
+    environment = {**os.environ, "DSFAST_CACHE": caches}
+    environment.pop("TRITON_CACHE_DIR", None)
     begin = time.perf_counter()
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
     seconds = time.perf_counter() - begin
