@@ -19,9 +19,6 @@ from dsfast.model import FixedWeights
 from dsfast.train.device_step import DeviceStep
 from dsfast.train.runtime import DeviceSteps
 
-NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
-"""Operators of aten that make no view and yet launch nothing."""
-
 
 def training_step(config: Config, batch: int, length: int, dtype: torch.dtype = torch.bfloat16) -> DeviceStep:
     """A GPU's step of `batch` rows of `length` random tokens, on CPU tensors, in `dtype`."""
@@ -49,32 +46,43 @@ class _Recording(TorchDispatchMode):
         if func.namespace == "dsfast":
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        name = func.overloadpacket.__name__
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and name not in NOTHING:
+        from dsfast.triton_kernels.branches import launches_something
+
+        if launches_something(func):
             shapes = [list(x.shape) for x in args if isinstance(x, torch.Tensor)]
-            self.found.append(f"torch {name} {shapes}")
+            self.found.append(f"torch {func.overloadpacket.__name__} {shapes}")
         return func(*args, **kwargs)
 
 
 def launches_of(step) -> list[str]:
-    """In order: "triton" and a kernel's name, or "torch", an operator's and its tensors' shapes. No kernel is started.
+    """In order: "triton" and a kernel's name, or "torch", an operator's and its tensors' shapes; "aside" before what a recorded
+    step has on branches. No kernel is started.
 
     An operator of PyTorch's counts once, though some launch several kernels.
     """
+    from dsfast.triton_kernels.branches import Branches
     from dsfast.triton_kernels.launch import Launch
 
     assert FAKED, "call it in the process of fake_driver"
     found: list[str] = []
 
-    def run(launch: Launch) -> None:
+    def run(launch: Launch, where: str = "") -> None:
         if 0 not in launch.grid:
-            found.append(f"triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
+            found.append(f"{where}triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
+
+    class OnPaper(Branches):
+        def _beside(self, launches):
+            for launch in launches:
+                run(launch, "aside ")
+            return object()
+
+        def _join(self, end):
+            pass
 
     with patch.object(Launch, "run", run):
         step()  # what is made in the first call alone
         found.clear()
-        with _Recording(found):
+        with _Recording(found), OnPaper(()):
             step()
     return found
 
@@ -82,4 +90,5 @@ def launches_of(step) -> list[str]:
 if __name__ == "__main__":
     found = launches_of(training_step(default_config("cpu"), 32, 256))
     print("\n".join(found))
-    print(len(found), "launches,", sum(row.startswith("triton") for row in found), "of them Triton's")
+    aside = sum(row.startswith("aside") for row in found)
+    print(f"{len(found)} launches, {aside} of them aside")

@@ -308,7 +308,7 @@ class TestCapture:
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         replayed = []
 
-        def record(step):
+        def record(step, branched):
             step()
             return lambda: (replayed.append(None), step())
 
@@ -338,7 +338,7 @@ class TestCapture:
     def test_where_it_fails_steps_are_launched_one_by_one_and_it_is_said_once(self, monkeypatch):
         tried = []
 
-        def record(step):
+        def record(step, branched):
             tried.append(None)
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")

@@ -500,7 +500,7 @@ class TestCapture:
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         calls = []
 
-        def record(step):
+        def record(step, branched):
             step()
             return lambda: (calls.append(None), step())
 
@@ -523,7 +523,7 @@ class TestCapture:
         assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
 
     def test_where_it_fails_the_steps_are_launched_one_by_one_and_it_is_said(self, monkeypatch):
-        def record(step):
+        def record(step, branched):
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
@@ -538,7 +538,7 @@ class TestCapture:
         assert row["reason"].endswith("operation not permitted when stream is capturing")
 
     def test_it_is_said_what_went_wrong_in_the_capture_and_not_that_it_could_not_be_ended(self, monkeypatch):
-        def record(step):
+        def record(step, branched):
             try:
                 raise RuntimeError("the cause")
             finally:
@@ -555,7 +555,8 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
         monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(log.append("capture")))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext(log.append("capture")))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"of priority {priority}")
         gpu.record(lambda: log.append(modes[-1]))()
         assert log == ["error", "capture", "default", "replay"]
 
@@ -577,7 +578,7 @@ class TestCapture:
 
     @pytest.mark.parametrize("on_top", [False, True])
     def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):
-        def record(step):
+        def record(step, branched):
             try:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
             finally:

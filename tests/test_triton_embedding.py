@@ -104,7 +104,8 @@ def test_tokens_are_sorted_by_word_and_keep_their_order(n, v, compared, monkeypa
     ids[n // 2] = 2**62
     expected = torch.where((ids >= 0) & (ids < v), ids, v)
     with poisoned():
-        keys, order = kernels._sorted(ids.to(DEVICE), v)
+        table = torch.zeros(v, 1, device=DEVICE)
+        _, keys, order = kernels.forward(ids.to(DEVICE), table, None, True)
     assert keys.tolist() == sorted(expected.tolist())
     assert order.tolist() == sorted(range(n), key=expected.tolist().__getitem__)
 
@@ -127,7 +128,8 @@ def test_nan_stays_in_its_word(d):
     ids, table, projection = on_the_device(drawn(embedding_case("nan", 70, 5, 3, d)))
     dy = torch.ones(70, d or 3, device=DEVICE)
     dy[1] = float("nan")
-    dtable, _ = kernels.backward(dy, ids, table, projection)
+    _, *kept = kernels.forward(ids, table, projection, True)
+    dtable, _ = kernels.backward(dy, ids, table, projection, *kept)
     word = torch.arange(5, device=DEVICE) == ids[1]
     assert dtable[word].isnan().all()
     assert dtable[~word].isfinite().all()
@@ -162,7 +164,8 @@ def test_block_of_ids_out_of_range():
     table, dy = torch.ones(3, 4, device=DEVICE), torch.ones(200, 4, device=DEVICE)
     from dsfast.triton_kernels import embedding as kernels
 
-    dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, None)
+    _, *kept = kernels.forward(ids.to(DEVICE), table, None, True)
+    dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, None, *kept)
     assert dtable[:, 0].tolist() == [1, 0, 2]
 
 

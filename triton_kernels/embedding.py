@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
@@ -236,21 +236,33 @@ def words_kernel(
     tl.store(dtable + w.to(tl.int64) * R + col, tl.sum(b_sum, 0).to(dtable.dtype.element_ty), mask=col < R)
 
 
-def forward(input_ids, table, projection) -> Tensor:
-    """Shapes as dsfast.ops.embedding. An id outside 0..V-1 gives a row of NaN: the host does not wait to raise.
+def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as dsfast.ops.embedding -> y, and for `backward` what `sort` returns, else empty. An id outside 0..V-1 gives a row
+    of NaN: the host does not wait to raise.
 
     Raises TypeError for other dtypes than float32, float16 and bfloat16.
     """
     expect_dtype("embedding", table.dtype)
-    y = table.new_empty(input_ids.size(0), table.size(1) if projection is None else projection.size(1))
+    n, v = input_ids.size(0), table.size(0)
+    y = table.new_empty(n, table.size(1) if projection is None else projection.size(1))
+    keys, order = kept(input_ids, table, with_grads)
     if y.numel():
         with torch.cuda.device_of(table):
             forward_launch(input_ids, table, projection, y, large_tiles(table.device)).run()
-    return y
+            if with_grads:
+                _sort(input_ids, v, keys, order)
+    return y, keys, order
 
 
-def backward(dy, input_ids, table, projection) -> tuple[Tensor, Tensor]:
-    """The gradients of table and projection ([0, 0] without one) from that of y. Deterministic: no atomics."""
+def kept(input_ids, table, with_grads: bool) -> tuple[Tensor, Tensor]:
+    """What `forward` keeps, yet to be filled: the words [N] in their order, and the tokens [N] int64 in that order."""
+    n = input_ids.size(0) if with_grads else 0
+    return input_ids.new_empty(n, dtype=key_dtype(table.size(0))), input_ids.new_empty(n)
+
+
+def backward(dy, input_ids, table, projection, keys, order) -> tuple[Tensor, Tensor]:
+    """The gradients of table and projection ([0, 0] without one) from that of y, and what `forward` kept. Deterministic: no
+    atomics."""
     expect_dtype("embedding", table.dtype)
     dtable = table.new_empty(table.shape)
     dprojection = table.new_empty((0, 0) if projection is None else projection.shape)
@@ -261,24 +273,23 @@ def backward(dy, input_ids, table, projection) -> tuple[Tensor, Tensor]:
         x = dy
         if projection is not None:
             x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
-            for launch in product_launches(dy, input_ids, table, projection, x, dprojection, large).values():
-                launch.run()
-        keys, order = _sorted(input_ids, table.size(0))
+            first, *others = product_launches(dy, input_ids, table, projection, x, dprojection, large).values()
+            first.run()
+            aside(others, [dprojection])
         for launch in dtable_launches(x, keys, order, dtable).values():
             launch.run()
     return dtable, dprojection
 
 
-def _sorted(input_ids, v: int) -> tuple[Tensor, Tensor]:
-    """keys [N] in their order, and the tokens [N] int64 in that order."""
-    n = input_ids.size(0)
-    keys = input_ids.new_empty(n, dtype=key_dtype(v))
+def _sort(input_ids, v: int, keys, order) -> None:
+    """Fill keys and order; aside, for nothing needs them before the backward pass."""
+    n = keys.size(0)
     if n > MOST_COMPARED or (v + 1) * n >= 2**31:
-        keys_launch(input_ids, keys, v).run()
-        return torch.sort(keys, stable=True)
-    order = input_ids.new_empty(n)
-    sort_launch(input_ids, keys, order, v).run()
-    return keys, order
+        unsorted = torch.empty_like(keys)
+        keys_launch(input_ids, unsorted, v).run()
+        torch.sort(unsorted, stable=True, out=(keys, order))
+    else:
+        aside([sort_launch(input_ids, keys, order, v)], [keys, order])
 
 
 def key_dtype(v: int) -> torch.dtype:
@@ -329,7 +340,7 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
 
 
 def product_launches(dy, input_ids, table, projection, x, dprojection, large: bool) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill x and dprojection."""
+    """Name -> launch, in their order: they fill x, the first of them does, and dprojection."""
     dy, table, projection = rows(dy, table, projection)
     (n, d), (v, r) = dy.shape, table.shape
     br, bd, bn = padded(r), padded(d), 64

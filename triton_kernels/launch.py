@@ -4,14 +4,17 @@ one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dsfast.triton_kernels.branches import Branches
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,6 +23,10 @@ INTERPRETED_AS = 9
 
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
+
+
+branches: ContextVar[Branches | None] = ContextVar("dsfast_branches", default=None)
+"""Where they are, `aside` starts launches beside those that follow."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,19 @@ class Launch:
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)
         else:
             self.kernel[self.grid](*arguments, **self.options)
+
+
+def aside(launches: Sequence[Launch], results: Sequence[Tensor]) -> None:
+    """Run the launches, in their order; in a step's branches beside what follows, until an operator takes one of `results`.
+
+    Nothing else that they fill may be read by others, and nothing that they read may be changed in place.
+    """
+    now = branches.get()
+    if now is None:
+        for launch in launches:
+            launch.run()
+    else:
+        now.start(launches, results)
 
 
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:

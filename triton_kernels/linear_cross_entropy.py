@@ -9,7 +9,7 @@ Two ways, by R and dtype alone:
   over the words (arXiv 2205.14135): one sweep of online softmax gives loss and dhidden together. The gradient of the weight
   is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
   logit in all. Both sweeps are split over programs until these fill a chip. The parts are added up by the next kernel, always
-  in the same order: those of the weight's gradient, up to 70 MB, stay until the backward pass multiplies them by dloss.
+  in the same order. The second sweep is made in the backward pass, and aside: nothing there waits for a weight's gradient.
 - Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. The three products are cuBLAS's. Logits
   of up to WORKSPACE bytes are kept for the backward pass, and one kernel turns them into their gradient, times dloss. More
   tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
@@ -22,13 +22,13 @@ float32 at large logits. In 16 bits it does not, and where there is no z-loss ei
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import load_tile, options, splits
+from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
@@ -88,24 +88,11 @@ def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(parts, dloss, y, block, S, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, BS)[:, None]
-    b_x = tl.zeros([BS, BLOCK], tl.float32)
-    for k in range(0, S, BS):
-        p_parts = parts + (k + part).to(tl.int64) * SIZE + i[None, :]
-        b_x += tl.load(p_parts, mask=(k + part < S) & (i < SIZE)[None, :], other=0.0).to(tl.float32)
-    tl.store(y + i, (tl.sum(b_x, 0) * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def scale_kernel(x, parts, dloss, y_1, y_2, S, SIZE_1, SIZE_2, BS: tl.constexpr, BLOCK: tl.constexpr):
-    """y_1 [SIZE_1] = x dloss, and y_2 [SIZE_2] the sum of parts [S, SIZE_2] times dloss; in float32, BS parts at a time."""
-    block, blocks = tl.program_id(0), tl.cdiv(SIZE_1, BLOCK)
-    if block < blocks:
-        _scale(x, dloss, y_1, block, 1, SIZE_1, 1, BLOCK)
-    else:
-        _scale(parts, dloss, y_2, block - blocks, S, SIZE_2, BS, BLOCK)
+def scale_kernel(x, dloss, y, SIZE, BLOCK: tl.constexpr):
+    """y [SIZE] = x dloss, in float32."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
 
 
 @triton.jit
@@ -162,11 +149,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def combine_kernel(
-    softmax_parts, o_parts, hidden, weight, labels, counts, count, losses, words, softmax, dhidden, z_loss, hidden_n, weight_v,
+    softmax_parts, o_parts, hidden, weight, labels, counts, count, losses, softmax, dhidden, z_loss, hidden_n, weight_v,
     N, V, S, TILES, ignore_index, R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, GRADS: tl.constexpr,
     FOLDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """losses [N], and where GRADS words [N] int32, softmax [2, N] (m and factor, or where FOLDED what stands for both) and
+    """losses [N], and where GRADS softmax [4, N] (m and factor, where FOLDED m stands for both; the bits of the word; count) and
     dhidden [N, R], from the shares, for one tile of tokens; and from the first program count [1], as count_kernel's.
 
     The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
@@ -204,27 +191,28 @@ def combine_kernel(
     if tl.program_id(0) == 0:
         tl.store(count, number)
     if GRADS:
-        tl.store(words + i, b_word, mask=i < N)
         if FOLDED:  # factor 0 is exp2(-inf); NaN stays
             b_m = tl.where(b_factor > 0, b_m + tl.log2(b_l), tl.where(b_factor == 0, float("inf"), float("nan")))
-        else:
-            tl.store(softmax + N + i, b_factor, mask=i < N)
-        tl.store(softmax + i, b_m, mask=i < N)
+        p_softmax = softmax + i
+        tl.store(p_softmax, b_m, mask=i < N)
+        tl.store(p_softmax + N, b_factor, mask=i < N)
+        tl.store(p_softmax + 2 * N, b_word.to(tl.float32, bitcast=True), mask=i < N)
+        tl.store(p_softmax + 3 * N, tl.full([BT], 0.0, tl.float32) + number, mask=i < N)
         b_dh = (b_o * b_factor[:, None] - b_w) / number
         tl.store(dhidden + row * R + d, b_dh.to(dhidden.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
 def _add_tokens(
-    b_dw, b_w, word, hidden, words, softmax, hidden_n, t, N,
+    b_dw, b_w, word, hidden, softmax, hidden_n, t, N,
     R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """b_dw [BV, RP] and one tile of tokens more, from t on."""
     i = t + tl.arange(0, BT)  # [BT]
     mask = i < N if MASKED else None
     b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, MASKED)  # [BT, RP]
-    b_word = tl.load(words + i, mask=mask)
     b_m = tl.load(softmax + i, mask=mask)
+    b_word = tl.load(softmax + 2 * N + i, mask=mask).to(tl.int32, bitcast=True)
     b_z = tl.dot(b_w, tl.trans(b_h), input_precision="ieee")  # [BV, BT]
     b_g = tl.exp2(b_z * LOG2E - b_m[None, :])
     if not FOLDED:
@@ -237,12 +225,10 @@ def _add_tokens(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dweight_kernel(
-    hidden, weight, words, softmax, losses, count, loss, dweight_parts, hidden_n, weight_v, N, V, STEPS,
+    hidden, weight, softmax, dloss, dweight_parts, hidden_n, weight_v, N, V, STEPS,
     R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dweight_parts [S, V, R] for one tile of words and one of S shares of the tokens, STEPS tiles of them; and from the first
-    program the loss, as loss_kernel's."""
+    """dweight_parts [S, V, R], times dloss, for one tile of words and one of S shares of the tokens, STEPS tiles of them."""
     v, s = tl.program_id(0) * BV, tl.program_id(1)
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     word = v + tl.arange(0, BV)  # [BV]
@@ -251,15 +237,13 @@ def dweight_kernel(
     end = tl.minimum((s + 1) * STEPS, tl.cdiv(N, BT))
     whole = tl.minimum(end, N // BT)
     for tile in range(s * STEPS, whole):
-        b_dw = _add_tokens(b_dw, b_w, word, hidden, words, softmax, hidden_n, tile * BT, N, R, RP, BT, FOLDED, False)
+        b_dw = _add_tokens(b_dw, b_w, word, hidden, softmax, hidden_n, tile * BT, N, R, RP, BT, FOLDED, False)
     if whole < end:  # the last tile of tokens is cut off
-        b_dw = _add_tokens(b_dw, b_w, word, hidden, words, softmax, hidden_n, whole * BT, N, R, RP, BT, FOLDED, True)
-    b_dw /= tl.load(count)
+        b_dw = _add_tokens(b_dw, b_w, word, hidden, softmax, hidden_n, whole * BT, N, R, RP, BT, FOLDED, True)
+    b_dw *= tl.load(dloss) / tl.load(softmax + 3 * N)
     row, d = word.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
     p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
     tl.store(p_dw, b_dw.to(dweight_parts.dtype.element_ty), mask=(row < V) & (d < R))
-    if (tl.program_id(0) == 0) & (s == 0):
-        loss_kernel(losses, count, loss, N, BLOCK)
 
 
 @triton.jit
@@ -354,7 +338,7 @@ _SMALL = {
 }
 _COMBINED = 2048  # elements of dhidden in a program of combine_kernel
 _TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
-_SCALED = 4096  # elements in a program of scale_kernel
+_SCALED = 2048  # elements in a program of scale_kernel
 _WORDS = 8192  # logits in a step of softmax_kernel
 
 
@@ -370,8 +354,8 @@ def tiles(kernel: str, dtype: torch.dtype, rp: int, large: int) -> Tiles:
 
 
 def at_once(hidden, weight) -> bool:
-    """Whether the logits of a wide head are kept for the backward pass. Else, and for a narrow one, what is kept are gradients:
-    dweight, for few tokens the largest of all tensors, or its parts, are then read once more to be multiplied by dloss."""
+    """Whether the logits of a wide head are kept for the backward pass. Else what is kept are gradients, which are then read once
+    more to be multiplied by dloss: dweight is for few tokens the largest of all tensors."""
     n, v = hidden.size(0), weight.size(0)
     return not narrow(hidden.size(1), hidden.dtype) and n * _aligned(v) * hidden.dtype.itemsize <= WORKSPACE
 
@@ -395,94 +379,119 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
     with torch.cuda.device_of(hidden):
         if narrow(r, hidden.dtype):
             for launch in narrow_launches(
-                hidden, weight, labels, ignore_index, z_loss, count, losses, loss, kept_1, kept_2, large_tiles(hidden.device)
+                hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2, large_tiles(hidden.device)
             ).values():  # fmt: skip
                 launch.run()
-            return loss, kept_1, kept_2
-        count_launch(labels, ignore_index, count).run()
-        way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
-        way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
-        loss_launch(losses, count, loss).run()
+        else:
+            count_launch(labels, ignore_index, count).run()
+            way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
+            way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
+        aside([loss_launch(losses, count, loss)], [loss])
     return loss, kept_1, kept_2
 
 
-def backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index) -> tuple[Tensor, Tensor]:
+def backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index, z_loss) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight from dloss, a float32 scalar, and what `forward` kept.
 
     By chunks they were made when dloss was not known: in float16, what is too small for it there stays lost, however large a
     loss scale.
     """
     with torch.cuda.device_of(hidden):
+        if narrow(hidden.size(1), hidden.dtype):
+            return _narrow_backward(dloss, kept_1, kept_2, hidden, weight, z_loss)
         if at_once(hidden, weight):
             dlogits = torch.empty_like(kept_1)
             if dlogits.numel():
                 gradient_launch(kept_1, labels.contiguous(), ignore_index, kept_2, dloss, dlogits, weight.size(0)).run()
             dlogits = dlogits[:, : weight.size(0)]
             return torch.mm(dlogits, weight), torch.mm(dlogits.t(), hidden)
-        scaled = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-        scale_launch((kept_1, kept_2), dloss, scaled).run()
-    return scaled
+        return _scaled(kept_1, dloss, hidden), _scaled(kept_2, dloss, weight)
 
 
-def kept(hidden, weight, with_grads: bool, large: int | None = None) -> tuple[Tensor, Tensor]:
-    """What `forward` keeps, yet to be filled: if `at_once` logits [N, V and padding] and softmax [3, N] in float32, else dhidden
-    [N, R] and dweight [S, V, R], S parts to be added up. Narrow heads' gradients are float32, `backward` rounds them; those of
-    others are whole (S is 1)."""
+def _narrow_backward(dloss, dhidden, softmax, hidden, weight, z_loss) -> tuple[Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape)
+    if not hidden.size(0):
+        return hidden.new_empty(hidden.shape), dweight.zero_()
+    aside(
+        dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large_tiles(hidden.device)).values(),
+        [dweight],
+    )
+    return _scaled(dhidden, dloss, hidden), dweight
+
+
+def _scaled(gradient: Tensor, dloss: Tensor, x: Tensor) -> Tensor:
+    """gradient dloss, like x."""
+    y = x.new_empty(x.shape)
+    scale_launch(gradient, dloss, y).run()
+    return y
+
+
+def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
+    """What `forward` keeps, yet to be filled. Of a narrow head dhidden [N, R] in float32, which `backward` rounds, and softmax
+    [4, N], as combine_kernel has it; of others, if `at_once`, logits [N, V and padding] and softmax [3, N] in float32, else
+    dhidden and dweight."""
     if not with_grads:
         return hidden.new_empty(0, 0), weight.new_empty(0, 0)
     if at_once(hidden, weight):
         n = hidden.size(0)
         return hidden.new_empty(n, _aligned(weight.size(0))), hidden.new_empty(3, n, dtype=torch.float32)
-    if not narrow(hidden.size(1), hidden.dtype):
-        return torch.empty_like(hidden), weight.new_empty(1, *weight.shape)
-    parts, _ = _shares(hidden, weight, large_tiles(hidden.device) if large is None else large)
-    dhidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
-    return dhidden, weight.new_empty(parts, *weight.shape, dtype=torch.float32)
-
-
-def _shares(hidden, weight, large: int) -> tuple[int, int]:
-    """(number of parts of a narrow head's dweight, tiles of tokens in each)."""
-    bv, bt, *_ = tiles("dweight", hidden.dtype, padded(hidden.size(1)), large)
-    return splits(triton.cdiv(weight.size(0), bv), max(1, triton.cdiv(hidden.size(0), bt)))
+    if narrow(hidden.size(1), hidden.dtype):
+        n = hidden.size(0)
+        return hidden.new_empty(hidden.shape, dtype=torch.float32), hidden.new_empty(4, n, dtype=torch.float32)
+    return torch.empty_like(hidden), torch.empty_like(weight)
 
 
 def narrow_launches(
-    hidden, weight, labels, ignore_index, z_loss, count, losses, loss, dhidden, dweight, large: int
+    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, softmax, large: int
 ) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill count, losses, loss and, unless dweight is empty, dhidden and dweight. Any
-    device."""
-    (n, r), v, grads = hidden.shape, weight.size(0), dweight.numel() > 0
-    rp, strides = padded(r), (hidden.stride(0), weight.stride(0))
-    # Triton looks for multiples of 16 only, and copies what may be unaligned element by element, not beside the products.
-    unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
-    inputs = {
-        "hidden": hidden, "weight": weight, "labels": labels, "count": count, "losses": losses, "loss": loss, "dhidden": dhidden,
-        "hidden_n": strides[0] // unit, "weight_v": strides[1] // unit, "UNIT": unit, "N": n, "V": v, "R": r, "RP": rp,
-        "ignore_index": ignore_index, "z_loss": z_loss, "GRADS": grads, "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
+    """Name -> launch, in their order: they fill count, losses and, unless softmax is empty, dhidden and softmax. Any device."""
+    n, r, grads = *hidden.shape, softmax.numel() > 0
+    inputs = _narrow_arguments(hidden, weight, z_loss) | {
+        "labels": labels, "count": count, "losses": losses, "dhidden": dhidden, "softmax": softmax, "z_loss": z_loss,
+        "ignore_index": ignore_index, "GRADS": grads,
     }  # fmt: skip
-    bt, bv, *resources = tiles("forward", hidden.dtype, rp, large)
+    bt, bv, *resources = tiles("forward", hidden.dtype, inputs["RP"], large)
     blocks = triton.cdiv(n, bt)
-    parts, steps = splits(blocks, triton.cdiv(v, bv))
+    parts, steps = splits(blocks, triton.cdiv(inputs["V"], bv))
     inputs |= {"TILES": blocks, "counts": hidden.new_empty(blocks, dtype=torch.float32)}
     inputs["softmax_parts"] = hidden.new_empty(2, parts, n, dtype=torch.float32)
     inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
-    inputs["softmax"] = hidden.new_empty((2, n) if grads else 0, dtype=torch.float32)
-    inputs["words"] = labels.new_empty(n if grads else 0, dtype=torch.int32)
     launches = {}
     name = "forward" if grads else "forward without gradients"
     launches[name] = _launch(forward_kernel, (blocks, parts), inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
     name = "combine" if grads else "combine without gradients"
-    block, stages = max(1, _COMBINED // rp), 3 if parts > 2 else 1  # else a program waits for the parts one by one
+    block, stages = (
+        max(1, _COMBINED // inputs["RP"]),
+        3 if parts > 2 else 1,
+    )  # else a program waits for the parts one by one
     launches[name] = _launch(
         combine_kernel, (triton.cdiv(n, block),), inputs, (4, stages), 0, S=parts, BT=block, STAGES=stages
     )
-    if grads:
-        bv, bt, *resources = tiles("dweight", hidden.dtype, rp, large)
-        parts, steps = _shares(hidden, weight, large)
-        others = {"dweight_parts": dweight, "STEPS": steps, "BT": bt, "BV": bv, "BLOCK": _TOKENS}
-        launches["dweight"] = _launch(dweight_kernel, (triton.cdiv(v, bv), parts), inputs, resources, bv, **others)
-        return launches
-    return launches | {"loss": loss_launch(losses, count, loss)}
+    return launches
+
+
+def dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large: int) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill dweight from softmax and dloss. Any device."""
+    hidden, weight = rows(hidden, weight)
+    inputs = _narrow_arguments(hidden, weight, z_loss) | {"softmax": softmax, "dloss": dloss}
+    bv, bt, *resources = tiles("dweight", hidden.dtype, inputs["RP"], large)
+    blocks = triton.cdiv(len(weight), bv)
+    parts, steps = splits(blocks, triton.cdiv(len(hidden), bt))
+    added = dweight if parts == 1 else dweight.new_empty(parts, *dweight.shape, dtype=torch.float32)
+    others = {"dweight_parts": added, "STEPS": steps, "BT": bt, "BV": bv}
+    launches = {"dweight": _launch(dweight_kernel, (blocks, parts), inputs, resources, bv, **others)}
+    return launches if parts == 1 else launches | {"sum": sum_launch(added, dweight)}
+
+
+def _narrow_arguments(hidden, weight, z_loss) -> dict[str, Any]:
+    """Those of both passes."""
+    (n, r), strides = hidden.shape, (hidden.stride(0), weight.stride(0))
+    # Triton looks for multiples of 16 only, and copies what may be unaligned element by element, not beside the products.
+    unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
+    return {
+        "hidden": hidden, "weight": weight, "hidden_n": strides[0] // unit, "weight_v": strides[1] // unit, "UNIT": unit,
+        "N": n, "V": len(weight), "R": r, "RP": padded(r), "FOLDED": hidden.dtype.itemsize == 2 and not z_loss,
+    }  # fmt: skip
 
 
 def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) -> Launch:
@@ -497,7 +506,6 @@ def _at_once(hidden, weight, labels, ignore_index, z_loss, count, losses, logits
 
 def _by_chunks(hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, dweight) -> None:
     n, v, grads = hidden.size(0), weight.size(0), dweight.numel() > 0
-    dweight = dweight.view(weight.shape if grads else (0, 0))
     chunk, width = chunk_shape(n, v, hidden.dtype.itemsize)
     logits = hidden.new_empty(chunk, width)[:, :v]
     several = chunk < n and grads and hidden.dtype.itemsize == 2
@@ -585,17 +593,10 @@ def loss_launch(losses, count, loss) -> Launch:
     return Launch(loss_kernel, (1,), arguments, options(8), 4, 0)
 
 
-def scale_launch(gradients, dloss, y) -> Launch:
-    """The launch that fills the two tensors y, contiguous as the two `gradients` that were kept are."""
-    sizes, parts = [tensor.numel() for tensor in y], gradients[1].size(0)
-    bs = min(8, triton.next_power_of_2(parts))
-    block = _SCALED // bs
-    arguments = {
-        "x": gradients[0], "parts": gradients[1], "dloss": dloss, "y_1": y[0], "y_2": y[1], "S": parts, "SIZE_1": sizes[0],
-        "SIZE_2": sizes[1], "BS": bs, "BLOCK": block,
-    }  # fmt: skip
-    grid = (sum(triton.cdiv(size, block) for size in sizes),)
-    return Launch(scale_kernel, grid, arguments, options(4), y[0].dtype.itemsize, 0)
+def scale_launch(gradient, dloss, y) -> Launch:
+    """The launch that fills y, contiguous as the `gradient` that was kept is."""
+    arguments = {"x": gradient, "dloss": dloss, "y": y, "SIZE": y.numel(), "BLOCK": _SCALED}
+    return Launch(scale_kernel, (triton.cdiv(y.numel(), _SCALED),), arguments, options(4), y.dtype.itemsize, 0)
 
 
 EXAMPLES = {
@@ -619,13 +620,14 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
     if narrow(r, dtype):
         for grads in (True, False):
-            gradients = kept(hidden, weight, grads, large)
+            dhidden, softmax = kept(hidden, weight, grads)
+            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, dhidden, softmax, large)
             if grads:
-                launches["scale"] = scale_launch(gradients, loss, (hidden, weight))
-            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, loss, *gradients, large)
+                launches["scale"] = scale_launch(dhidden, loss, hidden)
+                launches |= dweight_launches(hidden, weight, softmax, loss, weight, 0.0, large)
         return launches
     logits, softmax = empty(n, v), empty(3, n, dtype=torch.float32)
-    launches["scale"] = scale_launch((hidden, weight[None]), loss, (hidden, weight))
+    launches["scale"] = scale_launch(weight, loss, weight)
     for name, *wanted in (
         ("softmax", softmax, False),
         ("softmax by chunks", None, True),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, on_meta, padded, rows
 from dsfast.triton_kernels.narrow import (
     load_tokens,
     load_vector,
@@ -104,8 +104,9 @@ def backward(
     if not h.numel():
         return *gradients[:2], gradients[2].zero_()
     with torch.cuda.device_of(h):
-        for launch in backward_launches(dys, dh, h, values, o, norm, eps, *gradients):
-            launch.run()
+        backward, add = backward_launches(dys, dh, h, values, o, norm, eps, *gradients)
+        backward.run()
+        aside([add], gradients[2:])
     return gradients
 
 

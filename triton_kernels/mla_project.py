@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.narrow import (
     load_tokens,
     load_vector,
@@ -265,8 +265,9 @@ def backward(
         return dx, dweights.zero_()
     gradients = dh, dq_nope, dq_rope, dk_nope, dk_rope, dv
     with torch.cuda.device_of(h):
-        for launch in backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device)):
-            launch.run()
+        backward, add = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
+        backward.run()
+        aside([add], [dweights])
     return dx, dweights
 
 

@@ -24,12 +24,13 @@ dx, and its weight's gradient. The gradients of the matrices leave it out.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import again, options, place, sum_launch
 from torch import Tensor
 
@@ -456,10 +457,12 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
     expect_dtype("moe_experts", x.dtype)
     gradients = tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
     with torch.cuda.device_of(x):
-        for launch in backward_launches(
+        first, of_matrices = backward_launches(
             dy, x, weights, gate_up, down, gu, order, offsets, *gradients, large_tiles(x.device)
-        ):
+        )
+        for launch in first:
             launch.run()
+        aside(of_matrices, gradients[2:])
     return gradients
 
 
@@ -484,23 +487,22 @@ def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bo
 
 def backward_launches(
     dy, x, weights, gate_up, down, gu, order, offsets, dx, dweights, dgate_up, ddown, large: bool
-) -> list[Launch]:
-    """The launches that fill the gradients; as `forward_launches`."""
+) -> tuple[list[Launch], list[Launch]]:
+    """The launches that fill dx and dweights, and those behind them that fill dgate_up and ddown; as `forward_launches`."""
     dy, x = rows(dy, x)
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
     if make.narrow():
-        narrow = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
-        return [*narrow, *make.combine(slots, dx)]
+        both, add = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
+        return [both, *make.combine(slots, dx)], [add]
     dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
-    return [
+    first = [
         make.project(dy, make.down, dh, None, make.i, 1, gather=True),
         make.swiglu_backward(dh=dh, gu=gu, dgu=dgu, dweights=dweights),
         make.project(dgu, make.gate_up, slots, None, make.d, 1),
         *make.combine(slots, dx),
-        *make.matrix(dgu, x, dgate_up, make.d, 1),
-        *make.matrix(dh, dy, ddown, 1, make.i),
     ]
+    return first, [*make.matrix(dgu, x, dgate_up, make.d, 1), *make.matrix(dh, dy, ddown, 1, make.i)]
 
 
 class _Launches:
@@ -628,13 +630,13 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     inputs = (x, weights, gate_up, down)
     return named(
         forward_launches(*inputs, *places, empty(n, d), gu, large),
-        backward_launches(x, *inputs, gu, *places, *inputs, large),
+        *backward_launches(x, *inputs, gu, *places, *inputs, large),
     )
 
 
-def named(forward: list[Launch], backward: list[Launch]) -> dict[str, Launch]:
+def named(forward: list[Launch], *backward: list[Launch]) -> dict[str, Launch]:
     """Each launch by its kernel's name, its pass and its number there."""
     numbered = [("forward", *item) for item in enumerate(forward)] + [
-        ("backward", *item) for item in enumerate(backward)
+        ("backward", *item) for item in enumerate(chain(*backward))
     ]
     return {f"{launch.kernel.__name__}, {name} {number}": launch for name, number, launch in numbered}

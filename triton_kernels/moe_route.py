@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import options, splits, sum_launch
 from torch import Tensor
 
@@ -411,10 +411,11 @@ def backward_tokens(
             backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits).run()
             return dlogits @ weight, dlogits.T @ x
         dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-        for launch in tokens_backward_launches(
+        backward, add = tokens_backward_launches(
             dweights, x, weight, logits, indices, norm_topk_prob, scaling, scoring_func, dx, dweight
-        ):
-            launch.run()
+        )
+        backward.run()
+        aside([add], [dweight])
     return dx, dweight
 
 

@@ -21,7 +21,16 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded, rows
+from dsfast.triton_kernels.launch import (
+    Launch,
+    aside,
+    expect_dtype,
+    large_tiles,
+    multiprocessors,
+    on_meta,
+    padded,
+    rows,
+)
 from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
 from torch import Tensor
 
@@ -141,8 +150,9 @@ def backward(dys: list[Tensor], dh: Tensor | None, h: Tensor, weight: Tensor, rs
     if not programs:
         return dx, dweight.zero_()
     with torch.cuda.device_of(h):
-        for launch in backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device)):
-            launch.run()
+        backward, add = backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device))
+        backward.run()
+        aside([add], [dweight])
     return dx, dweight
 
 

@@ -6,7 +6,7 @@ Without a permutation a place is its token, so nothing is gathered, scattered, w
 from __future__ import annotations
 
 import torch
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta
+from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta
 from dsfast.triton_kernels.moe_experts import backward_launches, forward_launches, named
 from torch import Tensor
 
@@ -28,10 +28,10 @@ def backward(dy, x, gate_up, down, gu) -> tuple[Tensor, Tensor, Tensor]:
     expect_dtype("swiglu_mlp", x.dtype)
     dx, dgate_up, ddown = gradients = tuple(t.new_empty(t.shape) for t in (x, gate_up, down))
     with torch.cuda.device_of(x):
-        for launch in backward_launches(
+        first, of_matrices = backward_launches(
             dy, x, None, gate_up, down, gu, None, None, dx, None, dgate_up, ddown, large_tiles(x.device)
-        ):
-            launch.run()
+        )
+        aside([*first, *of_matrices], gradients)  # the routed experts' backward pass does not wait for it
     return gradients
 
 
@@ -50,5 +50,5 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     x, gate_up, down, gu = map(on_meta(dtype), ((n, d), (2 * i, d), (d, i), (n, 2 * i)))
     return named(
         forward_launches(x, None, gate_up, down, None, None, x, gu, large, x),
-        backward_launches(x, x, None, gate_up, down, gu, None, None, x, None, gate_up, down, large),
+        *backward_launches(x, x, None, gate_up, down, gu, None, None, x, None, gate_up, down, large),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -38,8 +38,8 @@ class Step(Protocol):
     def state(self) -> list[Tensor]: ...
 
 
-def captured(step: Step) -> Callable[[], None]:
-    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
+def captured(step: Step, branched: bool = True) -> Callable[[], None]:
+    """The whole step as one CUDA graph, `branched` as `record` has it; `step` itself, with a warning, where it cannot be captured.
 
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.
@@ -52,7 +52,7 @@ def captured(step: Step) -> Callable[[], None]:
             restore()
     with unchanged(step.state()):
         try:
-            return record(step)
+            return record(step, branched)
         except RuntimeError as error:
             # What went wrong in the capture, not that the capture could not be ended, which is raised on top of it.
             cause = error.__context__ or error
@@ -91,9 +91,10 @@ def _side_stream() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def record(call: Callable[[], object]) -> Callable[[], None]:
+def record(call: Callable[[], object], branched: bool = False) -> Callable[[], None]:
     """`call` as a CUDA graph: what replays it. It is called once more before, on a stream of its own.
 
+    branched: with `triton.branches`; for one that calls no compiled function, which PyTorch would not run as such inside.
     Raises RuntimeError where it makes the host wait for the device. That is found out before the capture: one that fails leaves
     torch 2.11 unable to capture another, and to give memory back, for as long as the process lives.
     """
@@ -101,8 +102,10 @@ def record(call: Callable[[], object]) -> Callable[[], None]:
         call()
     gc.collect()  # a graph that is given back in the middle of a capture would break it
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    chain = torch.cuda.Stream(priority=-1)  # before branches, where both want the same multiprocessor
+    branches = triton.branches() if branched else nullcontext()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=chain), branches:
             call()
     finally:
         torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind

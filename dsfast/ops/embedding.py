@@ -35,14 +35,17 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     if choose("embedding", table) == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
         return embedding_reference(input_ids, table, projection)
-    return torch.ops.dsfast.embedding(input_ids, table, projection)
+    with_grads = torch.is_grad_enabled() and (
+        table.requires_grad or (projection is not None and projection.requires_grad)
+    )
+    return torch.ops.dsfast.embedding(input_ids, table, projection, with_grads)[0]
 
 
 def _width(table: Tensor, projection: Tensor | None) -> int:
     return table.size(1) if projection is None else projection.size(1)
 
 
-def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
+def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None, with_grads: bool):
     input_ids, table = input_ids.contiguous(), rows(table)
     projection = None if projection is None else projection.contiguous()
     y = table.new_empty(input_ids.size(0), _width(table, projection))
@@ -51,13 +54,22 @@ def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None) ->
         y.data_ptr(), input_ids.size(0), *table.shape, y.size(1), torch.get_num_threads(),
     )  # fmt: skip
     raise_out_of_range("embedding", "input_ids", bad, input_ids.size(0), table.size(0))
-    return y
+    return y, *_nothing_kept(input_ids, table, with_grads)
 
 
-def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None):
+def _nothing_kept(input_ids: Tensor, table: Tensor, with_grads: bool) -> tuple[Tensor, Tensor]:
+    return input_ids.new_empty(0), input_ids.new_empty(0)
+
+
+def _forward_fake(input_ids: Tensor, table: Tensor, projection: Tensor | None, with_grads: bool):
+    kept = triton.launcher("embedding", "kept") if triton.runs_on(table) else _nothing_kept
+    return table.new_empty(input_ids.size(0), _width(table, projection)), *kept(input_ids, table, with_grads)
+
+
+def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None, keys: Tensor, order: Tensor):
     dy, input_ids, table = rows(dy), input_ids.contiguous(), rows(table)
     projection = None if projection is None else projection.contiguous()
-    dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
+    dtable, dprojection = _backward_fake(dy, input_ids, table, projection, keys, order)
     native.products().embedding_backward(
         dy.data_ptr(), dy.stride(0), input_ids.data_ptr(), table.data_ptr(), table.stride(0),
         0 if projection is None else projection.data_ptr(), dtable.data_ptr(), dprojection.data_ptr(),
@@ -66,29 +78,31 @@ def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tens
     return dtable, dprojection
 
 
-def _backward_fake(dy, input_ids, table, projection):
+def _backward_fake(dy, input_ids, table, projection, keys, order):
     dprojection = table.new_empty(0, 0) if projection is None else projection.new_empty(projection.shape)
     return table.new_empty(table.shape), dprojection
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy):
-    input_ids, table, projection = ctx.saved_tensors
-    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, input_ids, table, projection)
-    return None, dtable, None if projection is None else dprojection
+def _backward(ctx, dy, *_):
+    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *ctx.saved_tensors)
+    return None, dtable, None if ctx.saved_tensors[2] is None else dprojection, None
 
 
 define(
-    "embedding(Tensor input_ids, Tensor table, Tensor? projection) -> Tensor",
+    "embedding(Tensor input_ids, Tensor table, Tensor? projection, bool with_grads) -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    fake=lambda ids, table, projection: table.new_empty(ids.size(0), _width(table, projection)),
+    fake=_forward_fake,
     cuda=triton.launcher("embedding", "forward"),
 )
 define(
-    "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection) -> (Tensor, Tensor)",
+    "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection, Tensor keys, Tensor order)"
+    " -> (Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
     cuda=triton.launcher("embedding", "backward"),

@@ -89,22 +89,22 @@ def _fake(hidden, weight, labels, ignore_index, with_grads, z_loss):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.ignore_index, _, _ = inputs
+    *tensors, ctx.ignore_index, _, ctx.z_loss = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index)
+    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss)
     return *gradients, None, None, None, None
 
 
-def _cpu_backward(dloss, dhidden, dweight, hidden, weight, labels, ignore_index):
+def _cpu_backward(dloss, dhidden, dweight, hidden, weight, labels, ignore_index, z_loss):
     return (dloss * dhidden).to(hidden.dtype), (dloss * dweight).to(weight.dtype)
 
 
-def _fake_backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index):
+def _fake_backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index, z_loss):
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
@@ -117,7 +117,7 @@ define(
 )
 define(
     "linear_cross_entropy_backward(Tensor dloss, Tensor kept_1, Tensor kept_2, Tensor hidden, Tensor weight, Tensor labels,"
-    " int ignore_index) -> (Tensor, Tensor)",
+    " int ignore_index, float z_loss) -> (Tensor, Tensor)",
     cpu=_cpu_backward,
     fake=_fake_backward,
     cuda=triton.launcher("linear_cross_entropy", "backward"),

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dsfast.triton_kernels.version import numbers
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
+BRANCHES = 4  # streams of a capture beside its own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels on CPU tensors, slowly and one program after the other: to test them without a GPU. In
 such a process the CPU's own implementation of an operator is its Triton kernel, where it has one."""
@@ -109,6 +110,14 @@ def compile_together(call: Callable[[], object]) -> None:
     together = importlib.import_module("dsfast.triton_kernels.together")
     with kept_kernels(), suppress(NotCompiledError):
         together.compile_together(call)
+
+
+def branches() -> AbstractContextManager:
+    """For one capture, made before it: inside, kernels whose results nothing needs soon are on branches of the graph."""
+    if missing():
+        return nullcontext()
+    streams = [torch.cuda.Stream() for _ in range(BRANCHES)]
+    return importlib.import_module("dsfast.triton_kernels.branches").Branches(streams)
 
 
 def kernel_cache() -> Path:

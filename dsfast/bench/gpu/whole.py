@@ -21,7 +21,7 @@ from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
-from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
+from dsfast.model import DeepseekV3, captured, generate_ids, loss_in, precision_of
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
 from dsfast.train import Trainer
@@ -30,7 +30,7 @@ from dsfast.train.runtime import DeviceSteps
 Json = dict[str, Any]
 
 NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
-UNCAPTURED = "dsfast, uncaptured"
+UNCAPTURED, ONE_CHAIN = "dsfast, uncaptured", "dsfast, one chain"
 WARM_CALLS = 5
 """Untimed: CUDA graphs are recorded on the way."""
 AGREEMENT = 1e-3
@@ -50,8 +50,9 @@ def whole_config(rehearsal: bool) -> Config:
 def run_step(
     clock: Any, bounds: Bounds | None, rehearsal: bool, part: str, expired: Callable[[], bool], rounds: int
 ) -> Iterator[Json]:  # fmt: skip
-    """The row of a step as the trainer records it on a GPU, its batch in device memory, and again each time a peer has joined:
-    those of GPU_PEERS that PyTorch launches; in the part "compiled" those that it compiles, which takes longer than all else.
+    """The row of a step as the trainer records it on a GPU, its batch in device memory, beside the same without branches, and
+    again each time a peer has joined: those of GPU_PEERS that PyTorch launches; in the part "compiled" those that it compiles,
+    which takes longer than all else.
 
     Once `expired()` is true no other peer is tried.
     """
@@ -62,14 +63,17 @@ def run_step(
         name: peer.missing() or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
-    trainer = trainer_on(config, *rows, steps=2 + WARM_CALLS + rounds * (1 + len(missing)))
+    trainer = trainer_on(config, *rows, steps=2 + 2 * (WARM_CALLS + rounds * (1 + len(missing))))
     rows = [x.to(trainer.device) for x in rows]
     first = FirstSteps(trainer, GPU_PEERS, missing, rows)
     flops, dtype = matrix_flops(config.model, batch, length), precision_of(config.runtime).tensors
     with trainer.kernels():
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
-        _warm(steps.call)
         calls = {"dsfast": steps.call}
+        if clock.on_gpu and steps.call is not steps.step:
+            calls[ONE_CHAIN] = captured(steps.step, branched=False)
+        for call in calls.values():
+            _warm(call)
         row = {
             "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
             "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."),

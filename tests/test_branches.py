@@ -1,0 +1,194 @@
+"""What a step starts aside may run at any time until it is waited for: a whole step in Triton's interpreter, in both extremes.
+
+    TRITON_INTERPRET=1 python tests/test_branches.py narrow float16    prints how many launches ran aside
+
+It is a process of its own, as in tests/triton_contract.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dsfast.triton_kernels import branches as module
+from dsfast.triton_kernels.branches import Branches
+from dsfast.triton_kernels.launch import aside, branches
+from launches import training_step
+from postponed import LastFirst, Postponed
+from torch import Tensor
+from triton_contract import INTERPRETED, poisoned
+
+from dsfast import ops
+from dsfast.config import default_config
+
+RUNS = {
+    "narrow": {},
+    "with MTP": {"model.num_nextn_predict_layers": 1},
+    "other kernels": {
+        "model.first_k_dense_replace": 1, "model.num_hidden_layers": 2, "model.moe_intermediate_size": 80,
+        "model.tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Changes of a small model that takes the kernels of the 500K's. The last: a dense layer, wide experts, and a head of its own."""
+SMALL = {
+    "model.vocab_size": 60, "model.num_hidden_layers": 1, "model.hidden_size": 32, "model.num_attention_heads": 2,
+    "model.embedding_rank": 16, "model.kv_lora_rank": 16, "model.qk_nope_head_dim": 16,
+    "model.v_head_dim": 16, "model.moe_intermediate_size": 16, "train.optimizer": "adamw", "runtime.threads": 1,
+}  # fmt: skip
+
+
+def state_after(run: str, dtype: torch.dtype, order: type[Postponed] | None) -> tuple[list[Tensor], int]:
+    """What a step leaves behind, all memory full of NaN before; how many launches ran aside."""
+    step = training_step(default_config("cpu").replace(**SMALL | RUNS[run]), 2, 16, dtype)
+    now = order and order()
+    with ops.use("triton"), poisoned(), now or nullcontext():
+        step()
+    return [x.clone() for x in (*step.state(), *step.gradients)], now.launches if now else 0
+
+
+def compared(run: str, dtype: torch.dtype) -> int:
+    """Raises AssertionError unless both orders give the bits of a step without branches; how many launches ran aside."""
+    expected, _ = state_after(run, dtype, None)
+    assert all(x.isfinite().all() for x in expected)
+    for order in (Postponed, LastFirst):
+        found, count = state_after(run, dtype, order)
+        assert all(map(torch.equal, found, expected)), order
+    return count
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is what starts the interpreter's process")
+@pytest.mark.parametrize(
+    ("run", "dtype"),
+    [
+        ("narrow", "float16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(RUNS, ("float16", "float32"))
+            if case != ("narrow", "float16")
+        ),
+    ],
+)
+def test_a_step_gives_the_same_bits_whenever_its_branches_run(run, dtype):
+    """The kernels of narrow layers take float16 and no float32."""
+    command = [sys.executable, __file__, run, dtype]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
+    assert int(child.stdout.splitlines()[-1]) > 8
+
+
+class Scripted(Branches):
+    """Writes down what is started and what is waited for; `fill` stands for a launch."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.log: list[str] = []
+
+    def _beside(self, launches):
+        names = [launch.name for launch in launches]
+        self.log += [f"start {name}" for name in names]
+        return ",".join(names)
+
+    def _join(self, end):
+        self.log.append(f"wait for {end}")
+
+
+def fill(name: str, *tensors: Tensor) -> SimpleNamespace:
+    return SimpleNamespace(name=name, arguments={"scale": 1.0, **{str(i): x for i, x in enumerate(tensors)}})
+
+
+class TestWaiting:
+    def test_of_the_first_operator_that_takes_a_result(self):
+        x, y = torch.zeros(4), torch.zeros(4)
+        with Scripted() as now:
+            aside([fill("x", x)], [x])
+            aside([fill("y", y)], [y])
+            _ = y + 1, x.view(2, 2).t(), torch.empty_like(x)
+            assert now.log == ["start x", "start y", "wait for y"]
+            torch.stack([torch.ones(2), x.view(2, 2)[1]])
+            assert now.log[3:] == ["wait for x"]
+            _ = x + y
+            x.add_(1)
+        assert now.log[4:] == [], "once each"
+
+    def test_at_the_end_for_all(self):
+        x, y = torch.zeros(4), torch.zeros(4)
+        with Scripted() as now:
+            aside([fill("x", x), fill("more", x)], [])
+            aside([fill("y", y)], [y])
+        assert now.log[3:] == ["wait for x,more", "wait for y"]
+
+    def test_where_much_is_kept(self, monkeypatch):
+        monkeypatch.setattr(module, "HELD", 100)
+        x, y = torch.zeros(20), torch.zeros(10)
+        with Scripted() as now:
+            aside([fill("x", x)], [x])
+            aside([fill("y", y)], [y])
+            assert now.log[2:] == ["wait for x", "wait for y"]
+
+    def test_not_behind_an_error(self):
+        x, now = torch.zeros(4), Scripted()
+
+        def failing():
+            with now:
+                aside([fill("x", x)], [x])
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            failing()
+        assert now.log == ["start x"]
+        assert branches.get() is None
+
+    def test_in_a_backward_pass(self):
+        """Autograd adds up the gradients of a tensor that is used twice."""
+
+        class Twice(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx = dy.new_zeros(dy.shape)
+                aside([fill("dx", dx)], [dx])
+                return dx
+
+        x = torch.ones(3, requires_grad=True)
+        y = Twice.apply(x) + Twice.apply(x)
+        with Scripted() as now:
+            torch.autograd.grad(y, x, torch.ones(3))
+        assert now.log == ["start dx", "start dx", "wait for dx"]
+
+
+def test_memory_is_kept_until_it_is_waited_for():
+    result, parts = torch.zeros(4), torch.zeros(4)
+    kept = weakref.ref(parts)
+    with Scripted() as now:
+        aside([fill("sum", parts, result)], [result])
+        del parts
+        gc.collect()
+        assert kept() is not None
+        _ = result + 1
+        assert kept() is None
+        assert now.log[-1] == "wait for sum"
+
+
+def test_without_branches_it_runs_at_once():
+    ran = []
+    launches = [SimpleNamespace(run=partial(ran.append, name)) for name in "ab"]
+    aside(launches, [])
+    assert ran == ["a", "b"]
+
+
+if __name__ == "__main__":
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    print(compared(sys.argv[1], getattr(torch, sys.argv[2])))
