@@ -71,10 +71,11 @@ def launches_of(step) -> list[str]:
             found.append(f"{where}triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
 
     class OnPaper(Branches):
-        def _beside(self, launches):
-            for launch in launches:
-                run(launch, "aside ")
-            return object()
+        def _beside(self, stages):
+            for launches, _ in stages:
+                for launch in launches:
+                    run(launch, "aside ")
+            return [object() for _ in stages]
 
         def _join(self, end):
             pass

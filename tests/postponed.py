@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dsfast.triton_kernels.branches import Branches
+from dsfast.triton_kernels.branches import Branches, Stage
 from dsfast.triton_kernels.launch import Launch
 
 
@@ -16,10 +16,14 @@ class Postponed(Branches):
         super().__init__(())
         self.launches = 0
 
-    def _beside(self, launches: Sequence[Launch]) -> Callable[[], None]:
-        launches = list(launches)
-        self.launches += len(launches)
-        return partial(_run, launches)
+    def _beside(self, stages: Sequence[Stage]) -> list[Callable[[], None]]:
+        """What runs the launches of each stage and of those before it, unless they ran."""
+        waiting, ends = [], []
+        for launches, _ in stages:
+            self.launches += len(launches)
+            waiting.append(list(launches))
+            ends.append(partial(_run, waiting, len(waiting)))
+        return ends
 
     def _join(self, end: Callable[[], None]) -> None:
         end()
@@ -33,6 +37,7 @@ class LastFirst(Postponed):
             self._wait(end)
 
 
-def _run(launches: list[Launch]) -> None:
-    for launch in launches:
-        launch.run()
+def _run(stages: list[list[Launch]], count: int) -> None:
+    for launches in stages[:count]:
+        while launches:
+            launches.pop(0).run()

@@ -93,10 +93,10 @@ class Scripted(Branches):
         super().__init__(())
         self.log: list[str] = []
 
-    def _beside(self, launches):
-        names = [launch.name for launch in launches]
-        self.log += [f"start {name}" for name in names]
-        return ",".join(names)
+    def _beside(self, stages):
+        names = [[launch.name for launch in launches] for launches, _ in stages]
+        self.log += [f"start {name}" for stage in names for name in stage]
+        return [",".join(stage) for stage in names]
 
     def _join(self, end):
         self.log.append(f"wait for {end}")
@@ -110,8 +110,8 @@ class TestWaiting:
     def test_of_the_first_operator_that_takes_a_result(self):
         x, y = torch.zeros(4), torch.zeros(4)
         with Scripted() as now:
-            aside([fill("x", x)], [x])
-            aside([fill("y", y)], [y])
+            aside(([fill("x", x)], [x]))
+            aside(([fill("y", y)], [y]))
             _ = y + 1, x.view(2, 2).t(), torch.empty_like(x)
             assert now.log == ["start x", "start y", "wait for y"]
             torch.stack([torch.ones(2), x.view(2, 2)[1]])
@@ -123,16 +123,24 @@ class TestWaiting:
     def test_at_the_end_for_all(self):
         x, y = torch.zeros(4), torch.zeros(4)
         with Scripted() as now:
-            aside([fill("x", x), fill("more", x)], [])
-            aside([fill("y", y)], [y])
+            aside(([fill("x", x), fill("more", x)], []))
+            aside(([fill("y", y)], [y]))
         assert now.log[3:] == ["wait for x,more", "wait for y"]
+
+    def test_of_one_stage_of_a_branch(self):
+        x, y = torch.zeros(4), torch.zeros(4)
+        with Scripted() as now:
+            aside(([fill("x", x)], [x]), ([fill("y", y)], [y]))
+            _ = x + 1
+            assert now.log == ["start x", "start y", "wait for x"]
+        assert now.log[3:] == ["wait for y"]
 
     def test_where_much_is_kept(self, monkeypatch):
         monkeypatch.setattr(module, "HELD", 100)
         x, y = torch.zeros(20), torch.zeros(10)
         with Scripted() as now:
-            aside([fill("x", x)], [x])
-            aside([fill("y", y)], [y])
+            aside(([fill("x", x)], [x]))
+            aside(([fill("y", y)], [y]))
             assert now.log[2:] == ["wait for x", "wait for y"]
 
     def test_not_behind_an_error(self):
@@ -140,7 +148,7 @@ class TestWaiting:
 
         def failing():
             with now:
-                aside([fill("x", x)], [x])
+                aside(([fill("x", x)], [x]))
                 raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
@@ -159,7 +167,7 @@ class TestWaiting:
             @staticmethod
             def backward(ctx, dy):
                 dx = dy.new_zeros(dy.shape)
-                aside([fill("dx", dx)], [dx])
+                aside(([fill("dx", dx)], [dx]))
                 return dx
 
         x = torch.ones(3, requires_grad=True)
@@ -173,7 +181,7 @@ def test_memory_is_kept_until_it_is_waited_for():
     result, parts = torch.zeros(4), torch.zeros(4)
     kept = weakref.ref(parts)
     with Scripted() as now:
-        aside([fill("sum", parts, result)], [result])
+        aside(([fill("sum", parts, result)], [result]))
         del parts
         gc.collect()
         assert kept() is not None
@@ -185,7 +193,7 @@ def test_memory_is_kept_until_it_is_waited_for():
 def test_without_branches_it_runs_at_once():
     ran = []
     launches = [SimpleNamespace(run=partial(ran.append, name)) for name in "ab"]
-    aside(launches, [])
+    aside((launches[:1], []), (launches[1:], []))
     assert ran == ["a", "b"]
 
 

@@ -87,7 +87,7 @@ def test_capturing_compiles_before_it_starts_and_changes_nothing(step, monkeypat
     """Memory that kernels should have written is full of NaN and of the largest integers, when they are compiled and after."""
     compiler = InstantCompiler()
     with fake_gpu(compiler) as driver, poisoned():
-        monkeypatch.setattr(gpu, "record", lambda call: call)
+        monkeypatch.setattr(gpu, "record", lambda call, branched: call)
         before, compiled, together = [x.clone() for x in step.state()], [], triton.compile_together
 
         def compile_together(call):

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from operator_cases import OperatorContract, bad, drawn, edges, needs_native, run_native
+from operator_cases import OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
 from dsfast.ops.cases import moe_experts_case
-from dsfast.ops.checks import evaluate
+from dsfast.ops.checks import check, evaluate
 
 
 class TestMoeExperts(OperatorContract):
@@ -83,6 +83,32 @@ def test_agrees_with_swiglu_mlp_where_there_is_one_expert():
     with ops.use("native"):
         routed = ops.moe_experts(x, torch.ones(101, 1), torch.zeros(101, 1, dtype=torch.int64), gate_up, down)
         assert torch.equal(routed, ops.swiglu_mlp(x, gate_up[0], down[0]))
+
+
+def on_top(k: int, i: int) -> tuple:
+    """`moe_experts` of x, weights, indices, gate_up, down and base, and these, the rows of base within a wider tensor."""
+    base = torch.randn(35, 66, generator=torch.Generator().manual_seed(9))[:, 33:]
+    arguments = *drawn(moe_experts_case("", 35, 33, k, 3, i)), base
+
+    def based(x, weights, indices, gate_up, down, base):
+        return ops.moe_experts(x, weights, indices, gate_up, down, base=base)
+
+    return based, arguments
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_on_top_of_a_base(k):
+    needs_native()
+    function, arguments = on_top(k, 7)
+    assert_passed(check("moe_experts", function, arguments, (0, 1, 3, 4, 5), ["reference", "native"]))
+
+
+def test_a_base_of_another_shape_or_dtype_is_refused():
+    function, (*arguments, base) = on_top(2, 7)
+    with pytest.raises(ValueError, match=r"moe_experts: base must have shape \[35, 33\], got \[35, 32\]"):
+        function(*arguments, base[:, 1:])
+    with pytest.raises(TypeError, match=r"moe_experts: base must be torch.float32 on cpu, got torch.float64"):
+        function(*arguments, base.double())
 
 
 def with_slots():

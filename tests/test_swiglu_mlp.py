@@ -38,22 +38,6 @@ class TestSwigluMlp(OperatorContract):
         return torch.nn.functional.linear(gate / (1 + torch.exp(-gate)) * up, down)
 
 
-def on_top(n: int, d: int, i: int) -> tuple:
-    """Arguments of `swiglu_mlp` with a base, whose rows lie in a wider tensor."""
-    return *drawn(swiglu_mlp_case("", n, d, i)), torch.randn(n, 2 * d, generator=torch.Generator().manual_seed(9))[
-        :, d:
-    ]
-
-
-def test_on_top_of_a_base():
-    needs_native()
-    assert_passed(check("swiglu_mlp", ops.swiglu_mlp, on_top(13, 5, 7), (0, 1, 2, 3), ["reference", "native"]))
-    with pytest.raises(ValueError, match=r"swiglu_mlp: base must have shape \[3, 5\], got \[3, 4\]"):
-        ops.swiglu_mlp(*drawn(swiglu_mlp_case("", 3, 5, 2)), torch.ones(3, 4))
-    with pytest.raises(TypeError, match="swiglu_mlp: base must be torch"):
-        ops.swiglu_mlp(*drawn(swiglu_mlp_case("", 3, 5, 2)), torch.ones(3, 5).double())
-
-
 @pytest.mark.parametrize("size", [10.0, 60.0, 300.0])
 def test_saturated_gates(size):
     """Gates far from 0: silu falls to 0 on one side and is its argument on the other, its exp must not overflow."""

@@ -105,9 +105,10 @@ def test_tokens_are_sorted_by_word_and_keep_their_order(n, v, compared, monkeypa
     expected = torch.where((ids >= 0) & (ids < v), ids, v)
     with poisoned():
         table = torch.zeros(v, 1, device=DEVICE)
-        _, keys, order = kernels.forward(ids.to(DEVICE), table, None, True)
+        _, keys, order, starts = kernels.forward(ids.to(DEVICE), table, None, True)
     assert keys.tolist() == sorted(expected.tolist())
     assert order.tolist() == sorted(range(n), key=expected.tolist().__getitem__)
+    assert torch.equal(starts.cpu(), torch.searchsorted(expected.sort()[0], torch.arange(v + 1)).int())
 
 
 @on_device

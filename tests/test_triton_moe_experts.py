@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_cases import assert_bitwise_equal, assert_passed, drawn
+from test_moe_experts import on_top
 from triton_contract import (
     DEVICE,
     DTYPES,
@@ -240,6 +241,16 @@ def test_every_tile(monkeypatch, dtype, size):
     case = moe_experts_case("tiles", 70, 20, 2, 3, 18, used=(0, 2))
     with poisoned():
         assert_passed(compare(case, ["triton"], DEVICE, dtype))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("width", [7, 65], ids=["one kernel", "two kernels"])
+def test_on_top_of_a_base(width, k, dtype):
+    function, arguments = on_top(k, width)
+    with poisoned():
+        assert_passed(check("moe_experts", function, on_the_device([*arguments]), (0, 1, 3, 4, 5), ["triton"], dtype))
 
 
 @on_device

@@ -18,19 +18,22 @@ SHAPES = {
 
 @on_device
 @pytest.mark.parametrize("rows_first", [False, True], ids=["parts one after the other", "parts of a row side by side"])
+@pytest.mark.parametrize("based", [False, True], ids=["", "and a base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_sum(shape, dtype, rows_first):
+def test_sum(shape, dtype, based, rows_first):
     """Integers, whose sums are exact in any order."""
     from dsfast.triton_kernels.pieces import sum_launch
 
-    parts = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    draws = torch.Generator().manual_seed(0)
+    parts = torch.randint(-7, 8, shape, generator=draws).to(DEVICE, dtype)
+    base = torch.randint(-7, 8, shape[1:], generator=draws).to(DEVICE, dtype) if based else None
     if rows_first:
         parts = parts.transpose(0, 1).contiguous().transpose(0, 1)
     with poisoned():
         y = torch.empty(shape[1:], dtype=dtype, device=DEVICE)
-    sum_launch(parts, y).run()
-    assert torch.equal(y, parts.double().sum(0).to(dtype))
+    sum_launch(parts, y, base).run()
+    assert torch.equal(y, (parts.double().sum(0) + (base if based else 0)).to(dtype))
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)

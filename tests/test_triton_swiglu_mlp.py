@@ -6,10 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from operator_cases import assert_passed, drawn
-from test_swiglu_mlp import on_top
 from triton_contract import (
     DEVICE,
-    DTYPES,
     TritonContract,
     in_the_interpreter,
     on_device,
@@ -52,15 +50,6 @@ class TestNarrow(TritonContract):
     @pytest.fixture(autouse=True)
     def _small_tiles(self, monkeypatch):
         small_tiles_of_narrow_experts(monkeypatch)
-
-
-@on_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [7, 65], ids=["one kernel", "two kernels"])
-def test_on_top_of_a_base(width, dtype):
-    with poisoned():
-        arguments = on_the_device([*on_top(35, 33, width)])
-        assert_passed(check("swiglu_mlp", ops.swiglu_mlp, arguments, (0, 1, 2, 3), ["triton"], dtype))
 
 
 @on_device

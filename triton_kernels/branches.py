@@ -7,7 +7,7 @@ which tensors that fills, and has the first operator that takes one of them wait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import torch
@@ -20,6 +20,9 @@ HELD = 2**28
 """Bytes that branches may keep from being used again; beyond, all of them are waited for."""
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
 """Operators of aten that make no view and yet launch nothing."""
+
+Stage = tuple[Iterable[Launch], Sequence[Tensor]]
+"""Launches, and what others take of all that they fill."""
 
 
 class Branches(TorchDispatchMode):
@@ -51,11 +54,13 @@ class Branches(TorchDispatchMode):
         if error[0] is None:
             self._wait_for_all()
 
-    def start(self, launches: Sequence[Launch], results: Sequence[Tensor]) -> None:
-        """Start the launches, in their order, beside what follows, which takes of what they fill only `results`."""
-        end = self._beside(launches)
-        self._open[end] = [x for launch in launches for x in launch.arguments.values() if isinstance(x, Tensor)]
-        self._filled |= {_place(x): end for x in results}
+    def start(self, stages: Sequence[Stage]) -> None:
+        """Start the launches of all stages, in their order, beside what follows, which takes of what they fill only the tensors
+        beside a stage."""
+        stages = [(list(launches), results) for launches, results in stages]
+        for end, (launches, results) in zip(self._beside(stages), stages, strict=True):
+            self._open[end] = [x for launch in launches for x in launch.arguments.values() if isinstance(x, Tensor)]
+            self._filled |= {_place(x): end for x in results}
         if sum(x.untyped_storage().nbytes() for tensors in self._open.values() for x in tensors) > HELD:
             self._wait_for_all()
 
@@ -76,14 +81,16 @@ class Branches(TorchDispatchMode):
         del self._open[end]
         self._filled = {place: other for place, other in self._filled.items() if other is not end}
 
-    def _beside(self, launches: Sequence[Launch]) -> object:
-        """Start them behind all that was started so far; what tells when they are done."""
-        stream = next(self._streams)
+    def _beside(self, stages: Sequence[Stage]) -> list[object]:
+        """Start them behind all that was started so far; what tells when each is done."""
+        stream, ends = next(self._streams), []
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for launch in launches:
-                launch.run()
-        return stream.record_event()
+            for launches, _ in stages:
+                for launch in launches:
+                    launch.run()
+                ends.append(stream.record_event())
+        return ends
 
     def _join(self, end: torch.cuda.Event) -> None:
         torch.cuda.current_stream().wait_event(end)

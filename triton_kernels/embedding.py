@@ -11,7 +11,8 @@ Then one program for each word adds up the blocks inside its segment and the tok
 not occur get zeros from the same program.
 
 Few tokens are sorted in one launch, each compared with every other: 2^26 comparisons for 8192 tokens are microseconds, where
-torch.sort is some eight launches. A comparison is the sign of a difference, shifted and added: two instructions.
+torch.sort is some eight launches. A comparison is the sign of a difference, shifted and added: two instructions. Nothing of the
+sorting needs dy: it is done in the forward pass, aside.
 
 An id outside 0..V-1 gives a row of NaN and takes no part in the backward pass; it sorts behind all words.
 """
@@ -200,18 +201,13 @@ def blocks_kernel(
         tl.store(blocks + tl.program_id(0).to(tl.int64) * R + col, tl.sum(b_sum, 0), mask=col < R)
 
 
-@triton.jit(do_not_specialize=("N", "BITS"))
+@triton.jit
 def words_kernel(
-    x, keys, order, starts, blocks, dtable, x_n, N, BITS, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr,
-):  # fmt: skip
-    """One tile of dtable [V, R]: one word. Without starts it looks for the word's tokens itself."""
+    x, order, starts, blocks, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
+    """One tile of dtable [V, R]: one word."""
     w, r = tl.program_id(0), tl.program_id(1) * BR
-    if starts is None:
-        b_starts = _starts(keys, w + tl.arange(0, 2), N, BITS)
-        begin, end = tl.min(b_starts, 0), tl.max(b_starts, 0)
-    else:
-        begin, end = tl.load(starts + w), tl.load(starts + w + 1)
+    begin, end = tl.load(starts + w), tl.load(starts + w + 1)
     first = tl.cdiv(begin, BLOCK)
     whole = tl.maximum(end // BLOCK - first, 0)
     single = end - begin - whole * BLOCK
@@ -236,31 +232,33 @@ def words_kernel(
     tl.store(dtable + w.to(tl.int64) * R + col, tl.sum(b_sum, 0).to(dtable.dtype.element_ty), mask=col < R)
 
 
-def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as dsfast.ops.embedding -> y, and for `backward` what `sort` returns, else empty. An id outside 0..V-1 gives a row
-    of NaN: the host does not wait to raise.
+def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes as dsfast.ops.embedding -> y, and what `backward` needs, as `kept` has it. An id outside 0..V-1 gives a row of NaN:
+    the host does not wait to raise.
 
     Raises TypeError for other dtypes than float32, float16 and bfloat16.
     """
     expect_dtype("embedding", table.dtype)
     n, v = input_ids.size(0), table.size(0)
     y = table.new_empty(n, table.size(1) if projection is None else projection.size(1))
-    keys, order = kept(input_ids, table, with_grads)
+    sorting = kept(input_ids, table, with_grads)
     if y.numel():
         with torch.cuda.device_of(table):
             forward_launch(input_ids, table, projection, y, large_tiles(table.device)).run()
             if with_grads:
-                _sort(input_ids, v, keys, order)
-    return y, keys, order
+                _sort(input_ids, v, *sorting)
+    return y, *sorting
 
 
-def kept(input_ids, table, with_grads: bool) -> tuple[Tensor, Tensor]:
-    """What `forward` keeps, yet to be filled: the words [N] in their order, and the tokens [N] int64 in that order."""
-    n = input_ids.size(0) if with_grads else 0
-    return input_ids.new_empty(n, dtype=key_dtype(table.size(0))), input_ids.new_empty(n)
+def kept(input_ids, table, with_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` keeps, yet to be filled: the words [N] in their order, the tokens [N] int64 in that order, and where each
+    word's begin there [V + 1] int32; without gradients nothing."""
+    n, v = (input_ids.size(0), table.size(0)) if with_grads else (0, -1)
+    empty = input_ids.new_empty
+    return empty(n, dtype=key_dtype(v)), empty(n), empty(v + 1, dtype=torch.int32)
 
 
-def backward(dy, input_ids, table, projection, keys, order) -> tuple[Tensor, Tensor]:
+def backward(dy, input_ids, table, projection, keys, order, starts) -> tuple[Tensor, Tensor]:
     """The gradients of table and projection ([0, 0] without one) from that of y, and what `forward` kept. Deterministic: no
     atomics."""
     expect_dtype("embedding", table.dtype)
@@ -275,21 +273,22 @@ def backward(dy, input_ids, table, projection, keys, order) -> tuple[Tensor, Ten
             x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
             first, *others = product_launches(dy, input_ids, table, projection, x, dprojection, large).values()
             first.run()
-            aside(others, [dprojection])
-        for launch in dtable_launches(x, keys, order, dtable).values():
+            aside((others, [dprojection]))
+        for launch in dtable_launches(x, keys, order, starts, dtable).values():
             launch.run()
     return dtable, dprojection
 
 
-def _sort(input_ids, v: int, keys, order) -> None:
-    """Fill keys and order; aside, for nothing needs them before the backward pass."""
-    n = keys.size(0)
+def _sort(input_ids, v: int, keys, order, starts) -> None:
+    """Fill keys, order and starts; aside, but for what PyTorch sorts."""
+    n, launches = keys.size(0), [starts_launch(keys, starts)]
     if n > MOST_COMPARED or (v + 1) * n >= 2**31:
         unsorted = torch.empty_like(keys)
         keys_launch(input_ids, unsorted, v).run()
         torch.sort(unsorted, stable=True, out=(keys, order))
     else:
-        aside([sort_launch(input_ids, keys, order, v)], [keys, order])
+        launches = [sort_launch(input_ids, keys, order, v), *launches]
+    aside((launches, [keys, order, starts]))
 
 
 def key_dtype(v: int) -> torch.dtype:
@@ -405,22 +404,26 @@ def sort_launch(input_ids, keys, order, v: int) -> Launch:
     return _launch(sort_kernel, (triton.cdiv(n, bn),), arguments, (4,), 4)
 
 
-def dtable_launches(x, keys, order, dtable) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill dtable from x [N, R], the sorted keys and the tokens in that order."""
+def starts_launch(keys, starts) -> Launch:
+    """The launch that fills starts [V + 1] from the sorted keys."""
+    n, v = keys.size(0), starts.size(0) - 1
+    arguments = {"keys": keys, "starts": starts, "N": n, "BITS": n.bit_length(), "V": v, "KEYS": _KEYS}
+    return _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), 4)
+
+
+def dtable_launches(x, keys, order, starts, dtable) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill dtable from x [N, R] and what was sorted."""
     (x,) = rows(x)
     n, (v, r) = x.size(0), dtable.shape
     bn, br = _strip(r)
     strips = triton.cdiv(r, br)
-    starts = keys.new_empty(v + 1, dtype=torch.int32) if strips > 1 else None  # else each is asked for once
     blocks = x.new_empty(n // BLOCK, r, dtype=torch.float32)
     arguments = {
         "x": x, "keys": keys, "order": order, "starts": starts, "blocks": blocks, "dtable": dtable, "x_n": x.stride(0),
-        "N": n, "V": v, "R": r, "BITS": n.bit_length(), "KEYS": _KEYS, "BLOCK": BLOCK, "BN": min(bn, 16), "BR": br,
+        "V": v, "R": r, "BLOCK": BLOCK, "BN": min(bn, 16), "BR": br,
     }  # fmt: skip
     itemsize, resources = dtable.dtype.itemsize, (1,) if br <= 64 else (4,)
     launches = {}
-    if starts is not None:
-        launches["starts"] = _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), itemsize)
     if n >= BLOCK:
         launches["blocks"] = _launch(blocks_kernel, (n // BLOCK, strips), arguments, resources, itemsize)
     return launches | {"words": _launch(words_kernel, (v, strips), arguments, resources, itemsize)}
@@ -446,14 +449,15 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     n, v, r, d = EXAMPLES[size]
     input_ids, table = empty(n, dtype=torch.int64), empty(v, r)
     projection = None if d is None else empty(r, d)
-    dy, keys = empty(n, d or r), empty(n, dtype=key_dtype(v))
+    dy, (keys, order, starts) = empty(n, d or r), kept(input_ids, table, True)
     launches = {
         "forward": forward_launch(input_ids, table, projection, dy, large),
         "keys": keys_launch(input_ids, keys, v),
-        "sort": sort_launch(input_ids, keys, input_ids, v),
+        "sort": sort_launch(input_ids, keys, order, v),
+        "starts": starts_launch(keys, starts),
     }
     x = dy
     if projection is not None:
         x = empty(n, r, dtype=torch.float32)
         launches |= product_launches(dy, input_ids, table, projection, x, projection, large)
-    return launches | dtable_launches(x, keys, input_ids, table)
+    return launches | dtable_launches(x, keys, order, starts, table)

@@ -4,7 +4,7 @@ one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -51,17 +51,19 @@ class Launch:
             self.kernel[self.grid](*arguments, **self.options)
 
 
-def aside(launches: Sequence[Launch], results: Sequence[Tensor]) -> None:
-    """Run the launches, in their order; in a step's branches beside what follows, until an operator takes one of `results`.
+def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]]) -> None:
+    """Run the launches of all stages, in their order; in a step's branches beside what follows, until an operator takes one of
+    the tensors that stand beside a stage.
 
     Nothing else that they fill may be read by others, and nothing that they read may be changed in place.
     """
     now = branches.get()
-    if now is None:
+    if now is not None:
+        now.start(stages)
+        return
+    for launches, _ in stages:
         for launch in launches:
             launch.run()
-    else:
-        now.start(launches, results)
 
 
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:

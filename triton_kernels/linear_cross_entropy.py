@@ -386,7 +386,7 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
             count_launch(labels, ignore_index, count).run()
             way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
             way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
-        aside([loss_launch(losses, count, loss)], [loss])
+        aside(([loss_launch(losses, count, loss)], [loss]))
     return loss, kept_1, kept_2
 
 
@@ -412,10 +412,8 @@ def _narrow_backward(dloss, dhidden, softmax, hidden, weight, z_loss) -> tuple[T
     dweight = weight.new_empty(weight.shape)
     if not hidden.size(0):
         return hidden.new_empty(hidden.shape), dweight.zero_()
-    aside(
-        dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large_tiles(hidden.device)).values(),
-        [dweight],
-    )
+    launches = dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large_tiles(hidden.device))
+    aside((launches.values(), [dweight]))
     return _scaled(dhidden, dloss, hidden), dweight
 
 

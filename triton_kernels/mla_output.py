@@ -106,7 +106,7 @@ def backward(
     with torch.cuda.device_of(h):
         backward, add = backward_launches(dys, dh, h, values, o, norm, eps, *gradients)
         backward.run()
-        aside([add], gradients[2:])
+        aside(([add], gradients[2:]))
     return gradients
 
 

@@ -267,7 +267,7 @@ def backward(
     with torch.cuda.device_of(h):
         backward, add = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
         backward.run()
-        aside([add], [dweights])
+        aside(([add], [dweights]))
     return dx, dweights
 
 

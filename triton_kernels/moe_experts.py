@@ -435,7 +435,7 @@ def _size(places: int, experts: int, width: int) -> int:
     return 128 if places >= 256 * experts and places // 128 * triton.cdiv(width, 128) >= FULL // 2 else 64
 
 
-def forward(x, weights, order, offsets, gate_up, down) -> tuple[Tensor, Tensor]:
+def forward(x, weights, order, offsets, gate_up, down, base) -> tuple[Tensor, Tensor]:
     """Shapes as dsfast.ops.moe_experts -> y [N, D], gu [N K, 2I] by place.
 
     Slots from order[offsets[E]] on have no expert. That is no error here, where nobody waits for the device: y is NaN for their
@@ -445,7 +445,7 @@ def forward(x, weights, order, offsets, gate_up, down) -> tuple[Tensor, Tensor]:
     (n, d), k = x.shape, weights.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n * k, gate_up.size(1))
     with torch.cuda.device_of(x):
-        for launch in forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large_tiles(x.device)):
+        for launch in forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large_tiles(x.device), base):
             launch.run()
     return y, gu
 
@@ -460,29 +460,25 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
         first, of_matrices = backward_launches(
             dy, x, weights, gate_up, down, gu, order, offsets, *gradients, large_tiles(x.device)
         )
-        for launch in first:
-            launch.run()
-        aside(of_matrices, gradients[2:])
+        aside((first, gradients[:2]), (of_matrices, gradients[2:]))  # beside the shared experts' backward pass
     return gradients
 
 
 def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool, base=None) -> list[Launch]:
-    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets, and
-    add to base where there is one.
-    """
+    """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
     (x,) = rows(x)
     base = None if base is None else base.contiguous()
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
-    slots = x.new_empty(make.places, make.d) if make.k != 1 else y
+    slots, below = (x.new_empty(make.places, make.d), None) if make.k != 1 else (y, base)
     tiles, bd = make.tiles("up", make.i, make.d), min(64, make.tiles("project", make.d, make.i).bn)
     fused = make.i <= min(FUSED, tiles.bn) and make.d <= 4 * bd
     h = None if fused else x.new_empty(make.places, make.i)
     up = make.rows(
         "up", up_kernel, make.i, make.d, x=x, x_n=x.stride(0), gu=gu, h=h, out=slots, BD=bd, FUSED=fused,
-        WEIGHTED=weights is not None, base=base,
+        WEIGHTED=weights is not None, base=below,
     )  # fmt: skip
-    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i, base=base)]
-    return [up, *project, *make.combine(slots, y)]
+    project = [] if fused else [make.project(h, make.down, slots, make.weights, 1, make.i, base=below)]
+    return [up, *project, *make.combine(slots, y, base)]
 
 
 def backward_launches(
@@ -554,9 +550,9 @@ class _Launches:
         tiles = Tiles(2048 // bn, bn, 0, 4, 1)
         return self.launch(swiglu_backward_kernel, triton.cdiv(self.places, tiles.bm), tiles, arguments)
 
-    def combine(self, slots, out) -> list[Launch]:
-        """The sum over each token's slots; none where a slot is its token."""
-        return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out)] if self.k != 1 else []
+    def combine(self, slots, out, base=None) -> list[Launch]:
+        """The sum over each token's slots, and base; none where a slot is its token."""
+        return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out, base)] if self.k != 1 else []
 
     def narrow(self) -> bool:
         """Whether experts are narrow enough for one kernel to do the backward pass.
@@ -629,7 +625,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     places = (empty(n * k, dtype=torch.int32), empty(e + 1, dtype=torch.int32))
     inputs = (x, weights, gate_up, down)
     return named(
-        forward_launches(*inputs, *places, empty(n, d), gu, large),
+        forward_launches(*inputs, *places, empty(n, d), gu, large, x),
         *backward_launches(x, *inputs, gu, *places, *inputs, large),
     )
 

@@ -364,8 +364,7 @@ def forward_tokens(
 def _forward(logits, tokens, bias, dtype, top_k, *choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(logits, top_k, dtype)
     with torch.cuda.device_of(logits):
-        for launch in forward_launches(logits, bias, top_k, *choice, *outputs, tokens):
-            launch.run()
+        aside((forward_launches(logits, bias, top_k, *choice, *outputs, tokens), (logits, *outputs)))
     return outputs
 
 
@@ -415,7 +414,7 @@ def backward_tokens(
             dweights, x, weight, logits, indices, norm_topk_prob, scaling, scoring_func, dx, dweight
         )
         backward.run()
-        aside([add], [dweight])
+        aside(([add], [dweight]))
     return dx, dweight
 
 

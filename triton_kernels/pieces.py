@@ -59,9 +59,9 @@ def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit(do_not_specialize=("S", "R"))
-def sum_kernel(parts, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1. In float32, BS of them at a time,
-    always in the same order."""
+def sum_kernel(parts, base, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1, plus base [R, D] where there is
+    one. In float32, BS of them at a time, always in the same order."""
     blocks = tl.cdiv(D, BN)
     r = (tl.program_id(0) // blocks).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
     d = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)[None, :]
@@ -71,11 +71,15 @@ def sum_kernel(parts, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.con
     for k in range(0, S, BS):
         m_parts = (k + s < S) & m_y[None, :, :]
         b_y += tl.load(p_parts + (k + s).to(tl.int64) * parts_s, mask=m_parts, other=0.0).to(tl.float32)
-    tl.store(y + r * D + d, tl.sum(b_y, 0).to(y.dtype.element_ty), mask=m_y)
+    b_sum = tl.sum(b_y, 0)
+    if base is not None:
+        b_sum += tl.load(base + r * D + d, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(y + r * D + d, b_sum.to(y.dtype.element_ty), mask=m_y)
 
 
-def sum_launch(parts: Tensor, y: Tensor) -> Launch:
-    """The launch that fills y, contiguous, with the sum of parts [S, *y.shape]: contiguous, or [S, R, D] with contiguous rows."""
+def sum_launch(parts: Tensor, y: Tensor, base: Tensor | None = None) -> Launch:
+    """The launch that fills y, contiguous, with the sum of parts [S, *y.shape], contiguous or [S, R, D] with contiguous rows, and
+    of base, contiguous, where there is one."""
     if parts.is_contiguous():
         parts = parts.flatten(1)[:, None]
     s, r, d = parts.shape
@@ -86,8 +90,8 @@ def sum_launch(parts: Tensor, y: Tensor) -> Launch:
     while bn > 16 and triton.cdiv(r, bm) * triton.cdiv(d, bn) < PROGRAMS:
         bn //= 2
     arguments = {
-        "parts": parts, "y": y, "parts_s": parts.stride(0), "parts_r": parts.stride(1), "S": s, "R": r, "D": d, "BS": bs,
-        "BM": bm, "BN": bn,
+        "parts": parts, "base": base, "y": y, "parts_s": parts.stride(0), "parts_r": parts.stride(1), "S": s, "R": r, "D": d,
+        "BS": bs, "BM": bm, "BN": bn,
     }  # fmt: skip
     grid = (triton.cdiv(r, bm) * triton.cdiv(d, bn),)
     return Launch(sum_kernel, grid, arguments, options(4), y.dtype.itemsize, 0)

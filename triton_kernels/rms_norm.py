@@ -152,7 +152,7 @@ def backward(dys: list[Tensor], dh: Tensor | None, h: Tensor, weight: Tensor, rs
     with torch.cuda.device_of(h):
         backward, add = backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large_tiles(h.device))
         backward.run()
-        aside([add], [dweight])
+        aside(([add], [dweight]))
     return dx, dweight
 
 

@@ -11,14 +11,14 @@ from dsfast.triton_kernels.moe_experts import backward_launches, forward_launche
 from torch import Tensor
 
 
-def forward(x, gate_up, down, base=None) -> tuple[Tensor, Tensor]:
+def forward(x, gate_up, down) -> tuple[Tensor, Tensor]:
     """Shapes as dsfast.ops.swiglu_mlp -> y [N, D] and gu = x gate_up^T [N, 2I]. TypeError for other dtypes than float32, float16
     and bfloat16.
     """
     expect_dtype("swiglu_mlp", x.dtype)
     y, gu = x.new_empty(x.shape), x.new_empty(x.size(0), gate_up.size(0))
     with torch.cuda.device_of(x):
-        for launch in forward_launches(x, None, gate_up, down, None, None, y, gu, large_tiles(x.device), base):
+        for launch in forward_launches(x, None, gate_up, down, None, None, y, gu, large_tiles(x.device)):
             launch.run()
     return y, gu
 
@@ -31,7 +31,9 @@ def backward(dy, x, gate_up, down, gu) -> tuple[Tensor, Tensor, Tensor]:
         first, of_matrices = backward_launches(
             dy, x, None, gate_up, down, gu, None, None, dx, None, dgate_up, ddown, large_tiles(x.device)
         )
-        aside([*first, *of_matrices], gradients)  # the routed experts' backward pass does not wait for it
+        for launch in first:
+            launch.run()
+        aside((of_matrices, gradients[1:]))
     return gradients
 
 
@@ -49,6 +51,6 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     n, d, i = EXAMPLES[size]
     x, gate_up, down, gu = map(on_meta(dtype), ((n, d), (2 * i, d), (d, i), (n, 2 * i)))
     return named(
-        forward_launches(x, None, gate_up, down, None, None, x, gu, large, x),
+        forward_launches(x, None, gate_up, down, None, None, x, gu, large),
         *backward_launches(x, x, None, gate_up, down, gu, None, None, x, None, gate_up, down, large),
     )

@@ -39,7 +39,7 @@ class Step(Protocol):
 
 
 def captured(step: Step, branched: bool = True) -> Callable[[], None]:
-    """The whole step as one CUDA graph, `branched` as `record` has it; `step` itself, with a warning, where it cannot be captured.
+    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured. branched: as in `record`.
 
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.

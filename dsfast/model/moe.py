@@ -24,9 +24,9 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
-    def forward(self, x: Tensor, base: Tensor | None = None) -> Tensor:
-        """[N, D] -> [N, D], on top of `base` where there is one."""
-        return ops.swiglu_mlp(x, self.gate_up_proj, self.down_proj, base)
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        return ops.swiglu_mlp(x, self.gate_up_proj, self.down_proj)
 
 
 class Router(Float32Buffers):
@@ -67,8 +67,9 @@ class DeepseekMoE(nn.Module):
 
     def forward(self, x: Tensor, x_experts: Tensor, x_shared: Tensor | None = None) -> Tensor:
         """x of the router, of the routed and of the shared experts [N, D], the same numbers (see `ops.stream_norm`) -> [N, D]."""
-        routed = self.experts(x_experts, self.gate(x))
-        return routed if self.shared_experts is None else self.shared_experts(x_shared, routed)
+        routing = self.gate(x)
+        shared = None if self.shared_experts is None else self.shared_experts(x_shared)
+        return self.experts(x_experts, routing, shared)
 
 
 class Experts(nn.Module):
@@ -80,7 +81,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, i))
 
-    def forward(self, x: Tensor, routing: ops.Routing) -> Tensor:
-        """x [N, D] -> the weighted sum of the chosen experts' outputs [N, D]."""
+    def forward(self, x: Tensor, routing: ops.Routing, base: Tensor | None = None) -> Tensor:
+        """x [N, D] -> the weighted sum of the chosen experts' outputs [N, D], on top of `base` where there is one."""
         weights, indices, _, *slots = routing
-        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj, tuple(slots))
+        return ops.moe_experts(x, weights, indices, self.gate_up_proj, self.down_proj, tuple(slots), base)

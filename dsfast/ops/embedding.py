@@ -57,8 +57,8 @@ def _forward_cpu(input_ids: Tensor, table: Tensor, projection: Tensor | None, wi
     return y, *_nothing_kept(input_ids, table, with_grads)
 
 
-def _nothing_kept(input_ids: Tensor, table: Tensor, with_grads: bool) -> tuple[Tensor, Tensor]:
-    return input_ids.new_empty(0), input_ids.new_empty(0)
+def _nothing_kept(input_ids: Tensor, table: Tensor, with_grads: bool) -> tuple[Tensor, ...]:
+    return tuple(input_ids.new_empty(0) for _ in range(3))
 
 
 def _forward_fake(input_ids: Tensor, table: Tensor, projection: Tensor | None, with_grads: bool):
@@ -66,10 +66,10 @@ def _forward_fake(input_ids: Tensor, table: Tensor, projection: Tensor | None, w
     return table.new_empty(input_ids.size(0), _width(table, projection)), *kept(input_ids, table, with_grads)
 
 
-def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None, keys: Tensor, order: Tensor):
+def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None, *kept: Tensor):
     dy, input_ids, table = rows(dy), input_ids.contiguous(), rows(table)
     projection = None if projection is None else projection.contiguous()
-    dtable, dprojection = _backward_fake(dy, input_ids, table, projection, keys, order)
+    dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
     native.products().embedding_backward(
         dy.data_ptr(), dy.stride(0), input_ids.data_ptr(), table.data_ptr(), table.stride(0),
         0 if projection is None else projection.data_ptr(), dtable.data_ptr(), dprojection.data_ptr(),
@@ -78,7 +78,7 @@ def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tens
     return dtable, dprojection
 
 
-def _backward_fake(dy, input_ids, table, projection, keys, order):
+def _backward_fake(dy, input_ids, table, projection, *kept):
     dprojection = table.new_empty(0, 0) if projection is None else projection.new_empty(projection.shape)
     return table.new_empty(table.shape), dprojection
 
@@ -95,14 +95,15 @@ def _backward(ctx, dy, *_):
 
 
 define(
-    "embedding(Tensor input_ids, Tensor table, Tensor? projection, bool with_grads) -> (Tensor, Tensor, Tensor)",
+    "embedding(Tensor input_ids, Tensor table, Tensor? projection, bool with_grads)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     fake=_forward_fake,
     cuda=triton.launcher("embedding", "forward"),
 )
 define(
-    "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection, Tensor keys, Tensor order)"
-    " -> (Tensor, Tensor)",
+    "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection, Tensor keys, Tensor order,"
+    " Tensor starts) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
     cuda=triton.launcher("embedding", "backward"),

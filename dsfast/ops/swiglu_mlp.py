@@ -1,6 +1,6 @@
 """The gated MLP of dense layers and shared experts (Shazeer 2020, arXiv 2002.05202).
 
-    y = (silu(x gate^T) * (x up^T)) down^T (+ base),    gate_up = [gate; up]
+    y = (silu(x gate^T) * (x up^T)) down^T,    gate_up = [gate; up]
 
 N tokens, D model width, I intermediate width.
 """
@@ -20,24 +20,21 @@ def swiglu_mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up) @ down.T
 
 
-def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, base: Tensor | None = None) -> Tensor:
-    """x [N, D], gate_up [2I, D], down [D, I] -> [N, D], plus base [N, D] where there is one.
+def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D], gate_up [2I, D], down [D, I] -> [N, D].
 
     Raises ValueError for other shapes, TypeError for mixed dtypes.
     """
     expect_shape("swiglu_mlp", "x", x, "N", "D")
     expect_shape("swiglu_mlp", "down", down, x.size(1), "I")
     expect_shape("swiglu_mlp", "gate_up", gate_up, 2 * down.size(1), x.size(1))
-    expect_dtype("swiglu_mlp", x.dtype, x.device, gate_up=gate_up, down=down, base=base)
-    if base is not None:
-        expect_shape("swiglu_mlp", "base", base, *x.shape)
+    expect_dtype("swiglu_mlp", x.dtype, x.device, gate_up=gate_up, down=down)
     if choose("swiglu_mlp", x) == "reference":
-        y = swiglu_mlp_reference(x, gate_up, down)
-        return y if base is None else base + y
-    return torch.ops.dsfast.swiglu_mlp(x, gate_up, down, base)[0]
+        return swiglu_mlp_reference(x, gate_up, down)
+    return torch.ops.dsfast.swiglu_mlp(x, gate_up, down)[0]
 
 
-def _forward_cpu(x, gate_up, down, base):
+def _forward_cpu(x, gate_up, down):
     x, gate_up, down = rows(x), gate_up.contiguous(), down.contiguous()
     (n, d), i = x.shape, down.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n, 2 * i)
@@ -45,7 +42,7 @@ def _forward_cpu(x, gate_up, down, base):
         x.data_ptr(), x.stride(0), gate_up.data_ptr(), down.data_ptr(), y.data_ptr(), gu.data_ptr(), n, d, i,
         torch.get_num_threads(),
     )  # fmt: skip
-    return y if base is None else y.add_(base), gu
+    return y, gu
 
 
 def _backward_cpu(dy, x, gate_up, down, gu):
@@ -60,20 +57,18 @@ def _backward_cpu(dy, x, gate_up, down, gu):
 
 
 def _setup_context(ctx, inputs, output):
-    *inputs, base = inputs
     ctx.save_for_backward(*inputs, output[1])
-    ctx.has_base = base is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _):
-    return *torch.ops.dsfast.swiglu_mlp_backward(dy, *ctx.saved_tensors), dy if ctx.has_base else None
+    return torch.ops.dsfast.swiglu_mlp_backward(dy, *ctx.saved_tensors)
 
 
 define(
-    "swiglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor? base) -> (Tensor, Tensor)",
+    "swiglu_mlp(Tensor x, Tensor gate_up, Tensor down) -> (Tensor, Tensor)",
     cpu=_forward_cpu,
-    fake=lambda x, gate_up, down, base: (x.new_empty(x.shape), x.new_empty(x.size(0), gate_up.size(0))),
+    fake=lambda x, gate_up, down: (x.new_empty(x.shape), x.new_empty(x.size(0), gate_up.size(0))),
     cuda=triton.launcher("swiglu_mlp", "forward"),
 )
 define(

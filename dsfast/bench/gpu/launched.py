@@ -36,13 +36,13 @@ def _attention(*inputs):
 
 def _experts(x, weights, indices, gate_up, down):
     slots = moe_route.sort_slots(indices, down.size(0))
-    y, gu = moe_experts.forward(x, weights, *slots, gate_up, down)
+    y, gu = moe_experts.forward(x, weights, *slots, gate_up, down, None)
     moe_experts.backward(y, x, weights, gate_up, down, gu, *slots)
 
 
 def _head(hidden, weight, labels):
     loss, *kept = linear_cross_entropy.forward(hidden, weight, labels, -100, True, 0.0)
-    linear_cross_entropy.backward(loss, *kept, hidden, weight, labels, -100)
+    linear_cross_entropy.backward(loss, *kept, hidden, weight, labels, -100, 0.0)
     linear_cross_entropy.forward(hidden, weight, labels, -100, False, 0.0)
 
 
@@ -70,7 +70,8 @@ def _mlp(x, gate_up, down):
 
 
 def _embedding(input_ids, table, projection):
-    embedding.backward(embedding.forward(input_ids, table, projection), input_ids, table, projection)
+    y, *kept = embedding.forward(input_ids, table, projection, True)
+    embedding.backward(y, input_ids, table, projection, *kept)
 
 
 def _project(delta, residual, *shared):
