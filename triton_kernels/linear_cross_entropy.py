@@ -324,9 +324,11 @@ _FLOAT32 = {
     "forward": {16: Tiles(64, 32, 4, 1), 32: Tiles(32, 16, 4, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
     "dweight": {32: Tiles(64, 32, 8, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)},
 }
-_LARGE = {  # 128 rows: of 64 both warp groups of sm_90 would compute all logits
-    "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-    "dweight": {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+# With 8 warps 128 rows: of 64 both warp groups of sm_90 would compute all logits. Narrow ones have 4, and four programs on a
+# multiprocessor that do not wait for each other: exponentials of one beside products of another.
+_LARGE = {
+    "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
+    "dweight": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
 }
 _SM_100 = {  # its warp groups share rows out as they should
     "forward": {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},

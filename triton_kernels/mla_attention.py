@@ -381,7 +381,8 @@ class Tiles(NamedTuple):
 _REST = 2048  # key of the row that serves all the rest
 # Kernel -> largest `_measure` that a row serves -> tiles. Starting values: they keep the limits of
 # tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
-# hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones.
+# hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones. Narrow heads' are as small as a
+# multiprocessor can hold four programs of: each waits for its loads, and does little between.
 _FLOAT32 = {
     "forward": {96: Tiles(32, 32, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
     "backward_q": {96: Tiles(32, 16, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
@@ -389,21 +390,21 @@ _FLOAT32 = {
 }
 _LARGE = {
     "forward": {
-        96: Tiles(128, 64, 4, 3),
+        96: Tiles(64, 64, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
         576: Tiles(64, 32, 8, 2) if _CAN_PART else Tiles(128, 32, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_q": {
-        80: Tiles(128, 64, 4, 3),
+        80: Tiles(64, 32, 4, 3),
         192: Tiles(128, 64, 8, 2),
         320: Tiles(128, 64, 8, 2),
         576: Tiles(64, 16, 8, 2) if _CAN_PART else Tiles(32, 32, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_kv": {
-        96: Tiles(64, 64, 4, 2),
+        96: Tiles(32, 64, 4, 1),
         192: Tiles(64, 128, 8, 2),
         320: Tiles(64, 64, 8, 2) if _CAN_PART else Tiles(32, 128, 8, 2),
         _REST: Tiles(16, 32, 8, 2),
