@@ -199,8 +199,8 @@ def test_in_two_products_as_in_one(monkeypatch, k):
 @pytest.mark.parametrize(
     ("dtype", "d", "i", "k", "names"),
     [
-        (torch.bfloat16, 128, 64, 1, ["narrow_backward", "add_tiles"]),
-        (torch.float16, 5, 3, 2, ["narrow_backward", "sum", "add_tiles"]),
+        (torch.bfloat16, 128, 64, 1, ["narrow_backward", "narrow_matrix", "add_tiles"]),
+        (torch.float16, 5, 3, 2, ["narrow_backward", "sum", "narrow_matrix", "add_tiles"]),
         (torch.bfloat16, 129, 64, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),
         (torch.bfloat16, 128, 65, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),
         (torch.float32, 128, 64, 1, ["project", "swiglu_backward", "project", "matrix", "matrix"]),

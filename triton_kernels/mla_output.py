@@ -3,8 +3,11 @@
 N tokens, D model width, C = H Dv what attention gives for a token; DP and CP are those padded, BN tokens make a tile.
 
     forward    a tile from attention's values to the stream and its norm
-    backward   a tile's gradients of stream and values, and its parts of those of o and norm
-    sum        the gradients of the weights: sums over the tiles' parts
+    backward   a tile's gradients of stream and values, and its part of that of norm
+    weight     the part of some tiles of the gradient of o
+    sum        the gradients of the weights: sums over the parts
+
+What the layers before wait for is the second kernel; the others run aside.
 """
 
 from __future__ import annotations
@@ -47,13 +50,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def backward_kernel(
-    dy, dy_2, dy_3, dh, h, values, o, norm, dx, dvalues, parts, eps, dy_n, dy_2_n, dy_3_n, dh_n, values_n, N,
+    dy, dy_2, dy_3, dh, h, o, norm, dx, dvalues, parts, eps, dy_n, dy_2_n, dy_3_n, dh_n, N,
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dx [N, D], dvalues [N, C], and in a row of parts [tiles, D C + D] what a tile adds to the gradients of o and norm."""
+    """dx [N, D], dvalues [N, C], and in a row of parts [tiles, D] what a tile adds to the gradient of norm."""
     tile = tl.program_id(0)
     start = tile * BN
-    parts += tl.cast(tile, tl.int64) * (D * C + D)
     b_dy = load_tokens(dy, start, dy_n, N, BN, 1, 1, D, DP).to(tl.float32)  # [BN, DP]
     if dy_2 is not None:
         b_dy += load_tokens(dy_2, start, dy_2_n, N, BN, 1, 1, D, DP).to(tl.float32)
@@ -62,7 +64,7 @@ def backward_kernel(
     b_h = load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32)
     b_x, b_rstd = normalised(b_h, start, N, eps, BN, D)
     d = tl.arange(0, DP)
-    tl.store(parts + D * C + d, tl.sum(b_dy * b_x, 0), mask=d < D)
+    tl.store(parts + tl.cast(tile, tl.int64) * D + d, tl.sum(b_dy * b_x, 0), mask=d < D)
     b_dx = norm_backward(b_dy, b_x, b_rstd, load_vector(norm, D, DP), D)
     if dh is not None:
         b_dx += load_tokens(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
@@ -71,9 +73,22 @@ def backward_kernel(
 
     b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
     store_tokens(dvalues, tl.dot(b_dx, b_o, input_precision="ieee"), start, N, BN, 1, 1, C, CP)
-    b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
-    b_part = tl.dot(tl.trans(b_dx), b_v, input_precision="ieee")  # [DP, CP]
-    store_weight(parts, b_part, 1, 1, D, DP, D, 0, C, CP)
+
+
+@triton.jit(do_not_specialize=["N"])
+def weight_kernel(
+    dx, values, parts, values_n, N,
+    C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One of parts [..., D, C]: what TILES tiles add to the gradient of o, dx^T values."""
+    part = tl.program_id(0)
+    b_part = tl.zeros([DP, CP], tl.float32)
+    for tile in range(TILES):
+        start = (part * TILES + tile) * BN
+        b_dx = load_tokens(dx, start, D, N, BN, 1, 1, D, DP)  # [BN, DP]
+        b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
+        b_part = tl.dot(tl.trans(b_dx), b_v, b_part, input_precision="ieee")
+    store_weight(parts + tl.cast(part, tl.int64) * (D * C), b_part, 1, 1, D, DP, D, 0, C, CP)
 
 
 class Tiles(NamedTuple):
@@ -84,7 +99,8 @@ class Tiles(NamedTuple):
 
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-_FORWARD, _BACKWARD = Tiles(64, 4), Tiles(64, 8)
+_FORWARD, _BACKWARD, _WEIGHT = Tiles(64, 8), Tiles(64, 8), Tiles(64, 8)
+_TILES = 4  # in a part of the gradient of o
 
 
 def forward(values: Tensor, o: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -104,9 +120,9 @@ def backward(
     if not h.numel():
         return *gradients[:2], gradients[2].zero_()
     with torch.cuda.device_of(h):
-        backward, add = backward_launches(dys, dh, h, values, o, norm, eps, *gradients)
+        backward, *of_weights = backward_launches(dys, dh, h, values, o, norm, eps, *gradients)
         backward.run()
-        aside(([add], gradients[2:]))
+        aside((of_weights, gradients[2:]))
     return gradients
 
 
@@ -120,15 +136,20 @@ def forward_launch(values, o, residual, norm, eps, y, h) -> Launch:
 
 
 def backward_launches(dys, dh, h, values, o, norm, eps, dx, dvalues, dweights) -> list[Launch]:
-    """The kernel that fills dx, dvalues and parts of dweights, and the one that adds these up; tensors may lie on the meta
-    device."""
-    (values,), (bn, warps) = rows(values), _BACKWARD
-    parts = h.new_empty(triton.cdiv(len(h), bn), dweights.numel(), dtype=torch.float32)
-    arguments = _arguments(values, o, norm, eps) | gradients_read(dys, dh)
-    arguments |= {"h": h, "dx": dx, "dvalues": dvalues, "parts": parts, "BN": bn}
+    """The kernel that fills dx, dvalues and parts of norm's gradient, the one that fills parts of that of o, from dx, and those
+    that add them up to dweights; tensors may lie on the meta device."""
+    (values,), n, (bn, warps) = rows(values), len(h), _BACKWARD
+    do, dnorm = dweights.split([o.numel(), norm.numel()])
+    of_norm = h.new_empty(triton.cdiv(n, bn), norm.numel(), dtype=torch.float32)
+    of_o = h.new_empty(triton.cdiv(n, _WEIGHT.bn * _TILES), o.numel(), dtype=torch.float32)
+    arguments = _arguments(values, o, norm, eps) | {"h": h, "dx": dx, "dvalues": dvalues}
+    stream = arguments | gradients_read(dys, dh) | {"parts": of_norm, "BN": bn}
+    weight = arguments | {"parts": of_o, "BN": _WEIGHT.bn, "TILES": _TILES}
     return [
-        Launch(backward_kernel, (parts.size(0),), arguments, options(warps), h.itemsize, bn),
-        sum_launch(parts, dweights),
+        Launch(backward_kernel, (len(of_norm),), stream, options(warps), h.itemsize, bn),
+        Launch(weight_kernel, (len(of_o),), weight, options(_WEIGHT.warps, 2), h.itemsize, _WEIGHT.bn),
+        sum_launch(of_o, do),
+        sum_launch(of_norm, dnorm),
     ]
 
 
@@ -160,5 +181,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
         "forward_kernel": forward_launch(values, o, x, norm, 1e-6, x, x),
         **{f"backward_kernel, {uses} uses": backward_of(uses)[0] for uses in (2, 3)},
         "backward_kernel, no gradient of h": backward_of(1, None)[0],
-        **dict(zip(("backward_kernel", "sum_kernel"), backward_of(1), strict=True)),
+        **dict(
+            zip(("backward_kernel", "weight_kernel", "sum_kernel", "sum_kernel, norm"), backward_of(1), strict=True)
+        ),
     }

@@ -5,9 +5,12 @@ DNP, DRP, DVP are those padded, BN tokens make a tile.
 
     forward    a tile from the stream to queries, keys and values: nothing between is written. One program of a tile makes the
                queries, one beside it keys and values: each waits for its weights one after the other
-    backward   makes what was between anew from h. One program of a tile makes the gradients of stream, kv_a and the norms,
-               one beside it those of q and kv_b: all together do not fit into the registers of one
+    backward   a tile's gradient of the stream, and its part of that of norm. It makes what was between anew from h
+    weights    a tile's parts of the gradients of the others: one program for q, one beside it for what keys and values come from,
+               all of which do not fit into the registers of one
     sum        the gradients of the weights: sums over the tiles' parts
+
+What the layers before wait for is the second kernel; the others run aside.
 
 All heads are one product: the columns of a tile are HP heads of a padded width, and which row of a weight is a column's is a
 matter of its address.
@@ -99,34 +102,42 @@ def forward_kernel(
 
 
 @triton.jit
-def _stream_backward(
-    dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
-    eps, latent_eps, dh_n, start, N, P,
+def _latent_backward(
+    dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
-    BN: tl.constexpr, HG: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, and its parts of the gradients of kv_a, norm and latent_norm. q_nope: HG heads at a time."""
-    b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
-    b_kv_a = load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)  # [RP, DP]
-    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)  # [BN, RP]
+    """(the normalised latent, its gradient before latent_norm, the gradient of what kv_a gave) of a tile, [BN, RP] each, and
+    kv_a's rows of the latent [RP, DP]."""
+    b_kv_a = load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
+    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)
     b_l, b_rstd = normalised(b_l.to(tl.float32), start, N, latent_eps, BN, R)
     b_dy = load_tokens(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_dl = tl.dot(b_dy, load_weight(kv_b, H, HP, Dn, DNP, Dn + Dv, 0, R, RP), input_precision="ieee")
     b_dy = load_tokens(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
     b_dl = tl.dot(b_dy, load_weight(kv_b, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP), b_dl, input_precision="ieee")
-    p_norm, d, r = parts + (H * (Dn + Dr) + R + Dr) * D + H * (Dn + Dv) * R, tl.arange(0, DP), tl.arange(0, RP)
-    tl.store(p_norm + D + r, tl.sum(b_dl * b_l, 0), mask=r < R)
-    b_dl = norm_backward(b_dl, b_l, b_rstd, load_vector(latent_norm, R, RP), R).to(b_x.dtype)
+    b_da = norm_backward(b_dl, b_l, b_rstd, load_vector(latent_norm, R, RP), R).to(b_x.dtype)
+    return b_l, b_dl, b_da, b_kv_a
 
-    p_kv_a = parts + H * (Dn + Dr) * D
-    b_part = tl.dot(tl.trans(b_x), b_dl, input_precision="ieee")  # [DP, RP]
-    store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
-    b_dx = tl.dot(b_dl, b_kv_a, input_precision="ieee")  # [BN, DP]
+
+@triton.jit(do_not_specialize=["N", "P"])
+def backward_kernel(
+    dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
+    eps, latent_eps, dh_n, N, P,
+    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr, HG: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D], and in a row of parts [tiles, D] what a tile adds to the gradient of norm. q_nope: HG heads at a time."""
+    tile = tl.program_id(0)
+    start = tile * BN
+    b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
+    _, _, b_dy, b_kv_a = _latent_backward(
+        dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N, H, HP, D, DP, R, RP, Dn, DNP, Dr, Dv, DVP, BN
+    )
+    b_dx = tl.dot(b_dy, b_kv_a, input_precision="ieee")  # [BN, DP]
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
     b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
-    b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
-    store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
     b_dx = tl.dot(b_dy, load_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
     b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
     b_dx = tl.dot(b_dy, load_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
@@ -136,66 +147,57 @@ def _stream_backward(
         b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
 
     # x anew, and from addresses made anew: kept they would take registers all the way.
-    start = again(start, N)
+    start, d = again(start, N), tl.arange(0, DP)
     b_x, b_rstd = normalised(load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
-    tl.store(p_norm + d, tl.sum(b_dx * b_x, 0), mask=d < D)
+    tl.store(parts + tl.cast(tile, tl.int64) * D + d, tl.sum(b_dx * b_x, 0), mask=d < D)
     b_dx = norm_backward(b_dx, b_x, b_rstd, load_vector(norm, D, DP), D)
     if dh is not None:
         b_dx += load_tokens(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
     store_tokens(dx, b_dx, start, N, BN, 1, 1, D, DP)
 
 
-@triton.jit
-def _weights_backward(
-    dq_nope, dq_rope, dk_nope, dv, h, norm, kv_a, latent_norm, cos, sin, positions, parts, eps, latent_eps, start, N, P,
+@triton.jit(do_not_specialize=["N", "P"])
+def weights_kernel(
+    dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, kv_a, latent_norm, kv_b, cos, sin, positions, parts,
+    eps, latent_eps, N, P,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
-    BN: tl.constexpr,
+    TOTAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile's parts of the gradients of q and kv_b."""
+    """In a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, one after the other.
+    Two programs for each tile, the first for q."""
+    tile = tl.program_id(0) // 2
+    start = tile * BN
+    parts += tl.cast(tile, tl.int64) * TOTAL
     b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
-    b_dy = load_tokens(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
-    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-    store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-    b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
-    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-    store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
+    if tl.program_id(0) % 2 == 0:
+        b_dy = load_tokens(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+        b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+        store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
+        b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+        b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+        store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
+        return
+    b_l, b_dl, b_da, _ = _latent_backward(
+        dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N, H, HP, D, DP, R, RP, Dn, DNP, Dr, Dv, DVP, BN
+    )
+    p_kv_a = parts + H * (Dn + Dr) * D
+    b_part = tl.dot(tl.trans(b_x), b_da, input_precision="ieee")  # [DP, RP]
+    store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
+    b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
+    b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
+    store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
 
-    p_kv_b, b_kv_a = parts + (H * (Dn + Dr) + R + Dr) * D, load_weight(kv_a, 1, 1, R, RP, R + Dr, 0, D, DP)
-    b_l = tl.dot(b_x, tl.trans(b_kv_a), input_precision="ieee").to(b_x.dtype)
-    b_l = _normed(b_l, latent_norm, start, N, latent_eps, BN, R, RP)  # [BN, RP]
+    p_kv_b, r = p_kv_a + (R + Dr) * D, tl.arange(0, RP)
+    tl.store(p_kv_b + H * (Dn + Dv) * R + r, tl.sum(b_dl * b_l, 0), mask=r < R)
+    b_l = (b_l * load_vector(latent_norm, R, RP)).to(b_x.dtype)
     b_dy = load_tokens(dk_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
     b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
     store_weight(p_kv_b, b_part, H, HP, Dn, DNP, Dn + Dv, 0, R, RP)
     b_dy = load_tokens(dv, start, H * Dv, N, BN, H, HP, Dv, DVP)
     b_part = tl.dot(tl.trans(b_dy), b_l, input_precision="ieee")
     store_weight(p_kv_b, b_part, H, HP, Dv, DVP, Dn + Dv, Dn, R, RP)
-
-
-@triton.jit(do_not_specialize=["N", "P"])
-def backward_kernel(
-    dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
-    eps, latent_eps, dh_n, N, P,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
-    TOTAL: tl.constexpr, BN: tl.constexpr, HG: tl.constexpr,
-):  # fmt: skip
-    """dx [N, D], and in a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b, norm and latent_norm,
-    one after the other. Two programs for each tile."""
-    tile = tl.program_id(0) // 2
-    start = tile * BN
-    parts += tl.cast(tile, tl.int64) * TOTAL
-    if tl.program_id(0) % 2 == 0:
-        _stream_backward(
-            dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
-            eps, latent_eps, dh_n, start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN, HG,
-        )  # fmt: skip
-    else:
-        _weights_backward(
-            dq_nope, dq_rope, dk_nope, dv, h, norm, kv_a, latent_norm, cos, sin, positions, parts, eps, latent_eps,
-            start, N, P, H, HP, D, DP, R, RP, Dn, DNP, Dr, DRP, Dv, DVP, BN,
-        )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -208,7 +210,8 @@ class Tiles(NamedTuple):
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
 # Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
-_LARGE, _SMALL = Tiles(128, 8, 1), Tiles(64, 8, 2)
+_FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(64, 4, 1), Tiles(128, 8, 1)
+_SMALL = Tiles(64, 8, 2)  # of all three, on other chips than sm_90 and sm_100
 
 
 class Sizes(NamedTuple):
@@ -256,7 +259,7 @@ def backward(
     eps: float, q: Tensor, kv_a: Tensor, latent_norm: Tensor, latent_eps: float, kv_b: Tensor, heads: int, cos: Tensor,
     sin: Tensor, positions: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx [N, D], the gradient of delta and of residual, and those of q, kv_a, kv_b, norm and latent_norm, flat, one after the
+    """dx [N, D], the gradient of delta and of residual, and those of q, kv_a, kv_b, latent_norm and norm, flat, one after the
     other. Deterministic: no atomics, and the same sums on every chip of one kind of tiles."""
     shared = norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
     dx = h.new_empty(h.shape)
@@ -265,19 +268,15 @@ def backward(
         return dx, dweights.zero_()
     gradients = dh, dq_nope, dq_rope, dk_nope, dk_rope, dv
     with torch.cuda.device_of(h):
-        backward, add = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
+        backward, *of_weights = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
         backward.run()
-        aside(([add], [dweights]))
+        aside((of_weights, [dweights]))
     return dx, dweights
-
-
-def _tiles(large: bool) -> Tiles:
-    return _LARGE if large else _SMALL
 
 
 def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
     """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
-    (delta,), n, (bn, warps, _) = rows(delta), delta.size(0), _tiles(large)
+    (delta,), n, (bn, warps, _) = rows(delta), delta.size(0), _FORWARD if large else _SMALL
     residual = None if residual is None else rows(residual)[0]
     arguments = _arguments(shared) | {
         "delta": delta, "delta_n": delta.stride(0), "residual": residual,
@@ -288,21 +287,27 @@ def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
 
 
 def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
-    """The kernel that fills dx and parts of dweights, and the one that adds these up; tensors may lie on the meta device."""
-    (dh, *others), n, (bn, warps, groups) = gradients, h.size(0), _tiles(large)
+    """The kernel that fills dx and parts of norm's gradient, the one that fills parts of the others, and those that add them up
+    to dweights; tensors may lie on the meta device."""
+    (dh, *others), (n, d) = gradients, h.shape
     dh = None if dh is None else rows(dh)[0]
-    parts = h.new_empty(triton.cdiv(n, bn), dweights.numel(), dtype=torch.float32)
-    arguments = _arguments(shared)
-    arguments |= {
-        "dh": dh, "dh_n": 0 if dh is None else dh.stride(0), "h": h, "dx": dx, "parts": parts, "N": n,
-        "TOTAL": parts.size(1), "BN": bn, "HG": max(1, arguments["HP"] // groups),
-    }  # fmt: skip
     names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
+    arguments = _arguments(shared) | {"h": h, "N": n}
     arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}
-    return [
-        Launch(backward_kernel, (2 * parts.size(0),), arguments, options(warps), h.itemsize, bn),
-        sum_launch(parts, dweights),
-    ]
+
+    bn, warps, groups = _BACKWARD if large else _SMALL
+    of_norm = h.new_empty(triton.cdiv(n, bn), d, dtype=torch.float32)
+    stream = arguments | {
+        "dh": dh, "dh_n": 0 if dh is None else dh.stride(0), "dx": dx, "parts": of_norm, "BN": bn,
+        "HG": max(1, arguments["HP"] // groups),
+    }  # fmt: skip
+    backward = Launch(backward_kernel, (len(of_norm),), stream, options(warps), h.itemsize, bn)
+
+    bn, warps, _ = _WEIGHTS if large else _SMALL
+    of_others = h.new_empty(triton.cdiv(n, bn), dweights.numel() - d, dtype=torch.float32)
+    others = arguments | {"parts": of_others, "TOTAL": of_others.size(1), "BN": bn}
+    weights = Launch(weights_kernel, (2 * len(of_others),), others, options(warps), h.itemsize, bn)
+    return [backward, weights, sum_launch(of_others, dweights[:-d]), sum_launch(of_norm, dweights[-d:])]
 
 
 def _arguments(shared) -> dict[str, Any]:
@@ -332,11 +337,10 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     shared = empty(d), 1e-6, q, kv_a, empty(r), 1e-6, kv_b, h, table, table, positions
     x, *parts = outputs = [empty(shape) for shape in Sizes(h, d, r, dn, dr, dv).outputs(n)]
     dweights = empty(sum(weight.numel() for weight in (q, kv_a, kv_b)) + d + r)
-    backward, add = backward_launches([x, *parts], x, shared, x, dweights, large)
+    launches = backward_launches([x, *parts], x, shared, x, dweights, large)
     return {
         "forward_kernel": forward_launch(x, x, shared, outputs, large),
         "forward_kernel, no residual": forward_launch(x, None, shared, outputs, large),
-        "backward_kernel": backward,
+        **dict(zip(("backward_kernel", "weights_kernel", "sum_kernel", "sum_kernel, norm"), launches, strict=True)),
         "backward_kernel, no gradient of h": backward_launches([None, *parts], x, shared, x, dweights, large)[0],
-        "sum_kernel": add,
     }

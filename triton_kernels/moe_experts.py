@@ -12,9 +12,10 @@ that expert's matrix or, for the gradients of the matrices, rows transposed time
     matrix           dgate_up = dgu^T x[n],  ddown^T = (w h)^T dy[n] sums over an expert's slots
     sum              y = sum over k of y_slot                        and over the parts of a split sum
 
-Where D and I are small the backward pass is, in 16 bits, two launches:
+Where D and I are small the backward pass is, in 16 bits, three launches, of which the layers before wait for the first:
 
-    narrow_backward  dx_slot, dw, and of each tile dgate_up, ddown   dgu and w h stay in the program
+    narrow_backward  dx_slot, dw                                     dgu stays in the program
+    narrow_matrix    of each tile dgate_up, ddown                    dgu, made again, and w h stay in the program
     add_tiles        dgate_up, ddown                                 sums over an expert's tiles
 
 With K = 1 a slot is its token: nothing is left to add up and project writes y itself. Without `order` (swiglu_mlp) a place is
@@ -37,7 +38,7 @@ from torch import Tensor
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
 FULL = 264  # programs that fill a large chip twice
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
-NARROW = 128  # widest D at which, where I is no wider than FUSED too, one kernel does the backward pass
+NARROW = 128  # widest D at which, where I is no wider than FUSED too, the backward pass is that of narrow experts
 ADDED = 64  # tiles whose parts of the matrices' gradients are added up at once
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
@@ -292,51 +293,78 @@ def matrix_kernel(
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def narrow_backward_kernel(
-    dy, x, gu, weights, gate_up, down, out, dweights, parts, order, offsets, dy_n, x_n, R,
-    D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
+@triton.jit
+def _narrow_dgu(
+    p_dy, p_gu, down, weights, e, slot, m_r, i,
+    D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """The backward pass for one tile of places and BN columns of x and dy: dx to out [R, D] by slot, dweights by slot, and in a
-    row of parts what the tile adds to dgate_up [2I, D] and ddown [D, I]. IP: I, padded.
-
-    All programs of a tile make dgu, from BK columns of dy at a time. That is a sixth of the products of a tile, and lets the
-    rest of them have BN columns, which registers have room for.
-    """
-    columns: tl.constexpr = (D + BN - 1) // BN
-    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
-    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
-    n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
-    if e == E:
-        _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
-        if ROUTED:
-            tl.store(dweights + slot, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
-        return
-    i, i_col, d, m_row = tl.arange(0, IP)[None, :], tl.arange(0, IP)[:, None], tl.arange(0, BK), m_r[:, None]
-    p_dy = dy + (slot // K * dy_n)[:, None]
+    """(dgate, dup [BM, IP] times the slots' weights, in the dtype of dy; dweights [BM], 0 unless ROUTED) of a tile of places."""
+    d, m_row = tl.arange(0, BK), m_r[:, None]
     p_down = down + tl.cast(e, tl.int64) * (D * I) + d[:, None] * I + i
     b_dh = tl.zeros([BM, IP], tl.float32)
     for k in range(0, D, BK):
         b_dy = tl.load(p_dy + k + d[None, :], mask=m_row & (k + d[None, :] < D), other=0.0)  # [BM, BK]
         b_w = _load(p_down + k * I, k + d[:, None], D, BK, i, I, IP)  # [BK, IP]
         b_dh = tl.dot(b_dy, b_w, b_dh, input_precision="ieee")
-    p_gu = gu + first * (2 * I) + m[:, None] * (2 * I) + i
     b_gate = tl.load(p_gu, mask=m_row & (i < I), other=0.0).to(tl.float32)  # [BM, IP]
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     _, b_dgate, b_dup = _swiglu_backward(b_dh, b_gate, b_up)
+    b_dw = tl.zeros([BM], tl.float32)
     if ROUTED:
-        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
         b_dw = tl.sum(b_dup * b_up, 1)  # of dh h
+        b_weight = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
+        b_dgate, b_dup = b_dgate * b_weight, b_dup * b_weight
+    return b_dgate.to(p_dy.dtype.element_ty), b_dup.to(p_dy.dtype.element_ty), b_dw
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def narrow_backward_kernel(
+    dy, gu, weights, gate_up, down, out, dweights, order, offsets, dy_n, R,
+    D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """dx to out [R, D] by slot for one tile of places and BN columns, and dweights by slot. IP: I, padded.
+
+    All programs of a tile make dgu, from BK columns of dy at a time.
+    """
+    columns: tl.constexpr = (D + BN - 1) // BN
+    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    n = (block * BN + tl.arange(0, BN))[None, :]
+    if e == E:
+        _scatter(out, weights, None, slot, m_r, n, D, tl.full([BM, BN], float("nan"), tl.float32), False)
+        if ROUTED:
+            tl.store(dweights + slot, tl.full([BM], float("nan"), dweights.dtype.element_ty), mask=m_r)
+        return
+    i, i_col = tl.arange(0, IP)[None, :], tl.arange(0, IP)[:, None]
+    p_dy, p_gu = dy + (slot // K * dy_n)[:, None], gu + first * (2 * I) + m[:, None] * (2 * I) + i
+    b_dgate, b_dup, b_dw = _narrow_dgu(p_dy, p_gu, down, weights, e, slot, m_r, i, D, I, IP, BM, BK, ROUTED)
+    if ROUTED:  # noqa: SIM102
         if block == 0:
             tl.store(dweights + slot, b_dw.to(dweights.dtype.element_ty), mask=m_r)
-        b_dgate, b_dup = b_dgate * b_weight, b_dup * b_weight
-    b_dgate, b_dup = b_dgate.to(x.dtype.element_ty), b_dup.to(x.dtype.element_ty)
-
     p_gate_up = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i_col * D + n
     b_dx = tl.dot(b_dgate, _load(p_gate_up, i_col, I, IP, n, D, BN), input_precision="ieee")  # [BM, BN]
     b_dx = tl.dot(b_dup, _load(p_gate_up + I * D, i_col, I, IP, n, D, BN), b_dx, input_precision="ieee")
     _scatter(out, weights, None, slot, m_r, n, D, b_dx, False)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def narrow_matrix_kernel(
+    dy, x, gu, weights, down, parts, order, offsets, dy_n, x_n, R,
+    D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """In a row of parts what one tile of places adds to BN columns of dgate_up [2I, D] and ddown [D, I]; letters as in
+    narrow_backward_kernel, and dgu made as there: nothing of it needs to be waited for."""
+    columns: tl.constexpr = (D + BN - 1) // BN
+    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
+    e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
+    if e == E:
+        return
+    n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
+    i, m_row = tl.arange(0, IP)[None, :], m_r[:, None]
+    p_dy, p_gu = dy + (slot // K * dy_n)[:, None], gu + first * (2 * I) + m[:, None] * (2 * I) + i
+    b_dgate, b_dup, _ = _narrow_dgu(p_dy, p_gu, down, weights, e, slot, m_r, i, D, I, IP, BM, BK, ROUTED)
 
     # Transposed is what comes from memory, the left operand: what was made here would need more registers for that.
     p_parts, m_parts = parts + tl.cast(tile, tl.int64) * (3 * I * D), (n_col < D) & (i < I)
@@ -362,7 +390,7 @@ def add_tiles_kernel(
     D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """BN elements of one expert's dgate_up and ddown, as in narrow_backward_kernel: the sum over its tiles of BM places, BT of
+    """BN elements of one expert's dgate_up and ddown, as in narrow_matrix_kernel: the sum over its tiles of BM places, BT of
     them at a time, always in the same order."""
     blocks: tl.constexpr = (3 * I * D + BN - 1) // BN
     e, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -489,8 +517,8 @@ def backward_launches(
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
     if make.narrow():
-        both, add = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
-        return [both, *make.combine(slots, dx)], [add]
+        of_x, *of_matrices = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
+        return [of_x, *make.combine(slots, dx)], of_matrices
     dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
     first = [
         make.project(dy, make.down, dh, None, make.i, 1, gather=True),
@@ -555,7 +583,7 @@ class _Launches:
         return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out, base)] if self.k != 1 else []
 
     def narrow(self) -> bool:
-        """Whether experts are narrow enough for one kernel to do the backward pass.
+        """Whether experts are narrow enough for dgu to stay in the programs of the backward pass.
 
         Not in float32, where products take longer than launches and would be made several times.
         """
@@ -572,6 +600,7 @@ class _Launches:
         added = Tiles(tiles.bm, 64, 0, 4, 1)
         return [
             self.launch(narrow_backward_kernel, most * blocks, tiles, arguments),
+            self.launch(narrow_matrix_kernel, most * blocks, tiles, arguments),
             self.launch(add_tiles_kernel, self.e * triton.cdiv(size, added.bn), added, arguments),
         ]
 

@@ -133,12 +133,12 @@ def _backward(ctx, dh, *gradients):
     h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions = ctx.saved_tensors
     shapes = _shapes(h, q, latent_norm, kv_b, ctx.heads, cos)
     gradients = (h.new_zeros(s) if g is None else g for g, s in zip(gradients, shapes, strict=True))
-    weights = q, kv_a, kv_b, norm, latent_norm
+    weights = q, kv_a, kv_b, latent_norm, norm
     dx, dweights = torch.ops.dsfast.mla_project_backward(
         dh, *gradients, h, norm, ctx.eps, q, kv_a, latent_norm, ctx.latent_eps, kv_b, ctx.heads, cos, sin, positions
     )
     parts = dweights.split([weight.numel() for weight in weights])
-    dq, dkv_a, dkv_b, dnorm, dlatent_norm = (part.view_as(w) for part, w in zip(parts, weights, strict=True))
+    dq, dkv_a, dkv_b, dlatent_norm, dnorm = (part.view_as(w) for part, w in zip(parts, weights, strict=True))
     dresidual = dx if ctx.has_residual else None
     return dx, dresidual, dnorm, None, dq, dkv_a, dlatent_norm, None, dkv_b, None, None, None, None
 
