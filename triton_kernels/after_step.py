@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, on_meta
+from dsfast.triton_kernels.launch import Launch, aside, on_meta
 from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, is_finite, table_of
 from torch import Tensor
@@ -63,7 +63,7 @@ def update_bias(
         raise ValueError(f"update_bias: the Triton kernel takes up to {BLOCK} experts, got {experts}")
     with torch.cuda.device_of(loads):
         table, _ = table_of((biases,), [experts] * len(biases), (), loads.device)
-        bias_launch(table, loads, speed, clip_scale, device_clip_scale).run()
+        aside(([bias_launch(table, loads, speed, clip_scale, device_clip_scale)], biases))
 
 
 def bias_launch(table, loads, speed: float, clip_scale: float, device_clip_scale) -> Launch:

@@ -112,8 +112,8 @@ class DeviceStep:
         loss = self._gradients(batch)
         with torch.no_grad():
             norm, clip_scale = ops.grad_clip(self.gradients, self.train.grad_clip, loss)
-            self.optimizer.step(lr_scale, clip_scale, self.update)
             loads = self.model.update_router_bias(self.train.bias_update_speed, clip_scale)
+            self.optimizer.step(lr_scale, clip_scale, self.update)
             kept = (self.place, self.update, self.measured, self.loads)
             ops.record_step(*kept, loss, norm, lr_scale, clip_scale, loads)
 
