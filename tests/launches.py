@@ -71,7 +71,7 @@ def launches_of(step) -> list[str]:
             found.append(f"{where}triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
 
     class OnPaper(Branches):
-        def _beside(self, stages):
+        def _beside(self, stages, urgent):
             for launches, _ in stages:
                 for launch in launches:
                     run(launch, "aside ")

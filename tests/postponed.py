@@ -16,7 +16,7 @@ class Postponed(Branches):
         super().__init__(())
         self.launches = 0
 
-    def _beside(self, stages: Sequence[Stage]) -> list[Callable[[], None]]:
+    def _beside(self, stages: Sequence[Stage], urgent: bool) -> list[Callable[[], None]]:
         """What runs the launches of each stage and of those before it, unless they ran."""
         waiting, ends = [], []
         for launches, _ in stages:

@@ -93,7 +93,7 @@ class Scripted(Branches):
         super().__init__(())
         self.log: list[str] = []
 
-    def _beside(self, stages):
+    def _beside(self, stages, urgent):
         names = [[launch.name for launch in launches] for launches, _ in stages]
         self.log += [f"start {name}" for stage in names for name in stage]
         return [",".join(stage) for stage in names]
@@ -103,7 +103,7 @@ class Scripted(Branches):
 
 
 def fill(name: str, *tensors: Tensor) -> SimpleNamespace:
-    return SimpleNamespace(name=name, arguments={"scale": 1.0, **{str(i): x for i, x in enumerate(tensors)}})
+    return SimpleNamespace(name=name, tensors=lambda kept=list(tensors): kept)
 
 
 class TestWaiting:
@@ -141,7 +141,10 @@ class TestWaiting:
         with Scripted() as now:
             aside(([fill("x", x)], [x]))
             aside(([fill("y", y)], [y]))
-            assert now.log[2:] == ["wait for x", "wait for y"]
+            assert now.log[2:] == ["wait for x"], "the oldest"
+            assert now.held() == 40
+            aside(([fill("y again", y)], []))
+            assert now.held() == 40
 
     def test_not_behind_an_error(self):
         x, now = torch.zeros(4), Scripted()

@@ -163,3 +163,34 @@ def test_z_loss():
     log_sums = torch.log(torch.exp(hidden[kept].double() @ weight.double().T).sum(1))
     plain = ops.linear_cross_entropy(hidden, weight, labels).double()
     torch.testing.assert_close(found.double(), plain + 0.5 * log_sums.square().mean(), rtol=1e-6, atol=1e-6)
+
+
+def projected(n: int, d: int, r: int, v: int) -> tuple:
+    """`linear_cross_entropy` of hidden, weight, labels and projection, and these."""
+    _, weight, labels = drawn(linear_cross_entropy_case("", n, r, v))
+    draws = torch.Generator().manual_seed(5)
+    hidden, projection = torch.randn(n, d, generator=draws), torch.randn(r, d, generator=draws) * d**-0.5
+
+    def function(hidden, weight, labels, projection):
+        return ops.linear_cross_entropy(hidden, weight, labels, projection=projection)
+
+    return function, (hidden, weight, labels, projection)
+
+
+def test_with_a_projection():
+    needs_native()
+    function, arguments = projected(13, 24, 7, 50)
+    assert_passed(check("linear_cross_entropy", function, arguments, (0, 1, 3), ["reference", "native"]))
+    hidden, weight, labels, projection = arguments
+    expected = ops.linear_cross_entropy(torch.nn.functional.linear(hidden, projection), weight, labels)
+    assert torch.equal(function(*arguments), expected)
+
+
+def test_a_projection_of_another_shape_or_dtype_is_refused():
+    function, (hidden, weight, labels, projection) = projected(3, 24, 7, 50)
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: projection must have shape \[R, 24\], got \[7, 23\]"):
+        function(hidden, weight, labels, projection[:, 1:])
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: weight must have shape \[V, 6\], got \[50, 7\]"):
+        function(hidden, weight, labels, projection[1:])
+    with pytest.raises(TypeError, match=r"linear_cross_entropy: projection must be torch.float32 on cpu, got"):
+        function(hidden, weight, labels, projection.double())

@@ -3,9 +3,12 @@ tests/triton_contract.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from operator_cases import DRAWS, assert_passed, drawn
+from test_linear_cross_entropy import projected
 from triton_contract import (
     DEVICE,
     DTYPES,
@@ -263,6 +266,33 @@ def test_refused_before_launch(sizes, dtype, message):
     arguments = (torch.zeros(n, r, dtype=dtype), torch.zeros(v, r, dtype=dtype), torch.zeros(n, dtype=torch.int64))
     with ops.use("triton", "linear_cross_entropy"), pytest.raises(UserError, match=message):
         ops.linear_cross_entropy(*on_the_device(list(arguments)))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "r"),
+    [(67, 24, 7), (1, 128, 32), (300, 130, 16), (0, 24, 7), (9, 300, 64)],
+    ids=["odd", "one token", "parts", "no token", "too wide for one tile"],
+)
+def test_with_a_projection(n, d, r, dtype):
+    function, arguments = projected(n, d, r, 131)
+    with poisoned():
+        assert_passed(
+            check("linear_cross_entropy", function, on_the_device([*arguments]), (0, 1, 3), ["triton"], dtype)
+        )
+
+
+@on_device
+def test_the_projection_is_taken_where_it_is_one_tile_of_16_bits():
+    from dsfast.triton_kernels.linear_cross_entropy import takes
+
+    empty = partial(torch.empty, device="meta")
+    assert takes(empty(32, 128, dtype=torch.bfloat16))
+    assert takes(empty(128, 128, dtype=torch.float16))
+    assert not takes(empty(32, 128, dtype=torch.float32))
+    assert not takes(empty(128, 129, dtype=torch.bfloat16))
+    assert not takes(empty(257, 16, dtype=torch.bfloat16))
 
 
 test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

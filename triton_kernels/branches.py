@@ -3,11 +3,15 @@
 A step's graph is else one chain, and the kernels of a small model leave most of a GPU idle. A launcher starts `aside`
 (dsfast.triton_kernels.launch) what its caller does not wait for, such as the sum of a weight's gradient; `Branches` knows
 which tensors that fills, and has the first operator that takes one of them wait.
+
+A kernel that runs aside for long should leave room: a program is not stopped for one of the chain's, so what fills every
+multiprocessor holds the chain up for as long as it takes. Half of the chip is enough for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import cycle
 
 import torch
@@ -17,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HELD = 2**28
-"""Bytes that branches may keep from being used again; beyond, all of them are waited for."""
+"""Bytes that branches may keep from being used again; beyond, the oldest of them are waited for."""
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
 """Operators of aten that make no view and yet launch nothing."""
 
@@ -26,20 +30,27 @@ Stage = tuple[Iterable[Launch], Sequence[Tensor]]
 
 
 class Branches(TorchDispatchMode):
-    """Inside, in the thread that enters, `aside` starts launches on `streams`, in turn; those of one stream wait for each other.
+    """Inside, in the thread that enters, `aside` starts launches on `streams`, in turn, or where the chain needs them soon on
+    `urgent`, which should have its priority. Those of one stream wait for each other.
 
     What they read and write is kept until it is waited for, so that no later tensor gets its memory. They must not read what is
     changed in place after them: tests/test_branches.py looks for it. All are waited for at the end, by the stream that is current
     there: that of the capture, on which all else has to run.
     """
 
-    def __init__(self, streams: Sequence[torch.cuda.Stream]):
+    def __init__(self, streams: Sequence[torch.cuda.Stream], urgent: torch.cuda.Stream | None = None):
         super().__init__()
-        self._streams = cycle(streams)
-        self._open: dict[object, list[Tensor]] = {}
-        """The end of each branch that nobody has waited for, and its tensors."""
+        self._streams, self._urgent = cycle(streams), urgent
+        self._used: set[torch.cuda.Stream] = set()
+        self._open: dict[object, dict[int, Tensor]] = {}
+        """The end of each stage that nobody has waited for, and its tensors, one of each storage."""
         self._filled: dict[int, object] = {}
-        """Where a storage that a branch fills lies, and the end of that branch."""
+        """Where a storage that a stage fills lies, and the end of that stage."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would else import its compiler at the first operator, in the capture."""
+        return False
 
     def __enter__(self):
         self._token = branches.set(self)
@@ -53,20 +64,27 @@ class Branches(TorchDispatchMode):
         branches.reset(self._token)
         if error[0] is None:
             self._wait_for_all()
+        else:
+            self._gather()
 
-    def start(self, stages: Sequence[Stage]) -> None:
+    def start(self, stages: Sequence[Stage], urgent: bool) -> None:
         """Start the launches of all stages, in their order, beside what follows, which takes of what they fill only the tensors
-        beside a stage."""
-        stages = [(list(launches), results) for launches, results in stages]
-        for end, (launches, results) in zip(self._beside(stages), stages, strict=True):
-            self._open[end] = [x for launch in launches for x in launch.arguments.values() if isinstance(x, Tensor)]
+        beside a stage. urgent: it soon takes those of the first one."""
+        stages = [(launches, results) for given, results in stages if (launches := list(given))]
+        for end, (launches, results) in zip(self._beside(stages, urgent), stages, strict=True):
+            self._open[end] = {_place(x): x for launch in launches for x in launch.tensors()}
             self._filled |= {_place(x): end for x in results}
-        if sum(x.untyped_storage().nbytes() for tensors in self._open.values() for x in tensors) > HELD:
-            self._wait_for_all()
+        while self.held() > HELD:
+            self._wait(next(iter(self._open)))
+
+    def held(self) -> int:
+        """Bytes that are kept from being used again."""
+        kept = {place: x for tensors in self._open.values() for place, x in tensors.items()}
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._filled and launches_something(func):
+        if self._filled and (launches_something(func) or _is_composite(func)):
             for x in tree_leaves((args, kwargs)):
                 if isinstance(x, Tensor) and _place(x) in self._filled:
                     self._wait(self._filled[_place(x)])
@@ -81,25 +99,39 @@ class Branches(TorchDispatchMode):
         del self._open[end]
         self._filled = {place: other for place, other in self._filled.items() if other is not end}
 
-    def _beside(self, stages: Sequence[Stage]) -> list[object]:
+    def _beside(self, stages: Sequence[Stage], urgent: bool) -> list[object]:
         """Start them behind all that was started so far; what tells when each is done."""
-        stream, ends = next(self._streams), []
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for launches, _ in stages:
+        before, ends = torch.cuda.current_stream().record_event(), []
+        for number, (launches, _) in enumerate(stages):
+            stream = self._urgent if urgent and not number else next(self._streams)
+            self._used.add(stream)
+            stream.wait_event(before)
+            with torch.cuda.stream(stream):
                 for launch in launches:
                     launch.run()
-                ends.append(stream.record_event())
+            before = stream.record_event()
+            ends.append(before)
         return ends
 
     def _join(self, end: torch.cuda.Event) -> None:
         torch.cuda.current_stream().wait_event(end)
+
+    def _gather(self) -> None:
+        """After an error: have no stream be apart from the capture's, which could not be ended in an orderly way."""
+        for stream in self._used:
+            with suppress(RuntimeError):
+                torch.cuda.current_stream().wait_stream(stream)
 
 
 def launches_something(func: torch._ops.OpOverload) -> bool:
     """Whether the operator does more than to make a view or to take memory."""
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not view and func.overloadpacket.__name__ not in NOTHING
+
+
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    """Whether it is made of others: in inference mode such ones come whole, and what looks like a view may be a copy."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _place(x: Tensor) -> int:

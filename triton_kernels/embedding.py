@@ -113,29 +113,6 @@ def dprojection_kernel(
     tl.store(p_dp, b_dp.to(dprojection_parts.dtype.element_ty), mask=(row < R) & (col < D))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def both_kernel(
-    dy, input_ids, table, projection, x, dprojection_parts, dy_n, table_v, projection_r, N, V, STEPS, R: tl.constexpr,
-    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What taken_kernel and dprojection_kernel do, for STEPS tiles of tokens, where R and D fit one tile: dy is read once."""
-    s = tl.program_id(0)
-    row, col = tl.arange(0, BR), tl.arange(0, BD)
-    b_p = load_tile(projection, projection_r, 0, 0, R, D, BR, BD, True)  # [BR, BD]
-    b_dp = tl.zeros([BR, BD], tl.float32)
-    for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BN))):
-        n = tile * BN
-        b_dy = load_tile(dy, dy_n, n, 0, N, D, BN, BD, True)  # [BN, BD]
-        b_x = tl.dot(b_dy, tl.trans(b_p), input_precision="ieee")
-        i = (n + tl.arange(0, BN)).to(tl.int64)[:, None]
-        tl.store(x + i * R + row[None, :], b_x, mask=(i < N) & (row[None, :] < R))
-        b_taken, known = _gather(table, table_v, input_ids, n, 0, N, V, R, BN, BR)  # [BN, BR]
-        b_known = tl.where(known[:, None], b_dy, 0.0)
-        b_dp = tl.dot(tl.trans(b_taken), b_known, b_dp, input_precision="ieee")
-    p_dp = dprojection_parts + (tl.cast(s, tl.int64) * R + row[:, None]) * D + col[None, :]
-    tl.store(p_dp, b_dp.to(dprojection_parts.dtype.element_ty), mask=(row[:, None] < R) & (col[None, :] < D))
-
-
 @triton.jit
 def _key(input_ids, i, N, V):
     """What tokens are sorted by: the word, or V where there is none."""
@@ -271,9 +248,8 @@ def backward(dy, input_ids, table, projection, keys, order, starts) -> tuple[Ten
         x = dy
         if projection is not None:
             x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
-            first, *others = product_launches(dy, input_ids, table, projection, x, dprojection, large).values()
-            first.run()
-            aside((others, [dprojection]))
+            aside((dprojection_launches(dy, input_ids, table, dprojection, large).values(), [dprojection]))
+            taken_launch(dy, projection, x, large).run()
         for launch in dtable_launches(x, keys, order, starts, dtable).values():
             launch.run()
     return dtable, dprojection
@@ -281,14 +257,14 @@ def backward(dy, input_ids, table, projection, keys, order, starts) -> tuple[Ten
 
 def _sort(input_ids, v: int, keys, order, starts) -> None:
     """Fill keys, order and starts; aside, but for what PyTorch sorts."""
-    n, launches = keys.size(0), [starts_launch(keys, starts)]
+    n, find = keys.size(0), starts_launch(keys, starts)
     if n > MOST_COMPARED or (v + 1) * n >= 2**31:
         unsorted = torch.empty_like(keys)
         keys_launch(input_ids, unsorted, v).run()
         torch.sort(unsorted, stable=True, out=(keys, order))
+        aside(([find], [starts]))
     else:
-        launches = [sort_launch(input_ids, keys, order, v), *launches]
-    aside((launches, [keys, order, starts]))
+        aside(([sort_launch(input_ids, keys, order, v), find], [keys, order, starts]))
 
 
 def key_dtype(v: int) -> torch.dtype:
@@ -338,25 +314,6 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
     return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
 
 
-def product_launches(dy, input_ids, table, projection, x, dprojection, large: bool) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill x, the first of them does, and dprojection."""
-    dy, table, projection = rows(dy, table, projection)
-    (n, d), (v, r) = dy.shape, table.shape
-    br, bd, bn = padded(r), padded(d), 64
-    if dy.dtype.itemsize > 2 or br > 64 or bd > 128:
-        taken = {"taken": taken_launch(dy, projection, x, large)}
-        return taken | dprojection_launches(dy, input_ids, table, dprojection, large)
-    parts, steps = splits(1, triton.cdiv(n, bn))
-    target = dprojection if parts == 1 else dy.new_empty(parts, r, d, dtype=torch.float32)
-    arguments = {
-        "dy": dy, "input_ids": input_ids.contiguous(), "table": table, "projection": projection, "x": x,
-        "dprojection_parts": target, "dy_n": dy.stride(0), "table_v": table.stride(0), "projection_r": projection.stride(0),
-        "N": n, "V": v, "STEPS": steps, "R": r, "D": d, "BR": br, "BD": bd, "BN": bn,
-    }  # fmt: skip
-    launches = {"both": _launch(both_kernel, (parts,), arguments, (4, 1), dy.dtype.itemsize, br)}
-    return launches if parts == 1 else launches | {"sum": sum_launch(target, dprojection)}
-
-
 def taken_launch(dy, projection, x, large: bool) -> Launch:
     """The launch that fills x."""
     dy, projection = rows(dy, projection)
@@ -397,7 +354,7 @@ def keys_launch(input_ids, keys, v: int) -> Launch:
 
 def sort_launch(input_ids, keys, order, v: int) -> Launch:
     """The launch that fills keys and order; tensors may lie on the meta device. Starting values: nobody has measured them."""
-    n, bn, bm = keys.size(0), 32, 256
+    n, bn, bm = keys.size(0), 32, 128
     arguments = {
         "input_ids": input_ids.contiguous(), "keys": keys, "order": order, "N": n, "V": v, "BN": bn, "BM": bm,
     }  # fmt: skip
@@ -459,5 +416,6 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     x = dy
     if projection is not None:
         x = empty(n, r, dtype=torch.float32)
-        launches |= product_launches(dy, input_ids, table, projection, x, projection, large)
+        launches["taken"] = taken_launch(dy, projection, x, large)
+        launches |= dprojection_launches(dy, input_ids, table, projection, large)
     return launches | dtable_launches(x, keys, order, starts, table)

@@ -40,6 +40,10 @@ class Launch:
     itemsize: int  # bytes of an element of the matrices
     rows: int  # of the products' left operand in one program
 
+    def tensors(self) -> list[Tensor]:
+        """Those that the kernel takes."""
+        return [x for name in self.kernel.arg_names if isinstance(x := self.arguments[name], Tensor)]
+
     def run(self) -> None:
         """Start it, if there is a program to start; only compile it where `compiling` says so."""
         if 0 in self.grid:
@@ -51,15 +55,15 @@ class Launch:
             self.kernel[self.grid](*arguments, **self.options)
 
 
-def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]]) -> None:
+def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = False) -> None:
     """Run the launches of all stages, in their order; in a step's branches beside what follows, until an operator takes one of
-    the tensors that stand beside a stage.
+    the tensors that stand beside a stage. urgent: one soon takes those of the first stage.
 
     Nothing else that they fill may be read by others, and nothing that they read may be changed in place.
     """
     now = branches.get()
     if now is not None:
-        now.start(stages)
+        now.start(stages, urgent)
         return
     for launches, _ in stages:
         for launch in launches:

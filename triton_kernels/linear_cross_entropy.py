@@ -1,6 +1,7 @@
 """Triton kernels of dsfast.ops.linear_cross_entropy, whose module has the maths.
 
 N tokens, R width of the head's input, V vocabulary; RP: R rounded up to a power of two; z logits; BT tokens, BV words in a tile.
+D, DP: width of the model, and padded.
 
 Two ways, by R and dtype alone:
 
@@ -9,7 +10,8 @@ Two ways, by R and dtype alone:
   over the words (arXiv 2205.14135): one sweep of online softmax gives loss and dhidden together. The gradient of the weight
   is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
   logit in all. Both sweeps are split over programs until these fill a chip. The parts are added up by the next kernel, always
-  in the same order. The second sweep is made in the backward pass, and aside: nothing there waits for a weight's gradient.
+  in the same order. The second sweep is made in the backward pass, and aside: nothing there waits for a weight's gradient. Where
+  the head has a projection, to R from the model's width D, dhidden goes through it in the kernel that multiplies it by dloss.
 - Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. The three products are cuBLAS's. Logits
   of up to WORKSPACE bytes are kept for the backward pass, and one kernel turns them into their gradient, times dloss. More
   tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
@@ -28,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.narrow import OUTER, outer_launches
 from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
@@ -40,6 +43,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the firs
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
 COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
+ASIDE = (
+    264  # programs of dweight_kernel, at most: with narrow tiles half of a chip, the other half for what runs beside it
+)
 _UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
@@ -93,6 +99,22 @@ def scale_kernel(x, dloss, y, SIZE, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
     tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
+
+
+@triton.jit(do_not_specialize=["N"])
+def project_kernel(
+    x, dloss, projection, y, dhidden, N,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """y [N, R] = x dloss, rounded, and dhidden [N, D] = y projection, for one tile of tokens."""
+    t = tl.program_id(0) * BT
+    b_y = (load_tile(x, R, t, 0, N, R, BT, RP, True) * tl.load(dloss)).to(y.dtype.element_ty)  # [BT, RP]
+    b_p = load_tile(projection, D, 0, 0, R, D, RP, DP, True)  # [RP, DP]
+    i = (t + tl.arange(0, BT)).to(tl.int64)[:, None]
+    r, d = tl.arange(0, RP)[None, :], tl.arange(0, DP)[None, :]
+    tl.store(y + i * R + r, b_y, mask=(i < N) & (r < R))
+    b_dhidden = tl.dot(b_y, b_p, input_precision="ieee")
+    tl.store(dhidden + i * D + d, b_dhidden.to(dhidden.dtype.element_ty), mask=(i < N) & (d < D))
 
 
 @triton.jit
@@ -341,6 +363,7 @@ _SMALL = {
 _COMBINED = 2048  # elements of dhidden in a program of combine_kernel
 _TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
 _SCALED = 2048  # elements in a program of scale_kernel
+_PROJECTED = 64  # tokens in a program of project_kernel
 _WORDS = 8192  # logits in a step of softmax_kernel
 
 
@@ -362,21 +385,33 @@ def at_once(hidden, weight) -> bool:
     return not narrow(hidden.size(1), hidden.dtype) and n * _aligned(v) * hidden.dtype.itemsize <= WORKSPACE
 
 
-def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and what `backward` needs, as `kept` has it.
+def takes(projection) -> bool:
+    """Whether `forward` takes this projection [R, D]: of a narrow head, where it is one tile."""
+    r, d = map(padded, projection.shape)
+    return projection.dtype.itemsize == 2 and narrow(projection.size(0), projection.dtype) and r * d <= OUTER
+
+
+def forward(
+    hidden, weight, projection, labels, ignore_index, with_grads, z_loss
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and what `backward` needs: two as `kept` has it, and
+    where there is a projection, one that is taken, the head's input [N, R].
 
     A label outside 0..V-1 that is not ignore_index cannot raise here: the host does not wait. The loss becomes NaN, and so do
     its token's row of dhidden and all of dweight. Deterministic: no atomics. Raises TypeError for other dtypes than float32,
     float16 and bfloat16, ValueError for R = 0 or V = 0.
     """
     expect_dtype("linear_cross_entropy", hidden.dtype)
+    reduced = hidden.new_empty(0, 0)
+    if projection is not None:
+        hidden = reduced = torch.nn.functional.linear(hidden, projection)
     (n, r), v = hidden.shape, weight.size(0)
     if 0 in (r, v):
         raise ValueError(f"linear_cross_entropy: the Triton kernels take R and V from 1 on, got {r} and {v}")
     hidden, weight, labels = *rows(hidden, weight), labels.contiguous()
     kept_1, kept_2 = kept(hidden, weight, with_grads)
     if not n:
-        return hidden.new_zeros((), dtype=torch.float32), kept_1, kept_2.zero_()
+        return hidden.new_zeros((), dtype=torch.float32), kept_1, kept_2.zero_(), reduced
     loss, count, losses = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), 1, n))
     with torch.cuda.device_of(hidden):
         if narrow(r, hidden.dtype):
@@ -389,34 +424,53 @@ def forward(hidden, weight, labels, ignore_index, with_grads, z_loss) -> tuple[T
             way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
             way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
         aside(([loss_launch(losses, count, loss)], [loss]))
-    return loss, kept_1, kept_2
+    return loss, kept_1, kept_2, reduced
 
 
-def backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index, z_loss) -> tuple[Tensor, Tensor]:
-    """The gradients of hidden and weight from dloss, a float32 scalar, and what `forward` kept.
+def backward(
+    dloss, kept_1, kept_2, reduced, hidden, weight, projection, labels, ignore_index, z_loss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and projection ([0, 0] without one) from dloss, a float32 scalar, and what `forward` kept.
 
     By chunks they were made when dloss was not known: in float16, what is too small for it there stays lost, however large a
     loss scale.
     """
+    dprojection = hidden.new_empty((0, 0) if projection is None else projection.shape)
     with torch.cuda.device_of(hidden):
-        if narrow(hidden.size(1), hidden.dtype):
-            return _narrow_backward(dloss, kept_1, kept_2, hidden, weight, z_loss)
+        if narrow(weight.size(1), hidden.dtype):
+            head = hidden if projection is None else reduced, weight, z_loss
+            dweight = _narrow_dweight(dloss, kept_2, *head)
+            if projection is None:
+                return _scaled(kept_1, dloss, hidden), dweight, dprojection
+            return _through(dloss, kept_1, hidden, projection, dprojection), dweight, dprojection
         if at_once(hidden, weight):
             dlogits = torch.empty_like(kept_1)
             if dlogits.numel():
                 gradient_launch(kept_1, labels.contiguous(), ignore_index, kept_2, dloss, dlogits, weight.size(0)).run()
             dlogits = dlogits[:, : weight.size(0)]
-            return torch.mm(dlogits, weight), torch.mm(dlogits.t(), hidden)
-        return _scaled(kept_1, dloss, hidden), _scaled(kept_2, dloss, weight)
+            return torch.mm(dlogits, weight), torch.mm(dlogits.t(), hidden), dprojection
+        return _scaled(kept_1, dloss, hidden), _scaled(kept_2, dloss, weight), dprojection
 
 
-def _narrow_backward(dloss, dhidden, softmax, hidden, weight, z_loss) -> tuple[Tensor, Tensor]:
+def _narrow_dweight(dloss, softmax, hidden, weight, z_loss) -> Tensor:
     dweight = weight.new_empty(weight.shape)
     if not hidden.size(0):
-        return hidden.new_empty(hidden.shape), dweight.zero_()
+        return dweight.zero_()
     launches = dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large_tiles(hidden.device))
     aside((launches.values(), [dweight]))
-    return _scaled(dhidden, dloss, hidden), dweight
+    return dweight
+
+
+def _through(dloss, gradient, hidden, projection, dprojection) -> Tensor:
+    """The gradient of hidden [N, D], and dprojection, from that of the head's input without dloss."""
+    dhidden, scaled = hidden.new_empty(hidden.shape), hidden.new_empty(gradient.shape)
+    if not hidden.size(0):
+        dprojection.zero_()
+        return dhidden
+    of_hidden, *of_projection = projection_launches(gradient, dloss, projection, scaled, hidden, dhidden, dprojection)
+    of_hidden.run()
+    aside((of_projection, [dprojection]))
+    return dhidden
 
 
 def _scaled(gradient: Tensor, dloss: Tensor, x: Tensor) -> Tensor:
@@ -438,7 +492,7 @@ def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
     if narrow(hidden.size(1), hidden.dtype):
         n = hidden.size(0)
         return hidden.new_empty(hidden.shape, dtype=torch.float32), hidden.new_empty(4, n, dtype=torch.float32)
-    return torch.empty_like(hidden), torch.empty_like(weight)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def narrow_launches(
@@ -460,10 +514,8 @@ def narrow_launches(
     name = "forward" if grads else "forward without gradients"
     launches[name] = _launch(forward_kernel, (blocks, parts), inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
     name = "combine" if grads else "combine without gradients"
-    block, stages = (
-        max(1, _COMBINED // inputs["RP"]),
-        3 if parts > 2 else 1,
-    )  # else a program waits for the parts one by one
+    block = max(1, _COMBINED // inputs["RP"])
+    stages = 3 if parts > 2 else 1  # else a program waits for the parts one by one
     launches[name] = _launch(
         combine_kernel, (triton.cdiv(n, block),), inputs, (4, stages), 0, S=parts, BT=block, STAGES=stages
     )
@@ -476,11 +528,22 @@ def dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large: int
     inputs = _narrow_arguments(hidden, weight, z_loss) | {"softmax": softmax, "dloss": dloss}
     bv, bt, *resources = tiles("dweight", hidden.dtype, inputs["RP"], large)
     blocks = triton.cdiv(len(weight), bv)
-    parts, steps = splits(blocks, triton.cdiv(len(hidden), bt))
+    parts, steps = splits(blocks, triton.cdiv(len(hidden), bt), ASIDE)
     added = dweight if parts == 1 else dweight.new_empty(parts, *dweight.shape, dtype=torch.float32)
     others = {"dweight_parts": added, "STEPS": steps, "BT": bt, "BV": bv}
     launches = {"dweight": _launch(dweight_kernel, (blocks, parts), inputs, resources, bv, **others)}
     return launches if parts == 1 else launches | {"sum": sum_launch(added, dweight)}
+
+
+def projection_launches(gradient, dloss, projection, scaled, hidden, dhidden, dprojection) -> list[Launch]:
+    """The launch that fills scaled [N, R] and dhidden [N, D], and those that fill dprojection from scaled. Any device."""
+    (n, r), d = gradient.shape, projection.size(1)
+    arguments = {
+        "x": gradient, "dloss": dloss, "projection": projection.contiguous(), "y": scaled, "dhidden": dhidden, "N": n, "R": r,
+        "RP": padded(r), "D": d, "DP": padded(d), "BT": _PROJECTED,
+    }  # fmt: skip
+    launch = Launch(project_kernel, (triton.cdiv(n, _PROJECTED),), arguments, options(4), hidden.itemsize, _PROJECTED)
+    return [launch, *outer_launches(scaled, hidden, dprojection)]
 
 
 def _narrow_arguments(hidden, weight, z_loss) -> dict[str, Any]:
@@ -600,21 +663,21 @@ def scale_launch(gradient, dloss, y) -> Launch:
 
 
 EXAMPLES = {
-    "500K": (8192, 32, 8000),
-    "rank 16": (8192, 16, 8000),
-    "5M": (8192, 64, 8000),
-    "rank 128": (8192, 128, 16000),
-    "widest in the first way": (2048, 256, 129280),
-    "a multiple of 8, not of 16": (2048, 200, 32001),
-    "DeepSeek-V3": (2048, 7168, 129280),
+    "500K": (8192, 32, 8000, 128),
+    "rank 16": (8192, 16, 8000, 96),
+    "5M": (8192, 64, 8000, 256),
+    "rank 128": (8192, 128, 16000, None),
+    "widest in the first way": (2048, 256, 129280, None),
+    "a multiple of 8, not of 16": (2048, 200, 32001, None),
+    "DeepSeek-V3": (2048, 7168, 129280, None),
 }
-"""N, R and V that are compiled ahead."""
+"""N, R, V and D (None: no projection) that are compiled ahead."""
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device."""
     empty = on_meta(dtype)
-    n, r, v = EXAMPLES[size]
+    n, r, v, d = EXAMPLES[size]
     hidden, weight, labels = empty(n, r), empty(v, r), empty(n, dtype=torch.int64)
     count, losses, loss = (empty(shape, dtype=torch.float32) for shape in (1, n, ()))
     launches = {"count": count_launch(labels, -100, count), "loss": loss_launch(losses, count, loss)}
@@ -625,6 +688,10 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
             if grads:
                 launches["scale"] = scale_launch(dhidden, loss, hidden)
                 launches |= dweight_launches(hidden, weight, softmax, loss, weight, 0.0, large)
+            if grads and d and takes(projection := empty(r, d)):
+                x = empty(n, d)
+                found = projection_launches(dhidden, loss, projection, hidden, x, x, projection)
+                launches |= dict(zip(("project", "outer", "sum of dprojection"), found, strict=True))
         return launches
     logits, softmax = empty(n, v), empty(3, n, dtype=torch.float32)
     launches["scale"] = scale_launch(weight, loss, weight)

@@ -4,10 +4,10 @@ N tokens, D model width, C = H Dv what attention gives for a token; DP and CP ar
 
     forward    a tile from attention's values to the stream and its norm
     backward   a tile's gradients of stream and values, and its part of that of norm
-    weight     the part of some tiles of the gradient of o
-    sum        the gradients of the weights: sums over the parts
+    sum        the gradient of norm: the sum over the tiles' parts
 
-What the layers before wait for is the second kernel; the others run aside.
+What the layers before wait for is the second kernel; the sum runs aside, and so does the gradient of o, `outer_launches` of
+dsfast.triton_kernels.narrow.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dsfast.triton_kernels.narrow import (
     load_weight,
     norm_backward,
     normalised,
+    outer_launches,
     store_tokens,
-    store_weight,
 )
 from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
 from torch import Tensor
@@ -75,22 +75,6 @@ def backward_kernel(
     store_tokens(dvalues, tl.dot(b_dx, b_o, input_precision="ieee"), start, N, BN, 1, 1, C, CP)
 
 
-@triton.jit(do_not_specialize=["N"])
-def weight_kernel(
-    dx, values, parts, values_n, N,
-    C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """One of parts [..., D, C]: what TILES tiles add to the gradient of o, dx^T values."""
-    part = tl.program_id(0)
-    b_part = tl.zeros([DP, CP], tl.float32)
-    for tile in range(TILES):
-        start = (part * TILES + tile) * BN
-        b_dx = load_tokens(dx, start, D, N, BN, 1, 1, D, DP)  # [BN, DP]
-        b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
-        b_part = tl.dot(tl.trans(b_dx), b_v, b_part, input_precision="ieee")
-    store_weight(parts + tl.cast(part, tl.int64) * (D * C), b_part, 1, 1, D, DP, D, 0, C, CP)
-
-
 class Tiles(NamedTuple):
     """BN tokens."""
 
@@ -99,8 +83,7 @@ class Tiles(NamedTuple):
 
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-_FORWARD, _BACKWARD, _WEIGHT = Tiles(64, 8), Tiles(64, 8), Tiles(64, 8)
-_TILES = 4  # in a part of the gradient of o
+_FORWARD, _BACKWARD = Tiles(64, 8), Tiles(64, 8)
 
 
 def forward(values: Tensor, o: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -136,20 +119,17 @@ def forward_launch(values, o, residual, norm, eps, y, h) -> Launch:
 
 
 def backward_launches(dys, dh, h, values, o, norm, eps, dx, dvalues, dweights) -> list[Launch]:
-    """The kernel that fills dx, dvalues and parts of norm's gradient, the one that fills parts of that of o, from dx, and those
-    that add them up to dweights; tensors may lie on the meta device."""
+    """The kernel that fills dx, dvalues and parts of norm's gradient, and those that make dweights of these and of dx. Tensors
+    may lie on the meta device."""
     (values,), n, (bn, warps) = rows(values), len(h), _BACKWARD
     do, dnorm = dweights.split([o.numel(), norm.numel()])
-    of_norm = h.new_empty(triton.cdiv(n, bn), norm.numel(), dtype=torch.float32)
-    of_o = h.new_empty(triton.cdiv(n, _WEIGHT.bn * _TILES), o.numel(), dtype=torch.float32)
-    arguments = _arguments(values, o, norm, eps) | {"h": h, "dx": dx, "dvalues": dvalues}
-    stream = arguments | gradients_read(dys, dh) | {"parts": of_norm, "BN": bn}
-    weight = arguments | {"parts": of_o, "BN": _WEIGHT.bn, "TILES": _TILES}
+    parts = h.new_empty(triton.cdiv(n, bn), norm.numel(), dtype=torch.float32)
+    arguments = _arguments(values, o, norm, eps) | gradients_read(dys, dh)
+    arguments |= {"h": h, "dx": dx, "dvalues": dvalues, "parts": parts, "BN": bn}
     return [
-        Launch(backward_kernel, (len(of_norm),), stream, options(warps), h.itemsize, bn),
-        Launch(weight_kernel, (len(of_o),), weight, options(_WEIGHT.warps, 2), h.itemsize, _WEIGHT.bn),
-        sum_launch(of_o, do),
-        sum_launch(of_norm, dnorm),
+        Launch(backward_kernel, (len(parts),), arguments, options(warps), h.itemsize, bn),
+        *outer_launches(dx, values, do.view_as(o)),
+        sum_launch(parts, dnorm),
     ]
 
 
@@ -181,7 +161,5 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
         "forward_kernel": forward_launch(values, o, x, norm, 1e-6, x, x),
         **{f"backward_kernel, {uses} uses": backward_of(uses)[0] for uses in (2, 3)},
         "backward_kernel, no gradient of h": backward_of(1, None)[0],
-        **dict(
-            zip(("backward_kernel", "weight_kernel", "sum_kernel", "sum_kernel, norm"), backward_of(1), strict=True)
-        ),
+        **dict(zip(("backward_kernel", "outer_kernel", "sum_kernel", "sum_kernel, norm"), backward_of(1), strict=True)),
     }

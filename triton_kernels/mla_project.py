@@ -6,8 +6,7 @@ DNP, DRP, DVP are those padded, BN tokens make a tile.
     forward    a tile from the stream to queries, keys and values: nothing between is written. One program of a tile makes the
                queries, one beside it keys and values: each waits for its weights one after the other
     backward   a tile's gradient of the stream, and its part of that of norm. It makes what was between anew from h
-    weights    a tile's parts of the gradients of the others: one program for q, one beside it for what keys and values come from,
-               all of which do not fit into the registers of one
+    weights    a tile's parts of the gradients of the others
     sum        the gradients of the weights: sums over the tiles' parts
 
 What the layers before wait for is the second kernel; the others run aside.
@@ -164,31 +163,28 @@ def weights_kernel(
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
     TOTAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """In a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, one after the other.
-    Two programs for each tile, the first for q."""
-    tile = tl.program_id(0) // 2
+    """In a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, in this order."""
+    tile = tl.program_id(0)
     start = tile * BN
     parts += tl.cast(tile, tl.int64) * TOTAL
     b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-    if tl.program_id(0) % 2 == 0:
-        b_dy = load_tokens(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
-        b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-        store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
-        b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
-        b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
-        store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
-        return
-    b_l, b_dl, b_da, _ = _latent_backward(
-        dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N, H, HP, D, DP, R, RP, Dn, DNP, Dr, Dv, DVP, BN
-    )
+    b_dy = load_tokens(dq_nope, start, H * Dn, N, BN, H, HP, Dn, DNP)
+    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+    store_weight(parts, b_part, H, HP, Dn, DNP, Dn + Dr, 0, D, DP)
+    b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
+    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
+    store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
     p_kv_a = parts + H * (Dn + Dr) * D
-    b_part = tl.dot(tl.trans(b_x), b_da, input_precision="ieee")  # [DP, RP]
-    store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
     b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
     b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
     store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
 
+    b_l, b_dl, b_da, _ = _latent_backward(
+        dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N, H, HP, D, DP, R, RP, Dn, DNP, Dr, Dv, DVP, BN
+    )
+    b_part = tl.dot(tl.trans(b_x), b_da, input_precision="ieee")  # [DP, RP]
+    store_weight(p_kv_a, tl.trans(b_part), 1, 1, R, RP, R + Dr, 0, D, DP)
     p_kv_b, r = p_kv_a + (R + Dr) * D, tl.arange(0, RP)
     tl.store(p_kv_b + H * (Dn + Dv) * R + r, tl.sum(b_dl * b_l, 0), mask=r < R)
     b_l = (b_l * load_vector(latent_norm, R, RP)).to(b_x.dtype)
@@ -306,7 +302,7 @@ def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[L
     bn, warps, _ = _WEIGHTS if large else _SMALL
     of_others = h.new_empty(triton.cdiv(n, bn), dweights.numel() - d, dtype=torch.float32)
     others = arguments | {"parts": of_others, "TOTAL": of_others.size(1), "BN": bn}
-    weights = Launch(weights_kernel, (2 * len(of_others),), others, options(warps), h.itemsize, bn)
+    weights = Launch(weights_kernel, (len(of_others),), others, options(warps), h.itemsize, bn)
     return [backward, weights, sum_launch(of_others, dweights[:-d]), sum_launch(of_norm, dweights[-d:])]
 
 

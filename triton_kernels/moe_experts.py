@@ -354,34 +354,37 @@ def narrow_matrix_kernel(
     D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """In a row of parts what one tile of places adds to BN columns of dgate_up [2I, D] and ddown [D, I]; letters as in
-    narrow_backward_kernel, and dgu made as there: nothing of it needs to be waited for."""
-    columns: tl.constexpr = (D + BN - 1) // BN
-    tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
+    """In a row of parts what one tile of places adds to dgate_up [2I, D] and ddown [D, I], BN columns of D at a time; letters as
+    in narrow_backward_kernel, and dgu made as there: nothing of it needs to be waited for."""
+    tile = tl.program_id(0)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
         return
-    n, n_col = (block * BN + tl.arange(0, BN))[None, :], (block * BN + tl.arange(0, BN))[:, None]
     i, m_row = tl.arange(0, IP)[None, :], m_r[:, None]
     p_dy, p_gu = dy + (slot // K * dy_n)[:, None], gu + first * (2 * I) + m[:, None] * (2 * I) + i
     b_dgate, b_dup, _ = _narrow_dgu(p_dy, p_gu, down, weights, e, slot, m_r, i, D, I, IP, BM, BK, ROUTED)
-
     # Transposed is what comes from memory, the left operand: what was made here would need more registers for that.
-    p_parts, m_parts = parts + tl.cast(tile, tl.int64) * (3 * I * D), (n_col < D) & (i < I)
-    b_x = tl.load(x + (slot // K * x_n)[:, None] + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
-    b_part = tl.dot(tl.trans(b_x), b_dgate, input_precision="ieee")  # [BN, IP]
-    tl.store(p_parts + i * D + n_col, b_part, mask=m_parts)
-    b_part = tl.dot(tl.trans(b_x), b_dup, input_precision="ieee")
-    tl.store(p_parts + I * D + i * D + n_col, b_part, mask=m_parts)
+    p_parts, p_x = parts + tl.cast(tile, tl.int64) * (3 * I * D), x + (slot // K * x_n)[:, None]
+    for start in tl.static_range(0, D, BN):
+        n, n_col = (start + tl.arange(0, BN))[None, :], (start + tl.arange(0, BN))[:, None]
+        m_parts = (n_col < D) & (i < I)
+        b_x = tl.load(p_x + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
+        b_part = tl.dot(tl.trans(b_x), b_dgate, input_precision="ieee")  # [BN, IP]
+        tl.store(p_parts + i * D + n_col, b_part, mask=m_parts)
+        b_part = tl.dot(tl.trans(b_x), b_dup, input_precision="ieee")
+        tl.store(p_parts + I * D + i * D + n_col, b_part, mask=m_parts)
     # h from gate and up anew: kept, and in the layout of dh, it would need registers that sm_90 lacks.
     b_gate = tl.load(p_gu, mask=m_row & (i < I), other=0.0).to(tl.float32)
     b_up = tl.load(p_gu + I, mask=m_row & (i < I), other=0.0).to(tl.float32)
     b_h = b_gate * tl.sigmoid(b_gate) * b_up
     if ROUTED:
         b_h *= tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)[:, None]
-    b_dy = tl.load(p_dy + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
-    b_part = tl.dot(tl.trans(b_dy), b_h.to(x.dtype.element_ty), input_precision="ieee")
-    tl.store(p_parts + 2 * I * D + n_col * I + i, b_part, mask=m_parts)
+    b_h = b_h.to(x.dtype.element_ty)
+    for start in tl.static_range(0, D, BN):
+        n, n_col = (start + tl.arange(0, BN))[None, :], (start + tl.arange(0, BN))[:, None]
+        b_dy = tl.load(p_dy + n, mask=m_row & (n < D), other=0.0)  # [BM, BN]
+        b_part = tl.dot(tl.trans(b_dy), b_h, input_precision="ieee")
+        tl.store(p_parts + 2 * I * D + n_col * I + i, b_part, mask=(n_col < D) & (i < I))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -488,7 +491,8 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
         first, of_matrices = backward_launches(
             dy, x, weights, gate_up, down, gu, order, offsets, *gradients, large_tiles(x.device)
         )
-        aside((first, gradients[:2]), (of_matrices, gradients[2:]))  # beside the shared experts' backward pass
+        # Beside the shared experts' backward pass.
+        aside((first, gradients[:2]), (of_matrices, gradients[2:]), urgent=True)
     return gradients
 
 
@@ -600,7 +604,7 @@ class _Launches:
         added = Tiles(tiles.bm, 64, 0, 4, 1)
         return [
             self.launch(narrow_backward_kernel, most * blocks, tiles, arguments),
-            self.launch(narrow_matrix_kernel, most * blocks, tiles, arguments),
+            self.launch(narrow_matrix_kernel, most, tiles, arguments),
             self.launch(add_tiles_kernel, self.e * triton.cdiv(size, added.bn), added, arguments),
         ]
 

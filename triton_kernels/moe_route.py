@@ -364,7 +364,7 @@ def forward_tokens(
 def _forward(logits, tokens, bias, dtype, top_k, *choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(logits, top_k, dtype)
     with torch.cuda.device_of(logits):
-        aside((forward_launches(logits, bias, top_k, *choice, *outputs, tokens), (logits, *outputs)))
+        aside((forward_launches(logits, bias, top_k, *choice, *outputs, tokens), (logits, *outputs)), urgent=True)
     return outputs
 
 

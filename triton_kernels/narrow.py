@@ -1,12 +1,19 @@
-"""Tiles of a narrow model's tokens: what the kernels around its attention (`mla_project`, `mla_output`) are made of.
+"""Tiles of a narrow model's tokens: what the kernels around its attention (`mla_project`, `mla_output`) and its head are made of.
 
 N tokens, H heads of W numbers each; HP, WP and other letters with a P are those padded to powers of two, BN tokens make a tile.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from dsfast.triton_kernels.launch import Launch, padded, rows
+from dsfast.triton_kernels.pieces import options, sum_launch
+from torch import Tensor
+
+OUTER = 128 * 128  # numbers, padded, of the widest product of `outer_launches`
+_TILE, _TILES, _WARPS = 64, 4, 8  # tokens of its tiles; tiles of a part: starting values, nobody has measured them
 
 
 @triton.jit
@@ -80,3 +87,33 @@ def load_vector(p, W: tl.constexpr, WP: tl.constexpr):
     """p [W] as [1, WP] float32."""
     w = tl.arange(0, WP)
     return tl.load(p + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["N"])
+def outer_kernel(
+    a, b, parts, a_n, b_n, N,
+    A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One of parts [..., A, B]: the sum over TILES tiles of tokens of a [N, A]^T b [N, B]."""
+    part = tl.program_id(0)
+    b_part = tl.zeros([AP, BP], tl.float32)
+    for tile in range(TILES):
+        start = (part * TILES + tile) * BN
+        b_a = load_tokens(a, start, a_n, N, BN, 1, 1, A, AP)  # [BN, AP]
+        b_b = load_tokens(b, start, b_n, N, BN, 1, 1, B, BP)  # [BN, BP]
+        b_part = tl.dot(tl.trans(b_a), b_b, b_part, input_precision="ieee")
+    store_weight(parts + tl.cast(part, tl.int64) * (A * B), b_part, 1, 1, A, AP, A, 0, B, BP)
+
+
+def outer_launches(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
+    """Those that fill out [A, B], contiguous, with a [N, A]^T b [N, B], the gradient of a weight: at most OUTER numbers, padded.
+    In float32, always in the same order."""
+    a, b = rows(a, b)
+    n, (width_a, width_b) = len(a), out.shape
+    parts = a.new_empty(triton.cdiv(n, _TILE * _TILES), *out.shape, dtype=torch.float32)
+    arguments = {
+        "a": a, "b": b, "parts": parts, "a_n": a.stride(0), "b_n": b.stride(0), "N": n, "A": width_a, "AP": padded(width_a),
+        "B": width_b, "BP": padded(width_b), "BN": _TILE, "TILES": _TILES,
+    }  # fmt: skip
+    outer = Launch(outer_kernel, (len(parts),), arguments, options(_WARPS, 2), a.itemsize, padded(width_a))
+    return [outer, sum_launch(parts, out)]

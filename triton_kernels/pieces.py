@@ -16,12 +16,12 @@ def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def splits(tiles: int, steps: int) -> tuple[int, int]:
-    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to PROGRAMS; none is empty.
+def splits(tiles: int, steps: int, programs: int = PROGRAMS) -> tuple[int, int]:
+    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to `programs`; none is empty.
 
     It depends on the sizes alone and not on the chip, so that the sums are the same bits everywhere.
     """
-    per = triton.cdiv(steps, min(steps, max(1, PROGRAMS // tiles)))
+    per = triton.cdiv(steps, min(steps, max(1, programs // tiles)))
     return triton.cdiv(steps, per), per
 
 

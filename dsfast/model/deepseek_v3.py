@@ -140,7 +140,8 @@ class DeepseekV3(nn.Module):
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """hidden [N, D], labels [N] -> mean loss, a scalar."""
-        return ops.linear_cross_entropy(*self._head(hidden), labels, ignore_index=IGNORED)
+        projection, weight = self.head_weights()
+        return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, projection=projection)
 
     def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens) -> Tensor:
         """The mean loss of the depths. Depth k sees the token k ahead; a segment's last k places predict nothing.

@@ -38,7 +38,7 @@ class Step(Protocol):
     def state(self) -> list[Tensor]: ...
 
 
-def captured(step: Step, branched: bool = True) -> Callable[[], None]:
+def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured. branched: as in `record`.
 
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
@@ -102,7 +102,7 @@ def record(call: Callable[[], object], branched: bool = False) -> Callable[[], N
         call()
     gc.collect()  # a graph that is given back in the middle of a capture would break it
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    chain = torch.cuda.Stream(priority=-1)  # before branches, where both want the same multiprocessor
+    chain = torch.cuda.Stream(priority=triton.CHAIN)
     branches = triton.branches() if branched else nullcontext()
     try:
         with torch.cuda.graph(graph, stream=chain), branches:

@@ -3,10 +3,12 @@
     loss = 1/M sum over the M rows whose label is not ignore_index of
         ( logsumexp(z_n) - z_n[label_n] + z_loss logsumexp(z_n)^2 ),   z_n = weight hidden_n
 
+A factorised head has a projection before it: hidden is then [N, D], and its product with projection^T takes its place.
 The last term, off by default, keeps the logits from drifting (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, section 5).
-N tokens, R width of the head's input, V vocabulary. Only a strip of logits for a few rows exists at any time; where
-gradients are wanted they are made while the strip is at hand, so that it is neither stored nor computed again. For wide heads a
-GPU has strips of a gigabyte: where one holds all logits, it is kept for the backward pass instead.
+N tokens, D model width, R width of the head's input, V vocabulary. Only a strip of logits for a few rows exists at any time. On a
+CPU gradients are made while the strip is at hand, so that it is neither stored nor computed again; on a GPU a narrow head makes
+it once more for the weight's gradient. For wide heads a GPU has strips of a gigabyte: where one holds all logits, it is kept for
+the backward pass instead.
 """
 
 from __future__ import annotations
@@ -40,31 +42,45 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0
-) -> Tensor:
-    """hidden [N, R], weight [V, R], labels [N] int64 in 0..V-1 or ignore_index -> mean loss, a scalar (0 without labels).
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0,
+    projection: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """hidden [N, R], or with a projection [R, D] hidden [N, D], weight [V, R], labels [N] int64 in 0..V-1 or ignore_index -> mean
+    loss, a scalar (0 without labels).
 
     It is float32 where the inputs have 16 bits. The C++ kernel has no z_loss: with one, the CPU runs the reference. Raises
     ValueError for other shapes or a label out of range, TypeError for mixed dtypes or devices. On a GPU, which the host does
     not wait for, a label out of range makes the loss NaN, and with it that row of hidden's gradient and all of weight's.
     """
-    expect_shape("linear_cross_entropy", "hidden", hidden, "N", "R")
-    expect_shape("linear_cross_entropy", "weight", weight, "V", hidden.size(1))
+    expect_shape("linear_cross_entropy", "hidden", hidden, "N", "R" if projection is None else "D")
+    if projection is not None:
+        expect_shape("linear_cross_entropy", "projection", projection, "R", hidden.size(1))
+    r = (hidden if projection is None else projection.T).size(1)
+    expect_shape("linear_cross_entropy", "weight", weight, "V", r)
     expect_shape("linear_cross_entropy", "labels", labels, hidden.size(0))
-    expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight)
+    expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight, projection=projection)
     expect_dtype("linear_cross_entropy", torch.int64, hidden.device, labels=labels)
     not_native = "the C++ kernel has no z_loss" if z_loss else ""
-    empty = f"the Triton kernels take R and V from 1 on, got {hidden.size(1)} and {weight.size(0)}"
-    if choose("linear_cross_entropy", hidden, not_native, "" if weight.numel() else empty) == "reference":
+    empty = f"the Triton kernels take R and V from 1 on, got {r} and {weight.size(0)}"
+    chosen = choose("linear_cross_entropy", hidden, not_native, "" if weight.numel() else empty)
+    if projection is not None and (chosen == "reference" or not _takes(hidden, projection)):
+        hidden, projection = torch.nn.functional.linear(hidden, projection), None
+    if chosen == "reference":
         expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, z_loss)
-    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return torch.ops.dsfast.linear_cross_entropy(hidden, weight, labels, ignore_index, with_grads, z_loss)[0]
+    leaves = hidden, weight, projection
+    with_grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return torch.ops.dsfast.linear_cross_entropy(*leaves, labels, ignore_index, with_grads, z_loss)[0]
 
 
-def _cpu(hidden, weight, labels, ignore_index, with_grads, z_loss):
-    if z_loss:
-        raise NotImplementedError("dsfast::linear_cross_entropy has no z_loss on a CPU; ops.use('reference') has")
+def _takes(hidden: Tensor, projection: Tensor) -> bool:
+    """Whether the kernels take the projection as well."""
+    return triton.runs_on(hidden) and triton.launcher("linear_cross_entropy", "takes")(projection)
+
+
+def _cpu(hidden, weight, projection, labels, ignore_index, with_grads, z_loss):
+    if z_loss or projection is not None:
+        raise NotImplementedError("dsfast::linear_cross_entropy has no z_loss and no projection on a CPU")
     hidden, weight, labels = rows(hidden), weight.contiguous(), labels.contiguous()
     (n, r), v = hidden.shape, weight.size(0)
     loss, (dhidden, dweight) = hidden.new_empty(()), _gradients(hidden, weight, with_grads)
@@ -73,7 +89,7 @@ def _cpu(hidden, weight, labels, ignore_index, with_grads, z_loss):
         dhidden.data_ptr(), dweight.data_ptr(), n, r, v, with_grads, torch.get_num_threads(),
     )  # fmt: skip
     raise_out_of_range("linear_cross_entropy", "labels", bad, n, v, ignore_index)
-    return loss, dhidden, dweight
+    return loss, dhidden, dweight, hidden.new_empty(0, 0)
 
 
 def _gradients(hidden, weight, with_grads):
@@ -82,10 +98,11 @@ def _gradients(hidden, weight, with_grads):
     )
 
 
-def _fake(hidden, weight, labels, ignore_index, with_grads, z_loss):
+def _fake(hidden, weight, projection, labels, ignore_index, with_grads, z_loss):
     kept = triton.launcher("linear_cross_entropy", "kept") if triton.runs_on(hidden) else _gradients
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return loss, *kept(hidden, weight, with_grads)
+    reduced = hidden.new_empty((0, 0) if projection is None else (hidden.size(0), projection.size(0)))
+    return loss, *kept(hidden if projection is None else reduced, weight, with_grads), reduced
 
 
 def _setup_context(ctx, inputs, output):
@@ -96,28 +113,32 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    gradients = torch.ops.dsfast.linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss)
-    return *gradients, None, None, None, None
+    *_, projection, _ = ctx.saved_tensors
+    dhidden, dweight, dprojection = torch.ops.dsfast.linear_cross_entropy_backward(
+        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss
+    )
+    return dhidden, dweight, None if projection is None else dprojection, None, None, None, None
 
 
-def _cpu_backward(dloss, dhidden, dweight, hidden, weight, labels, ignore_index, z_loss):
-    return (dloss * dhidden).to(hidden.dtype), (dloss * dweight).to(weight.dtype)
+def _cpu_backward(dloss, dhidden, dweight, reduced, hidden, weight, projection, labels, ignore_index, z_loss):
+    return (dloss * dhidden).to(hidden.dtype), (dloss * dweight).to(weight.dtype), hidden.new_empty(0, 0)
 
 
-def _fake_backward(dloss, kept_1, kept_2, hidden, weight, labels, ignore_index, z_loss):
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+def _fake_backward(dloss, kept_1, kept_2, reduced, hidden, weight, projection, labels, ignore_index, z_loss):
+    dprojection = hidden.new_empty((0, 0) if projection is None else projection.shape)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dprojection
 
 
 define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool with_grads, float z_loss)"
-    " -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? projection, Tensor labels, int ignore_index, bool with_grads,"
+    " float z_loss) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
     cuda=triton.launcher("linear_cross_entropy", "forward"),
 )
 define(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor kept_1, Tensor kept_2, Tensor hidden, Tensor weight, Tensor labels,"
-    " int ignore_index, float z_loss) -> (Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor dloss, Tensor kept_1, Tensor kept_2, Tensor reduced, Tensor hidden, Tensor weight,"
+    " Tensor? projection, Tensor labels, int ignore_index, float z_loss) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_backward,
     fake=_fake_backward,
     cuda=triton.launcher("linear_cross_entropy", "backward"),

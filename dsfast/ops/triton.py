@@ -25,7 +25,7 @@ from dsfast.triton_kernels.version import numbers
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
-BRANCHES = 4  # streams of a capture beside its own
+BRANCHES, CHAIN = 4, -1  # streams of a capture beside its own; its own's priority, before that of branches
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels on CPU tensors, slowly and one program after the other: to test them without a GPU. In
 such a process the CPU's own implementation of an operator is its Triton kernel, where it has one."""
@@ -113,11 +113,13 @@ def compile_together(call: Callable[[], object]) -> None:
 
 
 def branches() -> AbstractContextManager:
-    """For one capture, made before it: inside, kernels whose results nothing needs soon are on branches of the graph."""
+    """For one capture, made before it: inside, kernels whose results nothing waits for are on branches of the graph."""
     if missing():
         return nullcontext()
     streams = [torch.cuda.Stream() for _ in range(BRANCHES)]
-    return importlib.import_module("dsfast.triton_kernels.branches").Branches(streams)
+    return importlib.import_module("dsfast.triton_kernels.branches").Branches(
+        streams, torch.cuda.Stream(priority=CHAIN)
+    )
 
 
 def kernel_cache() -> Path:

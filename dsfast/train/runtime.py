@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -88,7 +89,9 @@ def _check_gpu(config: Config) -> None:
 
 def steps_of(trainer: Trainer) -> HostSteps | DeviceSteps:
     """The way the trainer's device does its steps."""
-    return DeviceSteps(trainer, captured) if trainer.device.type == "cuda" else HostSteps(trainer)
+    return (
+        DeviceSteps(trainer, partial(captured, branched=True)) if trainer.device.type == "cuda" else HostSteps(trainer)
+    )
 
 
 class HostSteps:

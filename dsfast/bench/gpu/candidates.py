@@ -16,7 +16,7 @@ MODULES = {part: OPERATORS[part] for part in PARTS} | {"mlp": "moe_experts"}
 CONSTANTS = {
     "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
     "norm": ("ELEMENTS",), "rope": ("ELEMENTS",), "embedding": ("_ELEMENTS", "_KEYS"),
-    "project": ("_FORWARD", "_BACKWARD", "_WEIGHTS"), "output": ("_FORWARD", "_BACKWARD", "_WEIGHT"),
+    "project": ("_FORWARD", "_BACKWARD", "_WEIGHTS"), "output": ("_FORWARD", "_BACKWARD"),
 }  # fmt: skip
 """Of modules, numbers and tiles that are in no table."""
 SIDES = ("bt", "bs", "bm", "bn", "rows", "columns")

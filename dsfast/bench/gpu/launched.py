@@ -41,9 +41,9 @@ def _experts(x, weights, indices, gate_up, down):
 
 
 def _head(hidden, weight, labels):
-    loss, *kept = linear_cross_entropy.forward(hidden, weight, labels, -100, True, 0.0)
-    linear_cross_entropy.backward(loss, *kept, hidden, weight, labels, -100, 0.0)
-    linear_cross_entropy.forward(hidden, weight, labels, -100, False, 0.0)
+    loss, *kept = linear_cross_entropy.forward(hidden, weight, None, labels, -100, True, 0.0)
+    linear_cross_entropy.backward(loss, *kept, hidden, weight, None, labels, -100, 0.0)
+    linear_cross_entropy.forward(hidden, weight, None, labels, -100, False, 0.0)
 
 
 def _route(logits, bias, *choice):

@@ -71,7 +71,7 @@ def run_step(
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
         calls = {"dsfast": steps.call}
         if clock.on_gpu and steps.call is not steps.step:
-            calls[ONE_CHAIN] = captured(steps.step, branched=False)
+            calls[ONE_CHAIN] = captured(steps.step)
         for call in calls.values():
             _warm(call)
         row = {
