@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -575,6 +575,24 @@ class TestCapture:
         with pytest.raises(RuntimeError, match="not permitted"):
             gpu.record(failing)
         assert streams == ["the caller's"] * 2  # after a capture that failed as well
+
+    def test_branches_are_made_before_the_capture_and_used_inside(self, monkeypatch):
+        log = []
+
+        def logged(name):
+            log.append(f"make {name}")
+            return contextmanager(lambda: (yield log.append(name)))()
+
+        monkeypatch.setattr(gpu, "_waiting_refused", nullcontext)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: logged(f"capture on {stream}"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"priority {priority}")
+        monkeypatch.setattr(triton, "branches", lambda: logged("branches"))
+        gpu.record(lambda: log.append("step"), branched=True)
+        capture = "capture on priority -1"
+        assert log == ["step", "make branches", f"make {capture}", capture, "branches", "step"]
 
     @pytest.mark.parametrize("on_top", [False, True])
     def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):

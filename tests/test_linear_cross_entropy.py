@@ -11,6 +11,7 @@ from dsfast.errors import UserError
 from dsfast.ops import native
 from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import check, check_draws
+from dsfast.ops.linear_cross_entropy import _takes
 
 
 class TestLinearCrossEntropy(OperatorContract):
@@ -194,3 +195,14 @@ def test_a_projection_of_another_shape_or_dtype_is_refused():
         function(hidden, weight, labels, projection[1:])
     with pytest.raises(TypeError, match=r"linear_cross_entropy: projection must be torch.float32 on cpu, got"):
         function(hidden, weight, labels, projection.double())
+
+
+@pytest.mark.parametrize(
+    ("r", "d", "dtype", "taken"),
+    [
+        (32, 128, torch.bfloat16, True), (128, 128, torch.float16, True), (32, 128, torch.float32, False),
+        (128, 129, torch.bfloat16, False), (257, 16, torch.bfloat16, False),
+    ],
+)  # fmt: skip
+def test_which_projections_a_gpus_kernels_take(r, d, dtype, taken):
+    assert _takes(torch.empty(r, d, dtype=dtype, device="meta")) == taken

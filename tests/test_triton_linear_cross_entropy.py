@@ -3,8 +3,6 @@ tests/triton_contract.py."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from operator_cases import DRAWS, assert_passed, drawn
@@ -281,18 +279,6 @@ def test_with_a_projection(n, d, r, dtype):
         assert_passed(
             check("linear_cross_entropy", function, on_the_device([*arguments]), (0, 1, 3), ["triton"], dtype)
         )
-
-
-@on_device
-def test_the_projection_is_taken_where_it_is_one_tile_of_16_bits():
-    from dsfast.triton_kernels.linear_cross_entropy import takes
-
-    empty = partial(torch.empty, device="meta")
-    assert takes(empty(32, 128, dtype=torch.bfloat16))
-    assert takes(empty(128, 128, dtype=torch.float16))
-    assert not takes(empty(32, 128, dtype=torch.float32))
-    assert not takes(empty(128, 129, dtype=torch.bfloat16))
-    assert not takes(empty(257, 16, dtype=torch.bfloat16))
 
 
 test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
-from dsfast.triton_kernels.narrow import OUTER, outer_launches
+from dsfast.triton_kernels.narrow import outer_launches
 from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
@@ -385,17 +385,11 @@ def at_once(hidden, weight) -> bool:
     return not narrow(hidden.size(1), hidden.dtype) and n * _aligned(v) * hidden.dtype.itemsize <= WORKSPACE
 
 
-def takes(projection) -> bool:
-    """Whether `forward` takes this projection [R, D]: of a narrow head, where it is one tile."""
-    r, d = map(padded, projection.shape)
-    return projection.dtype.itemsize == 2 and narrow(projection.size(0), projection.dtype) and r * d <= OUTER
-
-
 def forward(
     hidden, weight, projection, labels, ignore_index, with_grads, z_loss
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes as dsfast.ops.linear_cross_entropy -> loss, a float32 scalar, and what `backward` needs: two as `kept` has it, and
-    where there is a projection, one that is taken, the head's input [N, R].
+    where there is a projection, which is as dsfast.ops.linear_cross_entropy takes it here, the head's input [N, R].
 
     A label outside 0..V-1 that is not ignore_index cannot raise here: the host does not wait. The loss becomes NaN, and so do
     its token's row of dhidden and all of dweight. Deterministic: no atomics. Raises TypeError for other dtypes than float32,
@@ -688,8 +682,8 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
             if grads:
                 launches["scale"] = scale_launch(dhidden, loss, hidden)
                 launches |= dweight_launches(hidden, weight, softmax, loss, weight, 0.0, large)
-            if grads and d and takes(projection := empty(r, d)):
-                x = empty(n, d)
+            if grads and d and dtype.itemsize == 2:
+                x, projection = empty(n, d), empty(r, d)
                 found = projection_launches(dhidden, loss, projection, hidden, x, x, projection)
                 launches |= dict(zip(("project", "outer", "sum of dprojection"), found, strict=True))
         return launches

@@ -12,7 +12,6 @@ from dsfast.triton_kernels.launch import Launch, padded, rows
 from dsfast.triton_kernels.pieces import options, sum_launch
 from torch import Tensor
 
-OUTER = 128 * 128  # numbers, padded, of the widest product of `outer_launches`
 _TILE, _TILES, _WARPS = 64, 4, 8  # tokens of its tiles; tiles of a part: starting values, nobody has measured them
 
 
@@ -106,8 +105,8 @@ def outer_kernel(
 
 
 def outer_launches(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
-    """Those that fill out [A, B], contiguous, with a [N, A]^T b [N, B], the gradient of a weight: at most OUTER numbers, padded.
-    In float32, always in the same order."""
+    """Those that fill out [A, B], contiguous, with a [N, A]^T b [N, B], the gradient of a weight, of which a program holds all:
+    128 x 128 numbers. In float32, always in the same order."""
     a, b = rows(a, b)
     n, (width_a, width_b) = len(a), out.shape
     parts = a.new_empty(triton.cdiv(n, _TILE * _TILES), *out.shape, dtype=torch.float32)

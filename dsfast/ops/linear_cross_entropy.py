@@ -27,6 +27,10 @@ from dsfast.ops.library import (
     raise_out_of_range,
     rows,
 )
+from dsfast.triton_kernels.launch import padded
+
+WIDEST_RANK, ONE_TILE = 256, 128 * 128
+"""R, and numbers, both padded, of a projection that the Triton kernels take."""
 
 
 def linear_cross_entropy_reference(
@@ -63,7 +67,7 @@ def linear_cross_entropy(
     not_native = "the C++ kernel has no z_loss" if z_loss else ""
     empty = f"the Triton kernels take R and V from 1 on, got {r} and {weight.size(0)}"
     chosen = choose("linear_cross_entropy", hidden, not_native, "" if weight.numel() else empty)
-    if projection is not None and (chosen == "reference" or not _takes(hidden, projection)):
+    if projection is not None and not (chosen == "triton" and _takes(projection)):
         hidden, projection = torch.nn.functional.linear(hidden, projection), None
     if chosen == "reference":
         expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
@@ -73,9 +77,10 @@ def linear_cross_entropy(
     return torch.ops.dsfast.linear_cross_entropy(*leaves, labels, ignore_index, with_grads, z_loss)[0]
 
 
-def _takes(hidden: Tensor, projection: Tensor) -> bool:
-    """Whether the kernels take the projection as well."""
-    return triton.runs_on(hidden) and triton.launcher("linear_cross_entropy", "takes")(projection)
+def _takes(projection: Tensor) -> bool:
+    """Whether the Triton kernels take the projection as well: in 16 bits, where a program holds all of it."""
+    r, d = map(padded, projection.shape)
+    return projection.dtype.itemsize == 2 and r <= WIDEST_RANK and r * d <= ONE_TILE
 
 
 def _cpu(hidden, weight, projection, labels, ignore_index, with_grads, z_loss):
