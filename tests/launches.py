@@ -6,6 +6,8 @@ tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -60,32 +62,45 @@ def launches_of(step) -> list[str]:
 
     An operator of PyTorch's counts once, though some launch several kernels.
     """
+    found: list[str] = []
+
+    def note(launch, where: str = "") -> None:
+        if 0 not in launch.grid:
+            found.append(f"{where}triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
+
+    on_paper(step, note, lambda launch, urgent: note(launch, "aside "), lambda: _Recording(found))
+    return found
+
+
+def launches_aside(step) -> list:
+    """Those of a recorded step that run on branches, but for the first stage of urgent ones."""
+    found = []
+    on_paper(step, lambda launch: None, lambda launch, urgent: urgent or found.append(launch), nullcontext)
+    return found
+
+
+def on_paper(step, run: Callable, aside: Callable, watch: Callable) -> None:
+    """Call the step, as it is recorded, within `watch()`. Instead of starting its launches `run` is called with them, `aside`
+    with those on branches and with whether the chain soon needs them."""
     from dsfast.triton_kernels.branches import Branches
     from dsfast.triton_kernels.launch import Launch
 
     assert FAKED, "call it in the process of fake_driver"
-    found: list[str] = []
-
-    def run(launch: Launch, where: str = "") -> None:
-        if 0 not in launch.grid:
-            found.append(f"{where}triton {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}")
 
     class OnPaper(Branches):
         def _beside(self, stages, urgent):
-            for launches, _ in stages:
+            for number, (launches, _) in enumerate(stages):
                 for launch in launches:
-                    run(launch, "aside ")
+                    aside(launch, urgent and not number)
             return [object() for _ in stages]
 
         def _join(self, end):
             pass
 
-    with patch.object(Launch, "run", run):
+    with patch.object(Launch, "run", lambda launch: None):
         step()  # what is made in the first call alone
-        found.clear()
-        with _Recording(found), OnPaper(()):
-            step()
-    return found
+    with patch.object(Launch, "run", run), watch(), OnPaper(()):
+        step()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from fake_driver import in_its_own_process, on_the_fake_gpu
-from launches import launches_of, training_step
+from launches import launches_aside, launches_of, training_step
 
 from dsfast import ops
 from dsfast.config import default_config
+from dsfast.train.device_step import DeviceStep
 
 TRITON, TORCH, ASIDE = 39, 7, 39
 """At most: in the chain of a recorded step, and on its branches. To be lowered with what takes launches away, never raised."""
@@ -15,9 +18,13 @@ TRITON, TORCH, ASIDE = 39, 7, 39
 test_on_a_gpu_that_is_not_there = in_its_own_process(__file__)
 
 
+def step_500k() -> DeviceStep:
+    return training_step(default_config("cpu"), 32, 256)
+
+
 @on_the_fake_gpu
 def test_of_a_training_step_of_the_500k_model():
-    found = launches_of(training_step(default_config("cpu"), 32, 256))
+    found = launches_of(step_500k())
     assert sum(row.startswith("triton") for row in found) <= TRITON
     assert sum(row.startswith("torch") for row in found) <= TORCH
     assert sum(row.startswith("aside") for row in found) <= ASIDE
@@ -35,3 +42,17 @@ def test_what_counts():
 
     expected = "add_ [[16, 2], [16, 2]]", "_to_copy [[16, 2]]", "_to_copy [[16, 2]]", "repeat [[2, 8]]"
     assert launches_of(step) == [*(f"torch {row}" for row in expected), "triton rms_norm.forward_kernel"]
+
+
+@on_the_fake_gpu
+def test_what_is_long_aside_leaves_half_of_the_chip():
+    """Kernels with products, on an H200 of 132 multiprocessors with 2^16 registers each, given out by 8 for a thread."""
+    from dsfast.triton_kernels.ahead import compile_launch
+
+    long = {(launch.kernel.__name__, launch.grid): launch for launch in launches_aside(step_500k()) if launch.rows}
+    assert {"dweight_kernel", "weights_kernel", "narrow_matrix_kernel"} <= {name for name, _ in long}
+    for name, launch in long.items():
+        of_a_thread = -(-compile_launch(launch, "sm_90").registers // 8) * 8
+        of_a_program = of_a_thread * 32 * launch.options["num_warps"]
+        programs = min(prod(launch.grid), 132 * (2**16 // of_a_program))
+        assert programs * of_a_program <= 132 * 2**16 / 2, name
