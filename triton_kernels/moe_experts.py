@@ -186,10 +186,11 @@ def project_kernel(
         return
     p_b = b + tl.cast(e, tl.int64) * (DEPTH * WIDTH) + d[:, None] * b_k + n * b_n
     b_out = tl.zeros([BM, BN], tl.float32)
-    for k in range(_steps(DEPTH, BK, R)):
-        b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
-        b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
-        b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
+    if first < R:  # always, but ptxas else has each product wait for the one before it
+        for k in range(_steps(DEPTH, BK, R)):
+            b_a = _load(p_a + k * BK, k * BK + d[None, :], DEPTH, BK, 0, 1, 1)  # [BM, BK]
+            b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
+            b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
         slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, base, slot, m_r, n, WIDTH, b_out, WEIGHTED)
