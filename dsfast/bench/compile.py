@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -61,16 +62,19 @@ def kernels_of(operator: str):
 def examples(
     names: Sequence[str], chips: Sequence[str], dtypes: Sequence[str], wanted: Callable[[str], bool]
 ) -> list[Example]:
-    """Every example launch of the operators `names` at the sizes that `wanted` says yes to."""
-    return [
-        Example(operator, size, kernel, dtype, chip)
-        for operator in names
-        for size in kernels_of(operator).EXAMPLES
-        if wanted(size)
-        for dtype in dtypes
-        for kernel in kernels_of(operator).example_launches(size, DTYPES[dtype], large=True)
-        for chip in chips
-    ]
+    """Every example launch of the operators `names` at the sizes that `wanted` says yes to, each on the chips that have it:
+    whether a sum is split, and with it the launch that adds up, depends on the tiles."""
+    found = []
+    for operator in names:
+        for size, dtype in product(filter(wanted, kernels_of(operator).EXAMPLES), dtypes):
+            tables = {CHIPS[chip].large for chip in chips}
+            launches = {
+                large: kernels_of(operator).example_launches(size, DTYPES[dtype], large) for large in sorted(tables)
+            }
+            for kernel in dict.fromkeys(chain.from_iterable(launches.values())):
+                on = (chip for chip in chips if kernel in launches[CHIPS[chip].large])
+                found += [Example(operator, size, kernel, dtype, chip) for chip in on]
+    return found
 
 
 def plan(
