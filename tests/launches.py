@@ -99,7 +99,7 @@ def on_paper(step, run: Callable, aside: Callable, watch: Callable) -> None:
 
     with patch.object(Launch, "run", lambda launch: None):
         step()  # what is made in the first call alone
-    with patch.object(Launch, "run", run), watch(), OnPaper(()):
+    with patch.object(Launch, "run", run), watch(), OnPaper((), None):
         step()
 
 

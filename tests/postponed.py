@@ -13,7 +13,7 @@ class Postponed(Branches):
     """What is started aside runs when it is waited for, as late as it can. `launches`: how many were."""
 
     def __init__(self) -> None:
-        super().__init__(())
+        super().__init__((), None)
         self.launches = 0
 
     def _beside(self, stages: Sequence[Stage], urgent: bool) -> list[Callable[[], None]]:

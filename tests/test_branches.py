@@ -90,7 +90,7 @@ class Scripted(Branches):
     """Writes down what is started and what is waited for; `fill` stands for a launch."""
 
     def __init__(self) -> None:
-        super().__init__(())
+        super().__init__((), None)
         self.log: list[str] = []
 
     def _beside(self, stages, urgent):

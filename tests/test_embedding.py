@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import torch
-from operator_cases import OperatorContract, bad, edges
+from functools import partial
 
+import torch
+import torch.utils.checkpoint
+from operator_cases import OperatorContract, bad, drawn, edges, needs_native
+
+from dsfast import ops
 from dsfast.ops.cases import embedding_case
 
 
@@ -39,3 +43,14 @@ class TestEmbedding(OperatorContract):
     def independent(input_ids, table, projection):
         taken = torch.nn.functional.one_hot(input_ids, len(table)).to(table) @ table
         return taken if projection is None else taken @ projection
+
+
+def test_may_be_checkpointed():
+    """What is saved is unpacked once."""
+    needs_native()
+    ids, table, projection = drawn(embedding_case("", 9, 5, 3, 4))
+    found = []
+    for call in (ops.embedding, partial(torch.utils.checkpoint.checkpoint, ops.embedding, use_reentrant=False)):
+        leaves = [x.clone().requires_grad_() for x in (table, projection)]
+        found.append(torch.autograd.grad(call(ids, *leaves).sum(), leaves))
+    assert all(map(torch.equal, *found))

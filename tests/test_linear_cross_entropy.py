@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
@@ -201,8 +203,19 @@ def test_a_projection_of_another_shape_or_dtype_is_refused():
     ("r", "d", "dtype", "taken"),
     [
         (32, 128, torch.bfloat16, True), (128, 128, torch.float16, True), (32, 128, torch.float32, False),
-        (128, 129, torch.bfloat16, False), (257, 16, torch.bfloat16, False),
+        (128, 129, torch.bfloat16, False), (257, 16, torch.bfloat16, False), (32, 512, torch.bfloat16, False),
     ],
 )  # fmt: skip
 def test_which_projections_a_gpus_kernels_take(r, d, dtype, taken):
     assert _takes(torch.empty(r, d, dtype=dtype, device="meta")) == taken
+
+
+def test_may_be_checkpointed():
+    """What is saved is unpacked once."""
+    needs_native()
+    function, (hidden, weight, labels, projection) = projected(13, 24, 7, 50)
+    found = []
+    for call in (function, partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, projection)]
+        found.append(torch.autograd.grad(call(*leaves[:2], labels, leaves[2]), leaves))
+    assert all(map(torch.equal, *found))

@@ -267,6 +267,35 @@ def test_refused_before_launch(sizes, dtype, message):
 
 
 @on_device
+def test_with_a_projection_and_z_loss_and_tensors_apart_in_memory():
+    function, arguments = projected(67, 24, 7, 131)
+    hidden, weight, labels, projection = on_the_device([*arguments])
+    apart = [torch.stack([x, -x], 1)[:, 0] for x in (hidden, weight, projection)]
+
+    def loss(hidden, weight, labels, projection):
+        return ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.1, projection=projection)
+
+    with poisoned():
+        arguments = [*apart[:2], labels, apart[2]]
+        assert_passed(check("linear_cross_entropy", loss, arguments, (0, 1, 3), ["triton"], torch.float16))
+        assert_passed(check("linear_cross_entropy", function, arguments, (1, 3), ["triton"], torch.float16))
+
+
+@on_device
+def test_a_label_out_of_range_with_a_projection():
+    function, arguments = projected(9, 24, 7, 11)
+    hidden, weight, labels, projection = (x.half() if x.is_floating_point() else x for x in on_the_device([*arguments]))
+    labels[4] = 11
+    leaves = [x.requires_grad_() for x in (hidden, weight, projection)]
+    with ops.use("triton"):
+        loss = function(*leaves[:2], labels, leaves[2])
+        of_hidden, *others = torch.autograd.grad(loss, leaves)
+    assert loss.isnan()
+    assert of_hidden.isnan().any(1).tolist() == [i == 4 for i in range(9)]
+    assert all(x.isnan().all() for x in others)
+
+
+@on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n", "d", "r"),

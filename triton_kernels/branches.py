@@ -38,7 +38,7 @@ class Branches(TorchDispatchMode):
     there: that of the capture, on which all else has to run.
     """
 
-    def __init__(self, streams: Sequence[torch.cuda.Stream], urgent: torch.cuda.Stream | None = None):
+    def __init__(self, streams: Sequence[torch.cuda.Stream], urgent: torch.cuda.Stream | None):
         super().__init__()
         self._streams, self._urgent = cycle(streams), urgent
         self._used: set[torch.cuda.Stream] = set()

@@ -43,9 +43,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the firs
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
 COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
-ASIDE = (
-    264  # programs of dweight_kernel, at most: with narrow tiles half of a chip, the other half for what runs beside it
-)
+ASIDE = 264  # programs that dweight_kernel's tiles are split into where they are fewer: half of a chip where R is small, the
+# other half is for what runs beside it
 _UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
@@ -392,8 +391,8 @@ def forward(
     where there is a projection, which is as dsfast.ops.linear_cross_entropy takes it here, the head's input [N, R].
 
     A label outside 0..V-1 that is not ignore_index cannot raise here: the host does not wait. The loss becomes NaN, and so do
-    its token's row of dhidden and all of dweight. Deterministic: no atomics. Raises TypeError for other dtypes than float32,
-    float16 and bfloat16, ValueError for R = 0 or V = 0.
+    its token's row of dhidden and all of dweight and dprojection. Deterministic: no atomics. Raises TypeError for other dtypes
+    than float32, float16 and bfloat16, ValueError for R = 0 or V = 0.
     """
     expect_dtype("linear_cross_entropy", hidden.dtype)
     reduced = hidden.new_empty(0, 0)
@@ -660,8 +659,8 @@ EXAMPLES = {
     "500K": (8192, 32, 8000, 128),
     "rank 16": (8192, 16, 8000, 96),
     "5M": (8192, 64, 8000, 256),
-    "rank 128": (8192, 128, 16000, None),
-    "widest in the first way": (2048, 256, 129280, None),
+    "rank 128": (8192, 128, 16000, 128),
+    "widest in the first way": (2048, 256, 129280, 64),
     "a multiple of 8, not of 16": (2048, 200, 32001, None),
     "DeepSeek-V3": (2048, 7168, 129280, None),
 }

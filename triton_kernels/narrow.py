@@ -12,7 +12,11 @@ from dsfast.triton_kernels.launch import Launch, padded, rows
 from dsfast.triton_kernels.pieces import options, sum_launch
 from torch import Tensor
 
-_TILE, _TILES, _WARPS = 64, 4, 8  # tokens of its tiles; tiles of a part: starting values, nobody has measured them
+_TILE, _TILES, _WARPS = (
+    64,
+    4,
+    8,
+)  # tokens of an outer product's tiles, tiles of a part: starting values, of no table of `bench tiles`
 
 
 @triton.jit

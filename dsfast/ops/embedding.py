@@ -90,8 +90,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, *_):
-    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *ctx.saved_tensors)
-    return None, dtable, None if ctx.saved_tensors[2] is None else dprojection, None
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them
+    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *saved)
+    return None, dtable, None if saved[2] is None else dprojection, None
 
 
 define(

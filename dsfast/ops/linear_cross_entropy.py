@@ -29,8 +29,8 @@ from dsfast.ops.library import (
 )
 from dsfast.triton_kernels.launch import padded
 
-WIDEST_RANK, ONE_TILE = 256, 128 * 128
-"""R, and numbers, both padded, of a projection that the Triton kernels take."""
+WIDEST, ONE_TILE = 256, 128 * 128
+"""R and D, and numbers, all padded, of a projection that the Triton kernels take."""
 
 
 def linear_cross_entropy_reference(
@@ -80,7 +80,7 @@ def linear_cross_entropy(
 def _takes(projection: Tensor) -> bool:
     """Whether the Triton kernels take the projection as well: in 16 bits, where a program holds all of it."""
     r, d = map(padded, projection.shape)
-    return projection.dtype.itemsize == 2 and r <= WIDEST_RANK and r * d <= ONE_TILE
+    return projection.dtype.itemsize == 2 and max(r, d) <= WIDEST and r * d <= ONE_TILE
 
 
 def _cpu(hidden, weight, projection, labels, ignore_index, with_grads, z_loss):
@@ -118,9 +118,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    *_, projection, _ = ctx.saved_tensors
+    *kept, projection, labels = ctx.saved_tensors  # once: checkpointing unpacks them
     dhidden, dweight, dprojection = torch.ops.dsfast.linear_cross_entropy_backward(
-        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss
+        dloss, *kept, projection, labels, ctx.ignore_index, ctx.z_loss
     )
     return dhidden, dweight, None if projection is None else dprojection, None, None, None, None
 
