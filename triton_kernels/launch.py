@@ -24,7 +24,6 @@ INTERPRETED_AS = 9
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
-
 branches: ContextVar[Branches | None] = ContextVar("dsfast_branches", default=None)
 """Where they are, `aside` starts launches beside those that follow."""
 

@@ -43,8 +43,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the firs
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
 COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
-ASIDE = 264  # programs that dweight_kernel's tiles are split into where they are fewer: half of a chip where R is small, the
-# other half is for what runs beside it
+# Programs that dweight_kernel's tiles are split into where they are fewer: half of a chip where R is small, the other half is for
+# what runs beside it.
+ASIDE = 264
 _UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added
@@ -431,8 +432,7 @@ def backward(
     dprojection = hidden.new_empty((0, 0) if projection is None else projection.shape)
     with torch.cuda.device_of(hidden):
         if narrow(weight.size(1), hidden.dtype):
-            head = hidden if projection is None else reduced, weight, z_loss
-            dweight = _narrow_dweight(dloss, kept_2, *head)
+            dweight = _narrow_dweight(dloss, kept_2, hidden if projection is None else reduced, weight, z_loss)
             if projection is None:
                 return _scaled(kept_1, dloss, hidden), dweight, dprojection
             return _through(dloss, kept_1, hidden, projection, dprojection), dweight, dprojection

@@ -12,11 +12,8 @@ from dsfast.triton_kernels.launch import Launch, padded, rows
 from dsfast.triton_kernels.pieces import options, sum_launch
 from torch import Tensor
 
-_TILE, _TILES, _WARPS = (
-    64,
-    4,
-    8,
-)  # tokens of an outer product's tiles, tiles of a part: starting values, of no table of `bench tiles`
+# Of an outer product: tokens of a tile, tiles of a part, warps. Starting values: nobody has measured them.
+_TILE, _TILES, _WARPS = 64, 4, 8
 
 
 @triton.jit

@@ -105,7 +105,9 @@ class DeepseekV3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, V]."""
-        return nn.functional.linear(*self._head(hidden))
+        projection, weight = self.head_weights()
+        reduced = hidden if projection is None else nn.functional.linear(hidden, projection)
+        return nn.functional.linear(reduced, weight)
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raise UserError for a token id outside the vocabulary; on the CPU alone."""
@@ -132,11 +134,6 @@ class DeepseekV3(nn.Module):
         if self.lm_head is not None:
             return None, self.lm_head.weight
         return self.embed_tokens.projection, self.embed_tokens.weight
-
-    def _head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, w) with logits = h w^T."""
-        projection, weight = self.head_weights()
-        return hidden if projection is None else nn.functional.linear(hidden, projection), weight
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """hidden [N, D], labels [N] -> mean loss, a scalar."""

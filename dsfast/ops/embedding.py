@@ -12,7 +12,16 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, raise_out_of_range, rows
+from dsfast.ops.library import (
+    autograd,
+    define,
+    expect_dtype,
+    expect_range,
+    expect_shape,
+    raise_out_of_range,
+    rows,
+    wants_gradients,
+)
 
 
 def embedding_reference(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
@@ -35,10 +44,7 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     if choose("embedding", table) == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
         return embedding_reference(input_ids, table, projection)
-    with_grads = torch.is_grad_enabled() and (
-        table.requires_grad or (projection is not None and projection.requires_grad)
-    )
-    return torch.ops.dsfast.embedding(input_ids, table, projection, with_grads)[0]
+    return torch.ops.dsfast.embedding(input_ids, table, projection, wants_gradients(table, projection))[0]
 
 
 def _width(table: Tensor, projection: Tensor | None) -> int:

@@ -77,6 +77,11 @@ def raise_out_of_range(
         raise ValueError(f"{operator}: {argument} must lie in 0..{limit - 1}{other}, {bad} of {count} do not")
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow that asks for one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous (any strides before it), else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()

@@ -26,6 +26,7 @@ from dsfast.ops.library import (
     expect_shape,
     raise_out_of_range,
     rows,
+    wants_gradients,
 )
 from dsfast.triton_kernels.launch import padded
 
@@ -54,12 +55,12 @@ def linear_cross_entropy(
 
     It is float32 where the inputs have 16 bits. The C++ kernel has no z_loss: with one, the CPU runs the reference. Raises
     ValueError for other shapes or a label out of range, TypeError for mixed dtypes or devices. On a GPU, which the host does
-    not wait for, a label out of range makes the loss NaN, and with it that row of hidden's gradient and all of weight's.
+    not wait for, a label out of range makes the loss NaN, and with it that row of hidden's gradient and all of the others.
     """
     expect_shape("linear_cross_entropy", "hidden", hidden, "N", "R" if projection is None else "D")
     if projection is not None:
         expect_shape("linear_cross_entropy", "projection", projection, "R", hidden.size(1))
-    r = (hidden if projection is None else projection.T).size(1)
+    r = hidden.size(1) if projection is None else projection.size(0)
     expect_shape("linear_cross_entropy", "weight", weight, "V", r)
     expect_shape("linear_cross_entropy", "labels", labels, hidden.size(0))
     expect_dtype("linear_cross_entropy", hidden.dtype, hidden.device, weight=weight, projection=projection)
@@ -73,7 +74,7 @@ def linear_cross_entropy(
         expect_range("linear_cross_entropy", "labels", labels, weight.size(0), ignore_index)
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, z_loss)
     leaves = hidden, weight, projection
-    with_grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    with_grads = wants_gradients(*leaves)
     return torch.ops.dsfast.linear_cross_entropy(*leaves, labels, ignore_index, with_grads, z_loss)[0]
 
 

@@ -21,6 +21,7 @@ from dsfast.ops.library import (
     expect_shape,
     raise_out_of_range,
     refuse_derivative,
+    wants_gradients,
 )
 
 WIDEST = 4096
@@ -56,7 +57,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
     if shared or (x.size(2) and x.stride(2) != 1):
         raise ValueError(f"rope_: x must have memory of its own and pairs side by side, got strides {list(x.stride())}")
-    if x.requires_grad and torch.is_grad_enabled():
+    if wants_gradients(x):
         raise ValueError("rope_: a gradient of x is wanted; use rope, or torch.no_grad()")
     if choose("rope", x, not_triton=_not_triton(x.size(2))) == "reference":
         expect_range("rope", "positions", positions, cos.size(0))
@@ -90,7 +91,7 @@ def split_and_turn(
     in_place: nobody else needs q and kv, which are contiguous; where no gradient is wanted, what is turned replaces what was.
     On a GPU one launch, and one in the backward pass, which makes the gradients of q and kv whole. Errors as `rope`.
     """
-    in_place = in_place and not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad))
+    in_place = in_place and not wants_gradients(q, kv)
     dr = 2 * cos.size(-1)
     expect_shape("rope", "q", q, "N", "H", "Dn + Dr")
     expect_shape("rope", "kv", kv, q.size(0), "R + Dr")

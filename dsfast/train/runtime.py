@@ -89,9 +89,9 @@ def _check_gpu(config: Config) -> None:
 
 def steps_of(trainer: Trainer) -> HostSteps | DeviceSteps:
     """The way the trainer's device does its steps."""
-    return (
-        DeviceSteps(trainer, partial(captured, branched=True)) if trainer.device.type == "cuda" else HostSteps(trainer)
-    )
+    if trainer.device.type != "cuda":
+        return HostSteps(trainer)
+    return DeviceSteps(trainer, partial(captured, branched=True))
 
 
 class HostSteps:
