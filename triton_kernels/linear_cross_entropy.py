@@ -11,7 +11,8 @@ Two ways, by R and dtype alone:
   is the mirror image, a tile of words over all tokens, from the maximum and the sum of each token. Two exponentials for each
   logit in all. Both sweeps are split over programs until these fill a chip. The parts are added up by the next kernel, always
   in the same order. The second sweep is made in the backward pass, and aside: nothing there waits for a weight's gradient. Where
-  the head has a projection, to R from the model's width D, dhidden goes through it in the kernel that multiplies it by dloss.
+  the head has a projection, to R from the model's width D, each program of the first sweep makes its tokens' input itself, and
+  dhidden goes through it in the kernel that multiplies it by dloss.
 - Wide heads, DeepSeek-V3's among them: making logits again would cost a third more. The three products are cuBLAS's. Logits
   of up to WORKSPACE bytes are kept for the backward pass, and one kernel turns them into their gradient, times dloss. More
   tokens are taken in chunks of that size, whose gradients are made at once, the logits' in place; dloss follows. Beside the
@@ -137,15 +138,25 @@ def _take_in(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
-    hidden, weight, labels, softmax_parts, o_parts, counts, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
-    R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr,
+    x, projection, hidden, weight, labels, softmax_parts, o_parts, counts, x_n, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    GRADS: tl.constexpr,
 ):  # fmt: skip
     """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
-    words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32."""
+    words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32. Where
+    there is a projection [R, D], hidden [N, R] is made too, x [N, D] projection^T."""
     t, s = tl.program_id(0) * BT, tl.program_id(1)
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     i = t + tl.arange(0, BT)  # [BT]
-    b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
+    if projection is None:
+        b_h = load_tile(hidden, hidden_n, t, 0, N, R, BT, RP, True)  # [BT, RP]
+    else:
+        b_x = load_tile(x, x_n, t, 0, N, D, BT, DP, True)  # [BT, DP]
+        b_projection = load_tile(projection, D, 0, 0, R, D, RP, DP, True)  # [RP, DP]
+        b_h = tl.dot(b_x, tl.trans(b_projection), input_precision="ieee").to(hidden.dtype.element_ty)  # [BT, RP]
+        if s == 0:
+            row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
+            tl.store(hidden + row * hidden_n + d, b_h, mask=(row < N) & (d < R))
     b_o = tl.zeros([BT, RP], tl.float32)
     b_m = tl.full([BT], LOWEST, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
@@ -396,9 +407,9 @@ def forward(
     than float32, float16 and bfloat16, ValueError for R = 0 or V = 0.
     """
     expect_dtype("linear_cross_entropy", hidden.dtype)
-    reduced = hidden.new_empty(0, 0)
+    x, reduced = None, hidden.new_empty((0, 0) if projection is None else (len(hidden), len(projection)))
     if projection is not None:
-        hidden = reduced = torch.nn.functional.linear(hidden, projection)
+        x, hidden = hidden, reduced
     (n, r), v = hidden.shape, weight.size(0)
     if 0 in (r, v):
         raise ValueError(f"linear_cross_entropy: the Triton kernels take R and V from 1 on, got {r} and {v}")
@@ -410,7 +421,8 @@ def forward(
     with torch.cuda.device_of(hidden):
         if narrow(r, hidden.dtype):
             for launch in narrow_launches(
-                hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2, large_tiles(hidden.device)
+                x, projection, hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2,
+                large_tiles(hidden.device),
             ).values():  # fmt: skip
                 launch.run()
         else:
@@ -489,9 +501,10 @@ def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
 
 
 def narrow_launches(
-    hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, softmax, large: int
+    x, projection, hidden, weight, labels, ignore_index, z_loss, count, losses, dhidden, softmax, large: int
 ) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill count, losses and, unless softmax is empty, dhidden and softmax. Any device."""
+    """Name -> launch, in their order: they fill count, losses and, unless softmax is empty, dhidden and softmax; and hidden,
+    contiguous, from x, unless x and projection are None. Any device."""
     n, r, grads = *hidden.shape, softmax.numel() > 0
     inputs = _narrow_arguments(hidden, weight, z_loss) | {
         "labels": labels, "count": count, "losses": losses, "dhidden": dhidden, "softmax": softmax, "z_loss": z_loss,
@@ -503,9 +516,9 @@ def narrow_launches(
     inputs |= {"TILES": blocks, "counts": hidden.new_empty(blocks, dtype=torch.float32)}
     inputs["softmax_parts"] = hidden.new_empty(2, parts, n, dtype=torch.float32)
     inputs["o_parts"] = hidden.new_empty((parts, n, r) if grads else 0, dtype=torch.float32)
-    launches = {}
+    launches, of_sweep = {}, _projected(x, projection) | {"S": parts, "STEPS": steps, "BT": bt, "BV": bv}
     name = "forward" if grads else "forward without gradients"
-    launches[name] = _launch(forward_kernel, (blocks, parts), inputs, resources, bt, S=parts, STEPS=steps, BT=bt, BV=bv)
+    launches[name] = _launch(forward_kernel, (blocks, parts), inputs, resources, bt, **of_sweep)
     name = "combine" if grads else "combine without gradients"
     block = max(1, _COMBINED // inputs["RP"])
     stages = 3 if parts > 2 else 1  # else a program waits for the parts one by one
@@ -513,6 +526,14 @@ def narrow_launches(
         combine_kernel, (triton.cdiv(n, block),), inputs, (4, stages), 0, S=parts, BT=block, STAGES=stages
     )
     return launches
+
+
+def _projected(x: Tensor | None, projection: Tensor | None) -> dict[str, Any]:
+    """forward_kernel's arguments of what makes its input."""
+    if projection is None:
+        return {"x": None, "projection": None, "x_n": 0, "D": 0, "DP": 0}
+    (x,), d = rows(x), projection.size(1)
+    return {"x": x, "projection": projection.contiguous(), "x_n": x.stride(0), "D": d, "DP": padded(d)}
 
 
 def dweight_launches(hidden, weight, softmax, dloss, dweight, z_loss, large: int) -> dict[str, Launch]:
@@ -677,14 +698,18 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     if narrow(r, dtype):
         for grads in (True, False):
             dhidden, softmax = kept(hidden, weight, grads)
-            launches |= narrow_launches(hidden, weight, labels, -100, 0.0, count, losses, dhidden, softmax, large)
+            inputs, outputs = (hidden, weight, labels, -100, 0.0), (count, losses, dhidden, softmax)
+            launches |= narrow_launches(None, None, *inputs, *outputs, large)
             if grads:
                 launches["scale"] = scale_launch(dhidden, loss, hidden)
                 launches |= dweight_launches(hidden, weight, softmax, loss, weight, 0.0, large)
-            if grads and d and dtype.itemsize == 2:
+            if d and dtype.itemsize == 2:
                 x, projection = empty(n, d), empty(r, d)
-                found = projection_launches(dhidden, loss, projection, hidden, x, x, projection)
-                launches |= dict(zip(("project", "outer", "sum of dprojection"), found, strict=True))
+                name, first = next(iter(narrow_launches(x, projection, *inputs, *outputs, large).items()))
+                launches[f"{name}, projected"] = first
+                if grads:
+                    found = projection_launches(dhidden, loss, projection, hidden, x, x, projection)
+                    launches |= dict(zip(("project", "outer", "sum of dprojection"), found, strict=True))
         return launches
     logits, softmax = empty(n, v), empty(3, n, dtype=torch.float32)
     launches["scale"] = scale_launch(weight, loss, weight)
