@@ -112,12 +112,18 @@ def test_tokens_are_sorted_by_word_and_keep_their_order(n, v, compared, monkeypa
 
 
 @on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [None, 7])
 @pytest.mark.parametrize("counts", COUNTS)
-def test_long_segments(counts):
-    ids = of_counts(COUNTS[counts])
-    table = torch.randn(len(COUNTS[counts]), 3, generator=torch.Generator().manual_seed(1))
+def test_long_segments(counts, d, dtype):
+    """With a projection, which sums blocks of 32 in float32."""
+    ids, generator = of_counts(COUNTS[counts]), torch.Generator().manual_seed(1)
+    table = torch.randn(len(COUNTS[counts]), 3, generator=generator)
+    projection = None if d is None else torch.randn(3, d, generator=generator)
+    leaves = (1,) if d is None else (1, 2)
     with poisoned():
-        assert_passed(check("embedding", ops.embedding, on_the_device([ids, table, None]), (1,), ["triton"]))
+        arguments = on_the_device([ids, table, projection])
+        assert_passed(check("embedding", ops.embedding, arguments, leaves, ["triton"], dtype))
 
 
 @on_device
@@ -158,15 +164,18 @@ def test_id_out_of_range(bad, d):
 
 
 @on_device
-def test_block_of_ids_out_of_range():
+@pytest.mark.parametrize("projected", [False, True])
+def test_block_of_ids_out_of_range(projected):
     """They sort behind all words, and a whole block of them is no word's."""
     ids = torch.full((200,), 10**6)
     ids[:3] = torch.tensor([0, 2, 2])
     table, dy = torch.ones(3, 4, device=DEVICE), torch.ones(200, 4, device=DEVICE)
+    projection = torch.eye(4, device=DEVICE) if projected else None
     from dsfast.triton_kernels import embedding as kernels
 
-    _, *kept = kernels.forward(ids.to(DEVICE), table, None, True)
-    dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, None, *kept)
+    with poisoned():
+        _, *kept = kernels.forward(ids.to(DEVICE), table, projection, True)
+        dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, projection, *kept)
     assert dtable[:, 0].tolist() == [1, 0, 2]
 
 

@@ -5,7 +5,8 @@ N tokens, V vocabulary, R rank of the table, D model width; BN tokens, BR and BD
 Forward: a product whose left operand is gathered from the table as it is loaded, or without a projection a copy of rows.
 Backward, x being the gradient of the looked-up rows (dy, or dy projection^T in float32), dtable[w] is the sum of x over the
 tokens that are word w. Tokens are sorted by word, which keeps their order, so a word's tokens are a segment of the sorted
-ones. Sorted tokens are cut into blocks of BLOCK; a block that is one word from end to end is summed by a program of its own.
+ones. Sorted tokens are cut into blocks of BLOCK; a block that is one word from end to end is summed by a program of its own,
+that of the product dy projection^T where there is one, which makes x in the sorted order.
 Then one program for each word adds up the blocks inside its segment and the tokens before and after them, fewer than
 2 BLOCK: a word that is a quarter of all tokens costs little more than others, and every sum has one order. Words that do
 not occur get zeros from the same program.
@@ -26,7 +27,7 @@ from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tile
 from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
-BLOCK = 64  # sorted tokens in a block
+BLOCK = 64  # sorted tokens in a block, where there is no projection
 _ELEMENTS = 4096  # of a tile that is only copied or summed
 _KEYS = 1024  # ids in a program of keys_kernel, words in one of starts_kernel
 MOST_COMPARED = 2**14  # tokens that are sorted by comparing each with every other
@@ -77,20 +78,31 @@ def forward_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(i[:, None] < N) & (col < D))
 
 
+@triton.jit
+def _are_one_word(keys, first, N, V, BLOCK: tl.constexpr):
+    """Whether a block of sorted tokens, from the first one on, is whole and one word's."""
+    key = tl.load(keys + first)
+    return (first + BLOCK <= N) & (key == tl.load(keys + tl.minimum(first + BLOCK, N) - 1)) & (key < V)
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def taken_kernel(
-    dy, projection, x, dy_n, projection_r, N, R: tl.constexpr, D: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    dy, projection, keys, order, x, blocks, dy_n, projection_r, N, V, R: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x [N, R] = dy projection^T."""
-    n, r = tl.program_id(0) * BN, tl.program_id(1) * BR
-    b_x = tl.zeros([BN, BR], tl.float32)
+    """One tile of x [N, R] = dy projection^T in the sorted order, and of blocks [N // BLOCK, R], as blocks_kernel's."""
+    first, r = tl.program_id(0) * BLOCK, tl.program_id(1) * BR
+    place, col = first + tl.arange(0, BLOCK), r + tl.arange(0, BR)
+    i = tl.load(order + place, mask=place < N, other=0)[:, None]
+    b_x = tl.zeros([BLOCK, BR], tl.float32)
     for k in range(tl.cdiv(D, BD)):
-        b_dy = load_tile(dy, dy_n, n, k * BD, N, D, BN, BD, True)  # [BN, BD]
+        d = k * BD + tl.arange(0, BD)[None, :]
+        b_dy = tl.load(dy + i * dy_n + d, mask=(place[:, None] < N) & (d < D), other=0.0)  # [BLOCK, BD]
         b_p = load_tile(projection, projection_r, r, k * BD, R, D, BR, BD, True)  # [BR, BD]
         b_x = tl.dot(b_dy, tl.trans(b_p), b_x, input_precision="ieee")
-    i, col = (n + tl.arange(0, BN)).to(tl.int64)[:, None], r + tl.arange(0, BR)[None, :]
-    tl.store(x + i * R + col, b_x, mask=(i < N) & (col < R))
+    tl.store(x + place.to(tl.int64)[:, None] * R + col[None, :], b_x, mask=(place[:, None] < N) & (col[None, :] < R))
+    if _are_one_word(keys, first, N, V, BLOCK):
+        tl.store(blocks + tl.program_id(0).to(tl.int64) * R + col, tl.sum(b_x, 0), mask=col < R)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -163,12 +175,11 @@ def starts_kernel(keys, starts, N, BITS, V, KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def blocks_kernel(
-    x, keys, order, blocks, x_n, V, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    x, keys, order, blocks, x_n, N, V, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
     """One tile of blocks [N // BLOCK, R]: the sum of x over a block of sorted tokens, if they are one word; else nothing."""
     first, r = tl.program_id(0) * BLOCK, tl.program_id(1) * BR
-    key = tl.load(keys + first)
-    if (key == tl.load(keys + first + BLOCK - 1)) & (key < V):
+    if _are_one_word(keys, first, N, V, BLOCK):
         col = r + tl.arange(0, BR)[None, :]
         b_sum = tl.zeros([BN, BR], tl.float32)
         for k in range(BLOCK // BN):
@@ -182,7 +193,7 @@ def blocks_kernel(
 def words_kernel(
     x, order, starts, blocks, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
-    """One tile of dtable [V, R]: one word."""
+    """One tile of dtable [V, R]: one word. x [N, R]: of the tokens, or where no order is given of the sorted ones."""
     w, r = tl.program_id(0), tl.program_id(1) * BR
     begin, end = tl.load(starts + w), tl.load(starts + w + 1)
     first = tl.cdiv(begin, BLOCK)
@@ -201,10 +212,9 @@ def words_kernel(
         place += tl.where(
             place < first * BLOCK, 0, whole * BLOCK
         )  # behind the whole blocks, of which there may be none
-        i = tl.load(order + place, mask=token < single, other=0)
-        b_sum += tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0).to(
-            tl.float32
-        )
+        i = place.to(tl.int64) if order is None else tl.load(order + place, mask=token < single, other=0)
+        b_x = tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0)
+        b_sum += b_x.to(tl.float32)
     col = r + tl.arange(0, BR)
     tl.store(dtable + w.to(tl.int64) * R + col, tl.sum(b_sum, 0).to(dtable.dtype.element_ty), mask=col < R)
 
@@ -245,12 +255,9 @@ def backward(dy, input_ids, table, projection, keys, order, starts) -> tuple[Ten
         return dtable.zero_(), dprojection.zero_()
     large = large_tiles(table.device)
     with torch.cuda.device_of(table):
-        x = dy
         if projection is not None:
-            x = table.new_empty(input_ids.size(0), table.size(1), dtype=torch.float32)
             aside((dprojection_launches(dy, input_ids, table, dprojection, large).values(), [dprojection]))
-            taken_launch(dy, projection, x, large).run()
-        for launch in dtable_launches(x, keys, order, starts, dtable).values():
+        for launch in dtable_launches(dy, projection, keys, order, starts, dtable, large).values():
             launch.run()
     return dtable, dprojection
 
@@ -314,19 +321,6 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
     return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
 
 
-def taken_launch(dy, projection, x, large: bool) -> Launch:
-    """The launch that fills x."""
-    dy, projection = rows(dy, projection)
-    (n, d), r = dy.shape, x.size(1)
-    bn, br, bd, warps = _tiles((_ELEMENTS, r, d), dy.dtype, large)
-    arguments = {
-        "dy": dy, "projection": projection, "x": x, "dy_n": dy.stride(0), "projection_r": projection.stride(0), "N": n, "R": r,
-        "D": d, "BN": bn, "BR": br, "BD": bd,
-    }  # fmt: skip
-    grid = (triton.cdiv(n, bn), triton.cdiv(r, br))
-    return _launch(taken_kernel, grid, arguments, (warps, _stages(d // bd)), dy.dtype.itemsize, bn)
-
-
 def dprojection_launches(dy, input_ids, table, dprojection, large: bool) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dprojection."""
     dy, table = rows(dy, table)
@@ -368,21 +362,27 @@ def starts_launch(keys, starts) -> Launch:
     return _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), 4)
 
 
-def dtable_launches(x, keys, order, starts, dtable) -> dict[str, Launch]:
-    """Name -> launch, in their order: they fill dtable from x [N, R] and what was sorted."""
-    (x,) = rows(x)
-    n, (v, r) = x.size(0), dtable.shape
-    bn, br = _strip(r)
-    strips = triton.cdiv(r, br)
-    blocks = x.new_empty(n // BLOCK, r, dtype=torch.float32)
+def dtable_launches(dy, projection, keys, order, starts, dtable, large: bool) -> dict[str, Launch]:
+    """Name -> launch, in their order: they fill dtable from the gradient of y and what was sorted."""
+    (dy,), (n, d), (v, r) = rows(dy), dy.shape, dtable.shape
+    x, block, (bn, br), itemsize = dy, BLOCK, _strip(r), dtable.dtype.itemsize
+    if projection is not None:
+        block, columns, depth, warps = _tiles((_ELEMENTS, r, d), dy.dtype, large)
+        x = dy.new_empty(n, r, dtype=torch.float32)
     arguments = {
-        "x": x, "keys": keys, "order": order, "starts": starts, "blocks": blocks, "dtable": dtable, "x_n": x.stride(0),
-        "V": v, "R": r, "BLOCK": BLOCK, "BN": min(bn, 16), "BR": br,
+        "dy": dy, "keys": keys, "order": order, "starts": starts, "x": x, "dtable": dtable, "dy_n": dy.stride(0),
+        "x_n": x.stride(0), "blocks": dy.new_empty(n // block, r, dtype=torch.float32), "N": n, "V": v, "R": r, "BLOCK": block,
+        "BN": min(bn, 16), "BR": br,
     }  # fmt: skip
-    itemsize, resources = dtable.dtype.itemsize, (1,) if br <= 64 else (4,)
-    launches = {}
-    if n >= BLOCK:
-        launches["blocks"] = _launch(blocks_kernel, (n // BLOCK, strips), arguments, resources, itemsize)
+    resources, strips, launches = (1,) if br <= 64 else (4,), triton.cdiv(r, br), {}
+    if projection is not None:
+        (projection,) = rows(projection)
+        product = {"projection": projection, "projection_r": projection.stride(0), "D": d, "BR": columns, "BD": depth}
+        grid, stages = (triton.cdiv(n, block), triton.cdiv(r, columns)), _stages(d // depth)
+        launches["taken"] = _launch(taken_kernel, grid, arguments | product, (warps, stages), dy.dtype.itemsize, block)
+        arguments["order"] = None  # of x
+    elif n >= block:
+        launches["blocks"] = _launch(blocks_kernel, (n // block, strips), arguments, resources, itemsize)
     return launches | {"words": _launch(words_kernel, (v, strips), arguments, resources, itemsize)}
 
 
@@ -413,9 +413,6 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
         "sort": sort_launch(input_ids, keys, order, v),
         "starts": starts_launch(keys, starts),
     }
-    x = dy
     if projection is not None:
-        x = empty(n, r, dtype=torch.float32)
-        launches["taken"] = taken_launch(dy, projection, x, large)
         launches |= dprojection_launches(dy, input_ids, table, projection, large)
-    return launches | dtable_launches(x, keys, order, starts, table)
+    return launches | dtable_launches(dy, projection, keys, order, starts, table, large)
