@@ -127,6 +127,23 @@ def test_long_segments(counts, d, dtype):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["tiny", "several parts", "no tokens", "no projection", "head alone", "table alone"])
+def test_with_a_head_that_is_tied(case, dtype):
+    """What the head finds for table and projection is added to their gradients."""
+    n, d = {"no tokens": 0, "several parts": 300}.get(case, 9), None if case == "no projection" else 7
+
+    def both(input_ids, table, projection):
+        y, table, projection = ops.tied_embedding(input_ids, table, projection)
+        read = [] if projection is None or case == "table alone" else [projection.flatten()]
+        return torch.cat([*([] if case == "head alone" else [y.flatten()]), 0.5 * table.flatten(), *read])
+
+    arguments = on_the_device(drawn(embedding_case("tied", n, 5, 3, d)))
+    with poisoned():
+        assert_passed(check("embedding", both, arguments, (1,) if d is None else (1, 2), ["triton"], dtype))
+
+
+@on_device
 @pytest.mark.parametrize("d", [None, 7])
 def test_nan_stays_in_its_word(d):
     """One token's gradient is NaN: that of its word is, and no other's, also beside it in a block."""
@@ -136,7 +153,7 @@ def test_nan_stays_in_its_word(d):
     dy = torch.ones(70, d or 3, device=DEVICE)
     dy[1] = float("nan")
     _, *kept = kernels.forward(ids, table, projection, True)
-    dtable, _ = kernels.backward(dy, ids, table, projection, *kept)
+    dtable, _ = kernels.backward(dy, ids, table, projection, *kept, None, None)
     word = torch.arange(5, device=DEVICE) == ids[1]
     assert dtable[word].isnan().all()
     assert dtable[~word].isfinite().all()
@@ -175,7 +192,7 @@ def test_block_of_ids_out_of_range(projected):
 
     with poisoned():
         _, *kept = kernels.forward(ids.to(DEVICE), table, projection, True)
-        dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, projection, *kept)
+        dtable, _ = kernels.backward(dy, ids.to(DEVICE), table, projection, *kept, None, None)
     assert dtable[:, 0].tolist() == [1, 0, 2]
 
 

@@ -191,9 +191,20 @@ def blocks_kernel(
 
 @triton.jit
 def words_kernel(
-    x, order, starts, blocks, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    x,
+    order,
+    starts,
+    blocks,
+    head_dtable,
+    dtable,
+    x_n,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
 ):
-    """One tile of dtable [V, R]: one word. x [N, R]: of the tokens, or where no order is given of the sorted ones."""
+    """One tile of dtable [V, R]: one word, head_dtable added where there is one. x [N, R]: of the tokens, or where no order is
+    given of the sorted ones."""
     w, r = tl.program_id(0), tl.program_id(1) * BR
     begin, end = tl.load(starts + w), tl.load(starts + w + 1)
     first = tl.cdiv(begin, BLOCK)
@@ -216,7 +227,10 @@ def words_kernel(
         b_x = tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0)
         b_sum += b_x.to(tl.float32)
     col = r + tl.arange(0, BR)
-    tl.store(dtable + w.to(tl.int64) * R + col, tl.sum(b_sum, 0).to(dtable.dtype.element_ty), mask=col < R)
+    b_dtable = tl.sum(b_sum, 0)
+    if head_dtable is not None:
+        b_dtable += tl.load(head_dtable + w.to(tl.int64) * R + col, mask=col < R, other=0.0).to(tl.float32)
+    tl.store(dtable + w.to(tl.int64) * R + col, b_dtable.to(dtable.dtype.element_ty), mask=col < R)
 
 
 def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,19 +259,23 @@ def kept(input_ids, table, with_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
     return empty(n, dtype=key_dtype(v)), empty(n), empty(v + 1, dtype=torch.int32)
 
 
-def backward(dy, input_ids, table, projection, keys, order, starts) -> tuple[Tensor, Tensor]:
-    """The gradients of table and projection ([0, 0] without one) from that of y, and what `forward` kept. Deterministic: no
-    atomics."""
+def backward(
+    dy, input_ids, table, projection, keys, order, starts, head_dtable, head_dprojection
+) -> tuple[Tensor, Tensor]:
+    """The gradients of table and projection ([0, 0] without one) from that of y, and what `forward` kept; those that a head found
+    for them, unless None, are added. Deterministic: no atomics."""
     expect_dtype("embedding", table.dtype)
     dtable = table.new_empty(table.shape)
     dprojection = table.new_empty((0, 0) if projection is None else projection.shape)
     if not (dy.numel() and table.numel()):
-        return dtable.zero_(), dprojection.zero_()
+        of_the_head = (dtable, head_dtable), (dprojection, head_dprojection)
+        return tuple(mine.zero_() if head is None else mine.copy_(head) for mine, head in of_the_head)
     large = large_tiles(table.device)
     with torch.cuda.device_of(table):
         if projection is not None:
-            aside((dprojection_launches(dy, input_ids, table, dprojection, large).values(), [dprojection]))
-        for launch in dtable_launches(dy, projection, keys, order, starts, dtable, large).values():
+            of_projection = dprojection_launches(dy, input_ids, table, head_dprojection, dprojection, large)
+            aside((of_projection.values(), [dprojection]))
+        for launch in dtable_launches(dy, projection, keys, order, starts, head_dtable, dtable, large).values():
             launch.run()
     return dtable, dprojection
 
@@ -321,14 +339,15 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
     return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
 
 
-def dprojection_launches(dy, input_ids, table, dprojection, large: bool) -> dict[str, Launch]:
+def dprojection_launches(dy, input_ids, table, head_dprojection, dprojection, large: bool) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dprojection."""
     dy, table = rows(dy, table)
     (n, d), (v, r) = dy.shape, table.shape
     br, bd, bn, warps = _tiles((r, d, _ELEMENTS), dy.dtype, large)
     tiles = triton.cdiv(r, br), triton.cdiv(d, bd)
     parts, steps = splits(tiles[0] * tiles[1], triton.cdiv(n, bn))
-    target = dprojection if parts == 1 else dy.new_empty(parts, r, d, dtype=torch.float32)
+    at_once = parts == 1 and head_dprojection is None
+    target = dprojection if at_once else dy.new_empty(parts, r, d, dtype=torch.float32)
     arguments = {
         "dy": dy, "input_ids": input_ids.contiguous(), "table": table, "dprojection_parts": target, "dy_n": dy.stride(0),
         "table_v": table.stride(0), "N": n, "V": v, "STEPS": steps, "R": r, "D": d, "BR": br, "BD": bd, "BN": bn,
@@ -336,7 +355,8 @@ def dprojection_launches(dy, input_ids, table, dprojection, large: bool) -> dict
     launches = {
         "dprojection": _launch(dprojection_kernel, (*tiles, parts), arguments, (warps, 1), dy.dtype.itemsize, br)
     }
-    return launches if parts == 1 else launches | {"sum": sum_launch(target, dprojection)}
+    base = None if head_dprojection is None else head_dprojection.contiguous()
+    return launches if at_once else launches | {"sum": sum_launch(target, dprojection, base)}
 
 
 def keys_launch(input_ids, keys, v: int) -> Launch:
@@ -362,7 +382,7 @@ def starts_launch(keys, starts) -> Launch:
     return _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), 4)
 
 
-def dtable_launches(dy, projection, keys, order, starts, dtable, large: bool) -> dict[str, Launch]:
+def dtable_launches(dy, projection, keys, order, starts, head_dtable, dtable, large: bool) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dtable from the gradient of y and what was sorted."""
     (dy,), (n, d), (v, r) = rows(dy), dy.shape, dtable.shape
     x, block, (bn, br), itemsize = dy, BLOCK, _strip(r), dtable.dtype.itemsize
@@ -372,7 +392,7 @@ def dtable_launches(dy, projection, keys, order, starts, dtable, large: bool) ->
     arguments = {
         "dy": dy, "keys": keys, "order": order, "starts": starts, "x": x, "dtable": dtable, "dy_n": dy.stride(0),
         "x_n": x.stride(0), "blocks": dy.new_empty(n // block, r, dtype=torch.float32), "N": n, "V": v, "R": r, "BLOCK": block,
-        "BN": min(bn, 16), "BR": br,
+        "BN": min(bn, 16), "BR": br, "head_dtable": None if head_dtable is None else head_dtable.contiguous(),
     }  # fmt: skip
     resources, strips, launches = (1,) if br <= 64 else (4,), triton.cdiv(r, br), {}
     if projection is not None:
@@ -414,5 +434,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
         "starts": starts_launch(keys, starts),
     }
     if projection is not None:
-        launches |= dprojection_launches(dy, input_ids, table, projection, large)
-    return launches | dtable_launches(dy, projection, keys, order, starts, table, large)
+        launches |= dprojection_launches(dy, input_ids, table, projection, projection, large)
+    launches |= dtable_launches(dy, projection, keys, order, starts, None, table, large)
+    tied = dtable_launches(dy, projection, keys, order, starts, table, table, large)
+    return launches | {"words, tied head": tied["words"]}

@@ -71,12 +71,12 @@ class DeepseekV3(nn.Module):
         self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor, mtp_loss_weight: float
     ) -> Tensor:
         """`loss` of what `flatten` returned: nothing is looked at, so that nothing waits for a device."""
-        embedded = self.embed_tokens(ids)
+        embedded, head = self.embed_tokens.tied(ids) if self.lm_head is None else (self.embed_tokens(ids), None)
         hidden = self.hidden(embedded, positions, cu_seqlens)
-        loss = self.cross_entropy(hidden, labels)
+        loss = self.cross_entropy(hidden, labels, head)
         if not self.mtp:
             return loss
-        return loss + mtp_loss_weight * self._mtp_loss(hidden, embedded, labels, positions, cu_seqlens)
+        return loss + mtp_loss_weight * self._mtp_loss(hidden, embedded, labels, positions, cu_seqlens, head)
 
     def flatten(
         self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
@@ -135,12 +135,12 @@ class DeepseekV3(nn.Module):
             return None, self.lm_head.weight
         return self.embed_tokens.projection, self.embed_tokens.weight
 
-    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """hidden [N, D], labels [N] -> mean loss, a scalar."""
-        projection, weight = self.head_weights()
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, head: tuple[Tensor | None, Tensor] | None = None) -> Tensor:
+        """hidden [N, D], labels [N] -> mean loss, a scalar; with a head's projection and weight, None: `head_weights`."""
+        projection, weight = head or self.head_weights()
         return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, projection=projection)
 
-    def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens) -> Tensor:
+    def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens, head) -> Tensor:
         """The mean loss of the depths. Depth k sees the token k ahead; a segment's last k places predict nothing.
 
         What those places read is another document's, but attention is causal: no place with a label sees them.
@@ -151,7 +151,7 @@ class DeepseekV3(nn.Module):
             embedded = embedded.roll(-1, 0)
             labels = labels.roll(-1, 0).index_fill(0, ends, IGNORED)
             hidden = module(hidden, embedded, rope, positions, cu_seqlens)
-            losses.append(self.cross_entropy(hidden, labels))
+            losses.append(self.cross_entropy(hidden, labels, head))
         return torch.stack(losses).mean()
 
     def _flatten(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):

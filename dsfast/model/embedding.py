@@ -20,6 +20,11 @@ class Embedding(nn.Module):
         """[N] int64 -> [N, D]."""
         return ops.embedding(input_ids, self.weight, self.projection)
 
+    def tied(self, input_ids: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor]]:
+        """As `forward`; and projection and weight for a head that is tied to them (`ops.tied_embedding`)."""
+        y, weight, projection = ops.tied_embedding(input_ids, self.weight, self.projection)
+        return y, (projection, weight)
+
     def merged(self) -> Tensor:
         """The embedding as one matrix [V, D]."""
         return self.weight if self.projection is None else self.weight @ self.projection

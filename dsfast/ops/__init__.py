@@ -13,7 +13,7 @@ from dsfast.ops.dispatch import (
     report,
     use,
 )
-from dsfast.ops.embedding import embedding
+from dsfast.ops.embedding import embedding, tied_embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
@@ -63,6 +63,7 @@ __all__ = [
     "split_and_turn",
     "stream_norm",
     "swiglu_mlp",
+    "tied_embedding",
     "update_bias",
     "use",
 ]  # fmt: skip

@@ -35,16 +35,33 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     Raises ValueError for other shapes or an id out of range, TypeError for mixed dtypes or devices. On a GPU, which the host
     does not wait for, an id out of range gives a row of NaN and adds nothing to the gradients.
     """
+    if _choose(input_ids, table, projection) == "reference":
+        return embedding_reference(input_ids, table, projection)
+    return torch.ops.dsfast.embedding(input_ids, table, projection, wants_gradients(table, projection))[0]
+
+
+def tied_embedding(
+    input_ids: Tensor, table: Tensor, projection: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `embedding` -> [N, D], and table and projection for a head that is tied to them: where the Triton kernels run, the
+    backward pass adds the gradients that the head found to its own, where autograd would do it afterwards."""
+    if _choose(input_ids, table, projection) != "triton" or not wants_gradients(table, projection):
+        return embedding(input_ids, table, projection), table, projection
+    return _Tied.apply(input_ids, table, projection)
+
+
+def _choose(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> str:
+    """Which implementation takes them. Errors as `embedding`."""
     expect_shape("embedding", "input_ids", input_ids, "N")
     expect_shape("embedding", "table", table, "V", "R")
     if projection is not None:
         expect_shape("embedding", "projection", projection, table.size(1), "D")
     expect_dtype("embedding", torch.int64, table.device, input_ids=input_ids)
     expect_dtype("embedding", table.dtype, table.device, projection=projection)
-    if choose("embedding", table) == "reference":
+    chosen = choose("embedding", table)
+    if chosen == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
-        return embedding_reference(input_ids, table, projection)
-    return torch.ops.dsfast.embedding(input_ids, table, projection, wants_gradients(table, projection))[0]
+    return chosen
 
 
 def _width(table: Tensor, projection: Tensor | None) -> int:
@@ -72,7 +89,9 @@ def _forward_fake(input_ids: Tensor, table: Tensor, projection: Tensor | None, w
     return table.new_empty(input_ids.size(0), _width(table, projection)), *kept(input_ids, table, with_grads)
 
 
-def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tensor | None, *kept: Tensor):
+def _backward_cpu(dy, input_ids, table, projection, keys, order, starts, head_dtable, head_dprojection):
+    if head_dtable is not None or head_dprojection is not None:
+        raise NotImplementedError("dsfast::embedding_backward takes no gradients of a head's on a CPU")
     dy, input_ids, table = rows(dy), input_ids.contiguous(), rows(table)
     projection = None if projection is None else projection.contiguous()
     dtable, dprojection = _backward_fake(dy, input_ids, table, projection)
@@ -84,7 +103,7 @@ def _backward_cpu(dy: Tensor, input_ids: Tensor, table: Tensor, projection: Tens
     return dtable, dprojection
 
 
-def _backward_fake(dy, input_ids, table, projection, *kept):
+def _backward_fake(dy, input_ids, table, projection, *kept_and_of_the_head):
     dprojection = table.new_empty(0, 0) if projection is None else projection.new_empty(projection.shape)
     return table.new_empty(table.shape), dprojection
 
@@ -96,9 +115,28 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, *_):
+    return *_gradients(ctx, dy, None, None), None
+
+
+def _gradients(ctx, dy: Tensor, *of_the_head: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of input_ids, table and projection."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks them
-    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *saved)
-    return None, dtable, None if saved[2] is None else dprojection, None
+    dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *saved, *of_the_head)
+    return None, dtable, None if saved[2] is None else dprojection
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _, table, projection = inputs
+        output = torch.ops.dsfast.embedding(*inputs, True)
+        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.set_materialize_grads(False)
+        return output[0], table.detach(), None if projection is None else projection.detach()
+
+    @staticmethod
+    def backward(ctx, dy, dtable, dprojection):
+        return (None, dtable, dprojection) if dy is None else _gradients(ctx, dy, dtable, dprojection)
 
 
 define(
@@ -110,7 +148,7 @@ define(
 )
 define(
     "embedding_backward(Tensor dy, Tensor input_ids, Tensor table, Tensor? projection, Tensor keys, Tensor order,"
-    " Tensor starts) -> (Tensor, Tensor)",
+    " Tensor starts, Tensor? head_dtable, Tensor? head_dprojection) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
     fake=_backward_fake,
     cuda=triton.launcher("embedding", "backward"),
