@@ -156,7 +156,7 @@ def forward_kernel(
 
     k = tl.arange(0, KP)[None, :]
     b_chosen = tl.zeros([BN, KP], tl.int32)
-    for rank in range(K):
+    for rank in tl.static_range(K):
         _, b_at = _first_of_largest(b_key, place, 1)  # [BN, 1]
         b_chosen = tl.where(k == rank, b_at, b_chosen)
         b_key = tl.where(place == b_at, TAKEN, b_key)
@@ -555,7 +555,7 @@ def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[
     together = SORTED // slots
     blocks = max(1, triton.cdiv(tiles, together))
     ep = triton.next_power_of_2(bins)
-    be = min(4, ep)
+    be = min(2, ep)
     few = parts is None or triton.next_power_of_2(max(1, tiles)) * ep <= SUMMED
     before = None if few else order.new_empty(blocks + 1, ep)
     arguments = {
