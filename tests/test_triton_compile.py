@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch
+from dsfast.triton_kernels.launch import Launch, compiling, early
 from dsfast.triton_kernels.limits import CHIPS
+from dsfast.triton_kernels.pieces import after_others, options
 
 from dsfast.bench.compile import DTYPES, compile_example, examples, kernels_of, operators
 
@@ -160,8 +167,8 @@ def test_limits_find_what_breaks_them():
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)(
-        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True
-    )
+        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True, waits=False
+    )  # fmt: skip
     assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == [
         "8",
         "232449",
@@ -169,6 +176,7 @@ def test_limits_find_what_breaks_them():
         "the",
         "products",
         "each",
+        "memory",
     ]
 
 
@@ -192,6 +200,60 @@ def test_products_computed_twice_are_found():
     chained = compile_launch(launch, "sm_90")
     assert chained.repeated == 1.5
     assert chained.matrix > kept.matrix
+
+
+@pytest.mark.parametrize(("chip", "waits"), [("sm_80", None), ("sm_90", True), ("sm_100", True), ("gfx942", None)])
+def test_kernels_wait_where_they_are_let_in_early(chip, waits):
+    """And one that does not, or does so too late, is found out."""
+    launch = rms_norm.example_launches("500K", torch.bfloat16, CHIPS[chip].large)["forward_kernel"]
+    assert compile_launch(launch, chip).waits is waits
+    late = Launch(_late_kernel, (1,), {"x": torch.empty(1, device="meta")}, options(1), 4, 0)
+    assert compile_launch(late, chip).waits is (waits and False)
+
+
+@triton.jit
+def _late_kernel(x):
+    number = tl.load(x)
+    after_others()
+    tl.store(x, number + 1)
+
+
+class Noted:
+    """Stands for a kernel: keeps the options that it is started with."""
+
+    arg_names = ()
+
+    def __init__(self):
+        self.options: list[dict] = []
+
+    def __getitem__(self, grid):
+        return lambda **options: self.options.append(options)
+
+    def warmup(self, grid, **options):
+        self.options.append(options)
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
+    monkeypatch.setattr(launch_module, "_lets_in_early", lambda: can)
+    kernel = Noted()
+    launch = Launch(kernel, (1,), {}, {"num_warps": 4}, 4, 0)
+    launch.run()
+    with in_context(compiling, True):
+        launch.run()
+    with in_context(early, False):
+        launch.run()
+    plain = {"num_warps": 4}
+    assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
+
+
+@contextmanager
+def in_context(variable, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def test_blocks_divide_tiles():

@@ -12,6 +12,7 @@ import torch
 import triton
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
+from dsfast.triton_kernels.pieces import compiled_for
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -39,6 +40,9 @@ class Compiled:
         float | None
     )  # work of the warp groups' matrix instructions over that of the source's products; None without them
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
+    waits: (
+        bool | None
+    )  # for the kernels before it, before it reads or writes memory; None where none starts before they end
 
     def faults(self, launch: Launch) -> list[str]:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
@@ -56,15 +60,20 @@ class Compiled:
             found.append(f"products are computed {self.repeated:g} times")
         if self.serialized:
             found.append("each matrix instruction waits for the one before it (ptxas calls them serialized)")
+        if self.waits is False:
+            found.append("memory is read or written before the kernels before it are waited for")
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
-    kernel = triton.compile(
-        _source(launch), target=GPUTarget(target.backend, target.arch, target.warp_size), options=launch.options
-    )
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    token = compiled_for.set(gpu)
+    try:
+        kernel = triton.compile(_source(launch), target=gpu, options=launch.options)
+    finally:
+        compiled_for.reset(token)
     assembly = kernel.asm[target.stage]
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
@@ -73,7 +82,14 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     return Compiled(
         launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies,
         _repeated(kernel, launch.options["num_warps"]) if groups else None, _serialized(kernel, target.arch) if groups else None,
+        _waits(assembly) if cuda and target.arch >= 90 else None,
     )  # fmt: skip
+
+
+def _waits(ptx: str) -> bool:
+    """As in Compiled."""
+    found = re.search(r"\bgriddepcontrol\.wait\b|\b(?:ld|st|atom|red)\.\S*global|\bcp\.async", ptx)
+    return found is not None and found[0].startswith("griddepcontrol")
 
 
 def _serialized(kernel, arch: int) -> bool:

@@ -24,6 +24,10 @@ INTERPRETED_AS = 9
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
+early: ContextVar[bool] = ContextVar("dsfast_launch_early", default=True)
+"""Whether a kernel's programs may come on to the chip before the kernels before it are done, and wait there: each calls
+`after_others` of dsfast.triton_kernels.pieces first."""
+
 branches: ContextVar[Branches | None] = ContextVar("dsfast_branches", default=None)
 """Where they are, `aside` starts launches beside those that follow."""
 
@@ -47,11 +51,13 @@ class Launch:
         """Start it, if there is a program to start; only compile it where `compiling` says so."""
         if 0 in self.grid:
             return
-        arguments = (self.arguments[name] for name in self.kernel.arg_names)
+        arguments, options = (self.arguments[name] for name in self.kernel.arg_names), self.options
+        if early.get() and _lets_in_early():
+            options = options | {"launch_pdl": True}
         if compiling.get():
-            self.kernel.warmup(*arguments, grid=self.grid, **self.options)
+            self.kernel.warmup(*arguments, grid=self.grid, **options)
         else:
-            self.kernel[self.grid](*arguments, **self.options)
+            self.kernel[self.grid](*arguments, **options)
 
 
 def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = False) -> None:
@@ -94,6 +100,12 @@ def large_tiles(device: torch.device) -> int:
         return INTERPRETED_AS
     major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
     return major if major in (9, 10) else 0
+
+
+@cache
+def _lets_in_early() -> bool:
+    """Whether there is a GPU that can."""
+    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @cache

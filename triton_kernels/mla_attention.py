@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import again, options, place, sum_launch
+from dsfast.triton_kernels.pieces import after_others, again, options, place, sum_launch
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
@@ -165,6 +165,7 @@ def forward_kernel(
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
+    after_others()
     tiles = tl.cdiv(N, BT)
     h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
@@ -245,6 +246,7 @@ def backward_q_kernel(
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, PITCH] = sum of do o, for one tile of queries and one head."""
+    after_others()
     tiles = tl.cdiv(N, BT)
     h, tile = place(H, tiles, G)
     h = h.to(tl.int64)
@@ -327,6 +329,7 @@ def backward_kv_kernel(
 ):  # fmt: skip
     """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head of
     queries."""
+    after_others()
     h, tile = place(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest

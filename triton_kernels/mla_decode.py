@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
-from dsfast.triton_kernels.pieces import again, options
+from dsfast.triton_kernels.pieces import after_others, again, options
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -158,6 +158,7 @@ def attend_kernel(
     [B, SPLITS, H, R] in float32, and `sums` [2, B, SPLITS, H] m and l; else the mixed latents [B, H, R], where ABSORB the
     values [B, H, Dv]. PAGE is 0 for a cache [B, C, ...]: then a sequence is its only page.
     """
+    after_others()
     blocks = tl.cdiv(H, BH)
     pid = tl.program_id(0)
     block, split, b = pid % blocks, pid // blocks % SPLITS, pid // blocks // SPLITS
@@ -241,6 +242,7 @@ def combine_kernel(
 ):  # fmt: skip
     """The splits of one head of one sequence put together, BR columns of them, BS splits at a time: to the mixed latents
     [B, H, R], where ABSORB (and BR = RP) the values [B, H, Dv]. What a split without places would have written is not read."""
+    after_others()
     chunks: tl.constexpr = (RP + BR - 1) // BR
     pid = tl.program_id(0)
     chunk, h, b = pid % chunks, pid // chunks % H, pid // chunks // H

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, rows
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import current_target
 
 PROGRAMS = 528  # at most, that a launch is split into where its tiles are fewer: 4 for each of 132 processors
+compiled_for: ContextVar[GPUTarget | None] = ContextVar("dsfast_compiled_for", default=None)
+"""The chip that kernels are compiled for, where it is not the one that is here."""
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
 
 
@@ -23,6 +30,33 @@ def splits(tiles: int, steps: int, programs: int = PROGRAMS) -> tuple[int, int]:
     """
     per = triton.cdiv(steps, min(steps, max(1, programs // tiles)))
     return triton.cdiv(steps, per), per
+
+
+def _lets_in_early() -> bool:
+    """Whether the chip that a kernel is compiled for has programs of the next one wait on it."""
+    target = None if triton.knobs.runtime.interpret else compiled_for.get() or current_target()
+    return target is not None and target.backend == "cuda" and target.arch >= 90
+
+
+_lets_in_early.__triton_builtin__ = (
+    True  # what it reads is no part of a kernel's source: the chip has its place in the key
+)
+
+
+@triton.constexpr_function
+def _waits():
+    return _lets_in_early()
+
+
+@triton.jit
+def after_others():
+    """First in every kernel: wait until the kernels before are done, and let the next one's programs come on to the chip.
+
+    A GPU from sm_90 on has these waiting there (`Launch.run`) when the last one is done, instead of beginning to launch them.
+    """
+    if _waits():
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -62,6 +96,7 @@ def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS:
 def sum_kernel(parts, base, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1, plus base [R, D] where there is
     one. In float32, BS of them at a time, always in the same order."""
+    after_others()
     blocks = tl.cdiv(D, BN)
     r = (tl.program_id(0) // blocks).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
     d = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)[None, :]

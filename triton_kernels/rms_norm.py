@@ -31,7 +31,7 @@ from dsfast.triton_kernels.launch import (
     padded,
     rows,
 )
-from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
+from dsfast.triton_kernels.pieces import after_others, gradients_read, options, sum_launch
 from torch import Tensor
 
 WIDEST = 8192
@@ -58,6 +58,7 @@ def forward_kernel(
     x, residual, weight, y, h, rstd, eps, x_n, residual_n, N, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):
     """y [N, D], rstd [N] and, where there is a residual, h [N, D], for one tile of rows."""
+    after_others()
     start = tl.program_id(0) * BN
     d = tl.arange(0, BD)
     b_h = _load(x, x_n, start, N, BN, D, BD)  # [BN, BD]
@@ -79,6 +80,7 @@ def backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], and this program's part of dweight [P, D]: tiles p, p + P, p + 2 P ..."""
+    after_others()
     p, programs = tl.program_id(0), tl.num_programs(0)
     d = tl.arange(0, BD)
     b_weight = tl.load(weight + d, mask=d < D, other=0.0)
