@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dsfast.triton_kernels.launch import early
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
@@ -44,6 +45,32 @@ def never() -> bool:
 def step_rows(part: str = "step", expired=never) -> list[dict]:
     """What a rehearsed step's row is like each time it is there; the same dict, which grows."""
     return [json.loads(json.dumps(row)) for row in whole.run_step(HostClock(), None, True, part, expired, 1)]
+
+
+def test_a_step_is_recorded_in_each_way_and_one_that_fails_is_left_out(monkeypatch):
+    count, seen = torch.zeros(()), []
+
+    class Counting:
+        def __call__(self):
+            count.add_(1)
+
+        def state(self):
+            return [count]
+
+    def record(step, branched):
+        step()
+        seen.append((branched, early.get()))
+        if branched:
+            raise RuntimeError
+        return SimpleNamespace(replay=len(seen))
+
+    monkeypatch.setattr(whole, "record", record)
+    monkeypatch.setattr(whole.triton, "compile_together", lambda step: seen.append(("compiled", early.get())))
+    assert whole._recordings(Counting()) == {"dsfast, one chain": 2, "dsfast, one chain, in turn": 6}
+    compiled = [("compiled", True)] * 2 + [("compiled", False)]
+    assert seen == [compiled[0], (False, True), compiled[1], (True, True), compiled[2], (False, False)]
+    assert count == 0
+    assert early.get()
 
 
 def run_tiny(part: str, expired=never) -> dict:

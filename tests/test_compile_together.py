@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_capturing_compiles_before_it_starts_and_changes_nothing(step, monkeypat
     """Memory that kernels should have written is full of NaN and of the largest integers, when they are compiled and after."""
     compiler = InstantCompiler()
     with fake_gpu(compiler) as driver, poisoned():
-        monkeypatch.setattr(gpu, "record", lambda call, branched: call)
+        monkeypatch.setattr(gpu, "record", lambda call: SimpleNamespace(replay=call))
         before, compiled, together = [x.clone() for x in step.state()], [], triton.compile_together
 
         def compile_together(call):

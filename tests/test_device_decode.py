@@ -308,9 +308,9 @@ class TestCapture:
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         replayed = []
 
-        def record(step, branched):
+        def record(step):
             step()
-            return lambda: (replayed.append(None), step())
+            return SimpleNamespace(replay=lambda: (replayed.append(None), step()))
 
         monkeypatch.setattr(gpu, "record", record)
         model = random_model()
@@ -338,7 +338,7 @@ class TestCapture:
     def test_where_it_fails_steps_are_launched_one_by_one_and_it_is_said_once(self, monkeypatch):
         tried = []
 
-        def record(step, branched):
+        def record(step):
             tried.append(None)
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")

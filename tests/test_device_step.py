@@ -490,6 +490,15 @@ class TestWhatAGraphForbids:
         assert addresses(steps.step) != before
 
 
+class Graph(SimpleNamespace):
+    """Stands for a recorded one."""
+
+    def __init__(self, replay):
+        super().__init__(replay=replay, pool=lambda: (0, 1))
+
+    __hash__ = object.__hash__
+
+
 class TestCapture:
     """Without a GPU: the stream and the recording are stood in for."""
 
@@ -500,9 +509,9 @@ class TestCapture:
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         calls = []
 
-        def record(step, branched):
+        def record(step):
             step()
-            return lambda: (calls.append(None), step())
+            return Graph(lambda: (calls.append(None), step()))
 
         monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
@@ -523,7 +532,7 @@ class TestCapture:
         assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
 
     def test_where_it_fails_the_steps_are_launched_one_by_one_and_it_is_said(self, monkeypatch):
-        def record(step, branched):
+        def record(step):
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
@@ -538,7 +547,7 @@ class TestCapture:
         assert row["reason"].endswith("operation not permitted when stream is capturing")
 
     def test_it_is_said_what_went_wrong_in_the_capture_and_not_that_it_could_not_be_ended(self, monkeypatch):
-        def record(step, branched):
+        def record(step):
             try:
                 raise RuntimeError("the cause")
             finally:
@@ -555,9 +564,9 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
         monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext(log.append("capture")))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext(log.append("capture")))
         monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"of priority {priority}")
-        gpu.record(lambda: log.append(modes[-1]))()
+        gpu.record(lambda: log.append(modes[-1])).replay()
         assert log == ["error", "capture", "default", "replay"]
 
         def waiting():
@@ -587,16 +596,89 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: logged(f"capture on {stream}"))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: logged(f"capture on {stream}"))
         monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"priority {priority}")
         monkeypatch.setattr(triton, "branches", lambda: logged("branches"))
         gpu.record(lambda: log.append("step"), branched=True)
         capture = "capture on priority -1"
         assert log == ["step", "make branches", f"make {capture}", capture, "branches", "step"]
 
+    @pytest.fixture
+    def counting(self):
+        """A step that counts, in device memory."""
+        count = torch.zeros((), dtype=torch.int64)
+
+        class Counting:
+            name = "counting"
+
+            def __call__(self):
+                count.add_(1)
+
+            def state(self):
+                return [count]
+
+        return Counting()
+
+    @pytest.mark.parametrize(("chain", "branches"), [(1.0, 0.5), (0.5, 1.0)])
+    def test_the_faster_of_two_recordings_that_leave_the_same_bits_is_taken(
+        self, counting, chain, branches, monkeypatch
+    ):
+        graphs, pools = {}, []
+
+        def record(step, branched=False, pool=None):
+            pools.append(pool)
+            graphs[branched] = Graph(step.__call__)
+            return graphs[branched]
+
+        def seconds(call):
+            call()
+            return branches if call is graphs[True].replay else chain
+
+        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(gpu, "_seconds", seconds)
+        assert captured(counting, branched=True) is graphs[branches < chain].replay
+        assert pools == [None, (0, 1)], "they share their memory"
+        assert counting.state()[0] == 0
+        assert not ops.fallbacks()
+
+    @pytest.mark.parametrize("replay", [1, gpu.COMPARED])
+    def test_one_that_leaves_other_bits_is_not_taken_and_it_is_said(self, counting, replay, monkeypatch):
+        """In one of its replays: what is not in order goes well most of the time."""
+        chain, replays = Graph(counting.__call__), []
+
+        def wrong():
+            replays.append(None)
+            counting.state()[0].add_(2 if len(replays) == replay else 1)
+
+        monkeypatch.setattr(gpu, "record", lambda step, branched=False, pool=None: Graph(wrong) if branched else chain)
+        monkeypatch.setattr(gpu, "_seconds", lambda call: call() or 1.0)
+        with pytest.warns(ops.FallbackWarning, match="counting is recorded as one chain: .* it leaves other numbers"):
+            assert captured(counting, branched=True) is chain.replay
+        assert counting.state()[0] == 0
+
+    def test_one_that_fails_leaves_the_chain_and_it_is_said(self, counting, monkeypatch):
+        chain = Graph(counting.__call__)
+
+        def record(step, branched=False, pool=None):
+            if not branched:
+                return chain
+            step()
+            raise RuntimeError("not permitted\nmore")
+
+        monkeypatch.setattr(gpu, "record", record)
+        with pytest.warns(ops.FallbackWarning, match="its recording with branches failed: not permitted$"):
+            assert captured(counting, branched=True) is chain.replay
+        assert counting.state()[0] == 0
+
+    def test_a_step_with_much_state_is_recorded_once(self, counting, monkeypatch):
+        chain = Graph(counting.__call__)
+        monkeypatch.setattr(gpu, "COMPARED_BYTES", 7)
+        monkeypatch.setattr(gpu, "record", lambda step: chain)
+        assert captured(counting, branched=True) is chain.replay
+
     @pytest.mark.parametrize("on_top", [False, True])
     def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):
-        def record(step, branched):
+        def record(step):
             try:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
             finally:

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from dsfast.triton_kernels.launch import Launch
 from guard import GraphGuard, addresses, kept_by_step, operators_called
 from operator_cases import needs_native
 from test_device_step import eager
@@ -22,7 +23,7 @@ from triton_contract import INTERPRETED, poisoned
 
 from dsfast import ops
 from dsfast.config import OPERATORS, default_config
-from dsfast.model.gpu import unchanged
+from dsfast.model.gpu import record, unchanged
 from dsfast.ops import triton
 from dsfast.train import Trainer, load_checkpoint
 from dsfast.train.device_step import read
@@ -135,6 +136,25 @@ class TestOnAGpu:
         assert replayed.train(quiet=True).losses == launched.train(quiet=True).losses
         for (name, a), b in zip(replayed.model.state_dict().items(), launched.model.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("branched", [False, True])
+    def test_recorded_it_leaves_the_bits_of_launches_that_are_waited_for(self, branched, monkeypatch):
+        """The 500K model: whatever runs beside others there, or is let in while the kernel before it runs."""
+        trainer = Trainer(default_config("gpu").replace(**{"train.steps": self.STEPS}))
+        steps = DeviceSteps(trainer, eager)
+        steps.prepare()
+        run = Launch.run
+        with trainer.kernels(), unchanged(steps.step.state()) as restore:
+            graph = record(steps.step, branched)
+            restore()
+            with monkeypatch.context() as waiting:
+                waiting.setattr(Launch, "run", lambda launch: (run(launch), torch.cuda.synchronize()))
+                steps.step()
+            expected = [x.clone() for x in steps.step.state()]
+            for _ in range(50):
+                restore()
+                graph.replay()
+                assert all(map(torch.equal, steps.step.state(), expected))
 
     def test_a_block_is_launched_without_waiting_for_the_device(self):
         trainer = trainer_of("muon", **{"train.steps": self.STEPS, "train.log_every": 5, "runtime.device": "cuda"})

@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ _OF_THE_GPU = (
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 WARM_UP = 3
 """Calls before a capture: kernels are compiled, libraries allocate their working memory."""
+COMPARED, COMPARED_BYTES = 16, 2**30
+"""Replays of two recordings that are compared, and the most state of a step that this is done for: it is copied twice."""
 
 
 class Step(Protocol):
@@ -39,8 +42,10 @@ class Step(Protocol):
 
 
 def captured(step: Step, branched: bool = False) -> Callable[[], None]:
-    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured. branched: as in `record`.
+    """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
 
+    branched: as the faster of two graphs, one of them branched as in `record`, if both leave the same bits behind; with a warning
+    where they do not. Large models, whose kernels fill a GPU one by one, have one graph: COMPARED_BYTES.
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.
     """
@@ -52,15 +57,65 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
             restore()
     with unchanged(step.state()):
         try:
-            return record(step, branched)
+            chain = record(step)
         except RuntimeError as error:
-            # What went wrong in the capture, not that the capture could not be ended, which is raised on top of it.
-            cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause := _cause(error), torch.OutOfMemoryError):
                 raise cause from None
             reason = f"capture as a CUDA graph failed: {first_line(cause)}"
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
-    return step
+            return step
+    small = sum(x.nbytes for x in step.state()) <= COMPARED_BYTES
+    return (_chain_or_branches(step, chain) if branched and small else chain).replay
+
+
+def _chain_or_branches(step: Step, chain: torch.cuda.CUDAGraph) -> torch.cuda.CUDAGraph:
+    """The step recorded with branches, if that leaves what its recording as a chain leaves, and sooner; else `chain`."""
+    try:
+        with unchanged(step.state()):
+            branches = record(step, branched=True, pool=chain.pool())
+    except RuntimeError as error:
+        reason = f"its recording with branches failed: {first_line(_cause(error))}"
+    else:
+        seconds = _compared(step, chain, branches)
+        if seconds is not None:
+            return branches if seconds[1] < seconds[0] else chain
+        reason = "recorded with branches it leaves other numbers behind"
+    ops.note_fallback(step.name, "cuda", "is recorded as one chain", reason)
+    return chain
+
+
+def _compared(step: Step, *graphs: torch.cuda.CUDAGraph) -> list[float] | None:
+    """Median seconds of a replay of each, in turns from the same state; None if they do not always leave the same bits."""
+    expected: list[Tensor] = []
+    taken: dict[torch.cuda.CUDAGraph, list[float]] = {graph: [] for graph in graphs}
+    with unchanged(step.state()) as restore:
+        for _ in range(COMPARED):
+            for graph, seconds in taken.items():
+                restore()
+                seconds.append(_seconds(graph.replay))
+                expected = expected or [x.clone() for x in step.state()]
+                if not all(map(_same_bits, step.state(), expected)):
+                    return None
+    return [median(seconds) for seconds in taken.values()]
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """By the GPU's clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(*(z.detach().reshape(-1).view(torch.uint8) for z in (x, y)))
+
+
+def _cause(error: RuntimeError) -> BaseException:
+    """What went wrong in a capture, not that the capture could not be ended, which is raised on top of it."""
+    return error.__context__ or error
 
 
 @contextmanager
@@ -91,10 +146,13 @@ def _side_stream() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def record(call: Callable[[], object], branched: bool = False) -> Callable[[], None]:
-    """`call` as a CUDA graph: what replays it. It is called once more before, on a stream of its own.
+def record(
+    call: Callable[[], object], branched: bool = False, pool: tuple[int, int] | None = None
+) -> torch.cuda.CUDAGraph:
+    """`call` as a CUDA graph. It is called once more before, on a stream of its own.
 
     branched: with `triton.branches`; for one that calls no compiled function, which PyTorch would not run as such inside.
+    pool: of another graph, whose memory it may use, as neither is replayed while the other runs.
     Raises RuntimeError where it makes the host wait for the device. That is found out before the capture: one that fails leaves
     torch 2.11 unable to capture another, and to give memory back, for as long as the process lives.
     """
@@ -105,11 +163,11 @@ def record(call: Callable[[], object], branched: bool = False) -> Callable[[], N
     chain = torch.cuda.Stream(priority=triton.CHAIN)
     branches = triton.branches() if branched else nullcontext()
     try:
-        with torch.cuda.graph(graph, stream=chain), branches:
+        with torch.cuda.graph(graph, pool=pool, stream=chain), branches:
             call()
     finally:
         torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
-    return graph.replay
+    return graph
 
 
 @contextmanager

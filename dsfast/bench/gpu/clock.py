@@ -57,7 +57,7 @@ class GpuClock:
             for _ in range(GRAPH_CALLS):
                 call()
 
-        replay = record(calls)
+        replay = record(calls).replay
         replay()
         return statistics.median(self.seconds(replay) for _ in range(REPLAYS)) / GRAPH_CALLS
 

@@ -21,16 +21,27 @@ from dsfast.bench.timing import spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
-from dsfast.model import DeepseekV3, captured, generate_ids, loss_in, precision_of
+from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
+from dsfast.model.gpu import record, unchanged
+from dsfast.ops import triton
 from dsfast.train import Trainer
+from dsfast.train.device_step import DeviceStep
 from dsfast.train.runtime import DeviceSteps
+from dsfast.triton_kernels.launch import early
 
 Json = dict[str, Any]
 
 NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
-UNCAPTURED, ONE_CHAIN = "dsfast, uncaptured", "dsfast, one chain"
+UNCAPTURED = "dsfast, uncaptured"
+WAYS = {
+    "dsfast, one chain": (False, True),
+    "dsfast, branches": (True, True),
+    "dsfast, one chain, in turn": (False, False),
+}
+"""Of recording a step: with branches or without, and whether kernels are let in before the ones before them are done. The
+trainer takes the faster of the first two."""
 WARM_CALLS = 5
 """Untimed: CUDA graphs are recorded on the way."""
 AGREEMENT = 1e-3
@@ -50,7 +61,7 @@ def whole_config(rehearsal: bool) -> Config:
 def run_step(
     clock: Any, bounds: Bounds | None, rehearsal: bool, part: str, expired: Callable[[], bool], rounds: int
 ) -> Iterator[Json]:  # fmt: skip
-    """The row of a step as the trainer records it on a GPU, its batch in device memory, beside the same without branches, and
+    """The row of a step as the trainer records it on a GPU, its batch in device memory, beside the same in each of WAYS, and
     again each time a peer has joined: those of GPU_PEERS that PyTorch launches; in the part "compiled" those that it compiles,
     which takes longer than all else.
 
@@ -63,7 +74,8 @@ def run_step(
         name: peer.missing() or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
-    trainer = trainer_on(config, *rows, steps=2 + 2 * (WARM_CALLS + rounds * (1 + len(missing))))
+    calls = (1 + len(WAYS)) * (WARM_CALLS + rounds * (1 + len(missing)))
+    trainer = trainer_on(config, *rows, steps=2 + calls)
     rows = [x.to(trainer.device) for x in rows]
     first = FirstSteps(trainer, GPU_PEERS, missing, rows)
     flops, dtype = matrix_flops(config.model, batch, length), precision_of(config.runtime).tensors
@@ -71,7 +83,7 @@ def run_step(
         steps, problem = recorded_steps(trainer, rows, clock.on_gpu)
         calls = {"dsfast": steps.call}
         if clock.on_gpu and steps.call is not steps.step:
-            calls[ONE_CHAIN] = captured(steps.step)
+            calls |= _recordings(steps.step)
         for call in calls.values():
             _warm(call)
         row = {
@@ -93,6 +105,22 @@ def run_step(
                 calls[name] = call
                 row["passes"]["step"] = _time_step(calls, clock, flops, dtype, bounds, rounds)
             yield row
+
+
+def _recordings(step: DeviceStep) -> dict[str, Callable[[], object]]:
+    """What replays the step, recorded in each of WAYS that does not fail."""
+    found = {}
+    for name, (branched, let_in) in WAYS.items():
+        token = early.set(let_in)
+        try:
+            with unchanged(step.state()):
+                triton.compile_together(step)
+                graph, _ = attempt(partial(record, step, branched))
+        finally:
+            early.reset(token)
+        if graph is not None:
+            found[name] = graph.replay
+    return found
 
 
 def _time_step(
