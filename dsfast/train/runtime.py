@@ -189,6 +189,9 @@ class DeviceSteps:
         first = mark(self.trainer.device)
         for _ in range(begin, self.launched):
             self.call()
+        # A recorded step counts in memory of its own, of which the model knows one recording's.
+        for router, load in zip(self.step.routers, self.step.loads[self.launched - 1 - self.first], strict=True):
+            router.load = load
         sent = self.step.sent(begin - self.first, self.launched - self.first)
         return Block(self.launched, since, first, mark(self.trainer.device), sent)
 
