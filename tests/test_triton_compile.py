@@ -247,6 +247,17 @@ def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
     assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "interpreted", "expected"),
+    [((9, 0), "0", True), ((10, 0), "0", True), ((8, 9), "0", False), (None, "0", False), ((9, 0), "1", False)],
+)
+def test_where_kernels_are_let_in_early(gpu, interpreted, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert launch_module._lets_in_early.__wrapped__() is expected
+
+
 @contextmanager
 def in_context(variable, value):
     token = variable.set(value)

@@ -4,6 +4,7 @@ one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -104,8 +105,10 @@ def large_tiles(device: torch.device) -> int:
 
 @cache
 def _lets_in_early() -> bool:
-    """Whether there is a GPU that can."""
-    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
+    """Whether there is a GPU that can, and kernels are not interpreted."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)
 
 
 @cache
