@@ -492,15 +492,6 @@ class TestWhatAGraphForbids:
         assert addresses(steps.step) != before
 
 
-class Graph(SimpleNamespace):
-    """Stands for a recorded one."""
-
-    def __init__(self, replay):
-        super().__init__(replay=replay, pool=lambda: (0, 1))
-
-    __hash__ = object.__hash__
-
-
 class TestCapture:
     """Without a GPU: the stream and the recording are stood in for."""
 
@@ -519,7 +510,7 @@ class TestCapture:
                     router.load = torch.zeros_like(router.load)
 
             step()
-            return Graph(replay)
+            return SimpleNamespace(replay=replay)
 
         monkeypatch.setattr(gpu, "record", record)
         trainer = device_trainer(launch=captured)
@@ -612,77 +603,92 @@ class TestCapture:
         assert log == ["step", "make branches", f"make {capture}", capture, "branches", "step"]
 
     @pytest.fixture
-    def counting(self):
-        """A step that counts, in device memory."""
-        count = torch.zeros((), dtype=torch.int64)
+    def doubling(self):
+        """A step that adds to a number what it first writes elsewhere: the number itself."""
+        number, elsewhere = torch.ones((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
-        class Counting:
-            name = "counting"
+        class Doubling:
+            name, loaded = "doubling", 3
 
             def __call__(self):
-                count.add_(1)
+                elsewhere.copy_(number)
+                number.add_(elsewhere)
+
+            def early(self):
+                number.add_(elsewhere)
+                elsewhere.copy_(number // 2)
 
             def state(self):
-                return [count]
+                return [number]
 
-        return Counting()
+        return Doubling()
 
     @pytest.mark.parametrize(("chain", "branches"), [(1.0, 0.5), (0.5, 1.0)])
     def test_the_faster_of_two_recordings_that_leave_the_same_bits_is_taken(
-        self, counting, chain, branches, monkeypatch
+        self, doubling, chain, branches, monkeypatch
     ):
-        graphs, pools = {}, []
+        recordings, neighbours = {}, []
 
-        def record(step, branched=False, pool=None):
-            pools.append(pool)
-            graphs[branched] = Graph(step.__call__)
-            return graphs[branched]
+        def record(step, branched=False, beside=None):
+            neighbours.append(beside)
+            recordings[branched] = SimpleNamespace(replay=step.__call__)
+            return recordings[branched]
 
-        def seconds(call):
-            call()
-            return branches if call is graphs[True].replay else chain
+        def seconds(call, times):
+            assert times == doubling.loaded
+            for _ in range(times):
+                call()
+            return branches if call is recordings[True].replay else chain
 
         monkeypatch.setattr(gpu, "record", record)
         monkeypatch.setattr(gpu, "_seconds", seconds)
-        assert captured(counting, branched=True) is graphs[branches < chain].replay
-        assert pools == [None, (0, 1)], "they share their memory"
-        assert counting.state()[0] == 0
+        assert captured(doubling, branched=True) is recordings[branches < chain].replay
+        assert neighbours == [None, recordings[False]], "they share their memory"
+        assert doubling.state()[0] == 1
         assert not ops.fallbacks()
 
-    @pytest.mark.parametrize("replay", [1, gpu.COMPARED])
-    def test_one_that_leaves_other_bits_is_not_taken_and_it_is_said(self, counting, replay, monkeypatch):
-        """In one of its replays: what is not in order goes well most of the time."""
-        chain, replays = Graph(counting.__call__), []
+    @pytest.mark.parametrize("kind", ["too early", "wrong at first", "wrong at last"])
+    def test_one_that_leaves_other_bits_is_not_taken_and_it_is_said(self, doubling, kind, monkeypatch):
+        """Even if it reads what the replay before it left, or goes well but for one time."""
+        chain, replays = SimpleNamespace(replay=doubling.__call__), []
+        wrong_at = {"wrong at first": 1, "wrong at last": gpu.COMPARED * doubling.loaded}.get(kind)
 
-        def wrong():
+        def replay():
             replays.append(None)
-            counting.state()[0].add_(2 if len(replays) == replay else 1)
+            doubling.early() if kind == "too early" else doubling()
+            doubling.state()[0].add_(len(replays) == wrong_at)
 
-        monkeypatch.setattr(gpu, "record", lambda step, branched=False, pool=None: Graph(wrong) if branched else chain)
-        monkeypatch.setattr(gpu, "_seconds", lambda call: call() or 1.0)
-        with pytest.warns(ops.FallbackWarning, match="counting is recorded as one chain: .* it leaves other numbers"):
-            assert captured(counting, branched=True) is chain.replay
-        assert counting.state()[0] == 0
+        branches = SimpleNamespace(replay=replay)
+        monkeypatch.setattr(gpu, "record", lambda step, branched=False, beside=None: branches if branched else chain)
+        monkeypatch.setattr(gpu, "_seconds", lambda call, times: [call() for _ in range(times)] and 1.0)
+        with pytest.warns(ops.FallbackWarning, match="doubling is recorded as one chain: .* it leaves other numbers"):
+            assert captured(doubling, branched=True) is chain.replay
+        assert doubling.state()[0] == 1
 
-    def test_one_that_fails_leaves_the_chain_and_it_is_said(self, counting, monkeypatch):
-        chain = Graph(counting.__call__)
+    @pytest.mark.parametrize("where", ["recording", "comparing"])
+    def test_one_that_fails_leaves_the_chain_and_it_is_said(self, doubling, where, monkeypatch):
+        chain = SimpleNamespace(replay=doubling.__call__)
 
-        def record(step, branched=False, pool=None):
-            if not branched:
-                return chain
-            step()
-            raise RuntimeError("not permitted\nmore")
+        def failing(*arguments):
+            doubling()
+            raise torch.OutOfMemoryError("no room\nmore")
+
+        def record(step, branched=False, beside=None):
+            return failing() if branched and where == "recording" else chain
 
         monkeypatch.setattr(gpu, "record", record)
-        with pytest.warns(ops.FallbackWarning, match="its recording with branches failed: not permitted$"):
-            assert captured(counting, branched=True) is chain.replay
-        assert counting.state()[0] == 0
+        monkeypatch.setattr(gpu, "_seconds", failing)
+        with pytest.warns(ops.FallbackWarning, match="its recording with branches failed: no room$"):
+            assert captured(doubling, branched=True) is chain.replay
+        assert doubling.state()[0] == 1
 
-    def test_a_step_with_much_state_is_recorded_once(self, counting, monkeypatch):
-        chain = Graph(counting.__call__)
-        monkeypatch.setattr(gpu, "COMPARED_BYTES", 7)
+    @pytest.mark.parametrize(("most", "loaded"), [(7, 3), (8, 1)])
+    def test_a_step_with_much_state_or_for_one_call_is_recorded_once(self, doubling, most, loaded, monkeypatch):
+        chain = SimpleNamespace(replay=doubling.__call__)
+        doubling.loaded = loaded
+        monkeypatch.setattr(gpu, "COMPARED_BYTES", most)
         monkeypatch.setattr(gpu, "record", lambda step: chain)
-        assert captured(counting, branched=True) is chain.replay
+        assert captured(doubling, branched=True) is chain.replay
 
     @pytest.mark.parametrize("on_top", [False, True])
     def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):

@@ -235,7 +235,8 @@ class Noted:
 
 @pytest.mark.parametrize("can", [False, True])
 def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
-    monkeypatch.setattr(launch_module, "_lets_in_early", lambda: can)
+    monkeypatch.setattr(launch_module, "_let_in_early", lambda: [1] if can else [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     kernel = Noted()
     launch = Launch(kernel, (1,), {}, {"num_warps": 4}, 4, 0)
     launch.run()
@@ -247,15 +248,13 @@ def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
     assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
 
 
-@pytest.mark.parametrize(
-    ("gpu", "interpreted", "expected"),
-    [((9, 0), "0", True), ((10, 0), "0", True), ((8, 9), "0", False), (None, "0", False), ((9, 0), "1", False)],
-)
-def test_where_kernels_are_let_in_early(gpu, interpreted, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+@pytest.mark.parametrize(("interpreted", "expected"), [("0", [0, 2]), ("1", [])])
+def test_which_gpus_let_kernels_in_early(interpreted, expected, monkeypatch):
+    chips = [(9, 0), (8, 9), (10, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", chips.__getitem__)
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    assert launch_module._lets_in_early.__wrapped__() is expected
+    assert launch_module._let_in_early.__wrapped__() == expected
 
 
 @contextmanager

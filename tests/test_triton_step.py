@@ -145,15 +145,17 @@ class TestOnAGpu:
         steps.prepare()
         run = Launch.run
         with trainer.kernels(), unchanged(steps.step.state()) as restore:
-            graph = record(steps.step, branched)
+            recording = record(steps.step, branched)
             restore()
             with monkeypatch.context() as waiting:
                 waiting.setattr(Launch, "run", lambda launch: (run(launch), torch.cuda.synchronize()))
-                steps.step()
+                for _ in range(self.STEPS):
+                    steps.step()
             expected = [x.clone() for x in steps.step.state()]
-            for _ in range(50):
+            for _ in range(20):
                 restore()
-                graph.replay()
+                for _ in range(self.STEPS):  # with other numbers each, so that what the one before left is wrong
+                    recording.replay()
                 assert all(map(torch.equal, steps.step.state(), expected))
 
     def test_a_block_is_launched_without_waiting_for_the_device(self):

@@ -53,7 +53,7 @@ class Launch:
         if 0 in self.grid:
             return
         arguments, options = (self.arguments[name] for name in self.kernel.arg_names), self.options
-        if early.get() and _lets_in_early():
+        if early.get() and (those := _let_in_early()) and torch.cuda.current_device() in those:
             options = options | {"launch_pdl": True}
         if compiling.get():
             self.kernel.warmup(*arguments, grid=self.grid, **options)
@@ -104,11 +104,11 @@ def large_tiles(device: torch.device) -> int:
 
 
 @cache
-def _lets_in_early() -> bool:
-    """Whether there is a GPU that can, and kernels are not interpreted."""
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= (9, 0)
+def _let_in_early() -> list[int]:
+    """The GPUs that let kernels in early; none where kernels are interpreted."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip:
+        return []
+    return [device for device in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(device) >= (9, 0)]
 
 
 @cache

@@ -71,7 +71,8 @@ class DeepseekV3(nn.Module):
         self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor, mtp_loss_weight: float
     ) -> Tensor:
         """`loss` of what `flatten` returned: nothing is looked at, so that nothing waits for a device."""
-        embedded, head = self.embed_tokens.tied(ids) if self.lm_head is None else (self.embed_tokens(ids), None)
+        tied = self.lm_head is None
+        embedded, head = self.embed_tokens(ids, tied=True) if tied else (self.embed_tokens(ids), self.head_weights())
         hidden = self.hidden(embedded, positions, cu_seqlens)
         loss = self.cross_entropy(hidden, labels, head)
         if not self.mtp:
@@ -136,7 +137,7 @@ class DeepseekV3(nn.Module):
         return self.embed_tokens.projection, self.embed_tokens.weight
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, head: tuple[Tensor | None, Tensor] | None = None) -> Tensor:
-        """hidden [N, D], labels [N] -> mean loss, a scalar; with a head's projection and weight, None: `head_weights`."""
+        """hidden [N, D], labels [N] -> mean loss, a scalar; by the head's projection and weight; None: `head_weights`."""
         projection, weight = head or self.head_weights()
         return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, projection=projection)
 

@@ -16,12 +16,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(v, r or d))
         self.projection = nn.Parameter(torch.empty(r, d)) if r else None
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """[N] int64 -> [N, D]."""
-        return ops.embedding(input_ids, self.weight, self.projection)
-
-    def tied(self, input_ids: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor]]:
-        """As `forward`; and projection and weight for a head that is tied to them (`ops.tied_embedding`)."""
+    def forward(self, input_ids: Tensor, tied: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor | None, Tensor]]:
+        """[N] int64 -> [N, D]; and, if `tied`, projection and weight for a head that is tied to them (`ops.tied_embedding`)."""
+        if not tied:
+            return ops.embedding(input_ids, self.weight, self.projection)
         y, weight, projection = ops.tied_embedding(input_ids, self.weight, self.projection)
         return y, (projection, weight)
 

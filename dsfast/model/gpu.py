@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ _OF_THE_GPU = (
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 WARM_UP = 3
 """Calls before a capture: kernels are compiled, libraries allocate their working memory."""
-COMPARED, COMPARED_BYTES = 16, 2**30
-"""Replays of two recordings that are compared, and the most state of a step that this is done for: it is copied twice."""
+COMPARED, CONSECUTIVE, COMPARED_BYTES = 16, 4, 2**30
+"""How often two recordings are compared, by how many replays, and the most state of a step that this is done for: it is copied
+twice."""
 
 
 class Step(Protocol):
@@ -35,6 +36,8 @@ class Step(Protocol):
     """
 
     name: str
+    loaded: int
+    """How many calls may follow one another from here; of a step that is to be recorded with branches."""
 
     def __call__(self) -> None: ...
 
@@ -45,7 +48,8 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
 
     branched: as the faster of two graphs, one of them branched as in `record`, if both leave the same bits behind; with a warning
-    where they do not. Large models, whose kernels fill a GPU one by one, have one graph: COMPARED_BYTES.
+    where they do not. A step of which one call is loaded, or with more state than COMPARED_BYTES, has one graph: the kernels of
+    models so large fill a GPU one by one.
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.
     """
@@ -65,18 +69,20 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
             return step
     small = sum(x.nbytes for x in step.state()) <= COMPARED_BYTES
-    return (_chain_or_branches(step, chain) if branched and small else chain).replay
+    if branched and small and step.loaded > 1:
+        return _chain_or_branches(step, chain).replay
+    return chain.replay
 
 
-def _chain_or_branches(step: Step, chain: torch.cuda.CUDAGraph) -> torch.cuda.CUDAGraph:
+def _chain_or_branches(step: Step, chain: Recording) -> Recording:
     """The step recorded with branches, if that leaves what its recording as a chain leaves, and sooner; else `chain`."""
     try:
         with unchanged(step.state()):
-            branches = record(step, branched=True, pool=chain.pool())
+            branches = record(step, branched=True, beside=chain)
+        seconds = _compared(step, chain, branches)
     except RuntimeError as error:
         reason = f"its recording with branches failed: {first_line(_cause(error))}"
     else:
-        seconds = _compared(step, chain, branches)
         if seconds is not None:
             return branches if seconds[1] < seconds[0] else chain
         reason = "recorded with branches it leaves other numbers behind"
@@ -84,26 +90,30 @@ def _chain_or_branches(step: Step, chain: torch.cuda.CUDAGraph) -> torch.cuda.CU
     return chain
 
 
-def _compared(step: Step, *graphs: torch.cuda.CUDAGraph) -> list[float] | None:
-    """Median seconds of a replay of each, in turns from the same state; None if they do not always leave the same bits."""
+def _compared(step: Step, *recordings: Recording) -> list[float] | None:
+    """Median seconds of some replays of each, in turns from the same state; None if they do not always leave the same bits.
+
+    One alone would tell little: memory holds what the replay before left, of the same state, and what is read too early is right.
+    """
     expected: list[Tensor] = []
-    taken: dict[torch.cuda.CUDAGraph, list[float]] = {graph: [] for graph in graphs}
+    taken: list[list[float]] = [[] for _ in recordings]
     with unchanged(step.state()) as restore:
         for _ in range(COMPARED):
-            for graph, seconds in taken.items():
+            for recording, seconds in zip(recordings, taken, strict=True):
                 restore()
-                seconds.append(_seconds(graph.replay))
+                seconds.append(_seconds(recording.replay, min(step.loaded, CONSECUTIVE)))
                 expected = expected or [x.clone() for x in step.state()]
                 if not all(map(_same_bits, step.state(), expected)):
                     return None
-    return [median(seconds) for seconds in taken.values()]
+    return [median(seconds) for seconds in taken]
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], None], times: int) -> float:
     """By the GPU's clock."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    call()
+    for _ in range(times):
+        call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
@@ -146,28 +156,39 @@ def _side_stream() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def record(
-    call: Callable[[], object], branched: bool = False, pool: tuple[int, int] | None = None
-) -> torch.cuda.CUDAGraph:
+class Recording(NamedTuple):
+    """A CUDA graph, and the stream it was captured on."""
+
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def record(call: Callable[[], object], branched: bool = False, beside: Recording | None = None) -> Recording:
     """`call` as a CUDA graph. It is called once more before, on a stream of its own.
 
     branched: with `triton.branches`; for one that calls no compiled function, which PyTorch would not run as such inside.
-    pool: of another graph, whose memory it may use, as neither is replayed while the other runs.
+    beside: another recording, in whose memory this one may lie, as neither is replayed while the other runs.
     Raises RuntimeError where it makes the host wait for the device. That is found out before the capture: one that fails leaves
     torch 2.11 unable to capture another, and to give memory back, for as long as the process lives.
     """
-    with _side_stream(), _waiting_refused():
-        call()
-    gc.collect()  # a graph that is given back in the middle of a capture would break it
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    chain = torch.cuda.Stream(priority=triton.CHAIN)
-    branches = triton.branches() if branched else nullcontext()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=chain), branches:
+    # A backward pass on a GPU has else a thread of its own, in which context variables have their first values.
+    with torch.autograd.set_multithreading_enabled(False):
+        with _side_stream(), _waiting_refused():
             call()
-    finally:
-        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
-    return graph
+        gc.collect()  # a graph that is given back in the middle of a capture would break it
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream = beside.stream if beside else torch.cuda.Stream(priority=triton.CHAIN)
+        pool = beside.graph.pool() if beside else None
+        branches = triton.branches() if branched else nullcontext()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream), branches:
+                call()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+    return Recording(graph, stream)
 
 
 @contextmanager

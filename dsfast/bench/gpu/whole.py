@@ -115,11 +115,11 @@ def _recordings(step: DeviceStep) -> dict[str, Callable[[], object]]:
         try:
             with unchanged(step.state()):
                 triton.compile_together(step)
-                graph, _ = attempt(partial(record, step, branched))
+                recording, _ = attempt(partial(record, step, branched))
         finally:
             early.reset(token)
-        if graph is not None:
-            found[name] = graph.replay
+        if recording is not None:
+            found[name] = recording.replay
     return found
 
 
