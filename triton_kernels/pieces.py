@@ -38,9 +38,8 @@ def _lets_in_early() -> bool:
     return target is not None and target.backend == "cuda" and target.arch >= 90
 
 
-_lets_in_early.__triton_builtin__ = (
-    True  # what it reads is no part of a kernel's source: the chip has its place in the key
-)
+# What it reads is no part of a kernel's source: the chip has a place of its own in the key that kernels are kept by.
+_lets_in_early.__triton_builtin__ = True
 
 
 @triton.constexpr_function
