@@ -203,7 +203,8 @@ def test_a_projection_of_another_shape_or_dtype_is_refused():
     ("r", "d", "dtype", "taken"),
     [
         (32, 128, torch.bfloat16, True), (128, 128, torch.float16, True), (32, 128, torch.float32, False),
-        (128, 129, torch.bfloat16, False), (257, 16, torch.bfloat16, False), (32, 512, torch.bfloat16, False),
+        (128, 129, torch.bfloat16, False), (129, 16, torch.bfloat16, False), (32, 512, torch.bfloat16, False),
+        (64, 256, torch.bfloat16, True),
     ],
 )  # fmt: skip
 def test_which_projections_a_gpus_kernels_take(r, d, dtype, taken):

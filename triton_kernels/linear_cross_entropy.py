@@ -690,7 +690,7 @@ EXAMPLES = {
     "rank 16": (8192, 16, 8000, 96),
     "5M": (8192, 64, 8000, 256),
     "rank 128": (8192, 128, 16000, 128),
-    "widest in the first way": (2048, 256, 129280, 64),
+    "widest in the first way": (2048, 256, 129280, None),
     "a multiple of 8, not of 16": (2048, 200, 32001, None),
     "DeepSeek-V3": (2048, 7168, 129280, None),
 }

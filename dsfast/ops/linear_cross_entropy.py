@@ -30,8 +30,8 @@ from dsfast.ops.library import (
 )
 from dsfast.triton_kernels.launch import padded
 
-WIDEST, ONE_TILE = 256, 128 * 128
-"""R and D, and numbers, all padded, of a projection that the Triton kernels take."""
+WIDEST_R, WIDEST_D, ONE_TILE = 128, 256, 128 * 128
+"""R, D and numbers, all padded, of a projection that the Triton kernels take."""
 
 
 def linear_cross_entropy_reference(
@@ -81,7 +81,7 @@ def linear_cross_entropy(
 def _takes(projection: Tensor) -> bool:
     """Whether the Triton kernels take the projection as well: in 16 bits, where a program holds all of it."""
     r, d = map(padded, projection.shape)
-    return projection.dtype.itemsize == 2 and max(r, d) <= WIDEST and r * d <= ONE_TILE
+    return projection.dtype.itemsize == 2 and r <= WIDEST_R and d <= WIDEST_D and r * d <= ONE_TILE
 
 
 def _cpu(hidden, weight, projection, labels, ignore_index, with_grads, z_loss):
