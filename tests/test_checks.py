@@ -47,6 +47,29 @@ def test_bfloat16_is_checked_where_the_model_computes_in_it():
     assert native_rows == (set() if native.status()[0] is None else set(checks.IN_FLOAT32))
 
 
+@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+@pytest.mark.parametrize("case", checks.IN_A_STEP, ids=lambda case: case.name)
+def test_what_a_step_on_a_gpu_calls_can_be_checked(case):
+    """Its kernels are, in Triton's interpreter, by the tests of these operators."""
+    rows = checks.compare(case, ["reference"], dtype=torch.bfloat16)
+    assert [row for row in rows if not row["passed"]] == []
+    assert sum(row["quantity"].startswith("grad ") for row in rows) == len(case.differentiable)
+
+
+def test_on_a_gpu_they_are_checked_in_16_bits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        checks,
+        "report",
+        lambda device, dtype: [{"operator": c.operator, "implementation": "triton"} for c in checks.CASES],
+    )
+    monkeypatch.setattr(checks, "compare", lambda case, _, device, dtype, products: seen.append((case, dtype)) or [])
+    ops.check_all("cuda", torch.bfloat16)
+    assert seen[-len(checks.IN_A_STEP) :] == [(case, torch.bfloat16) for case in checks.IN_A_STEP]
+    ops.check_all("cuda", torch.float32)
+    assert seen[-1][0] is checks.CASES[-1]
+
+
 def test_a_selection_does_not_keep_the_kernels_from_being_checked(rows):
     with ops.use("reference"):
         assert ops.check_all("cpu") == rows

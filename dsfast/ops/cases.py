@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from dsfast.ops.adamw import adamw, grad_norm
-from dsfast.ops.embedding import embedding
+from dsfast.ops.embedding import embedding, tied_embedding
 from dsfast.ops.linear_cross_entropy import linear_cross_entropy
 from dsfast.ops.mla_attention import mla_attention
 from dsfast.ops.mla_decode import mla_decode
@@ -26,7 +26,7 @@ from dsfast.ops.moe_experts import moe_experts
 from dsfast.ops.moe_route import moe_route, route_tokens
 from dsfast.ops.muon import muon
 from dsfast.ops.newton_schulz import Shape, newton_schulz
-from dsfast.ops.rms_norm import rms_norm
+from dsfast.ops.rms_norm import rms_norm, stream_norm
 from dsfast.ops.rope import rope, split_and_turn
 from dsfast.ops.swiglu_mlp import swiglu_mlp
 
@@ -48,6 +48,13 @@ def rms_norm_case(name: str, n: int, d: int, residual: bool = True) -> Case:
         return (x, weight, 1e-6, _normal(g, n, d)) if residual else (x, weight, 1e-6)
 
     return Case("rms_norm", name, rms_norm, make_inputs, (0, 1, 3) if residual else (0, 1))
+
+
+def stream_norm_case(name: str, n: int, d: int, uses: int) -> Case:
+    def make_inputs(g: Generator) -> tuple:
+        return _normal(g, n, d), 1 + 0.2 * _normal(g, d), 1e-6, _normal(g, n, d), uses
+
+    return Case("rms_norm", name, stream_norm, make_inputs, (0, 1, 3))
 
 
 def rope_case(name: str, n: int, h: int, dr: int, p: int) -> Case:
@@ -76,6 +83,11 @@ def embedding_case(name: str, n: int, v: int, r: int, d: int | None) -> Case:
         return input_ids, _normal(g, v, r), projection
 
     return Case("embedding", name, embedding, make_inputs, (1,) if d is None else (1, 2))
+
+
+def tied_embedding_case(name: str, n: int, v: int, r: int, d: int) -> Case:
+    """Table and projection go on to a head, whose gradients come back for them."""
+    return replace(embedding_case(name, n, v, r, d), function=tied_embedding)
 
 
 def mla_attention_case(
@@ -156,15 +168,16 @@ def swiglu_mlp_case(name: str, n: int, d: int, i: int) -> Case:
     return Case("swiglu_mlp", name, swiglu_mlp, make_inputs, (0, 1, 2))
 
 
-def linear_cross_entropy_case(name: str, n: int, r: int, v: int, counted: float = 0.9) -> Case:
-    """About `counted` of the labels count, the others are the ignore_index."""
+def linear_cross_entropy_case(name: str, n: int, r: int, v: int, counted: float = 0.9, d: int | None = None) -> Case:
+    """About `counted` of the labels count, the others are the ignore_index. d: width before a projection; None: there is none."""
 
     def make_inputs(g: Generator) -> tuple:
         labels = torch.randint(v, (n,), generator=g)
         labels[torch.rand(n, generator=g) >= counted] = -100
-        return _normal(g, n, r), _normal(g, v, r, scale=2 * r**-0.5), labels
+        inputs = _normal(g, n, d or r), _normal(g, v, r, scale=2 * r**-0.5), labels
+        return inputs if d is None else (*inputs, -100, 0.0, _normal(g, r, d, scale=d**-0.5))
 
-    return Case("linear_cross_entropy", name, linear_cross_entropy, make_inputs, (0, 1))
+    return Case("linear_cross_entropy", name, linear_cross_entropy, make_inputs, (0, 1) if d is None else (0, 1, 5))
 
 
 def newton_schulz_case(name: str, *shapes: Shape) -> Case:

@@ -62,11 +62,16 @@ CASES = (
     cases.newton_schulz_case("odd", (3, 17, 41), (0, 2, 3), (1, 1, 7), (2, 31, 31)),
 )
 
-AT_ONCE = (
+IN_A_STEP = (
     cases.mla_project_case("before attention, 500K", 512, 4, 128, 32, 32, 16, 32),
     cases.mla_output_case("behind attention, 500K", 512, 128, 128, uses=3),
+    cases.stream_norm_case("read twice, 500K", 512, 128, uses=2),
+    cases.split_and_turn_case("queries and key, 500K", 512, 4, 32, 32, 16, 256),
+    cases.route_tokens_case("from tokens, 500K", 512, 128, 2, 1),
+    cases.tied_embedding_case("tied, 500K", 512, 8000, 32, 128),
+    cases.linear_cross_entropy_case("projected, 500K", 512, 32, 8000, d=128),
 )
-"""What stands for several operators on a GPU, in 16 bits alone: elsewhere there would be nothing to compare."""
+"""As a training step on a GPU calls them in 16 bits, by kernels of their own; elsewhere these are the operators above."""
 
 
 def check_all(
@@ -77,8 +82,10 @@ def check_all(
     products: what the products of the native implementation multiply, see `check_draws`.
     """
     rows = []
-    for case in CASES + (AT_ONCE if device == "cuda" and dtype.itemsize == 2 else ()):
-        used = torch.float32 if case.operator in IN_FLOAT32 else dtype
+    chosen = [(case, torch.float32 if case.operator in IN_FLOAT32 else dtype) for case in CASES]
+    if device == "cuda" and dtype.itemsize == 2:
+        chosen += [(case, dtype) for case in IN_A_STEP]
+    for case, used in chosen:
         with use("auto"):
             own = {row["operator"]: row["implementation"] for row in report(device, used)}
         implementations = dict.fromkeys(("reference", own[case.operator]))
