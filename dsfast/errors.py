@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says; its kind where it says nothing."""
+    """The first line of its message, or its type's name where that is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 

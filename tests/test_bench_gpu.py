@@ -627,9 +627,9 @@ def run_document(rows: list) -> dict:
 
 
 def test_at_most_and_at_least():
-    at_most = Figure("", "us", 20, 12, lambda rows: None, at_most=True)
+    at_most = Figure("", "us", 20, 12, None, at_most=True)
     assert [run_met(at_most, got) for got in (12, 13, 21)] == ["stretch", "yes", "no"]
-    assert [run_met(Figure("", "x", 1, None, lambda rows: None), got) for got in (0.9, 1)] == ["no", "yes"]
+    assert [run_met(Figure("", "x", 1, None, None), got) for got in (0.9, 1)] == ["no", "yes"]
 
 
 def run_met(figure: Figure, got: float) -> str:

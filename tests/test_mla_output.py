@@ -36,13 +36,13 @@ from dsfast.config import default_config
 from dsfast.model.cache import LatentCache
 from dsfast.ops.cases import mla_output_case
 from dsfast.ops.checks import evaluate
-from dsfast.ops.mla_output import INSTEAD_OF, for_each_use, mla_output_reference
+from dsfast.ops.mla_output import INSTEAD_OF, ForEachUse, mla_output_reference
 
 
 def output(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
     """`ops.mla_output`, in the interpreter by the kernel in float32 as well: there errors have no rounding to hide in."""
     own = ops.dispatch.choose("mla_attention", values) == "triton" and (INTERPRETED or values.itemsize == 2)
-    return (for_each_use if own else mla_output_reference)(values, o, residual, norm, eps, uses)
+    return (ForEachUse.apply if own else mla_output_reference)(values, o, residual, norm, eps, uses)
 
 
 output_case = partial(mla_output_case, function=output)

@@ -22,6 +22,7 @@ from dsfast.data import PackedRows
 from dsfast.errors import UserError
 from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
+from dsfast.train.metrics import read_metrics
 from dsfast.train.optimizer import learning_rate_scale
 
 
@@ -310,3 +311,22 @@ def test_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"train.steps must be above 0, got 0"):
         main([*arguments[:4], "--steps", "0"])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("line", [b"5", b"{}", b'{"step": "3"}', b"{", b"\xff\xfe", b"[]", b'{"step": true}'])
+def test_a_line_of_the_metrics_that_is_no_steps_is_one_line_of_an_error(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r'metrics.jsonl: line 2: expected one JSON object per step, .* as "step"$'):
+        read_metrics(path)
+
+
+def test_a_last_line_of_the_metrics_that_was_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step"')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_there_is_nowhere_to_save_without_a_folder():
+    with pytest.raises(UserError, match="output_dir: expected a folder to save checkpoints in, got None"):
+        Trainer(tiny_config(), None, tiny_dataset()).save()

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, options
 from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
@@ -211,7 +212,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     sizes, aligned = EXAMPLES[size]
     blocks, settings = sum(triton.cdiv(n, BLOCK) for n in sizes), (0.9, 0.95, 1e-8)
     table = empty(blocks, COLUMNS, dtype=torch.int64)
-    parts, number = empty(min(blocks, 8 * 132), dtype=torch.float64), empty((), dtype=torch.float64)
+    parts, number = empty(min(blocks, 8 * MULTIPROCESSORS), dtype=torch.float64), empty((), dtype=torch.float64)
     numbers = adamw_launch(table, aligned, *settings, 0.5, None, 3, None, 0.7, None)
     tensors = adamw_launch(table, aligned, *settings, 1.0, number, 1, empty((), dtype=torch.int64), 1.0, empty(()))
     return {

@@ -18,6 +18,9 @@ class Chip(NamedTuple):
     matrix_rows: int  # rows of a tile from which a 16-bit product must use it
 
 
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200, which launches are sized for where the sums are to be the same bits on every chip."""
+
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 166_912, 0, "mma.sync", "ptx", 16),
     "sm_90": Chip("cuda", 90, 32, 232_448, 9, "wgmma.mma_async", "ptx", 64),

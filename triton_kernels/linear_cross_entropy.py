@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.narrow import outer_launches
 from dsfast.triton_kernels.pieces import after_others, load_tile, options, splits, sum_launch
 from torch import Tensor
@@ -46,7 +47,7 @@ OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
 COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
 # Programs that dweight_kernel's tiles are split into where they are fewer: half of a chip where R is small, the other half is for
 # what runs beside it.
-ASIDE = 264
+ASIDE = 2 * MULTIPROCESSORS
 _UNSPECIALIZED = ("N", "S", "STEPS", "TILES", "ignore_index")
 _ALIGNMENT = 16  # elements that rows of logits are padded to: cuBLAS and vector loads want them aligned
 _STRIP = 1024  # words of dweight whose float32 product is to stay in the L2 cache until it is added

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, again, options
 from torch import Tensor
 
@@ -485,7 +486,7 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
         q, out = empty(h, b, r).transpose(0, 1), empty(h, b, r).transpose(0, 1)
     found = {}
     for places, pages in ((c, None), (page, empty(b, c // page, dtype=torch.int32))):
-        chosen = plan(b, h, c, (r, dn, dr, dv), 0 if pages is None else page, dtype, large, 132)
+        chosen = plan(b, h, c, (r, dn, dr, dv), 0 if pages is None else page, dtype, large, MULTIPROCESSORS)
         latent, k_rope = empty(b * c // places, places, r + dr).split([r, dr], -1)
         inputs = (q, q_rope, latent, k_rope, empty(b, dtype=torch.int64), empty(h, dn + dv, r), 0.1, pages, out)
         splits = 1 if pages is None else max(8, chosen.splits)

@@ -32,11 +32,12 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, again, options, place, sum_launch
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
-FULL = 264  # programs that fill a large chip twice
+FULL = 2 * MULTIPROCESSORS  # programs
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 NARROW = 128  # widest D at which, where I is no wider than FUSED too, the backward pass is that of narrow experts
 ADDED = 64  # tiles whose parts of the matrices' gradients are added up at once

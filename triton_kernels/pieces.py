@@ -7,28 +7,30 @@ from contextvars import ContextVar
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, rows
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import current_target
 
-PROGRAMS = 528  # at most, that a launch is split into where its tiles are fewer: 4 for each of 132 processors
+PROGRAMS = 4 * MULTIPROCESSORS  # at most, that a launch is split into where its tiles are fewer
 compiled_for: ContextVar[GPUTarget | None] = ContextVar("dsfast_compiled_for", default=None)
 """The chip that kernels are compiled for, where it is not the one that is here."""
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
 
 
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
-    """The compiler's; fused multiply-add is the default up to triton 3.9 and is to be switched off after it."""
+    """The compiler's. Fused multiply-add, its default up to triton 3.9, is asked for: later versions are to leave it out."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def splits(tiles: int, steps: int, programs: int = PROGRAMS) -> tuple[int, int]:
-    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to `programs`; none is empty.
+def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, int]:
+    """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to `programs` (None: PROGRAMS);
+    none is empty.
 
     It depends on the sizes alone and not on the chip, so that the sums are the same bits everywhere.
     """
-    per = triton.cdiv(steps, min(steps, max(1, programs // tiles)))
+    per = triton.cdiv(steps, min(steps, max(1, (programs or PROGRAMS) // tiles)))
     return triton.cdiv(steps, per), per
 
 

@@ -31,6 +31,7 @@ from dsfast.triton_kernels.launch import (
     padded,
     rows,
 )
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, gradients_read, options, sum_launch
 from torch import Tensor
 
@@ -202,7 +203,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     n, d = EXAMPLES[size]
     empty = on_meta(dtype)
     x, weight, rstd = empty(n, d), empty(d), empty(n, dtype=torch.float32)
-    parts = x.new_empty(backward_programs(x, 132), d, dtype=torch.float32)
+    parts = x.new_empty(backward_programs(x, MULTIPROCESSORS), d, dtype=torch.float32)
     launches = [forward_launch(x, weight, 1e-6, x, x, x, rstd)]
     launches += backward_launches([x], x, x, weight, rstd, x, weight, parts, large)
     alone = [forward_launch(x, weight, 1e-6, None, x, x, rstd)]

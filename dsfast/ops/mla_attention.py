@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import autograd, define, expect_dtype, expect_shape
+from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 from dsfast.triton_kernels.launch import padded
 
 WIDEST = 576
@@ -94,10 +94,6 @@ def _bad_boundaries(cu_seqlens: Tensor, end: int) -> ValueError:
     return ValueError(f"mla_attention: cu_seqlens must rise from 0 to {end}, got {cu_seqlens.tolist()[:20]}")
 
 
-def _strided(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _pointers(*tensors: Tensor) -> list[int]:
     """Address and leading strides of each tensor, in elements."""
     return [number for x in tensors for number in (x.data_ptr(), *x.stride()[:-1])]
@@ -106,7 +102,7 @@ def _pointers(*tensors: Tensor) -> list[int]:
 # `softmax` is what the backward pass needs to know of each query's scores: their maximum [H, N] (C++), or that and the
 # logarithm of the sum, or both in one (Triton: `softmax_shape`).
 def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
-    inputs = _strided(q_nope, q_rope, k_nope, k_rope, v)
+    inputs = [rows(x) for x in (q_nope, q_rope, k_nope, k_rope, v)]
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
@@ -126,7 +122,7 @@ def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
-    inputs = _strided(do, q_nope, q_rope, k_nope, k_rope, v)
+    inputs = [rows(x) for x in (do, q_nope, q_rope, k_nope, k_rope, v)]
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, q_rope.movedim(1, 0), do)]

@@ -52,18 +52,13 @@ def mla_output(
     expect_dtype("mla_output", values.dtype, values.device, o=o, residual=residual, norm=norm)
     if not outputs_at_once(values, o):
         return mla_output_reference(values, o, residual, norm, eps, uses)
-    return for_each_use(values, o, residual, norm, eps, uses)
+    return ForEachUse.apply(values, o, residual, norm, eps, uses)
 
 
 def outputs_at_once(values: Tensor, o: Tensor) -> bool:
     """Whether `mla_output` takes such arguments, which are to fit together, in one launch (dsfast.ops.narrow)."""
     d, c = o.shape
     return at_once(values, {"D": padded(d), "H Dv": padded(c)}, WIDEST, INSTEAD_OF)
-
-
-def for_each_use(*arguments) -> tuple[Tensor, ...]:
-    """`mla_output`, unchecked and by the kernel."""
-    return _ForEachUse.apply(*arguments)
 
 
 def _fake(values, o, residual, norm, eps):
@@ -89,7 +84,9 @@ def _backward(ctx, *gradients):
     return dvalues, do.view_as(o), dx, dnorm, None
 
 
-class _ForEachUse(torch.autograd.Function):
+class ForEachUse(torch.autograd.Function):
+    """`mla_output`, unchecked and by the kernel."""
+
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, uses = arguments

@@ -252,7 +252,7 @@ def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[di
     """
     start = time.perf_counter()
     try:
-        with gpu_errors_while(f"at the phase {name!r}", REMEDY):
+        with gpu_errors_while(f"running the phase {name!r}", REMEDY):
             details = function()
     except Exception as error:
         phase = {"name": name, "status": "error", "seconds": time.perf_counter() - start}

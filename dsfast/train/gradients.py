@@ -85,10 +85,8 @@ class Gradients:
         return True
 
     def _by_autograd(self, flat: Flat) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, labels, positions, cu_seqlens = flat
         named = dict(self.model.named_parameters())
-        hidden = self.model.hidden(self.model.embed_tokens(ids), positions, cu_seqlens)
-        loss = self.model.cross_entropy(hidden, labels)
+        loss = self.model.loss_of(*flat, mtp_loss_weight=0.0)  # `takes` leaves out models with MTP
         gradients = torch.autograd.grad(loss, list(named.values()))
         return loss.detach(), {f"the gradient of {name}": g for name, g in zip(named, gradients, strict=True)}
 

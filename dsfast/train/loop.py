@@ -180,7 +180,9 @@ class Trainer:
             yield
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step into output_dir; returns its folder."""
+        """Write a checkpoint of the present step into output_dir; returns its folder. UserError where there is none."""
+        if self.output_dir is None:
+            raise UserError("output_dir: expected a folder to save checkpoints in, got None")
         state = ckpt.TrainingState(step=self.steps_done, bad_steps=self.bad_steps, random=ckpt.random_states())
         data = self.dataset
         self.last_saved = ckpt.save_checkpoint(

@@ -31,15 +31,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file; a last line cut short by a kill is left out."""
+    """Every whole line of a metrics file; a last line cut short by a kill is left out. UserError for one that is not a step's."""
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not text.endswith(b"\n"):
             break
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}: line {number} is not JSON; expected one object per step") from None
+            values = json.loads(text)
+        except ValueError:  # not JSON, or not UTF-8
+            values = None
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise UserError(f'{path}: line {number}: expected one JSON object per step, with its number as "step"')
+        lines.append(values)
     return lines
 
 

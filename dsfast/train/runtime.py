@@ -40,7 +40,7 @@ def prepare(config: Config) -> torch.device:
     """Apply config.runtime to the process; returns the device. Raises UserError for what is not there."""
     runtime = config.runtime
     if runtime.device == "cuda":
-        with gpu.gpu_errors_while("asked what it can"):
+        with gpu.gpu_errors_while("being asked what it can do"):
             _check_gpu(config)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)

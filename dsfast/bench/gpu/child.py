@@ -17,6 +17,7 @@ from typing import Any
 from dsfast.bench.gpu import cases
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.clock import GpuClock, HostClock
+from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.operators import ROUNDS, compile_case, run_case
 from dsfast.bench.gpu.recall import run_recall
 from dsfast.bench.gpu.suite import run_tests
@@ -26,7 +27,6 @@ from dsfast.bench.gpu.whole import run_generation, run_step
 from dsfast.files import finite
 
 Json = dict[str, Any]
-OUT_OF_TIME = "not measured: out of time"
 
 
 def rows_of(

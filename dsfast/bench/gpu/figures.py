@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 Rows = dict[tuple[str, str], Json]
 """(part, case) -> row."""
 
 NOT_MEASURED = "not measured"
+OUT_OF_TIME = f"{NOT_MEASURED}: out of time"
+
+
+class Number(NamedTuple):
+    """`of(rows)`: None where the run has not measured it; and which pass of which case it is of."""
+
+    of: Callable[[Rows], float | None]
+    part: str = ""
+    case: str = ""
+    run: str = ""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`value(rows)`: None where the run has not measured it. least, stretch: bounds on it, from below unless `at_most`."""
+    """least, stretch: bounds on the number, from below unless `at_most`."""
 
     what: str
     unit: str
     least: float | None
     stretch: float | None
-    value: Callable[[Rows], float | None]
+    number: Number
     at_most: bool = False
 
 
@@ -30,22 +40,16 @@ def figures(rows: list[Json]) -> list[Json]:
     bound_seconds, the shortest time that the run's bounds allow the pass it is of, with the share of it that was reached,
     bound_share; None where there is none."""
     by_case = {(row["part"], row["case"]): row for row in rows if "passes" in row}
-    return [_judged(figure, figure.value(by_case)) | _bound(figure, by_case) for figure in FIGURES]
+    return [_judged(figure, figure.number.of(by_case)) | _bound(figure, by_case) for figure in FIGURES]
 
 
 def _bound(figure: Figure, rows: Rows) -> Json:
-    part, case, run = getattr(figure.value, "where", ("", "", ""))
+    _, part, case, run = figure.number
     timed = rows.get((part, case), {}).get("passes", {}).get(run, {})
     return {
         "bound_seconds": timed.get("ideal_seconds"),
         "bound_share": timed.get("variants", {}).get("dsfast", {}).get("bound_share"),
     }
-
-
-def _of(part: str, case: str, run: str, value: Callable[[Rows], float | None]) -> Callable[[Rows], float | None]:
-    """`value`, which says which pass of which case it is of."""
-    value.where = part, case, run
-    return value
 
 
 def _judged(figure: Figure, got: float | None) -> Json:
@@ -74,25 +78,25 @@ def _variant(rows: Rows, part: str, case: str, run: str, name: str) -> Json:
     return rows.get((part, case), {}).get("passes", {}).get(run, {}).get("variants", {}).get(name, {})
 
 
-def _over(part: str, case: str, run: str, *names: str) -> Callable[[Rows], float | None]:
+def _over(part: str, case: str, run: str, *names: str) -> Number:
     """How many times as fast dsfast is as the fastest of `names`."""
 
     def value(rows: Rows) -> float | None:
         found = [_variant(rows, part, case, run, name).get("over_dsfast") for name in names]
         return min((ratio for ratio in found if ratio is not None), default=None)
 
-    return _of(part, case, run, value)
+    return Number(value, part, case, run)
 
 
-def _ours(part: str, case: str, run: str, key: str, scale: float = 1.0) -> Callable[[Rows], float | None]:
+def _ours(part: str, case: str, run: str, key: str, scale: float = 1.0) -> Number:
     def value(rows: Rows) -> float | None:
         found = _variant(rows, part, case, run, "dsfast").get(key)
         return None if found is None else found * scale
 
-    return _of(part, case, run, value)
+    return Number(value, part, case, run)
 
 
-def _seconds(part: str, case: str, run: str, scale: float) -> Callable[[Rows], float | None]:
+def _seconds(part: str, case: str, run: str, scale: float) -> Number:
     """Of dsfast, in a CUDA graph where that was measured: without the overhead of launching."""
 
     def value(rows: Rows) -> float | None:
@@ -100,17 +104,17 @@ def _seconds(part: str, case: str, run: str, scale: float) -> Callable[[Rows], f
         seconds = found.get("graph_seconds") or found.get("seconds", {}).get("median")
         return None if seconds is None else seconds * scale
 
-    return _of(part, case, run, value)
+    return Number(value, part, case, run)
 
 
-def _ratio(key: str, part: str, run: str, case: str, other: str) -> Callable[[Rows], float | None]:
+def _ratio(key: str, part: str, run: str, case: str, other: str) -> Number:
     """`key` of dsfast in `case` over that in `other`."""
 
     def value(rows: Rows) -> float | None:
-        ours, theirs = (_ours(part, name, run, key)(rows) for name in (case, other))
+        ours, theirs = (_ours(part, name, run, key).of(rows) for name in (case, other))
         return ours / theirs if ours and theirs else None
 
-    return _of(part, case, run, value)
+    return Number(value, part, case, run)
 
 
 def _overlapping(rows: Rows) -> float | None:
@@ -154,7 +158,7 @@ FIGURES = (
     Figure("training, whole process, empty caches", "s", 20, None, _seconds("training", "cold", "process", 1), at_most=True),
     Figure("training, whole process, warm caches", "s", 6, None, _seconds("training", "warm", "process", 1), at_most=True),
     Figure("training over dsfast on the CPU", "x", 50, None, _ratio("tokens_per_second", "training", "training", "warm", "CPU")),
-    Figure("recall as on the CPU, seeds", "of 5", 5, None, _overlapping),
+    Figure("recall as on the CPU, seeds", "of 5", 5, None, Number(_overlapping)),
     Figure("training, memory of the GPU", "GB", 1, None, _ours("training", "warm", "training", "memory_gb"), at_most=True),
     Figure("generation, one stream", "tokens/s", 5000, None, _ours("generate", "batch 1", "64 tokens", "tokens_per_second")),
     Figure("generation, batch 256", "tokens/s", 500000, None, _ours("generate", "batch 256", "64 tokens", "tokens_per_second")),

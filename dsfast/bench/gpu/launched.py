@@ -27,6 +27,7 @@ from dsfast.triton_kernels import (
     swiglu_mlp,
 )
 from dsfast.triton_kernels.launch import Launch
+from dsfast.triton_kernels.limits import MULTIPROCESSORS
 
 
 def _attention(*inputs):
@@ -90,8 +91,6 @@ PASSES: dict[str, Callable[..., object]] = {
     "output": _output,
 }  # fmt: skip
 """Part -> both passes of its operator, on the inputs of its case."""
-PROCESSORS = 132
-"""Multiprocessors of an H100 or H200."""
 
 
 def launches(part: str, arguments: Sequence, start: bool) -> list[Launch]:
@@ -129,5 +128,5 @@ def on_an_h100() -> Iterator[None]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for name, module in list(sys.modules.items()):
             if name.startswith("dsfast.triton_kernels.") and hasattr(module, "multiprocessors"):
-                stack.enter_context(replaced(module, "multiprocessors", lambda device: PROCESSORS))
+                stack.enter_context(replaced(module, "multiprocessors", lambda device: MULTIPROCESSORS))
         yield

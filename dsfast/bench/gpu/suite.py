@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
+from dsfast.bench.gpu.figures import OUT_OF_TIME
+
 ROOT = Path(__file__).parents[3]
 NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
 """The one is for chips that are not there, the other for the interpreter."""
@@ -64,7 +66,7 @@ def _together() -> list[str]:
 
 
 def run_pytest(name: str, arguments: list[str], seconds: float, root: Path) -> Json:
-    """The row of one run: status "passed", "failed", "failed to run" or "not measured: out of time", counts, failures.
+    """The row of one run: status "passed", "failed", "failed to run" or OUT_OF_TIME, counts, failures.
 
     Where time is up it is interrupted, and the tests so far are counted.
     """
@@ -107,7 +109,7 @@ def _end_of(child: subprocess.Popen, seconds: float) -> tuple[str, bool]:
 
 
 def _stopped(failures: list[str], seconds: float) -> Json:
-    return {"status": "failed" if failures else "not measured: out of time", "reason": f"stopped after {seconds:.0f} s"}
+    return {"status": "failed" if failures else OUT_OF_TIME, "reason": f"stopped after {seconds:.0f} s"}
 
 
 def _counted(name: str, suite: ElementTree.Element) -> Json:

@@ -8,7 +8,8 @@ from typing import Any
 
 from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
-from dsfast.bench.gpu.run import LEAST, NOT_YET, OUT_OF_TIME, SHARE, check_gpu, choose_parts, run_part, where
+from dsfast.bench.gpu.figures import OUT_OF_TIME
+from dsfast.bench.gpu.run import LEAST, NOT_YET, SHARE, check_gpu, choose_parts, run_part, where
 from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton

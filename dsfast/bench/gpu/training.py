@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dsfast import ops
+from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.whole import trainer_on, whole_config
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread
@@ -46,7 +47,7 @@ def run_training(rehearsal: bool, seconds: float) -> Iterator[Json]:
 def not_run(part: str, case: str, problem: str) -> Json:
     """The row of a case whose process gave nothing."""
     late = problem.startswith("TimeoutExpired")
-    return {"part": part, "case": case, "status": "not measured: out of time" if late else f"failed: {problem}"}
+    return {"part": part, "case": case, "status": OUT_OF_TIME if late else f"failed: {problem}"}
 
 
 def run_process(command: list[str], caches: str, timeout: float) -> tuple[float, Json]:

@@ -24,12 +24,12 @@ from torch import Tensor
 from dsfast.bench.compile import compile_named
 from dsfast.bench.gpu.candidates import SIDES, Entry, candidates, entries
 from dsfast.bench.gpu.cases import GpuCase, draw
+from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ours
-from dsfast.bench.gpu.run import OUT_OF_TIME
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread, take_turns
 from dsfast.ops import triton
-from dsfast.triton_kernels.limits import CHIPS
+from dsfast.triton_kernels.limits import CHIPS, MULTIPROCESSORS
 
 MOST = 8
 """Candidates of an entry that are checked and timed, beside the shipped tiles."""
@@ -56,8 +56,6 @@ class Trial:
     def estimate(self) -> float:
         """Of its time, to choose an order: what a product's operands are read beside it, for how many programs a multiprocessor
         holds, and for those that the last round leaves idle."""
-        from dsfast.bench.gpu.launched import PROCESSORS
-
         if isinstance(self.value, int) or not self.compiled:
             return 0.0
         launch, compiled = next(iter(self.launches.values())), self.compiled[0]
@@ -65,7 +63,7 @@ class Trial:
         resident = max(
             1, min(CHIPS[compiled.chip].shared // max(1, compiled.shared), 65536 // (threads * compiled.registers))
         )
-        slots = PROCESSORS * resident
+        slots = MULTIPROCESSORS * resident
         programs = torch.Size(launch.grid).numel()
         idle = -(-programs // slots) * slots / programs
         waits = max(1.0, WARPS / (resident * launch.options["num_warps"]))

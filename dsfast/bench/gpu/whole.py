@@ -230,5 +230,5 @@ def _pass(variants: Json) -> Json:
 
 
 def _ready(peer: Json) -> Json:
-    """A peer that was timed is one that was ready, as in the operators' rows."""
-    return {**peer, "status": peer["status"].replace("timed", "ready") or "ready"}
+    """A peer that was timed, or of which nothing is said, was ready: so it is called in the operators' rows."""
+    return {**peer, "status": "ready" if peer["status"] in ("timed", "") else peer["status"]}
