@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dsfast.triton_kernels.launch import early
+from dsfast.triton_kernels.launch import pdl
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
@@ -59,18 +59,18 @@ def test_a_step_is_recorded_in_each_way_and_one_that_fails_is_left_out(monkeypat
 
     def record(step, branched):
         step()
-        seen.append((branched, early.get()))
+        seen.append((branched, pdl.get()))
         if branched:
             raise RuntimeError
         return SimpleNamespace(replay=len(seen))
 
     monkeypatch.setattr(whole, "record", record)
-    monkeypatch.setattr(whole.triton, "compile_together", lambda step: seen.append(("compiled", early.get())))
+    monkeypatch.setattr(whole.triton, "compile_together", lambda step: seen.append(("compiled", pdl.get())))
     assert whole._recordings(Counting()) == {"dsfast, one chain": 2, "dsfast, one chain, in turn": 6}
     compiled = [("compiled", True)] * 2 + [("compiled", False)]
     assert seen == [compiled[0], (False, True), compiled[1], (True, True), compiled[2], (False, False)]
     assert count == 0
-    assert early.get()
+    assert pdl.get()
 
 
 def run_tiny(part: str, expired=never) -> dict:

@@ -608,7 +608,7 @@ class TestCapture:
         number, elsewhere = torch.ones((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
         class Doubling:
-            name, loaded = "doubling", 3
+            name, consecutive = "doubling", 3
 
             def __call__(self):
                 elsewhere.copy_(number)
@@ -635,7 +635,7 @@ class TestCapture:
             return recordings[branched]
 
         def seconds(call, times):
-            assert times == doubling.loaded
+            assert times == doubling.consecutive
             for _ in range(times):
                 call()
             return branches if call is recordings[True].replay else chain
@@ -651,7 +651,7 @@ class TestCapture:
     def test_one_that_leaves_other_bits_is_not_taken_and_it_is_said(self, doubling, kind, monkeypatch):
         """Even if it reads what the replay before it left, or goes well but for one time."""
         chain, replays = SimpleNamespace(replay=doubling.__call__), []
-        wrong_at = {"wrong at first": 1, "wrong at last": gpu.COMPARED * doubling.loaded}.get(kind)
+        wrong_at = {"wrong at first": 1, "wrong at last": gpu.COMPARED * doubling.consecutive}.get(kind)
 
         def replay():
             replays.append(None)
@@ -682,10 +682,10 @@ class TestCapture:
             assert captured(doubling, branched=True) is chain.replay
         assert doubling.state()[0] == 1
 
-    @pytest.mark.parametrize(("most", "loaded"), [(7, 3), (8, 1)])
-    def test_a_step_with_much_state_or_for_one_call_is_recorded_once(self, doubling, most, loaded, monkeypatch):
+    @pytest.mark.parametrize(("most", "consecutive"), [(7, 3), (8, 1)])
+    def test_a_step_with_much_state_or_for_one_call_is_recorded_once(self, doubling, most, consecutive, monkeypatch):
         chain = SimpleNamespace(replay=doubling.__call__)
-        doubling.loaded = loaded
+        doubling.consecutive = consecutive
         monkeypatch.setattr(gpu, "COMPARED_BYTES", most)
         monkeypatch.setattr(gpu, "record", lambda step: chain)
         assert captured(doubling, branched=True) is chain.replay

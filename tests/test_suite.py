@@ -776,7 +776,9 @@ def test_a_gpu_that_does_not_answer_leaves_the_cpus_test(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, busy)
     configs, skipped = suite.choose_configs(suite._parser().parse_args([]))
     assert set(configs) == {"cpu"}
-    assert re.search(r"^the GPU failed while being asked what it can do: CUDA error: .* busy or unavailable$", skipped["gpu"])
+    assert re.search(
+        r"^the GPU failed while being asked what it can do: CUDA error: .* busy or unavailable$", skipped["gpu"]
+    )
     triton.available.cache_clear()
     try:
         facts = info.collect()

@@ -14,7 +14,7 @@ import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch
-from dsfast.triton_kernels.launch import Launch, compiling, early
+from dsfast.triton_kernels.launch import Launch, compiling, pdl
 from dsfast.triton_kernels.limits import CHIPS
 from dsfast.triton_kernels.pieces import after_others, options
 
@@ -203,7 +203,7 @@ def test_products_computed_twice_are_found():
 
 
 @pytest.mark.parametrize(("chip", "waits"), [("sm_80", None), ("sm_90", True), ("sm_100", True), ("gfx942", None)])
-def test_kernels_wait_where_they_are_let_in_early(chip, waits):
+def test_kernels_wait_where_they_are_devices_with_pdl(chip, waits):
     """And one that does not, or does so too late, is found out."""
     launch = rms_norm.example_launches("500K", torch.bfloat16, CHIPS[chip].large)["forward_kernel"]
     assert compile_launch(launch, chip).waits is waits
@@ -234,15 +234,15 @@ class Noted:
 
 
 @pytest.mark.parametrize("can", [False, True])
-def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
-    monkeypatch.setattr(launch_module, "_let_in_early", lambda: [1] if can else [])
+def test_launches_ask_to_be_devices_with_pdl_where_the_chip_can(can, monkeypatch):
+    monkeypatch.setattr(launch_module, "_devices_with_pdl", lambda: [1] if can else [])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     kernel = Noted()
     launch = Launch(kernel, (1,), {}, {"num_warps": 4}, 4, 0)
     launch.run()
     with in_context(compiling, True):
         launch.run()
-    with in_context(early, False):
+    with in_context(pdl, False):
         launch.run()
     plain = {"num_warps": 4}
     assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
@@ -254,7 +254,7 @@ def test_which_gpus_let_kernels_in_early(interpreted, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
     monkeypatch.setattr(torch.cuda, "get_device_capability", chips.__getitem__)
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    assert launch_module._let_in_early.__wrapped__() == expected
+    assert launch_module._devices_with_pdl.__wrapped__() == expected
 
 
 @contextmanager

@@ -25,9 +25,9 @@ INTERPRETED_AS = 9
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
-early: ContextVar[bool] = ContextVar("dsfast_launch_early", default=True)
-"""Whether a kernel's programs may come on to the chip before the kernels before it are done, and wait there: each calls
-`after_others` of dsfast.triton_kernels.pieces first."""
+pdl: ContextVar[bool] = ContextVar("dsfast_launch_pdl", default=True)
+"""Programmatic dependent launch: whether a kernel's programs may come on to the chip before the kernels before it are done, and
+wait there. Each calls `after_others` of dsfast.triton_kernels.pieces first."""
 
 branches: ContextVar[Branches | None] = ContextVar("dsfast_branches", default=None)
 """Where they are, `aside` starts launches beside those that follow."""
@@ -53,7 +53,7 @@ class Launch:
         if 0 in self.grid:
             return
         arguments, options = (self.arguments[name] for name in self.kernel.arg_names), self.options
-        if early.get() and (those := _let_in_early()) and torch.cuda.current_device() in those:
+        if pdl.get() and (those := _devices_with_pdl()) and torch.cuda.current_device() in those:
             options = options | {"launch_pdl": True}
         if compiling.get():
             self.kernel.warmup(*arguments, grid=self.grid, **options)
@@ -62,8 +62,8 @@ class Launch:
 
 
 def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = False) -> None:
-    """Run the launches of all stages, in their order; in a step's branches beside what follows, until an operator takes one of
-    the tensors that stand beside a stage. urgent: one soon takes those of the first stage.
+    """Run every stage's launches, in order. While a step is recorded with branches they run beside what follows: the first
+    operator that takes one of a stage's results, the tensors given with it, waits for it. urgent: that is soon for the first one.
 
     Nothing else that they fill may be read by others, and nothing that they read may be changed in place.
     """
@@ -104,8 +104,8 @@ def large_tiles(device: torch.device) -> int:
 
 
 @cache
-def _let_in_early() -> list[int]:
-    """The GPUs that let kernels in early; none where kernels are interpreted."""
+def _devices_with_pdl() -> list[int]:
+    """The GPUs that have programmatic dependent launch; none where kernels are interpreted."""
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip:
         return []
     return [device for device in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(device) >= (9, 0)]

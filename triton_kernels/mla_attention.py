@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import after_others, again, options, place, sum_launch
+from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def _load(
 ):  # fmt: skip
     """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
 
-    ANEW, with a start from `again`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
     """
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
     p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
@@ -167,7 +167,7 @@ def forward_kernel(
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     after_others()
     tiles = tl.cdiv(N, BT)
-    h, tile = place(H, tiles, G)
+    h, tile = swizzle(H, tiles, G)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT  # the last tile of a document is the longest: it goes first
     i = t + tl.arange(0, BT)  # [BT]
@@ -248,7 +248,7 @@ def backward_q_kernel(
     """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, PITCH] = sum of do o, for one tile of queries and one head."""
     after_others()
     tiles = tl.cdiv(N, BT)
-    h, tile = place(H, tiles, G)
+    h, tile = swizzle(H, tiles, G)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT
     i = t + tl.arange(0, BT)  # [BT]
@@ -298,7 +298,7 @@ def _attend_dkv(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
-    s = tl.multiple_of(again(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
+    s = tl.multiple_of(opaque(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
     b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
     b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
     b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
@@ -330,7 +330,7 @@ def backward_kv_kernel(
     """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head of
     queries."""
     after_others()
-    h, tile = place(H, tl.cdiv(N, BS), G)
+    h, tile = swizzle(H, tl.cdiv(N, BS), G)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
     j = t + tl.arange(0, BS)  # [BS]

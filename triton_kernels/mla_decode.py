@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import after_others, again, options
+from dsfast.triton_kernels.pieces import after_others, opaque, options
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -168,7 +168,7 @@ def attend_kernel(
     begin = split * share
     end = tl.minimum(begin + share, length)
     if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
-        if again(split, SPLITS) * share >= length:
+        if opaque(split, SPLITS) * share >= length:
             return
     b = b.to(tl.int64)
     h = block * BH + tl.arange(0, BH)  # [BH]
@@ -186,7 +186,7 @@ def attend_kernel(
 
     if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
         for start in range(begin, end, BN):
-            s = again(start, C)
+            s = opaque(start, C)
             j = s + tl.arange(0, BN)  # [BN]
             m_j = j < length
             page, place, m_c = b, j, m_j
@@ -219,7 +219,7 @@ def attend_kernel(
             b_m = b_m_new
 
     out += b * out_b
-    h = again(block, H) * BH + tl.arange(0, BH)
+    h = opaque(block, H) * BH + tl.arange(0, BH)
     if SPLIT:
         p_sums = sums + b * sums_b + split * H + h
         tl.store(p_sums, b_m, mask=h < H)

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import after_others, again, options, place, sum_launch
+from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -122,7 +122,7 @@ def up_kernel(
     """
     after_others()
     blocks = tl.cdiv(I, BN)
-    tile, block = place(tl.num_programs(0) // blocks, blocks, G)
+    tile, block = swizzle(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
         if FUSED:
@@ -143,7 +143,7 @@ def up_kernel(
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
     # Made again: kept over the loop they are registers that sm_90 lacks.
-    i = (again(block, blocks) * BN + tl.arange(0, BN))[None, :]
+    i = (opaque(block, blocks) * BN + tl.arange(0, BN))[None, :]
     m_out = m_r[:, None] & (i < I)
     b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
     if FUSED:
@@ -175,7 +175,7 @@ def project_kernel(
     """
     after_others()
     blocks = tl.cdiv(WIDTH, BN)
-    tile, block = place(tl.num_programs(0) // blocks, blocks, G)
+    tile, block = swizzle(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     n = (block * BN + tl.arange(0, BN))[None, :]  # [1, BN]
     d = tl.arange(0, BK)
@@ -195,7 +195,7 @@ def project_kernel(
             b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
             b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
-        slot = tl.load(order + again(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
+        slot = tl.load(order + opaque(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, base, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 

@@ -34,19 +34,19 @@ def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, in
     return triton.cdiv(steps, per), per
 
 
-def _lets_in_early() -> bool:
-    """Whether the chip that a kernel is compiled for has programs of the next one wait on it."""
+def _target_has_pdl() -> bool:
+    """Whether the chip that a kernel is compiled for has programmatic dependent launch."""
     target = None if triton.knobs.runtime.interpret else compiled_for.get() or current_target()
     return target is not None and target.backend == "cuda" and target.arch >= 90
 
 
 # What it reads is no part of a kernel's source: the chip has a place of its own in the key that kernels are kept by.
-_lets_in_early.__triton_builtin__ = True
+_target_has_pdl.__triton_builtin__ = True
 
 
 @triton.constexpr_function
-def _waits():
-    return _lets_in_early()
+def _has_pdl():
+    return _target_has_pdl()
 
 
 @triton.jit
@@ -55,13 +55,13 @@ def after_others():
 
     A GPU from sm_90 on has these waiting there (`Launch.run`) when the last one is done, instead of beginning to launch them.
     """
-    if _waits():
+    if _has_pdl():
         gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
-def place(A, B, G: tl.constexpr):
+def swizzle(A, B, G: tl.constexpr):
     """(a, b) of this program, a in 0 .. A - 1 and b in 0 .. B - 1: all b for G neighbouring a, these side by side, then for the
     next G. What the programs of one a read is so still in the L2 cache for the next b."""
     pid = tl.program_id(0)
@@ -72,7 +72,7 @@ def place(A, B, G: tl.constexpr):
 
 
 @triton.jit
-def again(x, bound):
+def opaque(x, bound):
     """x itself, where it lies in 0 .. bound - 1, in a way that the compiler does not see through.
 
     LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for

@@ -36,7 +36,7 @@ class Step(Protocol):
     """
 
     name: str
-    loaded: int
+    consecutive: int
     """How many calls may follow one another from here; of a step that is to be recorded with branches."""
 
     def __call__(self) -> None: ...
@@ -48,8 +48,8 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     """The whole step as one CUDA graph; `step` itself, with a warning, where it cannot be captured.
 
     branched: as the faster of two graphs, one of them branched as in `record`, if both leave the same bits behind; with a warning
-    where they do not. A step of which one call is loaded, or with more state than COMPARED_BYTES, has one graph: the kernels of
-    models so large fill a GPU one by one.
+    where they do not. A step that is called once, or has more state than COMPARED_BYTES, has one graph: the kernels of models so
+    large fill a GPU one by one.
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.
     """
@@ -69,7 +69,7 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
             return step
     small = sum(x.nbytes for x in step.state()) <= COMPARED_BYTES
-    if branched and small and step.loaded > 1:
+    if branched and small and step.consecutive > 1:
         return _chain_or_branches(step, chain).replay
     return chain.replay
 
@@ -101,7 +101,7 @@ def _compared(step: Step, *recordings: Recording) -> list[float] | None:
         for _ in range(COMPARED):
             for recording, seconds in zip(recordings, taken, strict=True):
                 restore()
-                seconds.append(_seconds(recording.replay, min(step.loaded, CONSECUTIVE)))
+                seconds.append(_seconds(recording.replay, min(step.consecutive, CONSECUTIVE)))
                 expected = expected or [x.clone() for x in step.state()]
                 if not all(map(_same_bits, step.state(), expected)):
                     return None

@@ -93,8 +93,8 @@ class DeviceStep:
         self.measured = torch.zeros(places, 4, dtype=torch.float64, device=device)
         experts = max((len(router.load) for router in self.routers), default=0)
         self.loads = torch.zeros(places, len(self.routers), experts, dtype=torch.int64, device=device)
-        self.loaded = 0
-        """Batches, of which each call takes one."""
+        self.consecutive = 0
+        """Batches that are loaded, of which each call takes one."""
         self.gradients: list[Tensor] = []
         """At fixed addresses from the first call on, of the parameters that have one."""
 
@@ -105,7 +105,7 @@ class DeviceStep:
         """
         flat = [self.model.flatten(b.input_ids, b.labels, b.positions, b.cu_seqlens) for b in batches]
         self.batches.load(flat, scales)
-        self.loaded = len(batches)
+        self.consecutive = len(batches)
         self.place.zero_()
         self.update.fill_(updates + 1)
 
