@@ -19,7 +19,7 @@ from triton_contract import poisoned
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.model import gpu
+from dsfast.model import capture
 from dsfast.model.device_decode import DecodeStep
 from dsfast.ops import triton
 from dsfast.train.runtime import DeviceSteps
@@ -44,7 +44,7 @@ STEPS = {
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "_side_stream", nullcontext)
+    monkeypatch.setattr(capture, "_side_stream", nullcontext)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
 
 
@@ -88,7 +88,7 @@ def test_capturing_compiles_before_it_starts_and_changes_nothing(step, monkeypat
     """Memory that kernels should have written is full of NaN and of the largest integers, when they are compiled and after."""
     compiler = InstantCompiler()
     with fake_gpu(compiler) as driver, poisoned():
-        monkeypatch.setattr(gpu, "record", lambda call: SimpleNamespace(replay=call))
+        monkeypatch.setattr(capture, "record", lambda call: SimpleNamespace(replay=call))
         before, compiled, together = [x.clone() for x in step.state()], [], triton.compile_together
 
         def compile_together(call):
@@ -97,7 +97,7 @@ def test_capturing_compiles_before_it_starts_and_changes_nothing(step, monkeypat
             assert driver.started == []
 
         monkeypatch.setattr(triton, "compile_together", compile_together)
-        assert gpu.captured(step) is step
+        assert capture.captured(step) is step
         assert driver.started
         assert compiler.sources == compiled
         assert all(torch.equal(x, old) for x, old in zip(step.state(), before, strict=True))

@@ -28,11 +28,11 @@ from triton_contract import INTERPRETED, poisoned
 from dsfast import ops
 from dsfast.config import OPERATORS, default_config
 from dsfast.errors import UserError
-from dsfast.model import DeepseekV3, generate_ids, gpu
+from dsfast.model import DeepseekV3, capture, generate_ids
+from dsfast.model.capture import captured
 from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.device_decode import BLOCK, LEAST_PLACES, DecodeStep, DeviceDecoder
 from dsfast.model.generate import _own_decoder
-from dsfast.model.gpu import captured
 from dsfast.ops import triton
 
 on_device = partial(DeviceDecoder, launch=eager)
@@ -303,7 +303,7 @@ class TestCapture:
 
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch):
-        monkeypatch.setattr(gpu, "_side_stream", nullcontext)
+        monkeypatch.setattr(capture, "_side_stream", nullcontext)
 
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         replayed = []
@@ -312,7 +312,7 @@ class TestCapture:
             step()
             return SimpleNamespace(replay=lambda: (replayed.append(None), step()))
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         model = random_model()
         for temperature in (0.0, 1.0):
             found = self.generate(model, prompts_of(model), 2 * BLOCK, temperature, seed=3)
@@ -327,7 +327,7 @@ class TestCapture:
         step.start(Prompts.pack([[3], [4, 5]]))
         everything = [*memory(step), *step.model.state_dict().values()]
         before = [x.clone() for x in everything]
-        with gpu.unchanged(step.state()):
+        with capture.unchanged(step.state()):
             step()
         caches, written = (step.cache.latent, step.cache.k_rope), step.cache.lengths
         for now, old in zip(everything, before, strict=True):
@@ -343,7 +343,7 @@ class TestCapture:
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         model = random_model()
         with pytest.warns(ops.FallbackWarning, match="decode_step is launched operator by operator: capture as a CUDA"):
             assert self.generate(model, [[3]], 9) == by_operators(model, [[3]], 9)
@@ -394,7 +394,7 @@ def interpreted() -> dict:
     seen = set()
 
     def guarded(step):
-        with gpu.unchanged(step.state()), poisoned():
+        with capture.unchanged(step.state()), poisoned():
             triton.compile_together(step)
 
         def call():

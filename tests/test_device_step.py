@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_dataset
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.model import captured, gpu
+from dsfast.model import capture, captured
 from dsfast.ops import triton
 from dsfast.train import (
     Interrupted,
@@ -497,7 +497,7 @@ class TestCapture:
 
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch):
-        monkeypatch.setattr(gpu, "_side_stream", nullcontext)
+        monkeypatch.setattr(capture, "_side_stream", nullcontext)
 
     def test_warm_up_and_recording_change_nothing(self, monkeypatch):
         calls = []
@@ -512,7 +512,7 @@ class TestCapture:
             step()
             return SimpleNamespace(replay=replay)
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         trainer = device_trainer(launch=captured)
         assert_same_run(trainer, host_trainer(), 1e-6)
         assert len(calls) == 10
@@ -525,7 +525,7 @@ class TestCapture:
         everything = {id(x): x for x in [*steps.step.state(), *steps.trainer.model.state_dict().values()]}
         before = {key: x.clone() for key, x in everything.items()}
         optimizer = state(steps.trainer)
-        with gpu.unchanged(steps.step.state()), steps.trainer.kernels():
+        with capture.unchanged(steps.step.state()), steps.trainer.kernels():
             steps.step()
         assert all(torch.equal(x, before[key]) for key, x in everything.items())
         assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
@@ -535,7 +535,7 @@ class TestCapture:
             step()
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         trainer = device_trainer(launch=captured)
         with pytest.warns(
             ops.FallbackWarning, match="train_step is launched operator by operator: capture as a CUDA graph"
@@ -552,7 +552,7 @@ class TestCapture:
             finally:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         with pytest.warns(ops.FallbackWarning, match="capture as a CUDA graph failed: the cause$"):
             device_trainer(launch=captured).train(quiet=True)
 
@@ -565,14 +565,14 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext(log.append("capture")))
         monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"of priority {priority}")
-        gpu.record(lambda: log.append(modes[-1])).replay()
+        capture.record(lambda: log.append(modes[-1])).replay()
         assert log == ["error", "capture", "default", "replay"]
 
         def waiting():
             raise RuntimeError("called a synchronizing CUDA operation")
 
         with pytest.raises(RuntimeError, match="called a synchronizing"):
-            gpu.record(waiting)
+            capture.record(waiting)
         assert log.count("capture") == 1
         assert modes[-1] == "default"
 
@@ -581,7 +581,7 @@ class TestCapture:
                 raise RuntimeError("not permitted when stream is capturing")
 
         with pytest.raises(RuntimeError, match="not permitted"):
-            gpu.record(failing)
+            capture.record(failing)
         assert streams == ["the caller's"] * 2  # after a capture that failed as well
 
     def test_branches_are_made_before_the_capture_and_used_inside(self, monkeypatch):
@@ -591,16 +591,16 @@ class TestCapture:
             log.append(f"make {name}")
             return contextmanager(lambda: (yield log.append(name)))()
 
-        monkeypatch.setattr(gpu, "_waiting_refused", nullcontext)
+        monkeypatch.setattr(capture, "_waiting_refused", nullcontext)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: logged(f"capture on {stream}"))
         monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"priority {priority}")
         monkeypatch.setattr(triton, "branches", lambda: logged("branches"))
-        gpu.record(lambda: log.append("step"), branched=True)
-        capture = "capture on priority -1"
-        assert log == ["step", "make branches", f"make {capture}", capture, "branches", "step"]
+        capture.record(lambda: log.append("step"), branched=True)
+        captures = "capture on priority -1"
+        assert log == ["step", "make branches", f"make {captures}", captures, "branches", "step"]
 
     @pytest.fixture
     def doubling(self):
@@ -640,8 +640,8 @@ class TestCapture:
                 call()
             return branches if call is recordings[True].replay else chain
 
-        monkeypatch.setattr(gpu, "record", record)
-        monkeypatch.setattr(gpu, "_seconds", seconds)
+        monkeypatch.setattr(capture, "record", record)
+        monkeypatch.setattr(capture, "_seconds", seconds)
         assert captured(doubling, branched=True) is recordings[branches < chain].replay
         assert neighbours == [None, recordings[False]], "they share their memory"
         assert doubling.state()[0] == 1
@@ -651,7 +651,7 @@ class TestCapture:
     def test_one_that_leaves_other_bits_is_not_taken_and_it_is_said(self, doubling, kind, monkeypatch):
         """Even if it reads what the replay before it left, or goes well but for one time."""
         chain, replays = SimpleNamespace(replay=doubling.__call__), []
-        wrong_at = {"wrong at first": 1, "wrong at last": gpu.COMPARED * doubling.consecutive}.get(kind)
+        wrong_at = {"wrong at first": 1, "wrong at last": capture.COMPARED * doubling.consecutive}.get(kind)
 
         def replay():
             replays.append(None)
@@ -659,8 +659,10 @@ class TestCapture:
             doubling.state()[0].add_(len(replays) == wrong_at)
 
         branches = SimpleNamespace(replay=replay)
-        monkeypatch.setattr(gpu, "record", lambda step, branched=False, beside=None: branches if branched else chain)
-        monkeypatch.setattr(gpu, "_seconds", lambda call, times: [call() for _ in range(times)] and 1.0)
+        monkeypatch.setattr(
+            capture, "record", lambda step, branched=False, beside=None: branches if branched else chain
+        )
+        monkeypatch.setattr(capture, "_seconds", lambda call, times: [call() for _ in range(times)] and 1.0)
         with pytest.warns(ops.FallbackWarning, match="doubling is recorded as one chain: .* it leaves other numbers"):
             assert captured(doubling, branched=True) is chain.replay
         assert doubling.state()[0] == 1
@@ -676,8 +678,8 @@ class TestCapture:
         def record(step, branched=False, beside=None):
             return failing() if branched and where == "recording" else chain
 
-        monkeypatch.setattr(gpu, "record", record)
-        monkeypatch.setattr(gpu, "_seconds", failing)
+        monkeypatch.setattr(capture, "record", record)
+        monkeypatch.setattr(capture, "_seconds", failing)
         with pytest.warns(ops.FallbackWarning, match="its recording with branches failed: no room$"):
             assert captured(doubling, branched=True) is chain.replay
         assert doubling.state()[0] == 1
@@ -686,8 +688,8 @@ class TestCapture:
     def test_a_step_with_much_state_or_for_one_call_is_recorded_once(self, doubling, most, consecutive, monkeypatch):
         chain = SimpleNamespace(replay=doubling.__call__)
         doubling.consecutive = consecutive
-        monkeypatch.setattr(gpu, "COMPARED_BYTES", most)
-        monkeypatch.setattr(gpu, "record", lambda step: chain)
+        monkeypatch.setattr(capture, "COMPARED_BYTES", most)
+        monkeypatch.setattr(capture, "record", lambda step: chain)
         assert captured(doubling, branched=True) is chain.replay
 
     @pytest.mark.parametrize("on_top", [False, True])
@@ -699,7 +701,7 @@ class TestCapture:
                 if on_top:
                     raise RuntimeError("the capture could not be ended")
 
-        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(capture, "record", record)
         trainer = device_trainer(launch=captured)
         expected = (
             r"out of GPU memory after step 0 with train.batch_size 3 and data.sequence_length 16: lower one of them; no "

@@ -23,7 +23,7 @@ from triton_contract import INTERPRETED, poisoned
 
 from dsfast import ops
 from dsfast.config import OPERATORS, default_config
-from dsfast.model.gpu import record, unchanged
+from dsfast.model.capture import record, unchanged
 from dsfast.ops import triton
 from dsfast.train import Trainer, load_checkpoint
 from dsfast.train.device_step import read

@@ -1,8 +1,8 @@
 """The DeepSeek-V3 model: training, generation, and the way to and from Hugging Face."""
 
+from dsfast.model.capture import captured
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
-from dsfast.model.gpu import captured
 from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import FixedWeights, Precision, copy_all, gpu_has_bfloat16, loss_in, precision_of
 

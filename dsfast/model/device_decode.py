@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
+from dsfast.model.capture import captured
 from dsfast.model.decode import NOT_FINITE, Prompts, next_logits, prompt_logits, sample
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.gpu import captured
 
 BLOCK = 16
 """Steps between two looks of the host: a look waits for the device, and steps of a block behind the last <|eos|> are in vain."""

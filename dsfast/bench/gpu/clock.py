@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from dsfast.bench.timing import Call, seconds
-from dsfast.model.gpu import record
+from dsfast.model.capture import record
 
 FLUSH_BYTES = 2**28
 """Written before each timed call: several times any L2."""

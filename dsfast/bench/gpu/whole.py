@@ -22,9 +22,9 @@ from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
 from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
+from dsfast.model.capture import record, unchanged
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
-from dsfast.model.gpu import record, unchanged
 from dsfast.ops import triton
 from dsfast.train import Trainer
 from dsfast.train.device_step import DeviceStep
