@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import signal
 import sys
@@ -11,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dsfast.errors import Interrupted, UserError
+from dsfast.errors import Interrupted, UserError, first_line
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -38,23 +41,51 @@ def _path(text: str) -> str:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` (default: the process's arguments) and return the exit code.
 
-    A UserError becomes one line on stderr and 2; a signal, 128 + its number, and so a reader of the output that has gone. Any
-    other exception is a defect and keeps its traceback.
+    A UserError becomes one line on stderr and 2, and so do too little memory and an output that takes no more; a signal, 128 +
+    its number, and so a reader of the output that has gone. Any other exception is a defect and keeps its traceback.
     """
+    _prepare_output()
     try:
         with _sigterm_interrupts():
             code = main(sys.argv[1:] if argv is None else argv) or 0
             sys.stdout.flush()
             return code
     except UserError as error:
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _complain(str(error))
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        _drop_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        _drop_output()
+        return _complain(f"standard output: cannot be written: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return _complain(f"out of memory; a smaller model, batch or text takes less ({first_line(error)})")
     except KeyboardInterrupt as interrupt:  # an Interrupted says which signal it was, and of training what was saved
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", EXIT_INTERRUPTED)
+
+
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _prepare_output() -> None:
+    """Have somewhere to write to where the process was started without, and no text that cannot be written."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Write what is left nowhere, or Python would complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

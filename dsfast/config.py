@@ -234,6 +234,8 @@ def read_json(path: str | Path) -> Any:
     def no_constants(text: str) -> Any:
         raise UserError(f"{path}: {text} is not a JSON number; expected a finite number")
 
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: no file can have this name")
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
@@ -400,6 +402,7 @@ def _run_rules(c: Config) -> list[tuple[bool, str]]:
     d, t, r = c.data, c.train, c.runtime
     kernels = (*OPERATORS, "default")
     return [
+        (bool(d.source.strip()), f"data.source must be 'encyclopedia' or name a file or folder, got {d.source!r}"),
         (d.sequence_length <= c.model.max_position_embeddings,
          f"data.sequence_length {d.sequence_length} exceeds model.max_position_embeddings {c.model.max_position_embeddings}"),
         (t.batch_size * d.sequence_length <= _MOST_TOKENS,

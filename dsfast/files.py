@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -24,11 +25,14 @@ def os_errors_as(message: str, *others: type[Exception]) -> Iterator[None]:
 
 
 def check_output_file(path: str, argument: str) -> Path:
-    """`path`, given as `argument`, as a Path. Raises UserError where a file could not be written there."""
-    target = Path(path)
+    """`path`, given as `argument`, as a Path; of a link, what it leads to. Raises UserError where a file could not be written
+    there, and for what is none, such as a pipe: the file that is written takes its place."""
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     with os_errors_as(f"{argument} {path}: cannot be written"):
         if target.is_dir():
             raise UserError(f"{argument} {path}: expected a file, this is a folder")
+        if target.exists() and not target.is_file():
+            raise UserError(f"{argument} {path}: expected a file, this is a device or a pipe")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
         if target.is_file():
@@ -41,6 +45,10 @@ def check_output_folder(path: str, argument: str) -> Path:
     folder = Path(path)
     absent = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
     with os_errors_as(f"{argument} {path}: cannot be written to"):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{argument} {path}: expected a folder, this is {'a file' if folder.exists() else 'a broken link'}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -49,11 +57,33 @@ def check_output_folder(path: str, argument: str) -> Path:
     return folder
 
 
+@contextmanager
+def for_one_process(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is this process's. UserError where it is another's; it is free again when that ends, however it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is writing into it; expected another folder, or that it ends"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def cache_folder() -> Path:
-    """Where dsfast keeps what it need not make again: $DSFAST_CACHE, else $XDG_CACHE_HOME/dsfast, else ~/.cache/dsfast."""
+    """Where dsfast keeps what it need not make again: $DSFAST_CACHE, else $XDG_CACHE_HOME/dsfast, else ~/.cache/dsfast.
+
+    UserError where nothing says whose home folder it is.
+    """
     if folder := os.environ.get("DSFAST_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsfast"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsfast"
+    except RuntimeError:
+        raise UserError("no home folder is known to keep a cache in; set DSFAST_CACHE to a folder") from None
 
 
 def write_text(path: Path, text: str) -> None:

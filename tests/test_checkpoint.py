@@ -183,6 +183,17 @@ def test_garbage_with_a_right_manifest_is_still_one_line(tmp_path):
             load(path)
 
 
+@pytest.mark.parametrize("values", [{"step": "six"}, {"step": -3}, {"step": 3, "bad_steps": 0.5}])
+def test_a_state_that_no_run_can_stand_at_is_one_line(values, tmp_path):
+    model = DeepseekV3(tiny_config().model)
+    path = saved(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | values))
+    refresh_manifest(path)
+    with pytest.raises(UserError, match=r"state.json: not the training state .* must be whole numbers from 0"):
+        ckpt.load_training_state(path, model, build_optimizer(model, tiny_config().train))
+
+
 def test_unwritable_folder(tmp_path):
     config, data = tiny_config(), tiny_dataset()
     model = DeepseekV3(config.model)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsfast import cli
 from dsfast.command import CommandParser, run_command
@@ -74,6 +76,40 @@ def test_a_reader_that_has_gone_is_no_defect(lines):
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait() == 141
+
+
+def test_an_output_that_is_closed_is_none():
+    closed = f"{sys.executable} -c 'from dsfast.command import run_command as run; import sys; sys.exit(run(print, [1]))' >&-"
+    child = subprocess.run(closed, shell=True, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_takes_no_more_is_one_line_and_2():
+    code = "from dsfast.command import run_command as run; import sys; sys.exit(run(lambda a: print('x' * 10**5), []))"
+    with open("/dev/full", "w") as full:
+        child = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.returncode == 2
+    assert child.stderr == "error: standard output: cannot be written: No space left on device\n"
+
+
+def test_text_that_the_output_cannot_hold_is_written_as_escapes():
+    code = "from dsfast.command import run_command as run; import sys; sys.exit(run(lambda a: print('\u00e9'), []))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "\\xe9\n", "")
+
+
+def test_too_little_memory_is_one_line_and_2(capsys):
+    def main(argv):
+        torch.empty(2**60)
+
+    assert run_command(main, []) == 2
+    assert re.match(
+        r"error: out of memory; a smaller model, batch or text takes less \(.*can't allocate memory",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_defect_keeps_its_traceback():

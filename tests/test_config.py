@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import SIZES, YARN
 
-from dsfast.config import OPERATORS, Config, ModelConfig, load_config, read_json
+from dsfast.config import OPERATORS, Config, ModelConfig, default_config, load_config, read_json
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3
 
@@ -459,3 +459,13 @@ class TestPublished:
     def test_another_model_type_is_no_published_config(self, tmp_path):
         with pytest.raises(UserError, match=r"run\.json: unknown key 'model_type'"):
             load_config(write(tmp_path, json.dumps({"model_type": "llama", **SIZES})))
+
+
+def test_an_empty_source_is_not_the_working_folder():
+    with pytest.raises(UserError, match=r"data.source must be 'encyclopedia' or name a file or folder, got ''"):
+        default_config("cpu").replace(**{"data.source": ""})
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(UserError, match="no file can have this name"):
+        load_config("a\0b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from unreadable import unreadable
 
 from dsfast import files
 from dsfast.errors import UserError
-from dsfast.files import check_output_file, check_output_folder, finite, os_errors_as, write_json, write_text
+from dsfast.files import (
+    cache_folder,
+    check_output_file,
+    check_output_folder,
+    finite,
+    for_one_process,
+    os_errors_as,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -79,13 +89,52 @@ def test_the_output_file_is_tried_and_left_alone(tmp_path, monkeypatch):
             check_output_file("here", "--json")
 
 
+def test_an_output_file_takes_the_place_of_no_link_and_of_nothing_else(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for special in ("/dev/null", str(tmp_path / "pipe")):
+        with pytest.raises(UserError, match=rf"^--json {special}: expected a file, this is a device or a pipe$"):
+            check_output_file(special, "--json")
+    for name in ("there", "absent"):
+        (tmp_path / name).symlink_to(tmp_path / f"{name}.json")
+    (tmp_path / "there.json").write_text("before")
+    for name in ("there", "absent"):
+        write_json(check_output_file(str(tmp_path / name), "--json"), 1)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / f"{name}.json").read_text() == "1\n"
+
+
+def test_a_folder_is_one_process_s_at_a_time(tmp_path):
+    with for_one_process(tmp_path):
+        with pytest.raises(UserError, match="another process is writing into it"), for_one_process(tmp_path):
+            pass
+        assert names(tmp_path) == []
+    with for_one_process(tmp_path):
+        pass
+
+
+def test_no_home_folder_is_one_line(monkeypatch):
+    monkeypatch.delenv("DSFAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match="no home folder is known to keep a cache in; set DSFAST_CACHE"):
+        cache_folder()
+
+
 def test_the_output_folder_is_tried_and_left_alone(tmp_path, monkeypatch):
     assert check_output_folder(str(tmp_path / "a" / "b"), "--output-dir") == tmp_path / "a" / "b"
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    for folder in ("file", "file/below"):
-        with pytest.raises(UserError, match=rf"^--output-dir {folder}: cannot be written to: "):
+    Path("link").symlink_to("nowhere")
+    for folder, message in (
+        ("file", "expected a folder, this is a file"), ("link", "expected a folder, this is a broken link"),
+        ("file/below", "cannot be written to: Not a directory"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"^--output-dir {folder}: {message}$"):
             check_output_folder(folder, "--output-dir")
     with unreadable(Path(".")), pytest.raises(UserError, match="new: cannot be written to: Permission denied"):
         check_output_folder("new", "--output-dir")

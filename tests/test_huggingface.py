@@ -235,3 +235,19 @@ def test_command_reports_a_missing_checkpoint_in_one_line(tmp_path, capsys):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", [".", "/", "inside/.."])
+def test_export_wants_a_folder_of_its_own(where, tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="expected a folder of its own, not the one you are in or the root"):
+        export_huggingface(random_model(), None, where)
+
+
+def test_export_follows_a_link_to_an_empty_folder(tmp_path, tokenizer):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export_huggingface(random_model(), tokenizer, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "config.json").exists()

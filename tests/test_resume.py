@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_dataset, write_text_run
 
 from dsfast.errors import GpuError, UserError
+from dsfast.files import for_one_process
 from dsfast.train import Trainer, TrainingError, checkpoint
 
 
@@ -88,6 +89,16 @@ def test_resume_into_another_folder(tmp_path):
     assert losses(tmp_path / "other") == losses(whole)[5:]
     with pytest.raises(UserError, match="other: expected a new or empty folder"):
         Trainer(config, tmp_path / "other", tiny_dataset()).train(resume=whole / "step-000005", quiet=True)
+
+
+def test_a_folder_that_another_run_writes_into_is_left_alone(tmp_path):
+    Trainer(tiny_config(**{"train.steps": 5}), tmp_path / "run", tiny_dataset()).train(quiet=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with for_one_process(tmp_path / "run"), pytest.raises(UserError, match="run: another process is writing into it"):
+        Trainer(tiny_config(), tmp_path / "run", tiny_dataset()).train(resume=tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    Trainer(tiny_config(), tmp_path / "run", tiny_dataset()).train(resume=tmp_path / "run", quiet=True)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
 
 def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path):

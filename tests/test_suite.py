@@ -836,3 +836,11 @@ def test_every_knob_the_page_names_is_real():
     named = set(re.findall(r"--[a-z][-a-z]+", page))
     assert named <= flags
     assert flags - named == {"--help", "-h"}
+
+
+def test_each_suite_of_a_second_has_a_folder_of_its_own(tmp_path):
+    found = [suite._own_folder(tmp_path / "runs" / "suite_1").name for _ in range(3)]
+    assert found == ["suite_1", "suite_1_2", "suite_1_3"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/suite_1: cannot be made: Not a directory"):
+        suite._own_folder(tmp_path / "file" / "suite_1")

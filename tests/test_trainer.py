@@ -20,9 +20,10 @@ from dsfast import ops
 from dsfast.config import load_config
 from dsfast.data import PackedRows
 from dsfast.errors import UserError
+from dsfast.model import precision_of
 from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
-from dsfast.train.metrics import read_metrics
+from dsfast.train.metrics import MetricsFile, read_metrics
 from dsfast.train.optimizer import learning_rate_scale
 
 
@@ -330,3 +331,31 @@ def test_a_last_line_of_the_metrics_that_was_cut_short_is_left_out(tmp_path):
 def test_there_is_nowhere_to_save_without_a_folder():
     with pytest.raises(UserError, match="output_dir: expected a folder to save checkpoints in, got None"):
         Trainer(tiny_config(), None, tiny_dataset()).save()
+
+
+def test_metrics_that_find_no_room_are_one_line_of_an_error(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (it cannot be closed)
+    for attempt in (lambda: file.write({"step": 1}), lambda: file.__exit__(None, None, None)):
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+            attempt()
+
+
+def test_a_step_without_a_token_is_one_line_of_an_error():
+    nothing = torch.zeros(0, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"input_ids: expected at least one token, got \[0, 8\]"):
+        Trainer(tiny_config()).step(nothing, nothing)
+
+
+def test_a_folder_whose_name_safetensors_could_not_read_is_refused(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    with pytest.raises(UserError, match="expected a name in UTF-8"):
+        Trainer(tiny_config(), folder, tiny_dataset()).train(quiet=True)
+
+
+def test_bfloat16_without_a_kernel_that_computes_in_it_is_refused():
+    changes = {"runtime.dtype": "bfloat16", "runtime.kernels": {"default": "reference", "rope": "native"}}
+    with pytest.raises(UserError, match=r"runtime.dtype is 'bfloat16', which on a CPU .* leaves none of them"):
+        Trainer(tiny_config(**changes))
+    auto = tiny_config(**{**changes, "runtime.dtype": "auto"})
+    assert precision_of(auto.runtime).products == torch.float32

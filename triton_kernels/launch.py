@@ -76,6 +76,11 @@ def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = Fal
             launch.run()
 
 
+def interpreted() -> bool:
+    """Whether Triton, asked in this process, takes its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:
     """Raise TypeError unless the Triton kernels compute in `dtype`."""
     if dtype not in DTYPES:
@@ -106,7 +111,7 @@ def large_tiles(device: torch.device) -> int:
 @cache
 def _devices_with_pdl() -> list[int]:
     """The GPUs that have programmatic dependent launch; none where kernels are interpreted."""
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip:
+    if interpreted() or torch.version.hip:
         return []
     return [device for device in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(device) >= (9, 0)]
 

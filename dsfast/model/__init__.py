@@ -4,13 +4,22 @@ from dsfast.model.capture import captured
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
 from dsfast.model.native_step import NativeStep
-from dsfast.model.precision import FixedWeights, Precision, copy_all, gpu_has_bfloat16, loss_in, precision_of
+from dsfast.model.precision import (
+    FixedWeights,
+    Precision,
+    any_native_products,
+    copy_all,
+    gpu_has_bfloat16,
+    loss_in,
+    precision_of,
+)
 
 __all__ = [
     "DeepseekV3",
     "FixedWeights",
     "NativeStep",
     "Precision",
+    "any_native_products",
     "captured",
     "copy_all",
     "generate",

@@ -33,9 +33,16 @@ def precision_of(runtime: RuntimeConfig) -> Precision:
     gpu = runtime.device == "cuda"
     name = runtime.dtype
     if name == "auto":
-        name = "bfloat16" if (gpu_has_bfloat16() if gpu else native.fast_bfloat16()) else "float32"
+        fast = gpu_has_bfloat16() if gpu else native.fast_bfloat16() and any_native_products(runtime)
+        name = "bfloat16" if fast else "float32"
     dtype = getattr(torch, name)
     return Precision(dtype, torch.float32) if gpu else Precision(torch.float32, dtype)
+
+
+def any_native_products(runtime: RuntimeConfig) -> bool:
+    """Whether runtime.kernels leaves C++ kernels whose products could be of bfloat16."""
+    chosen = (runtime.kernels.get(name, runtime.kernels.get("default", "auto")) for name in native.OF_PRODUCTS)
+    return any(name != "reference" for name in chosen)
 
 
 def gpu_has_bfloat16() -> bool:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from dsfast.errors import UserError, first_line
 from dsfast.files import cache_folder
+from dsfast.triton_kernels.launch import interpreted
 from dsfast.triton_kernels.version import numbers
 
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
 BRANCHES, CHAIN = 4, -1  # streams of a capture beside its own; its own's priority, before that of branches
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 """Triton's interpreter runs the kernels on CPU tensors, slowly and one program after the other: to test them without a GPU. In
 such a process the CPU's own implementation of an operator is its Triton kernel, where it has one."""
 

@@ -19,7 +19,7 @@ from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
 from dsfast.errors import GpuError, UserError
-from dsfast.files import check_output_folder
+from dsfast.files import check_output_folder, os_errors_as
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.phases import (
     DEVICE_NAMES,
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         skipped["full"] = "not asked for (--full-training)"
     reporter = Reporter()
     now = datetime.now()
-    runs = folder / "runs" / f"suite_{now:%Y%m%d_%H%M%S}"
+    runs = _own_folder(folder / "runs" / f"suite_{now:%Y%m%d_%H%M%S}")
     results = run(plans, skipped, runs, reporter, ["python", "-m", "dsfast.suite", *argv])
     path = None
     try:
@@ -68,6 +68,18 @@ def main(argv: list[str]) -> int:
     if failure := next(filter(None, map(gpu_failure, results["tests"].values())), None):
         raise GpuError(f"{failure}; what was found until then is in {path}")
     return 0 if results["verdict"]["passed"] else 1
+
+
+def _own_folder(path: Path) -> Path:
+    """A new folder called `path`, or where there is one `path`_2, _3, ... Raises UserError where none can be made."""
+    with os_errors_as(f"{path}: cannot be made"):
+        for name in (path, *(path.with_name(f"{path.name}_{n}") for n in range(2, 1000))):
+            try:
+                name.mkdir(parents=True)
+                return name
+            except FileExistsError:
+                continue
+    raise UserError(f"{path}: cannot be made: there are a thousand of that name")
 
 
 def _parser() -> CommandParser:

@@ -132,6 +132,10 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
     _check_tensors(optimizer.state_dict(), moments, file)
     try:
         state = TrainingState(**read_json(path / "state.json"))
+        if not all(type(count) is int and count >= 0 for count in (state.step, state.bad_steps)):
+            raise ValueError(
+                f"step and bad_steps must be whole numbers from 0, got {state.step!r} and {state.bad_steps!r}"
+            )
         restore_random_states(state.random)
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise  # the checkpoint is not to blame

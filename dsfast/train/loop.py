@@ -27,7 +27,7 @@ from dsfast.train.interrupt import StopSignals
 from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
-from dsfast.train.run_folder import METRICS, check_same_run, open_run_folder
+from dsfast.train.run_folder import METRICS, check_same_run, run_folder
 from dsfast.train.runtime import DeviceSteps, Done, HostSteps, gpu_errors, peak_memory_bytes, prepare, steps_of
 
 
@@ -120,9 +120,10 @@ class Trainer:
         if self.steps_done >= train.steps:
             raise UserError(f"train.steps: expected more than the {self.steps_done} done already, got {train.steps}")
         rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
+        folder = nullcontext()
         if self.output_dir is not None:
-            open_run_folder(self.output_dir, self.config, self.steps_done, resumed)
-        with StopSignals() as signals, gpu_errors(self):
+            folder = run_folder(self.output_dir, self.config, self.steps_done, resumed)
+        with folder, StopSignals() as signals, gpu_errors(self):
             steps = self.steps()
             steps.prepare()
             started = perf_counter()
@@ -135,8 +136,10 @@ class Trainer:
     def step(self, input_ids: Tensor, labels: Tensor) -> float:
         """One whole training step on rows of one's own, each a document; returns its loss.
 
-        input_ids, labels [B, T] int64, labels as in DeepseekV3.loss. Counts as a step of the schedule.
+        input_ids, labels [B, T] int64, labels as in DeepseekV3.loss. Counts as a step of the schedule. UserError without a token.
         """
+        if not input_ids.numel():
+            raise UserError(f"input_ids: expected at least one token, got {list(input_ids.shape)}")
         return self.train_batch(Batch(input_ids, labels, None, None)).loss
 
     def train_batch(self, batch: Batch) -> StepReport:

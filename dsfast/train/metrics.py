@@ -15,19 +15,22 @@ class MetricsFile:
     """Opened for appending after the lines up to `keep_steps`; later ones, of a run that went further, are dropped."""
 
     def __init__(self, path: Path, keep_steps: int):
-        with os_errors_as(f"{path}: cannot be written"):
+        self._failed = f"{path}: cannot be written"
+        with os_errors_as(self._failed):
             _truncate(path, keep_steps)
             self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
 
     def write(self, values: dict[str, Any]) -> None:
-        """Numbers that are not finite become null: JSON has no word for them."""
-        self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
+        """Numbers that are not finite become null: JSON has no word for them. UserError where there is no room."""
+        with os_errors_as(self._failed):
+            self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with os_errors_as(self._failed):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
-from dsfast.files import os_errors_as, write_json
+from dsfast.files import for_one_process, os_errors_as, write_json
 from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest
 
 METRICS = "metrics.jsonl"
 
 
-def open_run_folder(folder: Path, config: Config, step: int, resumed: Path | None) -> None:
-    """Create `folder` where it is absent and write config.json into it.
+@contextmanager
+def run_folder(folder: Path, config: Config, step: int, resumed: Path | None) -> Iterator[None]:
+    """Create `folder` where it is absent and write config.json into it; inside, no other run may.
 
     `step` steps are done; `resumed` is the checkpoint they were read from. Raises UserError when the folder cannot be
-    written, when it is not empty and the checkpoint is not in it, or when it holds checkpoints of later steps, which
-    this run would come to write again.
+    written, or is another run's at the time, when it is not empty and the checkpoint is not in it, or when it holds checkpoints
+    of later steps, which this run would come to write again.
     """
     with os_errors_as(f"{folder}: cannot be used as output folder"):
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.fsencode(folder.resolve()).decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{folder}: expected a name in UTF-8; safetensors reads no checkpoint from another one"
+            ) from None
+    with for_one_process(folder):
+        _begin(folder, config, step, resumed)
+        yield
+
+
+def _begin(folder: Path, config: Config, step: int, resumed: Path | None) -> None:
+    with os_errors_as(f"{folder}: cannot be used as output folder"):
         found = sorted(path.name for path in folder.iterdir())
         own = resumed is not None and resumed.parent.resolve() == folder.resolve()
         if found and not own:

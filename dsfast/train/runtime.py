@@ -21,7 +21,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import Config
 from dsfast.errors import UserError
-from dsfast.model import DeepseekV3, captured, gpu, gpu_has_bfloat16, precision_of
+from dsfast.model import DeepseekV3, any_native_products, captured, gpu, gpu_has_bfloat16, precision_of
 from dsfast.ops import native
 from dsfast.train.device_step import Batches, DeviceStep, read, row_elements
 from dsfast.train.optimizer import learning_rate_scale
@@ -45,6 +45,11 @@ def prepare(config: Config) -> torch.device:
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     products = precision_of(runtime).products
+    if products == torch.bfloat16 and not any_native_products(runtime):
+        raise UserError(
+            "runtime.dtype is 'bfloat16', which on a CPU is what the C++ kernels' products compute in, and runtime.kernels leaves"
+            " none of them; set runtime.dtype to 'float32'"
+        )
     with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
         pass  # what cannot run is noticed before anything is built
     if products == torch.bfloat16 and not native.fast_bfloat16():
