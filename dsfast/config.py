@@ -14,13 +14,13 @@ import math
 import operator
 import types
 import typing
-from collections import Counter
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from dsfast.errors import UserError, choices
+from dsfast.files import read_json
 from dsfast.huggingface_config import model_section
 
 OPERATORS = (
@@ -217,43 +217,6 @@ def load_config(path: str | Path) -> Config:
         rows = min(DataConfig.sequence_length, context) if isinstance(context, int) else DataConfig.sequence_length
         values = {"name": Path(path).stem, "model": model, "data": {"sequence_length": rows}}
     return Config.from_dict(values, str(path))
-
-
-def read_json(path: str | Path) -> Any:
-    """A JSON file without what Python's parser lets through: duplicate keys, NaN, Infinity, halves of surrogate pairs.
-
-    Raises UserError, also for what the parser cannot hold: nesting too deep, numbers of thousands of digits.
-    """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise UserError(f"{path}: key {name!r} stands twice in one object; keep one of them")
-        return dict(pairs)
-
-    def no_constants(text: str) -> Any:
-        raise UserError(f"{path}: {text} is not a JSON number; expected a finite number")
-
-    if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: no file can have this name")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
-        json.dumps(values, ensure_ascii=False).encode("utf-8")  # fails for a string that no UTF-8 text can hold
-        return values
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except UnicodeEncodeError as error:
-        near = error.object[max(error.start - 20, 0) : error.end]
-        raise UserError(f"{path}: half of a surrogate pair, which no UTF-8 text can hold, ends {near!r}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError:  # Python converts no more than sys.get_int_max_str_digits() digits
-        raise UserError(f"{path}: a whole number with too many digits; expected at most 64 bits") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _build(cls: type, values: Any, where: str, path: str) -> Any:

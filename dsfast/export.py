@@ -11,7 +11,9 @@ from dsfast.train.checkpoint import load_checkpoint
 
 def main(argv: list[str]) -> int:
     """Export as `argv` says; raises UserError for a mistake in the input."""
-    parser = CommandParser(prog="python -m dsfast.export", description="Write a checkpoint in a layout that others read.")
+    parser = CommandParser(
+        prog="python -m dsfast.export", description="Write a checkpoint in a layout that others read."
+    )
     parser.add_path("--checkpoint", metavar="DIR", required=True, help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--to", choices=["huggingface"], required=True, help="huggingface: for transformers and vLLM")
     parser.add_path("out", metavar="OUT", help="the folder to write; new or empty")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_models import SIZES, YARN
 
-from dsfast.config import OPERATORS, Config, ModelConfig, default_config, load_config, read_json
+from dsfast.config import OPERATORS, Config, ModelConfig, default_config, load_config
 from dsfast.errors import UserError
+from dsfast.files import read_json
 from dsfast.model import DeepseekV3
 
 CONFIGS = Path(__file__).parents[1] / "configs"

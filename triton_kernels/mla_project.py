@@ -262,7 +262,7 @@ def backward(
     other. Deterministic: no atomics, and the same sums on every chip of one kind of tiles."""
     shared = norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
     dx = h.new_empty(h.shape)
-    dweights = h.new_empty(sum(weight.numel() for weight in (q, kv_a, kv_b, norm, latent_norm)))
+    dweights = h.new_empty(sum(weight.numel() for weight in (q, kv_a, kv_b, latent_norm, norm)))
     if not dx.numel():
         return dx, dweights.zero_()
     gradients = dh, dq_nope, dq_rope, dk_nope, dk_rope, dv

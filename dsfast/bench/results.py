@@ -11,10 +11,10 @@ SCHEMA_VERSION = 1
 
 
 def document(arguments: list[str], settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """What is written: schema_version, created, command, settings, machine, versions, commit, native, operators, results.
+    """What is written: schema_version, created, command, settings, what `info.collect` says, fallbacks and results.
 
-    machine says processor, cores, memory and thread count; native the instruction set that runs; operators and
-    fallbacks what dsfast's operators took.
+    Of that, machine has processor, cores, memory and thread count, native the instruction set that runs, caches their folders;
+    operators and fallbacks say what dsfast's operators took.
     """
     facts = info.collect()
     return {

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from dsfast.config import read_json
 from dsfast.errors import UserError
+from dsfast.files import read_json
 
 PRIORITIES = ("high", "medium", "low")
 _SETS = ("fast", "full")

@@ -23,7 +23,7 @@ from dsfast.model.deepseek_v3 import DeepseekV3
 BLOCK = 16
 """Steps between two looks of the host: a look waits for the device, and steps of a block behind the last <|eos|> are in vain."""
 LEAST_PLACES = 256
-"""Of a cache, where the context is not shorter: answers of different lengths then share one recording."""
+"""The smallest cache, in tokens, or the whole context where that is shorter: answers of different lengths share one recording."""
 NOTHING = -1
 """What is said in place of a token where there is nothing to sample from."""
 

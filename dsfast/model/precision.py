@@ -51,22 +51,26 @@ def gpu_has_bfloat16() -> bool:
 
 
 class _Loss(nn.Module):
-    """`DeepseekV3.loss`, or `loss_of`, as a module's forward, which is what functional_call calls."""
+    """`DeepseekV3.loss_of` as a module's forward, which is what functional_call calls."""
 
-    def __init__(self, model: DeepseekV3, method: str = "loss"):
+    def __init__(self, model: DeepseekV3):
         super().__init__()
-        self.model, self.method = model, method
+        self.model = model
 
-    def forward(self, *arguments, **options) -> Tensor:
-        return getattr(self.model, self.method)(*arguments, **options)
+    def forward(self, *arguments) -> Tensor:
+        return self.model.loss_of(*arguments)
 
 
-def loss_in(dtype: torch.dtype, model: DeepseekV3, *arguments, **options) -> Tensor:
-    """`model.loss(*arguments, **options)` with the parameters cast to `dtype`; their gradients keep their own dtype."""
+def loss_in(
+    dtype: torch.dtype, model: DeepseekV3, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, mtp_loss_weight: float = 0.3,
+) -> Tensor:  # fmt: skip
+    """`model.loss` with the parameters cast to `dtype`; their gradients keep their own dtype."""
     if all(p.dtype == dtype for p in model.parameters()):
-        return model.loss(*arguments, **options)
+        return model.loss(input_ids, labels, positions, cu_seqlens, mtp_loss_weight)
     cast = {f"model.{name}": parameter.to(dtype) for name, parameter in model.named_parameters()}
-    return torch.func.functional_call(_Loss(model), cast, arguments, options)
+    flat = model.flatten(input_ids, labels, positions, cu_seqlens)
+    return torch.func.functional_call(_Loss(model), cast, (*flat, mtp_loss_weight))
 
 
 def copy_all(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
@@ -97,7 +101,7 @@ class FixedWeights:
             copies = {
                 f"model.{name}": torch.empty_like(p, dtype=dtype, requires_grad=True) for name, p in named.items()
             }
-            self.cast, self._loss = copies, _Loss(model, "loss_of")
+            self.cast, self._loss = copies, _Loss(model)
 
     def loss_and_gradients(
         self, flat: tuple[Tensor, ...], mtp_loss_weight: float

@@ -218,16 +218,15 @@ def muon_case(
     return Case("muon", name, updated_by_muon, make_inputs)
 
 
-MUON_SETTINGS = 7
-"""Of `muon` up to the dtype."""
-
-
-def updated_by_muon(params, grads, momenta, *settings) -> tuple[Tensor, ...]:
-    """`muon` without side effects: all params and all momenta as one vector each. On a GPU it iterates in bfloat16 as a model's
-    training does there, unless `settings` go on to the dtype; what is in float64 stays so."""
+def updated_by_muon(
+    params, grads, momenta, parts, lr, weight_decay, momentum, clip_scale=1.0, lr_scale=1.0, dtype=None
+) -> tuple[Tensor, ...]:
+    """`muon` without side effects: all params and all momenta as one vector each. dtype: in which it iterates; None: on a GPU in
+    bfloat16, as a model's training does there, but where all is in float64."""
     params, momenta = ([x.clone() for x in tensors] for tensors in (params, momenta))
-    rounded = params[0].is_cuda and params[0].dtype == torch.float32 and len(settings) < MUON_SETTINGS
-    muon(params, grads, momenta, *settings, **({"dtype": torch.bfloat16} if rounded else {}))
+    if dtype is None and params[0].is_cuda and params[0].dtype == torch.float32:
+        dtype = torch.bfloat16
+    muon(params, grads, momenta, parts, lr, weight_decay, momentum, clip_scale, lr_scale, dtype)
     return tuple(torch.cat([x.flatten() for x in tensors]) for tensors in (params, momenta))
 
 

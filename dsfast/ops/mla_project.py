@@ -119,7 +119,7 @@ def _fake(delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, he
 def _backward_fake(
     dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, *_
 ):
-    return h.new_empty(h.shape), h.new_empty(sum(w.numel() for w in (q, kv_a, kv_b, norm, latent_norm)))
+    return h.new_empty(h.shape), h.new_empty(sum(w.numel() for w in (q, kv_a, kv_b, latent_norm, norm)))
 
 
 def _setup_context(ctx, inputs, output):

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from dsfast.config import Config, load_config, read_json
+from dsfast.config import Config, load_config
 from dsfast.errors import UserError
-from dsfast.files import os_errors_as, write_json
+from dsfast.files import os_errors_as, read_json, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train.optimizer import Optimizer
 

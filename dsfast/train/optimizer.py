@@ -108,9 +108,9 @@ class Optimizer:
     def step(self, lr_scale: float | Tensor, clip_scale: float | Tensor = 1.0, update: Tensor | None = None) -> None:
         """Update every parameter from its `.grad`, the rates multiplied by lr_scale, the gradients by clip_scale.
 
-        All three on the parameters' device (lr_scale float64 [], clip_scale float32 [], update int64 []): nothing waits for
-        it, and a clip_scale that is not finite changes nothing. `update` is then the number of this update, from 1, and
-        `updates` is the caller's to set.
+        Where all three are tensors on the parameters' device (lr_scale float64 [], clip_scale float32 [], update int64 []), the
+        host does not wait for it, and a clip_scale that is not finite changes nothing. `update` is then the number of this
+        update, from 1, and `updates` is the caller's to set.
         """
         for part in self.parts:
             part.step(lr_scale, clip_scale, update)
