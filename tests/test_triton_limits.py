@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from triton_contract import DEVICE, in_the_interpreter, on_device, on_the_device
@@ -81,19 +79,12 @@ def test_more_experts_than_a_block_of_a_table():
 
 
 def test_the_limits_are_those_of_the_kernels_tables():
-    def both(name: str):
-        return (importlib.import_module(f"dsfast.{folder}.{name}") for folder in ("ops", "triton_kernels"))
+    from dsfast.triton_kernels import mla_decode, tables
+    from dsfast.triton_kernels.limits import DECODE_WIDEST
 
-    own, kernels = both("mla_attention")
-    assert own.WIDEST == kernels.WIDEST
-    own, kernels = both("mla_decode")
-    for table in (kernels._FLOAT32, kernels._LARGE, kernels._SM_100, kernels._SMALL):
-        assert max(max(by_width) for by_width in table.values()) == own.WIDEST
-    for name in ("rms_norm", "rope"):
-        own, kernels = both(name)
-        assert own.WIDEST == kernels.WIDEST
-    own, kernels = both("after_step")
-    assert own.MOST_EXPERTS == kernels.BLOCK
+    for table in (mla_decode._FLOAT32, mla_decode._LARGE, mla_decode._SM_100, mla_decode._SMALL):
+        assert max(max(by_width) for by_width in table.values()) == DECODE_WIDEST
+    assert ops.after_step.MOST_EXPERTS == tables.BLOCK
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)

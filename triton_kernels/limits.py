@@ -1,4 +1,4 @@
-"""The chips the kernels are compiled for without one at hand, and what a compiled kernel may take of each."""
+"""The widths that kernels take, the chips they are compiled for without one at hand, and what one may take of each."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Chip(NamedTuple):
 
 MULTIPROCESSORS = 132
 """Of an H100 and an H200, which launches are sized for where the sums are to be the same bits on every chip."""
+
+ATTENTION_WIDEST, DECODE_WIDEST, NORM_WIDEST, ROPE_WIDEST = 576, 1152, 8192, 4096
+"""Dn + Dr + Dv and R + Dr, each rounded up to a power of two, D and Dr that kernels take. Wider runs in plain PyTorch."""
 
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 166_912, 0, "mma.sync", "ptx", 16),

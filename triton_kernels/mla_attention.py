@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.limits import ATTENTION_WIDEST
 from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
@@ -38,7 +39,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 _PITCHES = 16  # PITCH is a multiple of it
-WIDEST = 576  # DN + DR + DV that there are tiles for
 _UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -446,9 +446,10 @@ def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: 
     """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at widths Dn, Dr, Dv. ValueError if none serves them."""
     by_measure = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
     width = sum(map(padded, widths))
-    if width > WIDEST:
+    if width > ATTENTION_WIDEST:
         raise ValueError(
-            f"mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {WIDEST}, got {width}"
+            "mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two,"
+            f" up to {ATTENTION_WIDEST}, got {width}"
         )
     measure = _measure(*widths)
     return by_measure[min(m for m in by_measure if m >= measure)]

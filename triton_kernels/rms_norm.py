@@ -31,11 +31,9 @@ from dsfast.triton_kernels.launch import (
     padded,
     rows,
 )
-from dsfast.triton_kernels.limits import MULTIPROCESSORS
+from dsfast.triton_kernels.limits import MULTIPROCESSORS, NORM_WIDEST
 from dsfast.triton_kernels.pieces import after_others, gradients_read, options, sum_launch
 from torch import Tensor
-
-WIDEST = 8192
 
 
 @triton.jit
@@ -121,8 +119,8 @@ REGISTERS = 32768  # bytes of the tiles of the backward pass that a multiprocess
 
 def tiles(d: int) -> Tiles:
     """Tiles for rows of `d` columns. Starting values: nobody has measured them. ValueError where no tile serves it."""
-    if not 0 < d <= WIDEST:
-        raise ValueError(f"rms_norm: the Triton kernels take D from 1 to {WIDEST}, got {d}")
+    if not 0 < d <= NORM_WIDEST:
+        raise ValueError(f"rms_norm: the Triton kernels take D from 1 to {NORM_WIDEST}, got {d}")
     bd = padded(d)
     return Tiles(max(1, min(128, ELEMENTS // bd)), bd, max(4, bd // 1024), max(4, bd // 512))
 
@@ -130,7 +128,7 @@ def tiles(d: int) -> Tiles:
 def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x and residual [N, D], weight [D] -> y [N, D], h [N, D] = x + residual (empty without one), rstd [N] in float32.
 
-    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for D above WIDEST.
+    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for a wider D.
     """
     expect_dtype("rms_norm", x.dtype)
     tiles(x.size(1))
@@ -194,7 +192,12 @@ def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: bool)
     ]
 
 
-EXAMPLES = {"500K": (8192, 128), "DeepSeek-V3": (4096, 7168), "DeepSeek-V3 latent": (4096, 512), "widest": (64, WIDEST)}
+EXAMPLES = {
+    "500K": (8192, 128),
+    "DeepSeek-V3": (4096, 7168),
+    "DeepSeek-V3 latent": (4096, 512),
+    "widest": (64, NORM_WIDEST),
+}
 """N and D that are compiled ahead, with residual and without."""
 
 

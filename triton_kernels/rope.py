@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, rows
+from dsfast.triton_kernels.limits import ROPE_WIDEST
 from dsfast.triton_kernels.pieces import after_others, options
 from torch import Tensor
 
 ELEMENTS = 2048  # of a tile, for four warps
-WIDEST = 4096
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) 
     """Shapes as dsfast.ops.rope -> [N, H, Dr] contiguous; `inverse` turns back.
 
     A token whose position is not in 0 .. P - 1 becomes NaN: the positions lie on the device, and looking would make the host
-    wait. Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for Dr above WIDEST.
+    wait. Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for a wider Dr.
     """
     _check(x)
     y = x.new_empty(x.shape)
@@ -113,8 +113,8 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
 
 def _check(x: Tensor) -> None:
     expect_dtype("rope", x.dtype)
-    if x.size(-1) > WIDEST:
-        raise ValueError(f"rope: the Triton kernel takes Dr up to {WIDEST}, got {x.size(-1)}")
+    if x.size(-1) > ROPE_WIDEST:
+        raise ValueError(f"rope: the Triton kernel takes Dr up to {ROPE_WIDEST}, got {x.size(-1)}")
 
 
 def pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,7 @@ from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
 from dsfast.triton_kernels.launch import padded
-
-WIDEST = 576
-"""Dn + Dr + Dv, each rounded up to a power of two, that the Triton kernels take."""
+from dsfast.triton_kernels.limits import ATTENTION_WIDEST
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
@@ -76,8 +74,8 @@ def _not_triton(q_nope: Tensor, q_rope: Tensor, v: Tensor, scale: float) -> str:
         return "the Triton kernels take Dn, Dr and Dv from 1 on, got 0"
     if not scale > 0:
         return f"the Triton kernels take a positive scale, got {scale}"
-    if width > WIDEST:
-        return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {WIDEST}, got {width}"
+    if width > ATTENTION_WIDEST:
+        return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {ATTENTION_WIDEST}, got {width}"
     return ""
 
 

@@ -27,9 +27,7 @@ from dsfast.ops.library import (
     rows,
 )
 from dsfast.triton_kernels.launch import padded
-
-WIDEST = 1152
-"""R + Dr, each rounded up to a power of two, that the Triton kernels take."""
+from dsfast.triton_kernels.limits import DECODE_WIDEST
 
 
 def mla_decode_reference(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None):
@@ -82,10 +80,10 @@ def mla_decode(
 def _not_triton(latent: Tensor, k_rope: Tensor) -> str:
     """Why the Triton kernels do not take such a cache, or ""."""
     width = padded(latent.size(-1)) + padded(k_rope.size(-1))
-    if width <= WIDEST:
+    if width <= DECODE_WIDEST:
         return ""
     dtype = str(latent.dtype).removeprefix("torch.")
-    return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {WIDEST} in {dtype}, got {width}"
+    return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {DECODE_WIDEST} in {dtype}, got {width}"
 
 
 def _capacity(latent: Tensor, pages: Tensor | None) -> int:

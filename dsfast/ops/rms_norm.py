@@ -14,12 +14,9 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, rows
+from dsfast.triton_kernels.limits import NORM_WIDEST
 
 MOST_USES = 3
-
-
-WIDEST = 8192
-"""D that the Triton kernels take."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
@@ -61,7 +58,7 @@ def stream_norm(
 def _not_triton(x: Tensor) -> str:
     """Why the Triton kernels do not take it, or ""."""
     d = x.size(1)
-    return "" if 0 < d <= WIDEST else f"the Triton kernels take D from 1 to {WIDEST}, got {d}"
+    return "" if 0 < d <= NORM_WIDEST else f"the Triton kernels take D from 1 to {NORM_WIDEST}, got {d}"
 
 
 def expect_uses(operator: str, uses: int) -> None:

@@ -23,9 +23,7 @@ from dsfast.ops.library import (
     refuse_derivative,
     wants_gradients,
 )
-
-WIDEST = 4096
-"""Dr that the Triton kernels take."""
+from dsfast.triton_kernels.limits import ROPE_WIDEST
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 def _not_triton(dr: int) -> str:
     """Why the Triton kernels do not take pairs of that width, or ""."""
-    return "" if dr <= WIDEST else f"the Triton kernel takes Dr up to {WIDEST}, got {dr}"
+    return "" if dr <= ROPE_WIDEST else f"the Triton kernel takes Dr up to {ROPE_WIDEST}, got {dr}"
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
