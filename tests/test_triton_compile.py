@@ -257,6 +257,12 @@ def test_which_gpus_let_kernels_in_early(interpreted, expected, monkeypatch):
     assert launch_module._devices_with_pdl.__wrapped__() == expected
 
 
+@pytest.mark.parametrize("value", ["1", "true", "True", "on", "y", "0", "false", "", "2", "no"])
+def test_what_asks_for_the_interpreter_is_what_triton_takes_for_it(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert launch_module.interpreted() is triton.knobs.runtime.interpret
+
+
 @contextmanager
 def in_context(variable, value):
     token = variable.set(value)

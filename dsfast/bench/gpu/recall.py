@@ -43,7 +43,14 @@ def recalls_of(seed: int, rehearsal: bool, end: float) -> Json:
     """ "GPU", "CPU" -> the recalls of a run of `seed` there. Raises as `run_process` does, at the latest at `end`."""
     found = {}
     for name, device in (("GPU", "cpu" if rehearsal else "gpu"), ("CPU", "cpu")):
-        command = [sys.executable, "-m", "dsfast.bench.gpu.recall", device, str(seed), *["rehearsal"] * rehearsal]
+        command = [
+            sys.executable,
+            "-m",
+            "dsfast.bench.gpu.recall",
+            device,
+            str(seed),
+            *(["rehearsal"] if rehearsal else []),
+        ]
         found[name] = run_process(command, str(cache_folder()), end - time.perf_counter())[1]
     return found
 

@@ -60,7 +60,7 @@ def _tiles(value: Any) -> str:
 def _candidates(candidates: list[Json]) -> Table:
     lines = []
     for found in candidates:
-        line = {"tiles": _tiles(found["tiles"]) + " (shipped)" * found["shipped"]}
+        line = {"tiles": _tiles(found["tiles"]) + (" (shipped)" if found["shipped"] else "")}
         if "seconds" in found:
             low, high = (f"{found['seconds'][key] * 1e6:,.1f}" for key in ("lower", "upper"))
             line |= {"us": f"{found['seconds']['median'] * 1e6:,.1f}", "quartiles": f"{low} .. {high}"}

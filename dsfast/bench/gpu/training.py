@@ -38,7 +38,14 @@ def run_training(rehearsal: bool, seconds: float) -> Iterator[Json]:
     device, steps = ("cpu", 1) if rehearsal else ("gpu", config.train.steps)
     with TemporaryDirectory() as caches:
         for case, where in (("cold", device), ("warm", device), ("CPU", "cpu")):
-            command = [sys.executable, "-m", "dsfast.bench.gpu.training", where, str(steps), *["rehearsal"] * rehearsal]
+            command = [
+                sys.executable,
+                "-m",
+                "dsfast.bench.gpu.training",
+                where,
+                str(steps),
+                *(["rehearsal"] if rehearsal else []),
+            ]
             left = (end - time.perf_counter()) * (1.0 if case == "CPU" else 0.5)
             found, problem = attempt(partial(run_process, command, caches, left))
             yield not_run("training", case, problem) if problem else row(case, steps, *found)
