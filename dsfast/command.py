@@ -18,7 +18,7 @@ from dsfast.errors import Interrupted, UserError, first_line
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -46,20 +46,27 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     """
     _prepare_output()
     try:
+        code = _status(main, sys.argv[1:] if argv is None else argv)
+    except SystemExit:  # of --help
+        if failed := _flush():
+            return failed
+        raise
+    failed = _flush(quiet=code != 0)
+    return code or failed
+
+
+def _status(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
         with _sigterm_interrupts():
-            code = main(sys.argv[1:] if argv is None else argv) or 0
-            sys.stdout.flush()
-            return code
+            return main(argv) or 0
     except UserError as error:
         return _complain(str(error))
     except BrokenPipeError:  # `| head` has read enough
-        _drop_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is not None or error.errno not in _NO_ROOM:
             raise
-        _drop_output()
-        return _complain(f"standard output: cannot be written: {error.strerror}")
+        return _complain(f"an output cannot be written: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -74,18 +81,26 @@ def _complain(message: str) -> int:
     return EXIT_USER_ERROR
 
 
+def _flush(quiet: bool = False) -> int:
+    """Write what standard output still holds; where it takes no more, nowhere, or Python would complain when it ends. 0, or the
+    status of that; `quiet`: nothing more is said."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return EXIT_BROKEN_PIPE
+        return EXIT_USER_ERROR if quiet else _complain(f"an output cannot be written: {error.strerror}")
+
+
 def _prepare_output() -> None:
     """Have somewhere to write to where the process was started without, and no text that cannot be written."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _drop_output() -> None:
-    """Write what is left nowhere, or Python would complain when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

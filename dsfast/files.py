@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ def check_output_file(path: str, argument: str) -> Path:
     there, and for what is none, such as a pipe: the file that is written takes its place."""
     target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     with os_errors_as(f"{argument} {path}: cannot be written"):
-        if target.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{argument} {path}: expected a file, this is a folder")
-        if target.exists() and not target.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{argument} {path}: expected a file, this is a device or a pipe")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -59,18 +59,23 @@ def check_output_folder(path: str, argument: str) -> Path:
 
 
 @contextmanager
-def for_one_process(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is this process's. UserError where it is another's; it is free again when that ends, however it does."""
-    handle = os.open(folder, os.O_RDONLY)
+def for_one_run(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is one run's. Raises UserError where it is another's, or cannot be opened. It is free again when the run's
+    process ends, however it does. Where the file system has no locks nobody is kept out."""
+    with os_errors_as(f"{folder}: cannot be opened"):
+        handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is writing into it; expected another folder, or that it ends"
-            ) from None
+        with suppress(OSError):  # no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another run is writing into it; expected another folder, or that it ends"
+                ) from None
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child of this process may hold it open
         os.close(handle)
 
 

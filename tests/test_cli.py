@@ -85,12 +85,27 @@ def test_an_output_that_is_closed_is_none():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_that_takes_no_more_is_one_line_and_2():
-    code = "from dsfast.command import run_command as run; import sys; sys.exit(run(lambda a: print('x' * 10**5), []))"
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        ("lambda a: print('x' * 10**5)", "error: an output cannot be written: No space left on device"),
+        ("lambda a: print('x')", "error: an output cannot be written: No space left on device"),
+        ("lambda a: (print('x'), CommandParser().parse_args(['--no']))", "unrecognized arguments: --no"),
+        (
+            "lambda a: CommandParser().parse_args(['--help'])",
+            "error: an output cannot be written: No space left on device",
+        ),
+    ],
+)
+def test_an_output_that_takes_no_more_is_one_line_and_2(main, said):
+    code = f"from dsfast.command import *; import sys; sys.exit(run_command({main}, []))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    streams = {"stderr": subprocess.PIPE, "text": True}
     with open("/dev/full", "w") as full:
-        child = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        child = subprocess.run([sys.executable, "-c", code], stdout=full, cwd=ROOT, env=environment, **streams)
+    [line] = child.stderr.splitlines()
     assert child.returncode == 2
-    assert child.stderr == "error: standard output: cannot be written: No space left on device\n"
+    assert said in line
 
 
 def test_text_that_the_output_cannot_hold_is_written_as_escapes():

@@ -16,7 +16,7 @@ from dsfast.files import (
     check_output_file,
     check_output_folder,
     finite,
-    for_one_process,
+    for_one_run,
     os_errors_as,
     write_json,
     write_text,
@@ -103,12 +103,12 @@ def test_an_output_file_takes_the_place_of_no_link_and_of_nothing_else(tmp_path)
         assert (tmp_path / f"{name}.json").read_text() == "1\n"
 
 
-def test_a_folder_is_one_process_s_at_a_time(tmp_path):
-    with for_one_process(tmp_path):
-        with pytest.raises(UserError, match="another process is writing into it"), for_one_process(tmp_path):
+def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    with for_one_run(tmp_path):
+        with pytest.raises(UserError, match="another run is writing into it"), for_one_run(tmp_path):
             pass
         assert names(tmp_path) == []
-    with for_one_process(tmp_path):
+    with for_one_run(tmp_path):
         pass
 
 

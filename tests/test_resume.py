@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_dataset, write_text_run
 
 from dsfast.errors import GpuError, UserError
-from dsfast.files import for_one_process
+from dsfast.files import for_one_run
 from dsfast.train import Trainer, TrainingError, checkpoint
 
 
@@ -94,7 +94,7 @@ def test_resume_into_another_folder(tmp_path):
 def test_a_folder_that_another_run_writes_into_is_left_alone(tmp_path):
     Trainer(tiny_config(**{"train.steps": 5}), tmp_path / "run", tiny_dataset()).train(quiet=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with for_one_process(tmp_path / "run"), pytest.raises(UserError, match="run: another process is writing into it"):
+    with for_one_run(tmp_path / "run"), pytest.raises(UserError, match="run: another run is writing into it"):
         Trainer(tiny_config(), tmp_path / "run", tiny_dataset()).train(resume=tmp_path / "run", quiet=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     Trainer(tiny_config(), tmp_path / "run", tiny_dataset()).train(resume=tmp_path / "run", quiet=True)

@@ -203,7 +203,7 @@ def test_products_computed_twice_are_found():
 
 
 @pytest.mark.parametrize(("chip", "waits"), [("sm_80", None), ("sm_90", True), ("sm_100", True), ("gfx942", None)])
-def test_kernels_wait_where_they_are_devices_with_pdl(chip, waits):
+def test_kernels_wait_where_they_are_let_in_early(chip, waits):
     """And one that does not, or does so too late, is found out."""
     launch = rms_norm.example_launches("500K", torch.bfloat16, CHIPS[chip].large)["forward_kernel"]
     assert compile_launch(launch, chip).waits is waits
@@ -234,7 +234,7 @@ class Noted:
 
 
 @pytest.mark.parametrize("can", [False, True])
-def test_launches_ask_to_be_devices_with_pdl_where_the_chip_can(can, monkeypatch):
+def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
     monkeypatch.setattr(launch_module, "_devices_with_pdl", lambda: [1] if can else [])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     kernel = Noted()

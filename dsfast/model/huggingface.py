@@ -44,8 +44,9 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
             f"{out_dir}: transformers' DeepseekV3ForCausalLM makes the routers' scores by sigmoid only, this model by "
             f"{model.config.scoring_func} (model.scoring_func); it cannot be exported"
         )
-    out = Path(out_dir).resolve()
-    if out in (Path.cwd(), Path(out.anchor)):
+    with os_errors_as(f"{out_dir}: cannot be written", RuntimeError):  # a loop of links, a working folder that is gone
+        out, here = Path(out_dir).resolve(), Path.cwd()
+    if out in (here, Path(out.anchor)):
         raise UserError(f"{out_dir}: expected a folder of its own, not the one you are in or the root")
     special = {name: special_id(tokenizer, token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
-from dsfast.files import for_one_process, os_errors_as, write_json
+from dsfast.files import for_one_run, os_errors_as, write_json
 from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest
 
 METRICS = "metrics.jsonl"
@@ -33,7 +33,7 @@ def run_folder(folder: Path, config: Config, step: int, resumed: Path | None) ->
             raise UserError(
                 f"{folder}: expected a name in UTF-8; safetensors reads no checkpoint from another one"
             ) from None
-    with for_one_process(folder):
+    with for_one_run(folder):
         _begin(folder, config, step, resumed)
         yield
 

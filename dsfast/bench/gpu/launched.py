@@ -72,7 +72,7 @@ def _mlp(x, gate_up, down):
 
 def _embedding(input_ids, table, projection):
     y, *kept = embedding.forward(input_ids, table, projection, True)
-    embedding.backward(y, input_ids, table, projection, *kept)
+    embedding.backward(y, input_ids, table, projection, *kept, None, None)
 
 
 def _project(delta, residual, *shared):
