@@ -65,13 +65,14 @@ def for_one_run(folder: Path) -> Iterator[None]:
     with os_errors_as(f"{folder}: cannot be opened"):
         handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # no locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{folder}: another run is writing into it; expected another folder, or that it ends"
-                ) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing into it; expected another folder, or that it ends"
+            ) from None
+        except OSError:
+            pass  # no locks
         yield
     finally:
         with suppress(OSError):

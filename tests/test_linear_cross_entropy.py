@@ -170,9 +170,7 @@ def test_z_loss():
 
 def projected(n: int, d: int, r: int, v: int) -> tuple:
     """`linear_cross_entropy` of hidden, weight, labels and projection, and these."""
-    _, weight, labels = drawn(linear_cross_entropy_case("", n, r, v))
-    draws = torch.Generator().manual_seed(5)
-    hidden, projection = torch.randn(n, d, generator=draws), torch.randn(r, d, generator=draws) * d**-0.5
+    hidden, weight, labels, *_, projection = drawn(linear_cross_entropy_case("", n, r, v, d=d))
 
     def function(hidden, weight, labels, projection):
         return ops.linear_cross_entropy(hidden, weight, labels, projection=projection)

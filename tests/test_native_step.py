@@ -52,7 +52,7 @@ def flat(model: DeepseekV3, lengths: tuple[int, ...], seed: int = 1) -> tuple[Te
 def by_autograd(model: DeepseekV3, ids, labels, positions, cu_seqlens, implementation="reference") -> dict[str, Tensor]:
     with ops.use(implementation):
         hidden = model.hidden(model.embed_tokens(ids), positions, cu_seqlens)
-        loss = model.cross_entropy(hidden, labels)
+        loss = model.cross_entropy(hidden, labels, model.head_weights())
         gradients = torch.autograd.grad(loss, list(model.parameters()))
     return {"loss": loss.detach(), **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch
-from dsfast.triton_kernels.launch import Launch, compiling, pdl
+from dsfast.triton_kernels.launch import Launch, compiling, during, pdl
 from dsfast.triton_kernels.limits import CHIPS
 from dsfast.triton_kernels.pieces import after_others, options
 
@@ -240,9 +238,9 @@ def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
     kernel = Noted()
     launch = Launch(kernel, (1,), {}, {"num_warps": 4}, 4, 0)
     launch.run()
-    with in_context(compiling, True):
+    with during(compiling, True):
         launch.run()
-    with in_context(pdl, False):
+    with during(pdl, False):
         launch.run()
     plain = {"num_warps": 4}
     assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
@@ -261,15 +259,6 @@ def test_which_gpus_let_kernels_in_early(interpreted, expected, monkeypatch):
 def test_what_asks_for_the_interpreter_is_what_triton_takes_for_it(value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert launch_module.interpreted() is triton.knobs.runtime.interpret
-
-
-@contextmanager
-def in_context(variable, value):
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 def test_blocks_divide_tiles():

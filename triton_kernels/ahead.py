@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import triton
-from dsfast.triton_kernels.launch import Launch
+from dsfast.triton_kernels.launch import Launch, during
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
 from dsfast.triton_kernels.pieces import compiled_for
 from torch import Tensor
@@ -40,9 +40,7 @@ class Compiled:
         float | None
     )  # work of the warp groups' matrix instructions over that of the source's products; None without them
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
-    waits: (
-        bool | None
-    )  # for the kernels before it, before it reads or writes memory; None where none starts before they end
+    waits: bool | None  # for the kernels before it, first of all; None on chips that start none before those end
 
     def faults(self, launch: Launch) -> list[str]:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
@@ -69,11 +67,8 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    token = compiled_for.set(gpu)
-    try:
+    with during(compiled_for, gpu):
         kernel = triton.compile(_source(launch), target=gpu, options=launch.options)
-    finally:
-        compiled_for.reset(token)
     assembly = kernel.asm[target.stage]
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)

@@ -31,7 +31,8 @@ Stage = tuple[Iterable[Launch], Sequence[Tensor]]
 
 class Branches(TorchDispatchMode):
     """Inside, in the thread that enters, `aside` starts launches on `streams`, in turn, or where the chain needs them soon on
-    `urgent`, which should have its priority. Those of one stream wait for each other.
+    `urgent`, which should have its priority. Those of one stream wait for each other. A GPU's backward pass has to stay in that
+    thread too: `torch.autograd.set_multithreading_enabled(False)`.
 
     What they read and write is kept until it is waited for, so that no later tensor gets its memory. They must not read what is
     changed in place after them: tests/test_branches.py looks for it. All are waited for at the end, by the stream that is current
@@ -54,13 +55,10 @@ class Branches(TorchDispatchMode):
 
     def __enter__(self):
         self._token = branches.set(self)
-        # A GPU's backward pass has else a thread of its own, which knows of no branches.
-        self._threads = torch.autograd.set_multithreading_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._threads.__exit__(*error)
         branches.reset(self._token)
         if error[0] is None:
             self._wait_for_all()

@@ -199,18 +199,8 @@ def blocks_kernel(
 
 @triton.jit
 def words_kernel(
-    x,
-    order,
-    starts,
-    blocks,
-    head_dtable,
-    dtable,
-    x_n,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-):
+    x, order, starts, blocks, head_dtable, dtable, x_n, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """One tile of dtable [V, R]: one word, head_dtable added where there is one. x [N, R]: of the tokens, or where no order is
     given of the sorted ones."""
     after_others()

@@ -5,7 +5,8 @@ one."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -74,6 +75,16 @@ def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = Fal
     for launches, _ in stages:
         for launch in launches:
             launch.run()
+
+
+@contextmanager
+def during(variable: ContextVar, value: Any) -> Iterator[None]:
+    """Inside, `variable` has `value`."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def interpreted() -> bool:

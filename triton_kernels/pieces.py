@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, rows
+from dsfast.triton_kernels.launch import Launch, interpreted, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -36,7 +36,7 @@ def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, in
 
 def _target_has_pdl() -> bool:
     """Whether the chip that a kernel is compiled for has programmatic dependent launch."""
-    target = None if triton.knobs.runtime.interpret else compiled_for.get() or current_target()
+    target = None if interpreted() else compiled_for.get() or current_target()
     return target is not None and target.backend == "cuda" and target.arch >= 90
 
 

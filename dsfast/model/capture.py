@@ -89,15 +89,15 @@ def _compared(step: Step, *recordings: Recording) -> list[float] | None:
 
     One alone would tell little: memory holds what the replay before left, of the same state, and what is read too early is right.
     """
-    expected: list[Tensor] = []
+    state, expected = step.state(), []
     taken: list[list[float]] = [[] for _ in recordings]
-    with unchanged(step.state()) as restore:
+    with unchanged(state) as restore:
         for _ in range(COMPARED):
             for recording, seconds in zip(recordings, taken, strict=True):
                 restore()
                 seconds.append(_seconds(recording.replay, min(step.consecutive, CONSECUTIVE)))
-                expected = expected or [x.clone() for x in step.state()]
-                if not all(map(_same_bits, step.state(), expected)):
+                expected = expected or [x.clone() for x in state]
+                if not all(map(_same_bits, state, expected)):
                     return None
     return [median(seconds) for seconds in taken]
 

@@ -136,9 +136,9 @@ class DeepseekV3(nn.Module):
             return None, self.lm_head.weight
         return self.embed_tokens.projection, self.embed_tokens.weight
 
-    def cross_entropy(self, hidden: Tensor, labels: Tensor, head: tuple[Tensor | None, Tensor] | None = None) -> Tensor:
-        """hidden [N, D], labels [N] -> mean loss, a scalar; by the head's projection and weight; None: `head_weights`."""
-        projection, weight = head or self.head_weights()
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, head: tuple[Tensor | None, Tensor]) -> Tensor:
+        """hidden [N, D], labels [N], the head's projection and weight, as `head_weights` -> mean loss, a scalar."""
+        projection, weight = head
         return ops.linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED, projection=projection)
 
     def _mtp_loss(self, hidden, embedded, labels, positions, cu_seqlens, head) -> Tensor:

@@ -35,9 +35,7 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
     Raises ValueError for other shapes or an id out of range, TypeError for mixed dtypes or devices. On a GPU, which the host
     does not wait for, an id out of range gives a row of NaN and adds nothing to the gradients.
     """
-    if _choose(input_ids, table, projection) == "reference":
-        return embedding_reference(input_ids, table, projection)
-    return torch.ops.dsfast.embedding(input_ids, table, projection, wants_gradients(table, projection))[0]
+    return _embedded(_choose(input_ids, table, projection), input_ids, table, projection)
 
 
 def tied_embedding(
@@ -45,9 +43,16 @@ def tied_embedding(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `embedding` -> [N, D], and table and projection for a head that is tied to them: where the Triton kernels run, the
     backward pass adds the gradients that the head found to its own, where autograd would do it afterwards."""
-    if _choose(input_ids, table, projection) != "triton" or not wants_gradients(table, projection):
-        return embedding(input_ids, table, projection), table, projection
-    return _Tied.apply(input_ids, table, projection)
+    chosen = _choose(input_ids, table, projection)
+    if chosen == "triton" and wants_gradients(table, projection):
+        return _Tied.apply(input_ids, table, projection)
+    return _embedded(chosen, input_ids, table, projection), table, projection
+
+
+def _embedded(chosen: str, input_ids: Tensor, table: Tensor, projection: Tensor | None) -> Tensor:
+    if chosen == "reference":
+        return embedding_reference(input_ids, table, projection)
+    return torch.ops.dsfast.embedding(input_ids, table, projection, wants_gradients(table, projection))[0]
 
 
 def _choose(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> str:

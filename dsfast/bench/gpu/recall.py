@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from dsfast.bench.gpu.training import not_run, run_process, trainer_for
+from dsfast.bench.gpu.training import command_of, not_run, run_process, trainer_for
 from dsfast.bench.step import attempt
 from dsfast.config import default_config
 from dsfast.evaluate import measure_taught
@@ -43,14 +43,7 @@ def recalls_of(seed: int, rehearsal: bool, end: float) -> Json:
     """ "GPU", "CPU" -> the recalls of a run of `seed` there. Raises as `run_process` does, at the latest at `end`."""
     found = {}
     for name, device in (("GPU", "cpu" if rehearsal else "gpu"), ("CPU", "cpu")):
-        command = [
-            sys.executable,
-            "-m",
-            "dsfast.bench.gpu.recall",
-            device,
-            str(seed),
-            *(["rehearsal"] if rehearsal else []),
-        ]
+        command = command_of("dsfast.bench.gpu.recall", device, seed, rehearsal)
         found[name] = run_process(command, str(cache_folder()), end - time.perf_counter())[1]
     return found
 

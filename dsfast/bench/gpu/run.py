@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsfast.bench.gpu.figures import OUT_OF_TIME, figures
+from dsfast.bench.gpu.figures import NOT_MEASURED, OUT_OF_TIME, figures
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
 
@@ -41,8 +41,8 @@ COMPILED = tuple(part for part in PARTS if part not in ("training", "recall", "t
 """What compiles then: training has caches of its own."""
 GRACE = 15.0  # seconds between a part's own end and its process's
 LOOK = 2.0  # seconds from one look at a process's rows to the next
-NOT_YET = "not measured: the command ended before"
-NOT_ASKED = "not measured: not asked for (--only)"
+NOT_YET = f"{NOT_MEASURED}: the command ended before"
+NOT_ASKED = f"{NOT_MEASURED}: not asked for (--only)"
 _CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 

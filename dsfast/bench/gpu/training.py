@@ -38,17 +38,15 @@ def run_training(rehearsal: bool, seconds: float) -> Iterator[Json]:
     device, steps = ("cpu", 1) if rehearsal else ("gpu", config.train.steps)
     with TemporaryDirectory() as caches:
         for case, where in (("cold", device), ("warm", device), ("CPU", "cpu")):
-            command = [
-                sys.executable,
-                "-m",
-                "dsfast.bench.gpu.training",
-                where,
-                str(steps),
-                *(["rehearsal"] if rehearsal else []),
-            ]
+            command = command_of("dsfast.bench.gpu.training", where, steps, rehearsal)
             left = (end - time.perf_counter()) * (1.0 if case == "CPU" else 0.5)
             found, problem = attempt(partial(run_process, command, caches, left))
             yield not_run("training", case, problem) if problem else row(case, steps, *found)
+
+
+def command_of(module: str, device: str, number: int, rehearsal: bool) -> list[str]:
+    """What runs a module of this folder in a process of its own."""
+    return [sys.executable, "-m", module, device, str(number), *(["rehearsal"] if rehearsal else [])]
 
 
 def not_run(part: str, case: str, problem: str) -> Json:

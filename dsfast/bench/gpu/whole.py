@@ -29,7 +29,7 @@ from dsfast.ops import triton
 from dsfast.train import Trainer
 from dsfast.train.device_step import DeviceStep
 from dsfast.train.runtime import DeviceSteps
-from dsfast.triton_kernels.launch import pdl
+from dsfast.triton_kernels.launch import during, pdl
 
 Json = dict[str, Any]
 
@@ -111,13 +111,9 @@ def _recordings(step: DeviceStep) -> dict[str, Callable[[], object]]:
     """What replays the step, recorded in each of WAYS that does not fail."""
     found = {}
     for name, (branched, let_in) in WAYS.items():
-        token = pdl.set(let_in)
-        try:
-            with unchanged(step.state()):
-                triton.compile_together(step)
-                recording, _ = attempt(partial(record, step, branched))
-        finally:
-            pdl.reset(token)
+        with during(pdl, let_in), unchanged(step.state()):
+            triton.compile_together(step)
+            recording, _ = attempt(partial(record, step, branched))
         if recording is not None:
             found[name] = recording.replay
     return found
