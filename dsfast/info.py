@@ -20,7 +20,7 @@ from dsfast.files import cache_folder
 from dsfast.ops import native, triton
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "rich", "triton", "transformers", "liger_kernel")
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 def machine() -> dict[str, Any]:
@@ -64,10 +64,10 @@ def caches() -> dict[str, str]:
 
 def commit() -> dict[str, Any] | None:
     """The git commit of the source tree and whether it has changes; None where dsfast does not run from one."""
-    if _git("rev-parse", "--show-toplevel") != str(_ROOT):
+    if git("rev-parse", "--show-toplevel") != str(ROOT):
         return None
-    head = _git("rev-parse", "HEAD")
-    return {"hash": head, "dirty": bool(_git("status", "--porcelain"))} if head else None
+    head = git("rev-parse", "HEAD")
+    return {"hash": head, "dirty": bool(git("status", "--porcelain"))} if head else None
 
 
 def collect() -> dict[str, Any]:
@@ -137,9 +137,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git prints in the folder that dsfast runs from; None where it fails or is not there."""
     try:
-        run = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None

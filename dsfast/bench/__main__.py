@@ -1,5 +1,6 @@
-"""`python -m dsfast.bench <step|kernels|generate|growth|learning|compile|gpu|tiles>`: how fast dsfast is here, beside peers timed
-in the same run; whether it learns what plain PyTorch learns; and what its GPU kernels take of chips that are not here."""
+"""`python -m dsfast.bench <step|kernels|generate|growth|learning|against|compile|gpu|tiles>`: how fast dsfast is here, beside
+peers timed in the same run; whether it learns what plain PyTorch learns, and what an earlier commit of it did; and what its GPU
+kernels take of chips that are not here."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
 from dsfast.bench import cases, results
+from dsfast.bench.against.run import run_against
+from dsfast.bench.against.tree import resolve, tree_of
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
 from dsfast.bench.generation import run_generate
@@ -30,7 +34,9 @@ from dsfast.bench.report import Reporter, plain
 from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, RuntimeConfig, default_config, load_config
-from dsfast.files import check_output_file, check_output_folder, os_errors_as, write_json, write_text
+from dsfast.data.sources import ENCYCLOPEDIA
+from dsfast.files import check_output_file, check_output_folder, os_errors_as, read_json, write_json, write_text
+from dsfast.info import ROOT
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
 from dsfast.triton_kernels.limits import CHIPS
@@ -58,20 +64,20 @@ def main(argv: list[str]) -> int:
 
 
 def sound(found: Json) -> bool:
-    """Whether everything that could run here ran, gave the right numbers, learnt as much, grew no faster than its work, and keeps
-    its limits."""
+    """Whether everything that could run here ran, gave the right numbers, learnt as much, grew no faster than its work, is no
+    worse than before, and keeps its limits."""
     states = [found.get("status"), *(peer["status"] for peer in found.get("peers", {}).values())]
     problems = [problem for case in found.get("cases", []) for problem in case["checks"].values()]
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
     faster = any(row["grows_faster"] for rows in found.get("series", {}).values() for row in rows)
     faulty = any(row["faults"] for row in found.get("kernels", []))
-    return not (wrong or faster or faulty or {"failed", "wrong"} & set(states))
+    return not (wrong or faster or faulty or found.get("problems") or {"failed", "wrong"} & set(states))
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.bench", description=__doc__)
     commands = parser.add_subparsers(
-        dest="bench", metavar="step|kernels|generate|growth|learning|compile|gpu|tiles", required=True
+        dest="bench", metavar="step|kernels|generate|growth|learning|against|compile|gpu|tiles", required=True
     )
 
     def command(name: str, run, purpose: str, repeats: int | None, timed: str = "pairs") -> CommandParser:
@@ -103,9 +109,7 @@ def _parser() -> CommandParser:
     growth = command("growth", _growth, "whether the step's time grows faster than its work", 7, "rounds")
     growth.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
     growth.add_argument("--series", metavar="A,B,...", type=_names, help="default: batch,length,experts")
-    learning = command("learning", _learning, "the loss and recall of whole runs beside plain PyTorch in float32", None)
-    learning.add_path("--config", metavar="FILE", help="the run (default: the 500K model's)")
-    learning.add_argument("--seeds", metavar="N", type=_positive, default=5, help="seeds 0 .. N - 1 (default 5)")
+    _add_whole_runs(command)
     compiled = command("compile", _compile, "GPU kernels compiled without a GPU and held to each chip's limits", None)
     compiled.add_argument("operators", metavar="OP", nargs="*", help="default: all that have a Triton kernel")
     compiled.add_argument("--chip", metavar="CHIP", nargs="+", help=f"default: all, {', '.join(CHIPS)}")
@@ -113,6 +117,19 @@ def _parser() -> CommandParser:
     compiled.add_argument("--size", metavar="SIZE", nargs="+", help='default: all; for example "500K" DeepSeek-V3')
     _add_gpu(commands)
     return parser
+
+
+def _add_whole_runs(command: Callable[..., CommandParser]) -> None:
+    learning = command("learning", _learning, "the loss and recall of whole runs beside plain PyTorch in float32", None)
+    learning.add_path("--config", metavar="FILE", help="the run (default: the 500K model's)")
+    learning.add_argument("--seeds", metavar="N", type=_positive, default=5, help="seeds 0 .. N - 1 (default 5)")
+    against = command(
+        "against", _against, "this tree beside a commit of it: whether it learns as much, and how fast", None
+    )
+    against.add_argument("revision", metavar="REVISION", nargs="?", default="HEAD", help="default: HEAD")
+    against.add_path("--config", metavar="FILE", help="the run, of both (default: each tree's own of the 500K model)")
+    against.add_argument("--steps", metavar="N", type=_positive, help="default: train.steps")
+    against.add_argument("--seeds", metavar="N", type=_positive, default=1, help="seeds 0 .. N - 1 (default 1)")
 
 
 def _add_gpu(commands) -> None:
@@ -216,6 +233,22 @@ def _growth(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
 def _learning(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     config = _config(arguments)
     return {"seeds": arguments.seeds, **_named(config)}, run_learning(config, range(arguments.seeds), reporter.progress)
+
+
+def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    commit, config = resolve(arguments.revision), _config(arguments)
+    changes = {"train.steps": arguments.steps or config.train.steps}
+    if config.data.source != ENCYCLOPEDIA:
+        changes["data.source"] = str(Path(config.data.source).absolute())  # the sides work in other folders
+    reporter.progress(f"the sources of {commit[:12]}, and their kernels where they are others than here")
+    trees = {"now": ROOT, "before": tree_of(commit)}
+    own = Path("configs") / "deepseek_v3_test_run_cpu.json"
+    configs = {side: Path(arguments.config or tree / own).absolute() for side, tree in trees.items()}
+    settings = {
+        "revision": arguments.revision, "commit": commit, "seeds": arguments.seeds, "changes": changes,
+        "configs": {side: read_json(path) for side, path in configs.items()},
+    }  # fmt: skip
+    return settings, run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
 
 
 def _compile(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

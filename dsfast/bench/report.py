@@ -48,8 +48,8 @@ class Reporter:
             self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
-            "learning": self._learning, "compile": self._compile, "gpu": partial(show_gpu, self.console),
-            "tiles": partial(show_tiles, self.console),
+            "learning": self._learning, "against": self._against, "compile": self._compile,
+            "gpu": partial(show_gpu, self.console), "tiles": partial(show_tiles, self.console),
         }  # fmt: skip
         shows[found["settings"]["bench"]](found)
 
@@ -213,6 +213,50 @@ class Reporter:
             if not row["right"]:
                 self._say(f"✗ seed {row['seed']}: the last loss differs by {row['difference']:+.2%}", "red")
 
+    def _against(self, found: Json) -> None:
+        settings, results = found["settings"], found["results"]
+        before = f"{settings['revision']} ({settings['commit'][:12]})"
+        if "status" in results:
+            self._say(f"✗ failed: {results['reason']}", "red")
+            return
+        table = _table(f"Now beside {before}: the same runs, side by side, in turns",
+                       "", "now ms", "quartiles", "before ms", "quartiles", "now is", "quartiles", "verdict")  # fmt: skip
+        for name, c in results["timed"].items():
+            ratios = c["ratios"]
+            pairs = f"{ratios['lower']:.3f} .. {ratios['upper']:.3f}"
+            figures = (*_times(c["first"]), *_times(c["other"]), f"{ratios['median']:.3f} x", pairs)
+            table.add_row(name, *figures, c["verdict"])
+        self.console.print(table)
+        self._say(
+            "Now is: before / now of the pairs, median and quartiles; as fast: the quartiles lie on both sides of 1."
+        )
+        self.console.print(self._learnt(results))
+        for one in results["seeds"]:
+            said = "the same bits at every step"
+            if apart := one["apart"]:
+                said = f"apart from step {apart['first_step']} on, by at most {apart['largest']:.2%}, at step {apart['at_step']}"
+            self._say(f"Losses of seed {one['seed']}, {len(one['now']['losses'])} steps: {said}.")
+        if settings["configs"]["now"] != settings["configs"]["before"]:
+            self._say("The two sides' configs differ: each is its own tree's.", "yellow")
+        for name in ("now", "before"):
+            for fallback in results["seeds"][0][name]["fallbacks"]:
+                self._say(
+                    f"{name}: plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow"
+                )
+        for problem in results["problems"]:
+            self._say(f"✗ worse: {problem}", "red")
+
+    def _learnt(self, results: Json) -> Table:
+        table = _table(f"Learnt, mean of {len(results['seeds'])} seed(s)", "", "now", "before")
+        now, before = results["learnt"]["now"], results["learnt"]["before"]
+        table.add_row("loss of the last steps", *(f"{side['mean_loss']:.4f}" for side in (now, before)))
+        for name in now["recall"]:
+            table.add_row(f"recall, {name} phrasings", *(_part(side["recall"].get(name)) for side in (now, before)))
+        table.add_row("prompts answered", *(f"{side['exact']:g}" for side in (now, before)))
+        peaks = (max(one[name]["peak_memory_bytes"] for one in results["seeds"]) for name in ("now", "before"))
+        table.add_row("peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in peaks))
+        return table
+
     def _compile(self, found: Json) -> None:
         rows = found["results"]["kernels"]
         for (operator, size, dtype), together in groupby(rows, itemgetter("operator", "size", "dtype")):
@@ -264,7 +308,11 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _percent(recall: Json | None) -> str:
-    return "-" if recall is None else f"{recall['fraction']:.1%}"
+    return "-" if recall is None else _part(recall["fraction"])
+
+
+def _part(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def _giga(number: float) -> str:
@@ -282,7 +330,7 @@ def _table(title: str, *columns: str) -> Table:
     )
     for column in columns:
         words = column in (
-            "", "what", "variant", "operator", "implementation", "pass", "ms in bars", "kernel", "chip", "limits",
+            "", "what", "variant", "operator", "implementation", "pass", "ms in bars", "kernel", "chip", "limits", "verdict",
         )  # fmt: skip
         table.add_column(column, justify="left" if words else "right", no_wrap=column != "what")
     return table

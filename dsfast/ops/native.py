@@ -19,10 +19,10 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 REBUILD = "run `make build`, or `pip install -e .` with a C++17 compiler"
 
 
-def source_hash() -> str | None:
-    """The hash of csrc/ as it is now; None where only the built package is installed."""
-    script = SOURCES / "source_hash.py"
-    return runpy.run_path(str(script))["source_hash"](SOURCES) if script.exists() else None
+def source_hash(sources: Path = SOURCES) -> str | None:
+    """The hash of a folder csrc/ as it is now; None where it is not there, as where only the built package is installed."""
+    script = sources / "source_hash.py"
+    return runpy.run_path(str(script))["source_hash"](sources) if script.exists() else None
 
 
 @functools.cache

@@ -1,0 +1,195 @@
+"""Both sides' runs in turns, and what their losses, answers and times say about the change between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dsfast.bench.timing import spread, summarise
+from dsfast.files import read_json
+
+SIDES = ("now", "before")
+TURNS, RUNS = 20, 5
+"""In how many turns a side does its steps; how many it has on a GPU, where each is a whole run. The first is not timed."""
+GENERATED = {"one sequence": 1, "32 sequences": 32}
+NEW_TOKENS = 64
+LAST = 10
+"""Steps over which the loss is averaged: one step's is that of one batch."""
+LOSS, RECALL, SPEED = 0.02, 0.05, 0.03
+"""What is worse by more is a failure: the mean loss and the time of a step, relatively, and the part of questions answered. Where
+roundings alone differ the first and the last come apart by up to 0.8% and 2 points, in 200 steps of the 500K model."""
+_SIDE = (Path(__file__).parent / "side.py").read_text(encoding="utf-8")
+
+Json = dict[str, Any]
+
+
+class SideFailedError(Exception):
+    """A tree could not do its run. What it said is on standard error."""
+
+
+class Side:
+    """A source tree's process, which waits while it is not its turn. `run`: what `side.Run` is made of there."""
+
+    def __init__(self, tree: Path, run: Json):
+        self.tree = tree
+        command = [sys.executable, "-c", _SIDE]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._child = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)  # Ctrl-C is for the parent
+        self._tell(run)
+
+    def ask(self, method: str, **arguments: Any) -> Json:
+        """What the method of `side.Run` returns. Raises SideFailedError where the process ends instead."""
+        self._tell([method, arguments])
+        line = self._child.stdout.readline()
+        if not line:
+            raise SideFailedError(f"{self.tree}: its run ended with status {self._child.wait()}; what it said is above")
+        return json.loads(line)
+
+    def answers(self, checkpoint: Path) -> Json:
+        """What `python -m dsfast.evaluate` says there of a checkpoint. Raises SideFailedError where that fails."""
+        file = checkpoint / "answers.json"
+        command = [sys.executable, "-m", "dsfast.evaluate", "--checkpoint", str(checkpoint), "--json", str(file)]
+        asked = subprocess.run(command, cwd=self.tree, stdout=subprocess.DEVNULL, check=False)
+        if asked.returncode:
+            raise SideFailedError(
+                f"{self.tree}: dsfast.evaluate ended with status {asked.returncode}; what it said is above"
+            )
+        return read_json(file)
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self._child.kill()
+        self._child.communicate()
+
+    def _tell(self, value: Any) -> None:
+        with suppress(BrokenPipeError):  # it has ended, as `ask` will find
+            print(json.dumps(value), file=self._child.stdin, flush=True)
+
+
+def run_against(
+    trees: dict[str, Path], configs: dict[str, Path], changes: Json, seeds: Sequence[int], progress: Callable[[str], None]
+) -> Json:  # fmt: skip
+    """For each seed the run of both SIDES, each by the code of its tree and the config in its file, with the same `changes` to
+    it, "train.steps" among them; in turns, and then generation in turns, and the checkpoints' answers.
+
+    Returns `seeds`, what `_one_seed` finds for each, without the pairs of seconds; `timed`, of a step and of generation, both
+    sides' seconds, how many times as fast "now" is, and whether that is more than noise; `learnt`, the sides' means over the
+    seeds; and `problems`, what is worse. Of a tree that fails there is a `status` alone, "failed", and the `reason`.
+    """
+    found = []
+    try:
+        for seed in seeds:
+            found.append(_one_seed(trees, configs, changes | {"seed": seed}, progress))
+    except SideFailedError as error:
+        return {"status": "failed", "reason": str(error)}
+    pairs = [one.pop("pairs") for one in found]
+    timed = {name: _compared([pair for of_seed in pairs for pair in of_seed[name]]) for name in pairs[0]}
+    learnt = {side: _means([one[side] for one in found]) for side in SIDES}
+    return {"seeds": found, "timed": timed, "learnt": learnt, "problems": problems(timed, learnt)}
+
+
+def _one_seed(
+    trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Callable[[str], None]
+) -> Json:  # fmt: skip
+    """Of each side its losses and what it knows afterwards; `pairs`: of a step and of generation, (now, before) seconds."""
+    seed, steps = changes["seed"], changes["train.steps"]
+    turn = ceil(steps / TURNS)
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        sides = {}
+        for name in SIDES:
+            progress(f"seed {seed}: {name}: articles, tokenizer, model")
+            sides[name] = Side(trees[name], {"config": str(configs[name]), "changes": changes, "turn": turn})
+            stack.callback(sides[name].end)
+            ready = sides[name].ask("ready")
+            if not Path(ready["package"]).parent.samefile(trees[name]):
+                raise SideFailedError(f"{trees[name]}: Python takes dsfast from {ready['package']} there")
+        whole_runs = ready["device"] == "cuda"
+        progress(f"seed {seed}: {steps} steps of each side, in turns")
+        trained = _turns(sides, RUNS if whole_runs else ceil(steps / turn), "train")
+        pairs = {"a step": _seconds(trained)}
+        for name, batch in GENERATED.items():
+            progress(f"seed {seed}: generation, {name}")
+            pairs[name] = _seconds(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
+        last = trained[-1:] if whole_runs else trained
+        losses = {name: [loss for turn in last for loss in turn[name]["losses"]] for name in SIDES}
+        found = {name: _known(side, Path(folder) / name, losses[name]) for name, side in sides.items()}
+    return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), **found}
+
+
+def _turns(sides: dict[str, Side], turns: int, method: str, **arguments: Any) -> list[Json]:
+    """What both sides say in each turn; the one that began a turn is the second in the next."""
+    found = []
+    for turn in range(turns):
+        order = SIDES if turn % 2 else reversed(SIDES)
+        found.append({name: sides[name].ask(method, **arguments) for name in order})
+    return found
+
+
+def _seconds(turns: Sequence[Json]) -> list[tuple[float, float]]:
+    """(now, before) of all turns but the first, if there are others: it does what is done once."""
+    return [tuple(turn[name]["seconds"] for name in SIDES) for turn in turns[1:] or turns]
+
+
+def _known(side: Side, folder: Path, losses: list[float]) -> Json:
+    saved = side.ask("save", folder=str(folder))
+    answers = side.answers(folder)
+    return {
+        "losses": losses, "loss": losses[-1], "mean_loss": fmean(losses[-LAST:]), "exact": answers["exact"],
+        "asked": len(answers["probes"]), "recall": answers["recall"], **saved,
+    }  # fmt: skip
+
+
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
+    """The first step (from 1) whose losses differ, and the largest relative difference with its step; None: all are the same."""
+    differences = [abs(a / b - 1) if a != b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    if not any(differences):
+        return None
+    largest = max(differences)
+    first = next(step for step, difference in enumerate(differences, 1) if difference)
+    return {"first_step": first, "largest": largest, "at_step": differences.index(largest) + 1}
+
+
+def _compared(pairs: Sequence[tuple[float, float]]) -> Json:
+    """`timing.Comparison` of (now, before) seconds, the spread of before / now, and the verdict: "as fast" where the quartiles
+    lie on both sides of 1, which is no difference beyond the noise."""
+    ratios = spread([before / now for now, before in pairs])
+    verdict = "faster" if ratios.lower > 1 else "slower" if ratios.upper < 1 else "as fast"
+    return {**asdict(summarise(pairs)), "ratios": asdict(ratios), "verdict": verdict}
+
+
+def _means(found: Sequence[Json]) -> Json:
+    """Over the seeds: the mean loss, the prompts answered, the part of the questions; None where none were asked."""
+    recalls = {name: [one["recall"][name] for one in found] for name in found[0]["recall"]}
+    return {
+        "mean_loss": fmean(one["mean_loss"] for one in found),
+        "exact": fmean(one["exact"] for one in found),
+        "recall": {
+            name: None if None in all_ else fmean(one["fraction"] for one in all_) for name, all_ in recalls.items()
+        },
+    }
+
+
+def problems(timed: Json, learnt: Json) -> list[str]:
+    """What is worse now than before by more than SPEED, LOSS or RECALL."""
+    now, before = (learnt[side] for side in SIDES)
+    found = [
+        f"{name}: now {compared['ratios']['median']:.2f} times as fast"
+        for name, compared in timed.items()
+        if compared["verdict"] == "slower" and compared["ratios"]["median"] < 1 - SPEED
+    ]
+    if not now["mean_loss"] <= before["mean_loss"] * (1 + LOSS):  # nor is a NaN
+        found.append(f"the mean loss of the last steps is {now['mean_loss']:.4f} and was {before['mean_loss']:.4f}")
+    for name, recall in now["recall"].items():
+        was = before["recall"].get(name)
+        if None not in (recall, was) and recall < was - RECALL:
+            found.append(f"recall in {name} phrasings is {recall:.1%} and was {was:.1%}")
+    return found

@@ -1,0 +1,258 @@
+"""`bench against`: a small repository whose tree is held against a commit of it, as a user does; and what its figures say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from math import nan
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from dsfast.bench import __main__ as bench
+from dsfast.bench.against import run, side, tree
+from dsfast.bench.against.run import apart, problems
+from dsfast.command import run_command
+from dsfast.errors import UserError
+from dsfast.ops import native
+
+ROOT = Path(__file__).parents[1]
+
+
+def git(repository: Path, *arguments: str) -> str:
+    named = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    ran = subprocess.run(["git", *named, *arguments], cwd=repository, capture_output=True, text=True, check=True)
+    return ran.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A repository with one commit, of the sources as they stand, and their C++ kernels beside it, built and not committed."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("dsfast", "triton_kernels", "configs", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".gitignore").write_text("*.so\n__pycache__/\n", encoding="utf-8")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "before")
+    return folder
+
+
+@pytest.fixture
+def repository(clone: Path):
+    """The clone, whose changes are undone afterwards."""
+    yield clone
+    git(clone, "checkout", "--quiet", ".")
+
+
+def change(repository: Path, file: str, old: str, new: str) -> None:
+    text = (repository / file).read_text(encoding="utf-8")
+    assert text.count(old) == 1, "the test changes a line that is no longer there"
+    (repository / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def against(repository: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
+    """The command in that repository, with a small run of random words: how it ended, and the results it wrote."""
+    config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 6})
+    command = [
+        sys.executable,
+        "-m",
+        "dsfast.bench",
+        "against",
+        "--config",
+        str(config),
+        "--json",
+        "out.json",
+        *arguments,
+    ]
+    environment = {**os.environ, "DSFAST_CACHE": str(folder / "cache")}
+    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+    file = repository / "out.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.unlink(missing_ok=True)
+    return ended, found
+
+
+def test_the_same_code_gives_the_same_bits(repository: Path, tmp_path: Path):
+    ended, found = against(repository, tmp_path, "HEAD", "--steps", "4", "--seeds", "2")
+    assert ended.returncode in (0, 1), (
+        ended.stderr
+    )  # of a few steps of some milliseconds each the times may say anything
+    settings, results = found["settings"], found["results"]
+    assert settings["commit"] == git(repository, "rev-parse", "HEAD")
+    assert settings["changes"]["data.source"] == str(tmp_path / "text.txt")
+    assert [one["seed"] for one in results["seeds"]] == [0, 1]
+    for one in results["seeds"]:
+        assert one["now"]["losses"] == one["before"]["losses"]
+        assert len(one["now"]["losses"]) == 4
+        assert one["apart"] is None
+        for name in ("now", "before"):
+            assert one[name]["asked"] == 13
+            assert one[name]["peak_memory_bytes"] > 1e8
+            assert one[name]["fallbacks"] == []
+    assert results["learnt"]["now"] == results["learnt"]["before"]
+    assert not [problem for problem in results["problems"] if "times as fast" not in problem]
+    assert set(results["timed"]) == {"a step", *run.GENERATED}
+    assert results["timed"]["a step"]["first"]["count"] == 2 * (4 - 1)
+    assert "the same bits at every step" in ended.stdout
+    assert git(repository, "status", "--porcelain") == "", "the repository is left as it was"
+
+
+def test_a_tree_that_is_slower_and_learns_less_is_named_and_1(repository: Path, tmp_path: Path):
+    slower = "        started, train = perf_counter(), self.config.train\n"
+    change(repository, "dsfast/train/loop.py", slower, slower + "        __import__('time').sleep(0.2)\n")
+    change(
+        repository,
+        "dsfast/train/loop.py",
+        "            self.optimizer.step(scale,",
+        "            self.optimizer.step(0 * scale,",
+    )
+    ended, found = against(repository, tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    results = found["results"]
+    assert results["timed"]["a step"]["verdict"] == "slower"
+    assert results["timed"]["a step"]["first"]["median"] > 0.2 > results["timed"]["a step"]["other"]["median"]
+    [slow] = [problem for problem in results["problems"] if problem.startswith("a step: now 0.")]
+    [learnt] = [problem for problem in results["problems"] if problem.startswith("the mean loss of the last steps is")]
+    [one] = results["seeds"]
+    assert one["apart"]["first_step"] == 2, "the first loss is that of the same first weights"
+    assert one["now"]["losses"][0] == one["before"]["losses"][0]
+    for problem in (slow, learnt):
+        assert problem in " ".join(ended.stdout.split())
+
+
+def test_a_tree_that_breaks_is_named_and_what_it_said_is_shown(repository: Path, tmp_path: Path):
+    change(
+        repository,
+        "dsfast/train/loop.py",
+        "        self.steps_done += 1\n",
+        "        raise ArithmeticError('a new bug')\n",
+    )
+    ended, found = against(repository, tmp_path)
+    assert ended.returncode == 1
+    assert "ArithmeticError: a new bug" in ended.stderr
+    assert f"failed: {repository}: its run ended with status 1" in " ".join(ended.stdout.split())
+    assert found["results"]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["no-such"], "'no-such': expected a commit of this repository: a hash, a branch, a tag or the like of HEAD~1"),
+        (["HEAD:dsfast"], "'HEAD:dsfast': expected a commit of this repository"),
+        (["HEAD", "--steps", "0"], "argument --steps: expected a whole number from 1 to 999999, got '0'"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(arguments, complaint, repository, capsys, monkeypatch):
+    look_at(repository, monkeypatch)
+    assert run_command(bench.main, ["against", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert complaint in line
+
+
+def look_at(repository: Path, monkeypatch) -> None:
+    """Have this process take `repository` for the one its code is from."""
+    monkeypatch.setattr("dsfast.info.ROOT", repository)
+    monkeypatch.setattr(tree, "ROOT", repository)
+
+
+def test_what_is_no_clone_is_said(tmp_path: Path, monkeypatch):
+    look_at(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=f"{tmp_path} is not a clone of it"):
+        tree.resolve("HEAD")
+
+
+class TestTree:
+    @pytest.fixture(autouse=True)
+    def here(self, repository: Path, tmp_path: Path, monkeypatch):
+        look_at(repository, monkeypatch)
+        monkeypatch.setenv("DSFAST_CACHE", str(tmp_path / "cache"))
+
+    def test_the_kernels_of_the_same_sources_are_taken_and_a_tree_is_made_once(self, repository, monkeypatch):
+        made = tree.tree_of(tree.resolve("HEAD"))
+        [module] = made.glob("dsfast/_native*.so")
+        assert module.read_bytes() == Path(native.module().__file__).read_bytes()
+        assert (made / "csrc/gemm.h").read_bytes() == (repository / "csrc/gemm.h").read_bytes()
+        monkeypatch.setattr(tree, "_unpack", None)
+        assert tree.tree_of(tree.resolve("HEAD")) == made
+
+    def test_without_kernels_here_there_are_none_there(self, monkeypatch):
+        monkeypatch.setattr(native, "status", lambda: (None, "no compiler"))
+        made = tree.tree_of(tree.resolve("HEAD"))
+        assert list(made.glob("dsfast/_native*")) == []
+        monkeypatch.undo()
+
+    def test_a_failed_build_is_one_line_and_leaves_nothing(self, repository, tmp_path, monkeypatch):
+        """pip finds no project there: it has neither pyproject.toml nor setup.py."""
+        monkeypatch.setattr(native, "source_hash", lambda sources: "others")
+        with pytest.raises(UserError, match=r"the C\+\+ kernels of commit [0-9a-f]{12} could not be built: ERROR: "):
+            tree.tree_of(tree.resolve("HEAD"))
+        assert list((tmp_path / "cache/trees").iterdir()) == []
+
+
+def test_a_gpus_turn_is_a_whole_run(tmp_path: Path):
+    """Begun anew: on a GPU a turn of some steps would end with others launched ahead."""
+    asked = side.Run(str(tiny.write_text_run(tmp_path)), {"train.steps": 3}, turn=1)
+    for _ in range(2):
+        asked.trainer.device = torch.device("cuda")
+        whole = asked.train()
+        assert len(whole["losses"]) == 3
+        assert whole["seconds"] > 0
+    stepwise = side.Run(str(tiny.write_text_run(tmp_path)), {"train.steps": 3}, turn=2)
+    assert [*stepwise.train()["losses"], *stepwise.train()["losses"]] == whole["losses"]
+
+
+def test_each_side_begins_every_second_turn():
+    order = []
+
+    class Asked:
+        def __init__(self, name):
+            self.ask = lambda method: order.append(name) or {"seconds": len(order)}
+
+    turns = run._turns({name: Asked(name) for name in run.SIDES}, 3, "train")
+    assert order == ["before", "now", "now", "before", "before", "now"]
+    assert run._seconds(turns) == [(3, 4), (6, 5)]
+    assert run._seconds(turns[:1]) == [(2, 1)]
+
+
+def test_a_verdict_needs_the_quartiles_on_one_side():
+    assert run._compared([(1.0, 1.1), (1.0, 1.2), (1.0, 1.3)])["verdict"] == "faster"
+    assert run._compared([(1.1, 1.0), (1.2, 1.0), (1.3, 1.0)])["verdict"] == "slower"
+    assert run._compared([(1.0, 0.9), (1.0, 1.2), (1.0, 1.3), (1.0, 0.8)])["verdict"] == "as fast"
+    assert run._compared([(2.0, 3.0)])["ratios"]["median"] == 1.5
+
+
+def test_losses_part_where_the_first_bit_differs():
+    assert apart([3.0, 2.0, 1.0], [3.0, 2.0, 1.0]) is None
+    assert apart([3.0, 2.0, 1.5, 1.0], [3.0, 2.5, 1.0, 1.0]) == {"first_step": 2, "largest": 0.5, "at_step": 3}
+
+
+def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
+    return {"mean_loss": mean_loss, "exact": 3, "recall": {"taught": taught, "heldout": None}}
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (learnt(), []),
+        (learnt(1.0199, 0.901), []),
+        (learnt(0.5, 0.99), []),
+        (learnt(taught=None), []),
+        (learnt(1.021), ["the mean loss of the last steps is 1.0210 and was 1.0000"]),
+        (learnt(nan), ["the mean loss of the last steps is nan and was 1.0000"]),
+        (learnt(1.0, 0.89), ["recall in taught phrasings is 89.0% and was 95.0%"]),
+    ],
+)
+def test_what_is_worse_than_roundings_make_it_is_a_problem(now, expected):
+    assert problems({}, {"now": now, "before": learnt()}) == expected
+
+
+@pytest.mark.parametrize(("ratio", "verdict", "named"), [(0.96, "slower", 1), (0.98, "slower", 0), (0.9, "as fast", 0)])
+def test_what_is_slower_by_little_or_within_the_noise_is_none(ratio, verdict, named):
+    timed = {"a step": {"verdict": verdict, "ratios": {"median": ratio}}}
+    assert len(problems(timed, {"now": learnt(), "before": learnt()})) == named
