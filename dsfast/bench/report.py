@@ -247,7 +247,10 @@ class Reporter:
             self._say(f"✗ worse: {problem}", "red")
 
     def _learnt(self, results: Json) -> Table:
-        table = _table(f"Learnt, mean of {len(results['seeds'])} seed(s)", "", "now", "before")
+        seeds = ", ".join(str(one["seed"]) for one in results["seeds"])
+        table = _table(
+            f"Learnt, mean over seeds {seeds}" if "," in seeds else f"Learnt, seed {seeds}", "", "now", "before"
+        )
         now, before = results["learnt"]["now"], results["learnt"]["before"]
         table.add_row("loss of the last steps", *(f"{side['mean_loss']:.4f}" for side in (now, before)))
         for name in now["recall"]:
