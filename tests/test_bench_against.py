@@ -9,6 +9,7 @@ import subprocess
 import sys
 from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,12 +17,13 @@ import torch
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench.against import run, side, tree
-from dsfast.bench.against.run import apart, problems
+from dsfast.bench.against.run import apart, learns_less, slower
 from dsfast.command import run_command
 from dsfast.errors import UserError
 from dsfast.ops import native
 
 ROOT = Path(__file__).parents[1]
+GPU = ROOT / "configs/deepseek_v3_test_run_gpu.json"
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -140,11 +142,32 @@ def test_a_tree_that_breaks_is_named_and_what_it_said_is_shown(repository: Path,
     assert found["results"]["status"] == "failed"
 
 
+def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Path, tmp_path: Path):
+    """Beside one that does not, and one that the commit did not have."""
+    turned = '    raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))\n'
+    change(repository, "dsfast/ops/rope.py", turned, turned + "    y += 1e-6\n    __import__('time').sleep(0.02)\n")
+    sizes = "SIZES: dict[str, dict[str, dict[str, int]]] = {\n"
+    change(repository, "dsfast/bench/cases.py", sizes, sizes + "    'new_one': {},\n")
+    ended, found = against(repository, tmp_path, "--operators", "rope,rms_norm,new_one")
+    assert ended.returncode == 1, ended.stderr
+    results = found["results"]
+    assert results["bits"] == {"rope": "others", "rms_norm": "the same", "new_one": "not in the other tree"}
+    forward, backward = "rope", "rope, forward and backward"
+    assert set(results["timed"]) == {forward, backward, "rms_norm", "rms_norm, forward and backward"}
+    for name, least in ((forward, 0.02), (backward, 0.04)):
+        assert results["timed"][name]["verdict"] == "slower"
+        assert results["timed"][name]["first"]["median"] > least > results["timed"][name]["other"]["median"]
+        assert any(problem.startswith(f"{name}: now 0.") for problem in results["problems"])
+    assert "Bits of results and gradients: others: rope." in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["no-such"], "'no-such': expected a commit of this repository: a hash, a branch, a tag or the like of HEAD~1"),
         (["HEAD:dsfast"], "'HEAD:dsfast': expected a commit of this repository"),
+        (["HEAD", "--operators", "rop"], "unknown operator 'rop'; known: adamw, embedding"),
+        (["HEAD", "--operators", "rope", "--config", str(GPU)], "timed on the CPU; runtime.device is 'cuda' in "),
         (["HEAD", "--steps", "0"], "argument --steps: expected a whole number from 1 to 999999, got '0'"),
     ],
 )
@@ -232,6 +255,12 @@ def test_losses_part_where_the_first_bit_differs():
     assert apart([3.0, 2.0, 1.5, 1.0], [3.0, 2.5, 1.0, 1.0]) == {"first_step": 2, "largest": 0.5, "at_step": 3}
 
 
+def test_a_slow_operator_has_fewer_turns(monkeypatch):
+    monkeypatch.setattr(run, "perf_counter", iter(range(0, 1000, 10)).__next__)
+    sides = {name: SimpleNamespace(ask=lambda method: {}) for name in run.SIDES}
+    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [3, 7, 20]
+
+
 def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
     return {"mean_loss": mean_loss, "exact": 3, "recall": {"taught": taught, "heldout": None}}
 
@@ -249,10 +278,10 @@ def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
     ],
 )
 def test_what_is_worse_than_roundings_make_it_is_a_problem(now, expected):
-    assert problems({}, {"now": now, "before": learnt()}) == expected
+    assert learns_less({"now": now, "before": learnt()}) == expected
 
 
 @pytest.mark.parametrize(("ratio", "verdict", "named"), [(0.96, "slower", 1), (0.98, "slower", 0), (0.9, "as fast", 0)])
 def test_what_is_slower_by_little_or_within_the_noise_is_none(ratio, verdict, named):
     timed = {"a step": {"verdict": verdict, "ratios": {"median": ratio}}}
-    assert len(problems(timed, {"now": learnt(), "before": learnt()})) == named
+    assert len(slower(timed)) == named

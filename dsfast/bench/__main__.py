@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from dsfast.bench import cases, results
-from dsfast.bench.against.run import run_against
+from dsfast.bench.against.run import run_against, run_operators
 from dsfast.bench.against.tree import resolve, tree_of
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
@@ -35,6 +35,7 @@ from dsfast.bench.step import choose_peers, run_step
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, RuntimeConfig, default_config, load_config
 from dsfast.data.sources import ENCYCLOPEDIA
+from dsfast.errors import UserError
 from dsfast.files import check_output_file, check_output_folder, os_errors_as, read_json, write_json, write_text
 from dsfast.info import ROOT
 from dsfast.model import DeepseekV3
@@ -127,6 +128,8 @@ def _add_whole_runs(command: Callable[..., CommandParser]) -> None:
         "against", _against, "this tree beside a commit of it: whether it learns as much, and how fast", None
     )
     against.add_argument("revision", metavar="REVISION", nargs="?", default="HEAD", help="default: HEAD")
+    against.add_argument("--operators", metavar="OP,...", type=_names, help="of a run these operators alone, or all")
+    against.add_argument("--size", choices=cases.SIZE_NAMES, default="500k", help="theirs (default: 500k)")
     against.add_path("--config", metavar="FILE", help="the run, of both (default: each tree's own of the 500K model)")
     against.add_argument("--steps", metavar="N", type=_positive, help="default: train.steps")
     against.add_argument("--seeds", metavar="N", type=_positive, default=1, help="seeds 0 .. N - 1 (default 1)")
@@ -236,8 +239,14 @@ def _learning(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
 
 
 def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    asked = arguments.operators
+    names = cases.operators([] if asked == ["all"] else asked) if asked else []
     commit, config = resolve(arguments.revision), _config(arguments)
     changes = {"train.steps": arguments.steps or config.train.steps}
+    if names and config.runtime.device != "cpu":
+        raise UserError(
+            f"--operators are timed on the CPU; runtime.device is {config.runtime.device!r} in {arguments.config}"
+        )
     if config.data.source != ENCYCLOPEDIA:
         changes["data.source"] = str(Path(config.data.source).absolute())  # the sides work in other folders
     reporter.progress(f"the sources of {commit[:12]}, and their kernels where they are others than here")
@@ -248,6 +257,9 @@ def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
         "revision": arguments.revision, "commit": commit, "seeds": arguments.seeds, "changes": changes,
         "configs": {side: read_json(path) for side, path in configs.items()},
     }  # fmt: skip
+    if names:
+        settings |= {"operators": names, "size": arguments.size}
+        return settings, run_operators(trees, configs, names, arguments.size, reporter.progress)
     return settings, run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
 
 

@@ -215,38 +215,31 @@ class Reporter:
 
     def _against(self, found: Json) -> None:
         settings, results = found["settings"], found["results"]
-        before = f"{settings['revision']} ({settings['commit'][:12]})"
         if "status" in results:
             self._say(f"✗ failed: {results['reason']}", "red")
             return
-        table = _table(f"Now beside {before}: the same runs, side by side, in turns",
-                       "", "now ms", "quartiles", "before ms", "quartiles", "now is", "quartiles", "verdict")  # fmt: skip
+        before = f"{settings['revision']} ({settings['commit'][:12]})"
+        table = _table(f"Now beside {before}, in turns",
+                       "", "now ms", "before ms", "now is", "quartiles", "verdict")  # fmt: skip
         for name, c in results["timed"].items():
-            ratios = c["ratios"]
-            pairs = f"{ratios['lower']:.3f} .. {ratios['upper']:.3f}"
-            figures = (*_times(c["first"]), *_times(c["other"]), f"{ratios['median']:.3f} x", pairs)
-            table.add_row(name, *figures, c["verdict"])
+            medians, ratios = (_milliseconds(c[side]["median"]) for side in ("first", "other")), c["ratios"]
+            quartiles = f"{ratios['lower']:.3f} .. {ratios['upper']:.3f}"
+            table.add_row(name, *medians, f"{ratios['median']:.3f} x", quartiles, c["verdict"])
         self.console.print(table)
         self._say(
             "Now is: before / now of the pairs, median and quartiles; as fast: the quartiles lie on both sides of 1."
         )
-        self.console.print(self._learnt(results))
-        for one in results["seeds"]:
-            said = "the same bits at every step"
-            if apart := one["apart"]:
-                said = f"apart from step {apart['first_step']} on, by at most {apart['largest']:.2%}, at step {apart['at_step']}"
-            self._say(f"Losses of seed {one['seed']}, {len(one['now']['losses'])} steps: {said}.")
+        if "bits" in results:
+            for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
+                self._say(f"Bits of results and gradients: {bits}: {', '.join(names)}.")
+        else:
+            self._learnt(results)
         if settings["configs"]["now"] != settings["configs"]["before"]:
             self._say("The two sides' configs differ: each is its own tree's.", "yellow")
-        for name in ("now", "before"):
-            for fallback in results["seeds"][0][name]["fallbacks"]:
-                self._say(
-                    f"{name}: plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow"
-                )
         for problem in results["problems"]:
             self._say(f"✗ worse: {problem}", "red")
 
-    def _learnt(self, results: Json) -> Table:
+    def _learnt(self, results: Json) -> None:
         seeds = ", ".join(str(one["seed"]) for one in results["seeds"])
         table = _table(
             f"Learnt, mean over seeds {seeds}" if "," in seeds else f"Learnt, seed {seeds}", "", "now", "before"
@@ -258,7 +251,17 @@ class Reporter:
         table.add_row("prompts answered", *(f"{side['exact']:g}" for side in (now, before)))
         peaks = (max(one[name]["peak_memory_bytes"] for one in results["seeds"]) for name in ("now", "before"))
         table.add_row("peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in peaks))
-        return table
+        self.console.print(table)
+        for one in results["seeds"]:
+            said = "the same bits at every step"
+            if apart := one["apart"]:
+                said = f"apart from step {apart['first_step']} on, by at most {apart['largest']:.2%}, at step {apart['at_step']}"
+            self._say(f"Losses of seed {one['seed']}, {len(one['now']['losses'])} steps: {said}.")
+        for name in ("now", "before"):
+            for fallback in results["seeds"][0][name]["fallbacks"]:
+                self._say(
+                    f"{name}: plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow"
+                )
 
     def _compile(self, found: Json) -> None:
         rows = found["results"]["kernels"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
-from dsfast.bench.timing import spread, summarise
+from dsfast.bench.timing import BUDGET, FEWEST, spread, summarise
 from dsfast.files import read_json
 
 SIDES = ("now", "before")
@@ -30,6 +31,7 @@ roundings alone differ the first and the last come apart by up to 0.8% and 2 poi
 _SIDE = (Path(__file__).parent / "side.py").read_text(encoding="utf-8")
 
 Json = dict[str, Any]
+Progress = Callable[[str], None]
 
 
 class SideFailedError(Exception):
@@ -75,8 +77,51 @@ class Side:
             print(json.dumps(value), file=self._child.stdin, flush=True)
 
 
+@contextmanager
+def both_sides(trees: dict[str, Path], runs: dict[str, Json]) -> Iterator[tuple[dict[str, Side], dict[str, Json]]]:
+    """SIDES, ready, and what each says of itself; ended when the block is. Raises SideFailedError."""
+    with ExitStack() as stack:
+        sides, ready = {}, {}
+        for name in SIDES:
+            sides[name] = Side(trees[name], runs[name])
+            stack.callback(sides[name].end)
+            ready[name] = sides[name].ask("ready")
+            if not Path(ready[name]["package"]).parent.samefile(trees[name]):
+                raise SideFailedError(f"{trees[name]}: Python takes dsfast from {ready[name]['package']} there")
+        yield sides, ready
+
+
+def run_operators(
+    trees: dict[str, Path], configs: dict[str, Path], names: Sequence[str], size: str, progress: Progress
+) -> Json:  # fmt: skip
+    """The operators `names` at a size of `bench kernels`, with the kernels and products that the config in each side's file
+    takes: forward, and with backward where there is one, in turns.
+
+    Returns `timed` and `problems` as `run_against`, and `bits`, operator -> "the same", "others", "of other inputs" where the
+    trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
+    """
+    timed, bits = {}, {}
+    runs = {side: {"config": str(config), "changes": {}, "turn": 1} for side, config in configs.items()}
+    try:
+        with both_sides(trees, runs) as (sides, ready):
+            for name in names:
+                progress(f"{name} {size}")
+                if any(name not in ready[side]["operators"] for side in SIDES):
+                    bits[name] = "not in the other tree"
+                    continue
+                now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
+                same = "the same" if now["results"] == before["results"] else "others"
+                bits[name] = same if now["inputs"] == before["inputs"] else "of other inputs"
+                for backward in [False, True] if now["backward"] and before["backward"] else [False]:
+                    turns = _turns(sides, TURNS, "operator", BUDGET, name=name, size=size, backward=backward)
+                    timed[f"{name}, forward and backward" if backward else name] = _compared(_seconds(turns))
+    except SideFailedError as error:
+        return {"status": "failed", "reason": str(error)}
+    return {"timed": timed, "bits": bits, "problems": slower(timed)}
+
+
 def run_against(
-    trees: dict[str, Path], configs: dict[str, Path], changes: Json, seeds: Sequence[int], progress: Callable[[str], None]
+    trees: dict[str, Path], configs: dict[str, Path], changes: Json, seeds: Sequence[int], progress: Progress
 ) -> Json:  # fmt: skip
     """For each seed the run of both SIDES, each by the code of its tree and the config in its file, with the same `changes` to
     it, "train.steps" among them; in turns, and then generation in turns, and the checkpoints' answers.
@@ -94,25 +139,16 @@ def run_against(
     pairs = [one.pop("pairs") for one in found]
     timed = {name: _compared([pair for of_seed in pairs for pair in of_seed[name]]) for name in pairs[0]}
     learnt = {side: _means([one[side] for one in found]) for side in SIDES}
-    return {"seeds": found, "timed": timed, "learnt": learnt, "problems": problems(timed, learnt)}
+    return {"seeds": found, "timed": timed, "learnt": learnt, "problems": slower(timed) + learns_less(learnt)}
 
 
-def _one_seed(
-    trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Callable[[str], None]
-) -> Json:  # fmt: skip
+def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress) -> Json:
     """Of each side its losses and what it knows afterwards; `pairs`: of a step and of generation, (now, before) seconds."""
     seed, steps = changes["seed"], changes["train.steps"]
     turn = ceil(steps / TURNS)
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        sides = {}
-        for name in SIDES:
-            progress(f"seed {seed}: {name}: articles, tokenizer, model")
-            sides[name] = Side(trees[name], {"config": str(configs[name]), "changes": changes, "turn": turn})
-            stack.callback(sides[name].end)
-            ready = sides[name].ask("ready")
-            if not Path(ready["package"]).parent.samefile(trees[name]):
-                raise SideFailedError(f"{trees[name]}: Python takes dsfast from {ready['package']} there")
-        whole_runs = ready["device"] == "cuda"
+    runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
+    with TemporaryDirectory() as folder, both_sides(trees, runs) as (sides, ready):
+        whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
         trained = _turns(sides, RUNS if whole_runs else ceil(steps / turn), "train")
         pairs = {"a step": _seconds(trained)}
@@ -125,10 +161,15 @@ def _one_seed(
     return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), **found}
 
 
-def _turns(sides: dict[str, Side], turns: int, method: str, **arguments: Any) -> list[Json]:
-    """What both sides say in each turn; the one that began a turn is the second in the next."""
-    found = []
+def _turns(
+    sides: dict[str, Side], turns: int, method: str, budget: float = inf, **arguments: Any
+) -> list[Json]:  # fmt: skip
+    """What both sides say in each turn; the one that began a turn is the second in the next. After `budget` seconds there is no
+    further turn, but for the first FEWEST."""
+    found, begin = [], perf_counter()
     for turn in range(turns):
+        if turn >= FEWEST and perf_counter() - begin > budget:
+            break
         order = SIDES if turn % 2 else reversed(SIDES)
         found.append({name: sides[name].ask(method, **arguments) for name in order})
     return found
@@ -178,14 +219,18 @@ def _means(found: Sequence[Json]) -> Json:
     }
 
 
-def problems(timed: Json, learnt: Json) -> list[str]:
-    """What is worse now than before by more than SPEED, LOSS or RECALL."""
-    now, before = (learnt[side] for side in SIDES)
-    found = [
+def slower(timed: Json) -> list[str]:
+    """What is slower now than before by more than SPEED."""
+    return [
         f"{name}: now {compared['ratios']['median']:.2f} times as fast"
         for name, compared in timed.items()
         if compared["verdict"] == "slower" and compared["ratios"]["median"] < 1 - SPEED
     ]
+
+
+def learns_less(learnt: Json) -> list[str]:
+    """What is worse now than before by more than LOSS or RECALL."""
+    (now, before), found = (learnt[side] for side in SIDES), []
     if not now["mean_loss"] <= before["mean_loss"] * (1 + LOSS):  # nor is a NaN
         found.append(f"the mean loss of the last steps is {now['mean_loss']:.4f} and was {before['mean_loss']:.4f}")
     for name, recall in now["recall"].items():

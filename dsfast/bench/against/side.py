@@ -8,55 +8,61 @@ each turn: the name of a method and its arguments. Standard output has a line of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dsfast import ops
+from dsfast.bench.cases import SIZES, BenchCase, build_case
 from dsfast.config import load_config
 from dsfast.model import generate_ids
+from dsfast.ops.checks import evaluate
 from dsfast.train import Trainer
 
 PROMPT = "The capital of France is"
-CALLS = 5
+LEAST = 0.02
+"""Seconds for which what takes less is called again and again."""
 
 
 class Run:
-    """A training run of the config in a file, with `changes` to it; `turn` of its steps at a time, on a GPU all of them."""
+    """A training run of the config in a file, with `changes` to it; `turn` of its steps at a time, on a GPU all of them. And the
+    operators, with the kernels and the products that the run would have."""
 
     def __init__(self, config: str, changes: dict[str, Any], turn: int):
         self.config = load_config(config).replace(**changes)
         self.turn = turn
         self.trainer = Trainer(self.config)
-        self.data = self.trainer.dataset
 
     def ready(self) -> dict[str, Any]:
-        """Whose code this is, and where it trains."""
-        return {"package": str(Path(ops.__file__).parents[1]), "device": self.trainer.device.type}
+        """Whose code this is, where it trains, and the operators it has."""
+        package = str(Path(ops.__file__).parents[1])
+        return {"package": package, "device": self.trainer.device.type, "operators": list(SIZES)}
 
     def train(self) -> dict[str, Any]:
         """The next steps: their losses, the median of their seconds. On a GPU a whole run, begun anew."""
         if self.trainer.device.type == "cuda":
-            self.trainer = Trainer(self.config, dataset=self.data)
+            self.trainer = Trainer(self.config, dataset=self.trainer.dataset)
             result = self.trainer.train(quiet=True)
             return {"losses": result.losses, "seconds": result.seconds / len(result.losses)}
         train, reports = self.config.train, []
         for step in range(self.trainer.steps_done, min(train.steps, self.trainer.steps_done + self.turn)):
-            reports.append(self.trainer.train_batch(self.data.rows.batch(step, train.batch_size)))
+            reports.append(self.trainer.train_batch(self.trainer.dataset.rows.batch(step, train.batch_size)))
         return {"losses": [r.loss for r in reports], "seconds": median(r.seconds for r in reports)}
 
     def generate(self, batch: int, tokens: int) -> dict[str, Any]:
-        """`tokens` more for each of `batch` times the same prompt, CALLS times: the median of their seconds."""
-        prompt, seconds = self.data.tokenizer.encode(PROMPT).ids, []
-        for _ in range(CALLS):
-            begin = perf_counter()
-            generate_ids(self.trainer.model, [prompt] * batch, tokens)
-            seconds.append(perf_counter() - begin)
-        return {"seconds": median(seconds)}
+        """`tokens` more for each of `batch` times the same prompt: the seconds of that."""
+        prompt = self.trainer.dataset.tokenizer.encode(PROMPT).ids
+        return _timed(lambda: generate_ids(self.trainer.model, [prompt] * batch, tokens))
 
     def save(self, folder: str) -> dict[str, Any]:
         """A checkpoint of what was trained; peak memory in bytes, and what ran in plain PyTorch instead of a kernel."""
@@ -65,6 +71,67 @@ class Run:
         self.trainer.save()
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return {"peak_memory_bytes": int(peak.split()[1]) * 1024, "fallbacks": ops.fallbacks()}
+
+    def operator(self, name: str, size: str, backward: bool) -> dict[str, Any]:
+        """The seconds of one of the operators at a size of `bench kernels`: forward, or with `backward` its gradients too."""
+        with self.trainer.kernels():
+            return _timed(_call(name, size, backward))
+
+    def bits(self, name: str, size: str) -> dict[str, Any]:
+        """Whether it has a gradient; a digest of its inputs, and one of its outputs and gradients."""
+        bench, arguments = _case(name, size)
+        with self.trainer.kernels():
+            found = evaluate(bench.case.function, arguments, bench.case.differentiable)
+        return {
+            "backward": bench.backward is not None,
+            "inputs": _digest(arguments),
+            "results": _digest(found.values()),
+        }
+
+
+@lru_cache(maxsize=1)
+def _case(name: str, size: str) -> tuple[BenchCase, tuple]:
+    """The operator at that size, and its inputs."""
+    bench = build_case(name, size)
+    return bench, bench.case.make_inputs(torch.Generator().manual_seed(0))
+
+
+def _call(name: str, size: str, backward: bool) -> Callable[[], object]:
+    bench, arguments = _case(name, size)
+    if not backward:
+        return torch.no_grad()(lambda: bench.ours(*arguments))
+    inputs = list(arguments)
+    for position in bench.case.differentiable:
+        inputs[position] = arguments[position].detach().requires_grad_()
+
+    def call() -> object:
+        outputs = bench.ours(*inputs)
+        outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+        leaves = [inputs[position] for position in bench.case.differentiable]
+        return torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+
+    return call
+
+
+def _timed(call: Callable[[], object]) -> dict[str, float]:
+    """The median of the calls' seconds."""
+    seconds: list[float] = []
+    while sum(seconds) < LEAST:
+        begin = perf_counter()
+        call()
+        seconds.append(perf_counter() - begin)
+    return {"seconds": median(seconds)}
+
+
+def _digest(values: Iterable[Any]) -> str:
+    """Of the bits of all tensors among them, in lists of them too."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, list | tuple):
+            found.update(_digest(value).encode())
+    return found.hexdigest()
 
 
 def main() -> None:
