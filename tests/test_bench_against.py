@@ -60,7 +60,7 @@ def change(repository: Path, file: str, old: str, new: str) -> None:
 
 def against(repository: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
     """The command in that repository, with a small run of random words: how it ended, and the results it wrote."""
-    config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 6})
+    config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 8})
     command = [
         sys.executable,
         "-m",
@@ -244,9 +244,13 @@ def test_each_side_begins_every_second_turn():
 
 
 def test_a_verdict_needs_the_quartiles_on_one_side():
-    assert run._compared([(1.0, 1.1), (1.0, 1.2), (1.0, 1.3)])["verdict"] == "faster"
-    assert run._compared([(1.1, 1.0), (1.2, 1.0), (1.3, 1.0)])["verdict"] == "slower"
-    assert run._compared([(1.0, 0.9), (1.0, 1.2), (1.0, 1.3), (1.0, 0.8)])["verdict"] == "as fast"
+    def verdict(*ratios: float) -> str:
+        return run._compared([(2.0, 2.0 * ratio) for ratio in ratios])["verdict"]
+
+    assert verdict(1.1, 1.2, 1.3, 1.2, 0.5) == "faster"
+    assert verdict(0.9, 0.8, 0.7, 0.8, 1.5) == "slower"
+    assert verdict(1.1, 1.2, 0.9, 1.2, 0.8) == "as fast"
+    assert verdict(1.1, 1.2, 1.3, 1.2) == "too few turns"
     assert run._compared([(2.0, 3.0)])["ratios"]["median"] == 1.5
 
 
@@ -258,7 +262,7 @@ def test_losses_part_where_the_first_bit_differs():
 def test_a_slow_operator_has_fewer_turns(monkeypatch):
     monkeypatch.setattr(run, "perf_counter", iter(range(0, 1000, 10)).__next__)
     sides = {name: SimpleNamespace(ask=lambda method: {}) for name in run.SIDES}
-    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [3, 7, 20]
+    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [6, 10, 20]
 
 
 def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:

@@ -255,7 +255,8 @@ class Reporter:
         for one in results["seeds"]:
             said = "the same bits at every step"
             if apart := one["apart"]:
-                said = f"apart from step {apart['first_step']} on, by at most {apart['largest']:.2%}, at step {apart['at_step']}"
+                largest = f"{100 * apart['largest']:.3g}%"
+                said = f"apart from step {apart['first_step']} on, by at most {largest}, at step {apart['at_step']}"
             self._say(f"Losses of seed {one['seed']}, {len(one['now']['losses'])} steps: {said}.")
         for name in ("now", "before"):
             for fallback in results["seeds"][0][name]["fallbacks"]:

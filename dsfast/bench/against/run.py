@@ -15,12 +15,15 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from dsfast.bench.timing import BUDGET, FEWEST, spread, summarise
+from dsfast.bench.timing import BUDGET, spread, summarise
 from dsfast.files import read_json
 
 SIDES = ("now", "before")
-TURNS, RUNS = 20, 5
-"""In how many turns a side does its steps; how many it has on a GPU, where each is a whole run. The first is not timed."""
+TURNS, FEWEST = 20, 6
+"""In how many turns a side does its steps; how few there are on a GPU, where each is a whole run, and of what takes long. The
+first is not timed."""
+PAIRS = 5
+"""With fewer of them there is no verdict."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
 LAST = 10
@@ -150,7 +153,7 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
     with TemporaryDirectory() as folder, both_sides(trees, runs) as (sides, ready):
         whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
-        trained = _turns(sides, RUNS if whole_runs else ceil(steps / turn), "train")
+        trained = _turns(sides, FEWEST if whole_runs else ceil(steps / turn), "train")
         pairs = {"a step": _seconds(trained)}
         for name, batch in GENERATED.items():
             progress(f"seed {seed}: generation, {name}")
@@ -201,9 +204,11 @@ def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
 
 def _compared(pairs: Sequence[tuple[float, float]]) -> Json:
     """`timing.Comparison` of (now, before) seconds, the spread of before / now, and the verdict: "as fast" where the quartiles
-    lie on both sides of 1, which is no difference beyond the noise."""
+    lie on both sides of 1, which is no difference beyond the noise; "too few turns" below PAIRS."""
     ratios = spread([before / now for now, before in pairs])
     verdict = "faster" if ratios.lower > 1 else "slower" if ratios.upper < 1 else "as fast"
+    if ratios.count < PAIRS:
+        verdict = "too few turns"
     return {**asdict(summarise(pairs)), "ratios": asdict(ratios), "verdict": verdict}
 
 
