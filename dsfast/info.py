@@ -64,7 +64,7 @@ def caches() -> dict[str, str]:
 
 def commit() -> dict[str, Any] | None:
     """The git commit of the source tree and whether it has changes; None where dsfast does not run from one."""
-    if git("rev-parse", "--show-toplevel") != str(ROOT):
+    if not in_a_clone():
         return None
     head = git("rev-parse", "HEAD")
     return {"hash": head, "dirty": bool(git("status", "--porcelain"))} if head else None
@@ -135,6 +135,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def in_a_clone() -> bool:
+    """Whether dsfast runs from the top folder of a git working tree."""
+    top = git("rev-parse", "--show-toplevel")
+    return bool(top) and os.path.samefile(top, ROOT)
 
 
 def git(*arguments: str) -> str | None:

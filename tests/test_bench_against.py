@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from math import nan
+import time
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -58,9 +60,13 @@ def change(repository: Path, file: str, old: str, new: str) -> None:
     (repository / file).write_text(text.replace(old, new), encoding="utf-8")
 
 
-def against(repository: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-    """The command in that repository, with a small run of random words: how it ended, and the results it wrote."""
+def against(
+    repository: Path, folder: Path, *arguments: str, text: str | None = None
+) -> tuple[subprocess.CompletedProcess, dict]:
+    """The command in that repository, with a small run of random words or of `text`: how it ended, and the results it wrote."""
     config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 8})
+    if text is not None:
+        (folder / "text.txt").write_text(text, encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -142,6 +148,14 @@ def test_a_tree_that_breaks_is_named_and_what_it_said_is_shown(repository: Path,
     assert found["results"]["status"] == "failed"
 
 
+def test_a_mistake_that_a_side_finds_is_one_line_and_2(repository: Path, tmp_path: Path):
+    ended, found = against(repository, tmp_path, text="few words")
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(f"error: {repository}: model.vocab_size: expected a text rich enough for 300 tokens")
+    assert found == {}
+
+
 def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Path, tmp_path: Path):
     """Beside one that does not, and one that the commit did not have."""
     turned = '    raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))\n'
@@ -186,7 +200,7 @@ def look_at(repository: Path, monkeypatch) -> None:
 
 def test_what_is_no_clone_is_said(tmp_path: Path, monkeypatch):
     look_at(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=f"{tmp_path} is not a clone of it"):
+    with pytest.raises(UserError, match=f"git finds no clone of it in {tmp_path}"):
         tree.resolve("HEAD")
 
 
@@ -206,9 +220,41 @@ class TestTree:
 
     def test_without_kernels_here_there_are_none_there(self, monkeypatch):
         monkeypatch.setattr(native, "status", lambda: (None, "no compiler"))
+        monkeypatch.setattr(native, "built", lambda: False)
         made = tree.tree_of(tree.resolve("HEAD"))
         assert list(made.glob("dsfast/_native*")) == []
-        monkeypatch.undo()
+
+    def test_kernels_older_than_their_sources_are_not_passed_over(self, tmp_path, monkeypatch):
+        """Plain PyTorch would run beside the commit's kernels."""
+        monkeypatch.setattr(native, "status", lambda: (None, "built from other sources"))
+        with pytest.raises(UserError, match="built from other sources"):
+            tree.tree_of(tree.resolve("HEAD"))
+        assert not (tmp_path / "cache").exists()
+
+    def test_another_process_may_have_made_it_meanwhile(self, tmp_path, monkeypatch):
+        def add(made: Path, complaint: str) -> None:
+            (made.parents[1] / f"{commit}.{tag}" / "there").mkdir(parents=True)
+
+        commit, tag = tree.resolve("HEAD"), Path(native.module().__file__).stem.split(".", 1)[1]
+        monkeypatch.setattr(tree, "_add_kernels", add)
+        assert [path.name for path in tree.tree_of(commit).iterdir()] == ["there"]
+
+    def test_what_is_under_way_ends_with_the_command(self, tmp_path, monkeypatch):
+        """And what that has started."""
+        begun = tmp_path / "begun"
+        shell = f"sleep 60 & echo $! > {begun}; wait"
+
+        def interrupt(child: subprocess.Popen):
+            while not begun.exists() or not begun.read_text().strip():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess.Popen, "communicate", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                tree._run(["bash", "-c", shell], {})
+        stopped = Path(f"/proc/{begun.read_text().strip()}/stat")
+        assert not stopped.exists() or stopped.read_text().split()[2] == "Z"
 
     def test_a_failed_build_is_one_line_and_leaves_nothing(self, repository, tmp_path, monkeypatch):
         """pip finds no project there: it has neither pyproject.toml nor setup.py."""
@@ -230,7 +276,7 @@ def test_a_gpus_turn_is_a_whole_run(tmp_path: Path):
     assert [*stepwise.train()["losses"], *stepwise.train()["losses"]] == whole["losses"]
 
 
-def test_each_side_begins_every_second_turn():
+def test_each_side_always_follows_the_other():
     order = []
 
     class Asked:
@@ -238,20 +284,31 @@ def test_each_side_begins_every_second_turn():
             self.ask = lambda method: order.append(name) or {"seconds": len(order)}
 
     turns = run._turns({name: Asked(name) for name in run.SIDES}, 3, "train")
-    assert order == ["before", "now", "now", "before", "before", "now"]
-    assert run._seconds(turns) == [(3, 4), (6, 5)]
-    assert run._seconds(turns[:1]) == [(2, 1)]
+    assert order == ["now", "before"] * 3
+    assert run._seconds(turns) == [(3, 4), (5, 6)]
+    assert run._seconds(turns[:1]) == [(1, 2)]
 
 
-def test_a_verdict_needs_the_quartiles_on_one_side():
+def test_a_verdict_needs_the_median_on_one_side():
     def verdict(*ratios: float) -> str:
         return run._compared([(2.0, 2.0 * ratio) for ratio in ratios])["verdict"]
 
-    assert verdict(1.1, 1.2, 1.3, 1.2, 0.5) == "faster"
-    assert verdict(0.9, 0.8, 0.7, 0.8, 1.5) == "slower"
-    assert verdict(1.1, 1.2, 0.9, 1.2, 0.8) == "as fast"
-    assert verdict(1.1, 1.2, 1.3, 1.2) == "too few turns"
-    assert run._compared([(2.0, 3.0)])["ratios"]["median"] == 1.5
+    assert verdict(1.1, 1.2, 1.3, 1.2, 1.01, 1.1) == "faster"
+    assert verdict(0.9, 0.8, 0.7, 0.8, 0.99, 0.9) == "slower"
+    assert verdict(1.1, 1.2, 1.3, 1.2, 0.99, 1.1) == "as fast"
+    assert verdict(1.1, 1.2, 1.3, 1.2, 1.3) == "too few turns"
+    assert run._compared([(2.0, 3.0)])["median_of_ratios"] == 1.5
+
+
+@pytest.mark.parametrize(("count", "rank"), [(6, 1), (8, 1), (9, 2), (19, 5), (95, 38)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count, rank):
+    """Ranks of tables of the binomial distribution; below, by drawing."""
+    samples = [float(number) for number in range(1, count + 1)]
+    assert run.median_interval(samples[::-1]) == (rank, count + 1 - rank)
+    assert run.median_interval(samples[:5]) is None
+    draws = np.random.default_rng(0).exponential(size=(4000, count))
+    held = [low <= np.log(2) <= high for low, high in map(run.median_interval, draws)]
+    assert np.mean(held) > 0.94
 
 
 def test_losses_part_where_the_first_bit_differs():
@@ -259,10 +316,16 @@ def test_losses_part_where_the_first_bit_differs():
     assert apart([3.0, 2.0, 1.5, 1.0], [3.0, 2.5, 1.0, 1.0]) == {"first_step": 2, "largest": 0.5, "at_step": 3}
 
 
+def test_losses_that_are_no_numbers_are_the_same_only_as_each_other():
+    assert apart([nan, inf, 0.0], [nan, inf, 0.0]) is None
+    for ours, theirs in ((1.0, nan), (nan, 1.0), (inf, 1.0), (1.0, 0.0)):
+        assert apart([1.0, ours], [1.0, theirs]) == {"first_step": 2, "largest": inf, "at_step": 2}
+
+
 def test_a_slow_operator_has_fewer_turns(monkeypatch):
     monkeypatch.setattr(run, "perf_counter", iter(range(0, 1000, 10)).__next__)
     sides = {name: SimpleNamespace(ask=lambda method: {}) for name in run.SIDES}
-    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [6, 10, 20]
+    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [9, 13, 20]
 
 
 def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
@@ -283,9 +346,10 @@ def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
 )
 def test_what_is_worse_than_roundings_make_it_is_a_problem(now, expected):
     assert learns_less({"now": now, "before": learnt()}) == expected
+    assert learns_less({"now": now, "before": learnt(nan, None)}) == []
 
 
-@pytest.mark.parametrize(("ratio", "verdict", "named"), [(0.96, "slower", 1), (0.98, "slower", 0), (0.9, "as fast", 0)])
+@pytest.mark.parametrize(("ratio", "verdict", "named"), [(0.93, "slower", 1), (0.95, "slower", 0), (0.9, "as fast", 0)])
 def test_what_is_slower_by_little_or_within_the_noise_is_none(ratio, verdict, named):
-    timed = {"a step": {"verdict": verdict, "ratios": {"median": ratio}}}
+    timed = {"a step": {"verdict": verdict, "median_of_ratios": ratio}}
     assert len(slower(timed)) == named

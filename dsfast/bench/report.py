@@ -220,15 +220,13 @@ class Reporter:
             return
         before = f"{settings['revision']} ({settings['commit'][:12]})"
         table = _table(f"Now beside {before}, in turns",
-                       "", "now ms", "before ms", "now is", "quartiles", "verdict")  # fmt: skip
+                       "", "now ms", "before ms", "now is", "95%", "verdict")  # fmt: skip
         for name, c in results["timed"].items():
-            medians, ratios = (_milliseconds(c[side]["median"]) for side in ("first", "other")), c["ratios"]
-            quartiles = f"{ratios['lower']:.3f} .. {ratios['upper']:.3f}"
-            table.add_row(name, *medians, f"{ratios['median']:.3f} x", quartiles, c["verdict"])
+            medians = (_milliseconds(c[side]["median"]) for side in ("first", "other"))
+            interval = "{:.3f} .. {:.3f}".format(*c["interval"]) if c["interval"] else ""
+            table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
         self.console.print(table)
-        self._say(
-            "Now is: before / now of the pairs, median and quartiles; as fast: the quartiles lie on both sides of 1."
-        )
+        self._say("Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there.")
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
                 self._say(f"Bits of results and gradients: {bits}: {', '.join(names)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import runpy
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def status() -> tuple[ModuleType | None, str]:
     if expected is not None and _native.source_hash != expected:
         return _unavailable(f"dsfast._native was built from other sources than csrc/ holds now; {REBUILD}")
     return _native, f"compiled for {_native.isa}"
+
+
+def built() -> bool:
+    """Whether there is a module, of whatever sources."""
+    return importlib.util.find_spec("dsfast._native") is not None
 
 
 def _unavailable(reason: str) -> tuple[None, str]:

@@ -8,30 +8,35 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from math import ceil, inf
+from math import ceil, comb, inf, isfinite, isnan
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from dsfast.bench.timing import BUDGET, spread, summarise
+from dsfast.bench.timing import BUDGET, summarise
+from dsfast.errors import UserError
 from dsfast.files import read_json
 
 SIDES = ("now", "before")
-TURNS, FEWEST = 20, 6
+TURNS, FEWEST = 20, 9
 """In how many turns a side does its steps; how few there are on a GPU, where each is a whole run, and of what takes long. The
 first is not timed."""
-PAIRS = 5
-"""With fewer of them there is no verdict."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
 LAST = 10
 """Steps over which the loss is averaged: one step's is that of one batch."""
-LOSS, RECALL, SPEED = 0.02, 0.05, 0.03
-"""What is worse by more is a failure: the mean loss and the time of a step, relatively, and the part of questions answered. Where
-roundings alone differ the first and the last come apart by up to 0.8% and 2 points, in 200 steps of the 500K model."""
+LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
+"""What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
+roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model; two
+processes of the same code by up to 4% of their seconds."""
 _SIDE = (Path(__file__).parent / "side.py").read_text(encoding="utf-8")
+_ALONE = """
+import sys  # an editable installation's finder would give from another tree what this one lacks
+sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, "__module__", "").startswith("__editable___dsfast")]
+exec(compile(sys.argv[1], "side.py", "exec"))
+"""
 
 Json = dict[str, Any]
 Progress = Callable[[str], None]
@@ -42,53 +47,43 @@ class SideFailedError(Exception):
 
 
 class Side:
-    """A source tree's process, which waits while it is not its turn. `run`: what `side.Run` is made of there."""
+    """A source tree's process, which waits while it is not its turn."""
 
-    def __init__(self, tree: Path, run: Json):
+    def __init__(self, tree: Path):
         self.tree = tree
-        command = [sys.executable, "-c", _SIDE]
+        command = [sys.executable, "-c", _ALONE, _SIDE]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._child = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)  # Ctrl-C is for the parent
-        self._tell(run)
 
     def ask(self, method: str, **arguments: Any) -> Json:
-        """What the method of `side.Run` returns. Raises SideFailedError where the process ends instead."""
-        self._tell([method, arguments])
+        """What the method of `side.Run` returns. Raises UserError where it does, and SideFailedError where the process ends."""
+        with suppress(BrokenPipeError):  # it has ended, as reading will tell
+            print(json.dumps([method, arguments]), file=self._child.stdin, flush=True)
         line = self._child.stdout.readline()
         if not line:
-            raise SideFailedError(f"{self.tree}: its run ended with status {self._child.wait()}; what it said is above")
-        return json.loads(line)
-
-    def answers(self, checkpoint: Path) -> Json:
-        """What `python -m dsfast.evaluate` says there of a checkpoint. Raises SideFailedError where that fails."""
-        file = checkpoint / "answers.json"
-        command = [sys.executable, "-m", "dsfast.evaluate", "--checkpoint", str(checkpoint), "--json", str(file)]
-        asked = subprocess.run(command, cwd=self.tree, stdout=subprocess.DEVNULL, check=False)
-        if asked.returncode:
             raise SideFailedError(
-                f"{self.tree}: dsfast.evaluate ended with status {asked.returncode}; what it said is above"
+                f"{self.tree}: its run ended with status {self._child.wait()}; what it said, if anything, is above"
             )
-        return read_json(file)
+        if "user_error" in (answer := json.loads(line)):
+            raise UserError(f"{self.tree}: {answer['user_error']}")
+        return answer
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
         self._child.kill()
         self._child.communicate()
 
-    def _tell(self, value: Any) -> None:
-        with suppress(BrokenPipeError):  # it has ended, as `ask` will find
-            print(json.dumps(value), file=self._child.stdin, flush=True)
-
 
 @contextmanager
 def both_sides(trees: dict[str, Path], runs: dict[str, Json]) -> Iterator[tuple[dict[str, Side], dict[str, Json]]]:
-    """SIDES, ready, and what each says of itself; ended when the block is. Raises SideFailedError."""
+    """SIDES, and what each says of itself, made with the arguments that `runs` has for `side.Run`; ended when the block is.
+    Raises as `Side.ask`."""
     with ExitStack() as stack:
         sides, ready = {}, {}
         for name in SIDES:
-            sides[name] = Side(trees[name], runs[name])
+            sides[name] = Side(trees[name])
             stack.callback(sides[name].end)
-            ready[name] = sides[name].ask("ready")
+            ready[name] = sides[name].ask("ready", **runs[name])
             if not Path(ready[name]["package"]).parent.samefile(trees[name]):
                 raise SideFailedError(f"{trees[name]}: Python takes dsfast from {ready[name]['package']} there")
         yield sides, ready
@@ -167,14 +162,13 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
 def _turns(
     sides: dict[str, Side], turns: int, method: str, budget: float = inf, **arguments: Any
 ) -> list[Json]:  # fmt: skip
-    """What both sides say in each turn; the one that began a turn is the second in the next. After `budget` seconds there is no
-    further turn, but for the first FEWEST."""
+    """What both sides say in each turn; each always follows the other. After `budget` seconds there is no further turn, but for
+    the first FEWEST."""
     found, begin = [], perf_counter()
     for turn in range(turns):
         if turn >= FEWEST and perf_counter() - begin > budget:
             break
-        order = SIDES if turn % 2 else reversed(SIDES)
-        found.append({name: sides[name].ask(method, **arguments) for name in order})
+        found.append({name: sides[name].ask(method, **arguments) for name in SIDES})
     return found
 
 
@@ -185,7 +179,9 @@ def _seconds(turns: Sequence[Json]) -> list[tuple[float, float]]:
 
 def _known(side: Side, folder: Path, losses: list[float]) -> Json:
     saved = side.ask("save", folder=str(folder))
-    answers = side.answers(folder)
+    file = folder / "answers.json"
+    side.ask("answers", checkpoint=str(folder), file=str(file))
+    answers = read_json(file)
     return {
         "losses": losses, "loss": losses[-1], "mean_loss": fmean(losses[-LAST:]), "exact": answers["exact"],
         "asked": len(answers["probes"]), "recall": answers["recall"], **saved,
@@ -194,7 +190,7 @@ def _known(side: Side, folder: Path, losses: list[float]) -> Json:
 
 def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
     """The first step (from 1) whose losses differ, and the largest relative difference with its step; None: all are the same."""
-    differences = [abs(a / b - 1) if a != b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    differences = [_difference(a, b) for a, b in zip(ours, theirs, strict=True)]
     if not any(differences):
         return None
     largest = max(differences)
@@ -202,14 +198,32 @@ def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
     return {"first_step": first, "largest": largest, "at_step": differences.index(largest) + 1}
 
 
+def _difference(a: float, b: float) -> float:
+    """Relative; of two NaN 0, of one inf."""
+    if a == b or (isnan(a) and isnan(b)):
+        return 0.0
+    return abs(a / b - 1) if isfinite(a) and isfinite(b) and b else inf
+
+
 def _compared(pairs: Sequence[tuple[float, float]]) -> Json:
-    """`timing.Comparison` of (now, before) seconds, the spread of before / now, and the verdict: "as fast" where the quartiles
-    lie on both sides of 1, which is no difference beyond the noise; "too few turns" below PAIRS."""
-    ratios = spread([before / now for now, before in pairs])
-    verdict = "faster" if ratios.lower > 1 else "slower" if ratios.upper < 1 else "as fast"
-    if ratios.count < PAIRS:
-        verdict = "too few turns"
-    return {**asdict(summarise(pairs)), "ratios": asdict(ratios), "verdict": verdict}
+    """The `pairs` of (now, before) seconds, what `timing.summarise` says of them, the `interval` that has the median of before /
+    now in it, and the `verdict`: "as fast" where 1 lies in it, which is no difference beyond the noise."""
+    interval = median_interval([before / now for now, before in pairs])
+    verdict = "too few turns"
+    if interval:
+        verdict = "faster" if interval[0] > 1 else "slower" if interval[1] < 1 else "as fast"
+    return {"pairs": pairs, **asdict(summarise(pairs)), "interval": interval, "verdict": verdict}
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The samples between which the median of what they are drawn from lies with a certainty of 95% or more, whatever it is: by
+    the sign test. None of less than six, which are too few for that."""
+    ordered, count = sorted(samples), len(samples)
+    beyond, outside = 0, 0.5**count
+    while outside <= 0.025:
+        beyond += 1
+        outside += comb(count, beyond) * 0.5**count
+    return (ordered[beyond - 1], ordered[count - beyond]) if beyond else None
 
 
 def _means(found: Sequence[Json]) -> Json:
@@ -227,16 +241,16 @@ def _means(found: Sequence[Json]) -> Json:
 def slower(timed: Json) -> list[str]:
     """What is slower now than before by more than SPEED."""
     return [
-        f"{name}: now {compared['ratios']['median']:.2f} times as fast"
+        f"{name}: now {compared['median_of_ratios']:.2f} times as fast"
         for name, compared in timed.items()
-        if compared["verdict"] == "slower" and compared["ratios"]["median"] < 1 - SPEED
+        if compared["verdict"] == "slower" and compared["median_of_ratios"] < 1 - SPEED
     ]
 
 
 def learns_less(learnt: Json) -> list[str]:
     """What is worse now than before by more than LOSS or RECALL."""
     (now, before), found = (learnt[side] for side in SIDES), []
-    if not now["mean_loss"] <= before["mean_loss"] * (1 + LOSS):  # nor is a NaN
+    if isfinite(before["mean_loss"]) and not now["mean_loss"] <= before["mean_loss"] * (1 + LOSS):  # nor is a NaN
         found.append(f"the mean loss of the last steps is {now['mean_loss']:.4f} and was {before['mean_loss']:.4f}")
     for name, recall in now["recall"].items():
         was = before["recall"].get(name)

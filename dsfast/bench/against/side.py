@@ -2,17 +2,20 @@
 
     python -c "..."    with the text of this file, so that it is the same in either tree
 
-It takes of dsfast only what older commits have too. Standard input has a line of JSON, `Run`'s arguments, and then a line for
-each turn: the name of a method and its arguments. Standard output has a line of JSON for each: what the method returns.
+It takes of dsfast only what older commits have too. Standard input has lines of JSON, the name of a method of `Run` and its
+arguments, the first one "ready" with those that make the run. Standard output has a line of JSON for each: what the method
+returns, or {"user_error": ...}.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -25,6 +28,8 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.bench.cases import SIZES, BenchCase, build_case
 from dsfast.config import load_config
+from dsfast.errors import UserError
+from dsfast.evaluate.__main__ import main as evaluate_command
 from dsfast.model import generate_ids
 from dsfast.ops.checks import evaluate
 from dsfast.train import Trainer
@@ -61,8 +66,9 @@ class Run:
 
     def generate(self, batch: int, tokens: int) -> dict[str, Any]:
         """`tokens` more for each of `batch` times the same prompt: the seconds of that."""
-        prompt = self.trainer.dataset.tokenizer.encode(PROMPT).ids
-        return _timed(lambda: generate_ids(self.trainer.model, [prompt] * batch, tokens))
+        prompt, runtime = self.trainer.dataset.tokenizer.encode(PROMPT).ids, self.config.runtime
+        with ops.configured(runtime.kernels, runtime.device):
+            return _timed(lambda: generate_ids(self.trainer.model, [prompt] * batch, tokens))
 
     def save(self, folder: str) -> dict[str, Any]:
         """A checkpoint of what was trained; peak memory in bytes, and what ran in plain PyTorch instead of a kernel."""
@@ -71,6 +77,11 @@ class Run:
         self.trainer.save()
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return {"peak_memory_bytes": int(peak.split()[1]) * 1024, "fallbacks": ops.fallbacks()}
+
+    def answers(self, checkpoint: str, file: str) -> dict[str, Any]:
+        """Write into `file` what `python -m dsfast.evaluate` finds of a checkpoint; its status."""
+        with redirect_stdout(io.StringIO()):
+            return {"status": evaluate_command(["--checkpoint", checkpoint, "--json", file])}
 
     def operator(self, name: str, size: str, backward: bool) -> dict[str, Any]:
         """The seconds of one of the operators at a size of `bench kernels`: forward, or with `backward` its gradients too."""
@@ -114,7 +125,8 @@ def _call(name: str, size: str, backward: bool) -> Callable[[], object]:
 
 
 def _timed(call: Callable[[], object]) -> dict[str, float]:
-    """The median of the calls' seconds."""
+    """The median of the calls' seconds, but for one before them: the other side has had the caches."""
+    call()
     seconds: list[float] = []
     while sum(seconds) < LEAST:
         begin = perf_counter()
@@ -138,10 +150,16 @@ def main() -> None:
     """Do what standard input asks for, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints is no answer
-    run = Run(**json.loads(sys.stdin.readline()))
+    run = None
     for line in sys.stdin:
         name, arguments = json.loads(line)
-        print(json.dumps(getattr(run, name)(**arguments)), file=answers, flush=True)
+        try:
+            if run is None:
+                run, arguments = Run(**arguments), {}
+            answer = getattr(run, name)(**arguments)
+        except UserError as error:
+            answer = {"user_error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
