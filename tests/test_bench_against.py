@@ -215,6 +215,7 @@ class TestTree:
         [module] = made.glob("dsfast/_native*.so")
         assert module.read_bytes() == Path(native.module().__file__).read_bytes()
         assert (made / "csrc/gemm.h").read_bytes() == (repository / "csrc/gemm.h").read_bytes()
+        assert (made / "dsfast/triton_kernels/rope.py").samefile(made / "triton_kernels/rope.py")
         monkeypatch.setattr(tree, "_unpack", None)
         assert tree.tree_of(tree.resolve("HEAD")) == made
 

@@ -63,6 +63,8 @@ def _unpack(commit: str, tree: Path) -> None:
     if status:
         raise UserError(f"the sources of commit {commit[:12]} could not be written: {said[-1]}")
     shutil.unpack_archive(archive, tree)
+    for name in ("configs", "triton_kernels"):  # where an installation has them, and commits of before looked for them
+        (tree / "dsfast" / name).symlink_to(Path("..") / name)
 
 
 def _add_kernels(tree: Path, complaint: str) -> None:
