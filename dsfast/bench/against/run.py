@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+from dsfast.bench.learning import LAST
 from dsfast.bench.timing import BUDGET, summarise
 from dsfast.errors import UserError
 from dsfast.files import read_json
@@ -25,8 +26,6 @@ TURNS, FEWEST = 20, 9
 first is not timed."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
-LAST = 10
-"""Steps over which the loss is averaged: one step's is that of one batch."""
 LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
 """What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
 roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model; two
