@@ -297,6 +297,7 @@ def test_a_verdict_needs_the_median_on_one_side():
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.01, 1.1) == "faster"
     assert verdict(0.9, 0.8, 0.7, 0.8, 0.99, 0.9) == "slower"
     assert verdict(1.1, 1.2, 1.3, 1.2, 0.99, 1.1) == "as fast"
+    assert verdict(1.01, 1.02, 1.03, 1.04, 1.05, 1.03) == verdict(*[0.97] * 6) == "as fast"
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.3) == "too few turns"
     assert run._compared([(2.0, 3.0)])["median_of_ratios"] == 1.5
 

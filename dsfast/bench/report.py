@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.bench import timing
+from dsfast.bench.against.run import NOISE
 from dsfast.bench.gpu.show import show_gpu, show_tiles
 from dsfast.bench.memory import IDLE
 
@@ -226,7 +227,10 @@ class Reporter:
             interval = "{:.3f} .. {:.3f}".format(*c["interval"]) if c["interval"] else ""
             table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
         self.console.print(table)
-        self._say("Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there.")
+        self._say(
+            "Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there, or the median"
+            f" within {NOISE:.0%} of 1, as two processes of the same code may."
+        )
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
                 self._say(f"Bits of results and gradients: {bits}: {', '.join(names)}.")
