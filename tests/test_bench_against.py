@@ -168,6 +168,7 @@ def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Pa
     assert results["bits"] == {"rope": "others", "rms_norm": "the same", "new_one": "not in the other tree"}
     forward, backward = "rope", "rope, forward and backward"
     assert set(results["timed"]) == {forward, backward, "rms_norm", "rms_norm, forward and backward"}
+    assert len(results["timed"]["rms_norm"]["pairs"]) == run.PROCESSES * (run.FEWEST - 1)
     for name, least in ((forward, 0.02), (backward, 0.04)):
         assert results["timed"][name]["verdict"] == "slower"
         assert results["timed"][name]["first"]["median"] > least > results["timed"][name]["other"]["median"]
@@ -327,7 +328,7 @@ def test_losses_that_are_no_numbers_are_the_same_only_as_each_other():
 def test_a_slow_operator_has_fewer_turns(monkeypatch):
     monkeypatch.setattr(run, "perf_counter", iter(range(0, 1000, 10)).__next__)
     sides = {name: SimpleNamespace(ask=lambda method: {}) for name in run.SIDES}
-    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [9, 13, 20]
+    assert [len(run._turns(sides, 20, "operator", budget)) for budget in (0, 45, 1e9)] == [3, 7, 20]
 
 
 def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:

@@ -21,9 +21,11 @@ from dsfast.errors import UserError
 from dsfast.files import read_json
 
 SIDES = ("now", "before")
-TURNS, FEWEST = 20, 9
-"""In how many turns a side does its steps; how few there are on a GPU, where each is a whole run, and of what takes long. The
-first is not timed."""
+TURNS, FEWEST, LEAST = 20, 9, 3
+"""In how many turns a side does its steps; how many a process has on a GPU, where each is a whole run, and of an operator; and of
+one that takes long. The first is not timed."""
+PROCESSES = 3
+"""Of each side, one after the other, in which the operators are timed."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
 NOISE = 0.04
@@ -93,29 +95,39 @@ def run_operators(
     trees: dict[str, Path], configs: dict[str, Path], names: Sequence[str], size: str, progress: Progress
 ) -> Json:  # fmt: skip
     """The operators `names` at a size of `bench kernels`, with the kernels and products that the config in each side's file
-    takes: forward, and with backward where there is one, in turns.
+    takes: forward, and with backward where there is one, in turns; in PROCESSES of each side one after the other, as where a
+    process has its memory makes a difference.
 
     Returns `timed` and `problems` as `run_against`, and `bits`, operator -> "the same", "others", "of other inputs" where the
     trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
     """
-    timed, bits = {}, {}
+    pairs: dict[str, list[tuple[float, float]]] = {}
     runs = {side: {"config": str(config), "changes": {}, "turn": 1} for side, config in configs.items()}
     try:
-        with both_sides(trees, runs) as (sides, ready):
-            for name in names:
-                progress(f"{name} {size}")
-                if any(name not in ready[side]["operators"] for side in SIDES):
-                    bits[name] = "not in the other tree"
-                    continue
-                now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
-                same = "the same" if now["results"] == before["results"] else "others"
-                bits[name] = same if now["inputs"] == before["inputs"] else "of other inputs"
-                for backward in [False, True] if now["backward"] and before["backward"] else [False]:
-                    turns = _turns(sides, TURNS, "operator", BUDGET, name=name, size=size, backward=backward)
-                    timed[f"{name}, forward and backward" if backward else name] = _compared(_seconds(turns))
+        for process in range(PROCESSES):
+            with both_sides(trees, runs) as (sides, ready):
+                bits = {}
+                for name in names:
+                    progress(f"{name} {size}, process {process + 1} of {PROCESSES}")
+                    known = all(name in ready[side]["operators"] for side in SIDES)
+                    bits[name], taken = _operator(sides, name, size) if known else ("not in the other tree", {})
+                    for what, seconds in taken.items():
+                        pairs.setdefault(what, []).extend(seconds)
     except SideFailedError as error:
         return {"status": "failed", "reason": str(error)}
+    timed = {what: _compared(seconds) for what, seconds in pairs.items()}
     return {"timed": timed, "bits": bits, "problems": slower(timed)}
+
+
+def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """Of one operator: what there is to say of its bits, and (now, before) seconds of each pass."""
+    now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
+    same = "the same" if now["results"] == before["results"] else "others"
+    seconds = {}
+    for backward in [False, True] if now["backward"] and before["backward"] else [False]:
+        turns = _turns(sides, FEWEST, "operator", BUDGET, name=name, size=size, backward=backward)
+        seconds[f"{name}, forward and backward" if backward else name] = _seconds(turns)
+    return same if now["inputs"] == before["inputs"] else "of other inputs", seconds
 
 
 def run_against(
@@ -163,10 +175,10 @@ def _turns(
     sides: dict[str, Side], turns: int, method: str, budget: float = inf, **arguments: Any
 ) -> list[Json]:  # fmt: skip
     """What both sides say in each turn; each always follows the other. After `budget` seconds there is no further turn, but for
-    the first FEWEST."""
+    the first LEAST."""
     found, begin = [], perf_counter()
     for turn in range(turns):
-        if turn >= FEWEST and perf_counter() - begin > budget:
+        if turn >= LEAST and perf_counter() - begin > budget:
             break
         found.append({name: sides[name].ask(method, **arguments) for name in SIDES})
     return found
