@@ -293,14 +293,21 @@ def test_each_side_always_follows_the_other():
 
 def test_a_verdict_needs_the_median_on_one_side():
     def verdict(*ratios: float) -> str:
-        return run._compared([(2.0, 2.0 * ratio) for ratio in ratios])["verdict"]
+        return run._compared([[(2.0, 2.0 * ratio) for ratio in ratios]])["verdict"]
 
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.01, 1.1) == "faster"
     assert verdict(0.9, 0.8, 0.7, 0.8, 0.99, 0.9) == "slower"
     assert verdict(1.1, 1.2, 1.3, 1.2, 0.99, 1.1) == "as fast"
     assert verdict(1.01, 1.02, 1.03, 1.04, 1.05, 1.03) == verdict(*[0.97] * 6) == "as fast"
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.3) == "too few turns"
-    assert run._compared([(2.0, 3.0)])["median_of_ratios"] == 1.5
+    assert run._compared([[(2.0, 3.0)]])["median_of_ratios"] == 1.5
+
+
+def test_processes_that_say_different_things_give_no_verdict():
+    twice, half = [(1.0, 2.0)] * 8, [(2.0, 1.0)] * 2
+    assert run._compared([twice, twice])["verdict"] == "faster"
+    assert run._compared([twice, twice, half])["verdict"] == "as fast"
+    assert run._compared([twice, twice, half])["interval"] == (2.0, 2.0)
 
 
 @pytest.mark.parametrize(("count", "rank"), [(6, 1), (8, 1), (9, 2), (19, 5), (95, 38)])

@@ -228,8 +228,8 @@ class Reporter:
             table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
         self.console.print(table)
         self._say(
-            "Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there, or the median"
-            f" within {NOISE:.0%} of 1, as two processes of the same code may."
+            "Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there, the median within"
+            f" {NOISE:.0%} of 1, or one pair of processes says other than the next."
         )
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):

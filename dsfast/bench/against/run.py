@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from math import ceil, comb, inf, isfinite, isnan
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -42,6 +42,7 @@ exec(compile(sys.argv[1], "side.py", "exec"))
 
 Json = dict[str, Any]
 Progress = Callable[[str], None]
+Pairs = list[tuple[float, float]]
 
 
 class SideFailedError(Exception):
@@ -101,7 +102,7 @@ def run_operators(
     Returns `timed` and `problems` as `run_against`, and `bits`, operator -> "the same", "others", "of other inputs" where the
     trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
     """
-    pairs: dict[str, list[tuple[float, float]]] = {}
+    pairs: dict[str, list[Pairs]] = {}
     runs = {side: {"config": str(config), "changes": {}, "turn": 1} for side, config in configs.items()}
     try:
         for process in range(PROCESSES):
@@ -112,14 +113,14 @@ def run_operators(
                     known = all(name in ready[side]["operators"] for side in SIDES)
                     bits[name], taken = _operator(sides, name, size) if known else ("not in the other tree", {})
                     for what, seconds in taken.items():
-                        pairs.setdefault(what, []).extend(seconds)
+                        pairs.setdefault(what, []).append(seconds)
     except SideFailedError as error:
         return {"status": "failed", "reason": str(error)}
     timed = {what: _compared(seconds) for what, seconds in pairs.items()}
     return {"timed": timed, "bits": bits, "problems": slower(timed)}
 
 
-def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, Pairs]]:
     """Of one operator: what there is to say of its bits, and (now, before) seconds of each pass."""
     now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
     same = "the same" if now["results"] == before["results"] else "others"
@@ -147,7 +148,7 @@ def run_against(
     except SideFailedError as error:
         return {"status": "failed", "reason": str(error)}
     pairs = [one.pop("pairs") for one in found]
-    timed = {name: _compared([pair for of_seed in pairs for pair in of_seed[name]]) for name in pairs[0]}
+    timed = {name: _compared([of_seed[name] for of_seed in pairs]) for name in pairs[0]}
     learnt = {side: _means([one[side] for one in found]) for side in SIDES}
     return {"seeds": found, "timed": timed, "learnt": learnt, "problems": slower(timed) + learns_less(learnt)}
 
@@ -184,7 +185,7 @@ def _turns(
     return found
 
 
-def _seconds(turns: Sequence[Json]) -> list[tuple[float, float]]:
+def _seconds(turns: Sequence[Json]) -> Pairs:
     """(now, before) of all turns but the first, if there are others: it does what is done once."""
     return [tuple(turn[name]["seconds"] for name in SIDES) for turn in turns[1:] or turns]
 
@@ -217,17 +218,19 @@ def _difference(a: float, b: float) -> float:
     return abs(a / b - 1) if isfinite(a) and isfinite(b) and b else inf
 
 
-def _compared(pairs: Sequence[tuple[float, float]]) -> Json:
-    """The `pairs` of (now, before) seconds, what `timing.summarise` says of them, the `interval` that has the median of before /
-    now in it, and the `verdict`: "as fast" where 1 lies in it, or the median within NOISE of 1."""
+def _compared(processes: Sequence[Pairs]) -> Json:
+    """All `pairs` of (now, before) seconds, what `timing.summarise` says of them, the `interval` that has the median of before /
+    now in it, and the `verdict`: "as fast" where 1 lies in it, the median within NOISE of 1, or processes say otherwise."""
+    pairs = [pair for process in processes for pair in process]
     summary = asdict(summarise(pairs))
-    median, interval = summary["median_of_ratios"], median_interval([before / now for now, before in pairs])
+    ratio, interval = summary["median_of_ratios"], median_interval([before / now for now, before in pairs])
+    each = {median(before / now for now, before in process) > 1 for process in processes}
     if interval is None:
         verdict = "too few turns"
-    elif interval[0] <= 1 <= interval[1] or abs(median - 1) <= NOISE:
+    elif interval[0] <= 1 <= interval[1] or abs(ratio - 1) <= NOISE or len(each) > 1:
         verdict = "as fast"
     else:
-        verdict = "faster" if median > 1 else "slower"
+        verdict = "faster" if ratio > 1 else "slower"
     return {"pairs": pairs, **summary, "interval": interval, "verdict": verdict}
 
 
