@@ -67,17 +67,8 @@ def against(
     config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 8})
     if text is not None:
         (folder / "text.txt").write_text(text, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "dsfast.bench",
-        "against",
-        "--config",
-        str(config),
-        "--json",
-        "out.json",
-        *arguments,
-    ]
+    options = ("--config", str(config), "--json", "out.json")
+    command = [sys.executable, "-m", "dsfast.bench", "against", *options, *arguments]
     environment = {**os.environ, "DSFAST_CACHE": str(folder / "cache")}
     ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
     file = repository / "out.json"
@@ -88,9 +79,8 @@ def against(
 
 def test_the_same_code_gives_the_same_bits(repository: Path, tmp_path: Path):
     ended, found = against(repository, tmp_path, "HEAD", "--steps", "4", "--seeds", "2")
-    assert ended.returncode in (0, 1), (
-        ended.stderr
-    )  # of a few steps of some milliseconds each the times may say anything
+    # Of a few steps of some milliseconds each the times may say anything.
+    assert ended.returncode in (0, 1), ended.stderr
     settings, results = found["settings"], found["results"]
     assert settings["commit"] == git(repository, "rev-parse", "HEAD")
     assert settings["changes"]["data.source"] == str(tmp_path / "text.txt")
@@ -168,7 +158,7 @@ def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Pa
     assert results["bits"] == {"rope": "others", "rms_norm": "the same", "new_one": "not in the other tree"}
     forward, backward = "rope", "rope, forward and backward"
     assert set(results["timed"]) == {forward, backward, "rms_norm", "rms_norm, forward and backward"}
-    assert len(results["timed"]["rms_norm"]["pairs"]) == run.PROCESSES * (run.FEWEST - 1)
+    assert len(results["timed"]["rms_norm"]["pairs"]) == run.PROCESSES * (run.PROCESS_TURNS - 1)
     for name, least in ((forward, 0.02), (backward, 0.04)):
         assert results["timed"][name]["verdict"] == "slower"
         assert results["timed"][name]["first"]["median"] > least > results["timed"][name]["other"]["median"]

@@ -45,8 +45,7 @@ class Reporter:
         self._say(
             f"{machine['processor']}, {machine['threads']} threads, torch {found['versions']['torch']}; {build['reason']}"
         )
-        for fallback in found["fallbacks"]:
-            self._say(f"plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
+        self._fallbacks(found["fallbacks"])
         shows = {
             "step": self._step, "kernels": self._kernels, "generate": self._generate, "growth": self._growth,
             "learning": self._learning, "against": self._against, "compile": self._compile,
@@ -261,10 +260,7 @@ class Reporter:
                 said = f"apart from step {apart['first_step']} on, by at most {largest}, at step {apart['at_step']}"
             self._say(f"Losses of seed {one['seed']}, {len(one['now']['losses'])} steps: {said}.")
         for name in ("now", "before"):
-            for fallback in results["seeds"][0][name]["fallbacks"]:
-                self._say(
-                    f"{name}: plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow"
-                )
+            self._fallbacks(results["seeds"][0][name]["fallbacks"], f"{name}: ")
 
     def _compile(self, found: Json) -> None:
         rows = found["results"]["kernels"]
@@ -285,6 +281,10 @@ class Reporter:
         )
         for row, fault in faults:
             self._say(f"✗ {row['operator']}, {row['size']}, {row['dtype']}: {fault}", "red")
+
+    def _fallbacks(self, fallbacks: list[Json], whose: str = "") -> None:
+        for fallback in fallbacks:
+            self._say(f"{whose}plain PyTorch, not a kernel: {fallback['operator']}: {fallback['reason']}", "yellow")
 
     def _fewer(self, asked: int, counts: dict[str, int]) -> None:
         """Name what was timed less often than asked."""

@@ -16,16 +16,16 @@ from time import perf_counter
 from typing import Any
 
 from dsfast.bench.learning import LAST
-from dsfast.bench.timing import BUDGET, summarise
+from dsfast.bench.timing import BUDGET, FEWEST, summarise
 from dsfast.errors import UserError
 from dsfast.files import read_json
 
 SIDES = ("now", "before")
-TURNS, FEWEST, LEAST = 20, 9, 3
-"""In how many turns a side does its steps; how many a process has on a GPU, where each is a whole run, and of an operator; and of
-one that takes long. The first is not timed."""
-PROCESSES = 3
-"""Of each side, one after the other, in which the operators are timed."""
+TURNS = 20
+"""In how many turns a side does its steps. The first is not timed, of these and of others."""
+PROCESSES, PROCESS_TURNS = 3, 9
+"""Of each side, one after the other, in which the operators are timed; how many turns each has of an operator, and a process on a
+GPU, where a turn is a whole run."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
 NOISE = 0.04
@@ -33,7 +33,7 @@ NOISE = 0.04
 LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
 """What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
 roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model."""
-_SIDE = (Path(__file__).parent / "side.py").read_text(encoding="utf-8")
+_SIDE = Path(__file__).parent / "side.py"
 _ALONE = """
 import sys  # an editable installation's finder would give from another tree what this one lacks
 sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, "__module__", "").startswith("__editable___dsfast")]
@@ -54,7 +54,7 @@ class Side:
 
     def __init__(self, tree: Path):
         self.tree = tree
-        command = [sys.executable, "-c", _ALONE, _SIDE]
+        command = [sys.executable, "-c", _ALONE, _SIDE.read_text(encoding="utf-8")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._child = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)  # Ctrl-C is for the parent
 
@@ -126,7 +126,7 @@ def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[s
     same = "the same" if now["results"] == before["results"] else "others"
     seconds = {}
     for backward in [False, True] if now["backward"] and before["backward"] else [False]:
-        turns = _turns(sides, FEWEST, "operator", BUDGET, name=name, size=size, backward=backward)
+        turns = _turns(sides, PROCESS_TURNS, "operator", BUDGET, name=name, size=size, backward=backward)
         seconds[f"{name}, forward and backward" if backward else name] = _seconds(turns)
     return same if now["inputs"] == before["inputs"] else "of other inputs", seconds
 
@@ -161,7 +161,7 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
     with TemporaryDirectory() as folder, both_sides(trees, runs) as (sides, ready):
         whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
-        trained = _turns(sides, FEWEST if whole_runs else ceil(steps / turn), "train")
+        trained = _turns(sides, PROCESS_TURNS if whole_runs else ceil(steps / turn), "train")
         pairs = {"a step": _seconds(trained)}
         for name, batch in GENERATED.items():
             progress(f"seed {seed}: generation, {name}")
@@ -176,10 +176,10 @@ def _turns(
     sides: dict[str, Side], turns: int, method: str, budget: float = inf, **arguments: Any
 ) -> list[Json]:  # fmt: skip
     """What both sides say in each turn; each always follows the other. After `budget` seconds there is no further turn, but for
-    the first LEAST."""
+    the first FEWEST."""
     found, begin = [], perf_counter()
     for turn in range(turns):
-        if turn >= LEAST and perf_counter() - begin > budget:
+        if turn >= FEWEST and perf_counter() - begin > budget:
             break
         found.append({name: sides[name].ask(method, **arguments) for name in SIDES})
     return found
