@@ -103,8 +103,13 @@ def read_by(part: str, name: str) -> list[str]:
 
 def test_the_entries_of_a_case_are_those_that_its_launches_read():
     tables = {name: value for name, value in vars(mla_attention).items() if name.startswith("_")}
-    forward, queries, keys = (f"mla_attention._LARGE['{k}'][320]" for k in ("forward", "backward_q", "backward_kv"))
-    assert read_by("attention", "V3") == [forward, queries, keys, "mla_attention.HEADS_TOGETHER"]
+    constants = ["mla_attention.HEADS_TOGETHER", "mla_attention_kept.KEPT"]
+    forward, scores, product = (
+        f"mla_attention{k}[320]" for k in ("._LARGE['forward']", "_kept._LARGE['scores']", "_kept._LARGE['product']")
+    )
+    assert read_by("attention", "V3") == [forward, scores, product, *constants]
+    narrow = [f"mla_attention._LARGE[{k}]" for k in ("'forward'][96", "'backward_q'][80", "'backward_kv'][96")]
+    assert read_by("attention", "500K") == [*narrow, *constants]
     assert {name: value for name, value in vars(mla_attention).items() if name.startswith("_")} == tables
     assert all(vars(mla_attention)[name] is value for name, value in tables.items())
     assert read_by("decode", "V3 H128") == ["mla_decode._LARGE[64][576]"]
@@ -117,8 +122,10 @@ def test_the_entries_of_a_case_are_those_that_its_launches_read():
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_has_passes_and_the_constants_it_names(part):
     assert part in launched.PASSES
-    module = importlib.import_module(f"dsfast.triton_kernels.{MODULES[part]}")
-    for value in (getattr(module, name) for name in CONSTANTS.get(part, ())):
+    values = {}
+    for name in MODULES[part]:
+        values |= vars(importlib.import_module(f"dsfast.triton_kernels.{name}"))
+    for value in (values[name] for name in CONSTANTS.get(part, ())):
         assert type(value) is int or {"bn", "warps"} <= value._asdict().keys()
 
 
@@ -303,7 +310,7 @@ def fake_compiler(monkeypatch, faults) -> list:
 
 @pytest.mark.usefixtures("nothing_started")
 def test_candidates_that_break_the_limits_are_dropped_with_the_reason(monkeypatch):
-    asked = fake_compiler(monkeypatch, lambda launch, warps: ["spilled"] if launch.arguments["BT"] == 256 else [])
+    asked = fake_compiler(monkeypatch, lambda launch, warps: ["spilled"] if launch.arguments.get("BT") == 256 else [])
     rows = last(rows_of("attention", False, None, 60.0, tiles_of="V3", planned=True))
     row = rows["mla_attention._LARGE['forward'][320]"]
     assert {chip for _, chip in asked} == {"sm_90"}

@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from dsfast.triton_kernels.version import numbers
+from operator_cases import assert_passed
 from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
 from dsfast.ops.cases import mla_attention_case
-from dsfast.ops.checks import FLOOR_ULPS
+from dsfast.ops.checks import FLOOR_ULPS, compare
 from dsfast.ops.mla_attention import mla_attention_reference
 
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
@@ -114,9 +115,92 @@ def test_widths(widths, dtype):
 
 @on_device
 @pytest.mark.parametrize("widths", [(128, 64, 128), (64, 64, 64)], ids=str)
-def test_several_tiles_of_keys(widths):
+def test_several_tiles_of_keys(widths, monkeypatch):
     """On large chips these widths have tiles of their own, of 64 and 128 keys; they meet blocks of queries without a mask."""
+    from dsfast.triton_kernels import mla_attention_kept
+
+    monkeypatch.setattr(mla_attention_kept, "KEPT", 0)
     assert_as_good_as_eager(*make_inputs([210, 3, 60], widths, torch.float16, heads=1))
+
+
+# Squares of scores have sides of 128 tokens, blocks 64.
+KEPT_DOCUMENTS = {
+    "one token": [1],
+    "one below a block": [63],
+    "a block more than a square, whose second half no document reaches": [192],
+    "a document over four squares, ended in the first half of the last": [400],
+    "boundaries on the edges of squares": [128, 256, 128],
+    "boundaries inside squares, those between whole": [60, 330, 0, 10],
+    "short ones in front of a long one and behind it": [5, 1, 0, 290, 37, 3],
+}
+
+
+@on_device
+@pytest.mark.parametrize("documents", KEPT_DOCUMENTS)
+def test_kept_scores(documents):
+    """Widths whose gradient of the scores is kept on large chips: what is read of it was written, all of it."""
+    assert_as_good_as_eager(*make_inputs(KEPT_DOCUMENTS[documents], (80, 16, 80), torch.float16, heads=1))
+
+
+@on_device
+@pytest.mark.parametrize("fit", [1, 2, 3, 5])
+def test_kept_scores_of_some_heads_at_once(fit, monkeypatch):
+    """As many as memory is given for: the same bits."""
+    from dsfast.triton_kernels import launch, mla_attention_kept
+
+    inputs = make_inputs([150, 20], (80, 16, 80), torch.float16, heads=5)
+    expected = run_kernels(*inputs)[2]
+    calls, run = [], launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (calls.append(self.kernel.__name__), run(self)))
+    monkeypatch.setattr(mla_attention_kept, "KEPT", fit * 3 * 128 * 128 * 2 + 1)
+    found = run_kernels(*inputs)[2]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    kept = launch.large_tiles(torch.device(DEVICE)) != 0
+    assert calls.count("scores_kernel") == (-(-5 // fit) if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "heads"),
+    [
+        ({}, 6), ({"N": 4096}, 16), ({"N": 46_208}, 1), ({"N": 46_209}, 0), ({"N": 0}, 0), ({"H": 0}, 0), ({"H": 5}, 5),
+        ({"Dn": 32, "Dr": 16, "Dv": 32}, 0), ({"Dn": 192, "Dv": 256}, 0), ({"dtype": torch.float32}, 0), ({"large": 0}, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_how_many_heads_are_kept_at_once(change, heads):
+    """As few parts as 2 GiB allow, of equal size; none where scores are made anew."""
+    from dsfast.triton_kernels import mla_attention_kept
+
+    sizes = {"N": 16_384, "H": 16, "Dn": 128, "Dr": 64, "Dv": 128, "dtype": torch.bfloat16, "large": 9} | change
+    dtype, large = sizes.pop("dtype"), sizes.pop("large")
+    assert mla_attention_kept.heads_at_once(sizes | {"v": torch.empty(0, dtype=dtype)}, large) == heads
+
+
+@on_device
+def test_kept_scores_of_shared_keys():
+    case = mla_attention_case("a head of keys and values for two of queries", (150, 20), 4, 80, 16, 80, 2)
+    with poisoned():
+        assert_passed(compare(case, ["triton"], DEVICE, torch.float16, draws=1))
+
+
+@on_device
+@pytest.mark.parametrize("widths", [(80, 16, 80), (32, 16, 32)], ids=str)
+def test_the_benchmark_has_scores_made_anew_beside_those_kept(widths, monkeypatch):
+    from dsfast.triton_kernels import launch, mla_attention_kept
+
+    from dsfast.bench.gpu import peers
+
+    tensors, cu_seqlens, scale, do = make_inputs([150, 20], widths, torch.float16)
+    peer, arguments = peers._PEERS["attention"]["scores anew"], [*tensors, cu_seqlens, scale]
+    if widths[0] == 32 or not launch.large_tiles(torch.device(DEVICE)):
+        with pytest.raises(peers.RefusedError, match="does not keep scores here either"):
+            peer.prepare(arguments, range(5))
+        return
+    prepared = peer.prepare(arguments, range(5))
+    found = torch.autograd.grad(prepared.run(), prepared.leaves, do)
+    monkeypatch.setattr(mla_attention_kept, "KEPT", 0)
+    expected = run_kernels(tensors, cu_seqlens, scale, do)[2]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @on_device

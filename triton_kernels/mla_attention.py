@@ -8,7 +8,7 @@ Tiles divide the flat tokens, whatever the documents: tile t holds tokens t BT .
 N alone and nothing waits for the host. Every token's document is found by bisection of cu_seqlens. Keys in front of a
 query tile concern only the rows of the document that the tile begins in: the loop over them runs without a mask, then the
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
-The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
+The kernel for keys is the mirror image. Wide heads in 16 bits have a backward pass of their own, in mla_attention_kept. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
 the backward pass gets the maximum m and log2 of the sum l, in 16 bits m + log2 l: rounding it would show in float32 at large
 scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time.
 
@@ -28,96 +28,33 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels import mla_attention_kept
+from dsfast.triton_kernels.attention_pieces import (
+    LOG2E,
+    UNSPECIALIZED,
+    backward_arguments,
+    documents_of,
+    example_arguments,
+    load_queries,
+    load_rows,
+    load_softmax,
+    measure,
+    probabilities,
+    scores,
+    shared_arguments,
+    softmax_shape,
+    store_rows,
+    within,
+)
+from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
 from dsfast.triton_kernels.limits import ATTENTION_WIDEST
 from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
-LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
-_PITCHES = 16  # PITCH is a multiple of it
-_UNSPECIALIZED = ("N", "S", "STEPS")  # change from batch to batch and must not cause a new compilation
-
-
-@triton.jit
-def _documents(cu_seqlens, i, S, STEPS):
-    """First token of each document that tokens `i` lie in, and the token after its last. STEPS >= log2 S."""
-    low = i * 0
-    high = low + S
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        reached = (
-            tl.load(cu_seqlens + middle) <= i
-        )  # true for the empty documents before it too, so they are passed over
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
-    return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
-
-
-@triton.jit
-def _load(
-    x, stride, start, N,
-    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
-):  # fmt: skip
-    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
-
-    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
-    """
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
-    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
-    if ANEW:
-        p_x = x + (start + row).to(tl.int64) * stride + d
-    if MASKED:
-        return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
-    if D < DP:
-        return tl.load(p_x, mask=d < D, other=0.0)
-    return tl.load(p_x)
-
-
-@triton.jit
-def _store(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
-    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
-
-
-@triton.jit
-def _scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.constexpr):
-    """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
-    b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)
-    if APART:  # by fma: of a plain sum Triton makes a product that adds to the first one, a chain again
-        one = tl.full([a_nope.shape[0], b_nope.shape[0]], 1.0, tl.float32)
-        return tl.fma(tl.dot(a_rope, tl.trans(b_rope), input_precision=PRECISION), one, b_s)
-    return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision=PRECISION)
-
-
-@triton.jit
-def _load_queries(x, h, i, N, PITCH, MASKED: tl.constexpr):
-    """One number of each query i of head h; where MASKED 0 from token N on."""
-    p_x = x + h * PITCH + i
-    return tl.load(p_x, mask=i < N, other=0.0) if MASKED else tl.load(p_x)
-
-
-@triton.jit
-def _load_softmax(softmax, h, i, N, PITCH, H, EXACT: tl.constexpr, MASKED: tl.constexpr):
-    """What `_probabilities` needs of queries i: m and log2 l, unless EXACT their sum in place of both."""
-    b_m = _load_queries(softmax, h, i, N, PITCH, MASKED)
-    return b_m, _load_queries(softmax, H + h, i, N, PITCH, MASKED) if EXACT else b_m
-
-
-@triton.jit
-def _probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
-    """exp2(s - m) / l; b_m and b_log_l as `_load_softmax` returns them, broadcast along the keys."""
-    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - b_m)
-
-
-@triton.jit
-def _within(x, begin, end):
-    """begin <= x < end, of numbers from 0 on, by one comparison."""
-    return (x - begin).to(tl.uint32, bitcast=True) < tl.maximum(end - begin, 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -138,13 +75,13 @@ def _attend(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
-    b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
-    b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
-    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    b_k_nope = load_rows(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
+    b_k_rope = load_rows(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
+    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
     m_s = None
     if MASKED:
         j = s + tl.arange(0, BS)
-        m_s = _within(j[None, :], begin[:, None], i[:, None] + 1)
+        m_s = within(j[None, :], begin[:, None], i[:, None] + 1)
     if APART:
         b_p, b_m_new, b_sum = tl.zeros([BT, BS], v.dtype.element_ty), b_m, tl.zeros([BT], tl.float32)
         if s < N:
@@ -152,12 +89,12 @@ def _attend(
     else:
         b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
     decay = tl.exp2(b_m - b_m_new)
-    b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_v = load_rows(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
     b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision=PRECISION)
     return b_o, b_m_new, b_l * decay + b_sum
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
@@ -171,12 +108,14 @@ def forward_kernel(
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT  # the last tile of a document is the longest: it goes first
     i = t + tl.arange(0, BT)  # [BT]
-    begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
-    first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
+    begin, _ = documents_of(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
+    first, _ = documents_of(
+        cu_seqlens, t, S, STEPS
+    )  # not the minimum of begin: a loop from a reduction is not pipelined
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
-    b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
-    b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
+    b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
+    b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
     b_o = tl.zeros([BT, DV], tl.float32)
     b_m = tl.full([BT], UNSEEN, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
@@ -203,7 +142,7 @@ def forward_kernel(
             k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
-    _store(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
+    store_rows(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
     p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
     if v.dtype.element_ty == tl.float32:
         tl.store(p_m + tl.cast(H, tl.int64) * PITCH, b_log_l, mask=i < PITCH)
@@ -220,17 +159,17 @@ def _attend_dq(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys, from token s on, to the gradient of a tile of queries: [BT, DN] and [BT, DR]."""
-    b_k_nope = _load(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
-    b_k_rope = _load(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
-    b_v = _load(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
-    b_s = _scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    b_k_nope = load_rows(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
+    b_k_rope = load_rows(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
+    b_v = load_rows(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
     # In this order: with dp or the mask made earlier not all fits the registers of sm_90.
     b_p, b_ds = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], b_v.dtype)
     if not APART or s < N:
-        b_p = _probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
+        b_p = probabilities(b_s, b_m[:, None], b_log_l[:, None], factor, b_v.dtype == tl.float32)
         if MASKED:
             j = s + tl.arange(0, BS)
-            b_p = tl.where(_within(j[None, :], begin[:, None], i[:, None] + 1), b_p, 0.0)
+            b_p = tl.where(within(j[None, :], begin[:, None], i[:, None] + 1), b_p, 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
     if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
@@ -238,7 +177,7 @@ def _attend_dq(
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
@@ -252,17 +191,19 @@ def backward_q_kernel(
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT
     i = t + tl.arange(0, BT)  # [BT]
-    begin, _ = _documents(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
-    first, _ = _documents(cu_seqlens, t, S, STEPS)  # not the minimum of begin: a loop from a reduction is not pipelined
+    begin, _ = documents_of(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
+    first, _ = documents_of(
+        cu_seqlens, t, S, STEPS
+    )  # not the minimum of begin: a loop from a reduction is not pipelined
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
-    b_q_nope = _load(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
-    b_q_rope = _load(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
-    b_do = _load(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
-    b_o = _load(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
+    b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
+    b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
+    b_do = load_rows(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
+    b_o = load_rows(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
-    b_m, b_log_l = _load_softmax(softmax, h, i, N, PITCH, H, v.dtype.element_ty == tl.float32, True)
+    b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, v.dtype.element_ty == tl.float32, True)
     b_dq_nope = tl.zeros([BT, DN], tl.float32)
     b_dq_rope = tl.zeros([BT, DR], tl.float32)
     factor = scale * LOG2E
@@ -286,8 +227,8 @@ def backward_q_kernel(
             k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
-    _store(dq_nope + h * Dn, H * Dn, t, N, b_dq_nope * scale, BT, Dn, DN)
-    _store(dq_rope + h * Dr, H * Dr, t, N, b_dq_rope * scale, BT, Dr, DR)
+    store_rows(dq_nope + h * Dn, H * Dn, t, N, b_dq_nope * scale, BT, Dn, DN)
+    store_rows(dq_rope + h * Dr, H * Dr, t, N, b_dq_rope * scale, BT, Dr, DR)
 
 
 @triton.jit
@@ -299,18 +240,18 @@ def _attend_dkv(
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
     s = tl.multiple_of(opaque(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
-    b_q_nope = _load(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
-    b_q_rope = _load(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
-    b_do = _load(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
+    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
+    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
-    b_m, b_log_l = _load_softmax(softmax, h, i, N, PITCH, H, b_v.dtype == tl.float32, MASKED)
-    b_delta = _load_queries(delta, h, i, N, PITCH, MASKED)
-    b_s = _scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
+    b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, b_v.dtype == tl.float32, MASKED)
+    b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
+    b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
     if not APART or s < N:
-        b_p = _probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
+        b_p = probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
         if MASKED:
-            b_p = tl.where(_within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
+            b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
         b_left = b_p.to(b_v.dtype)
     b_dv = tl.dot(b_left, b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
@@ -320,7 +261,7 @@ def _attend_dkv(
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
@@ -334,15 +275,15 @@ def backward_kv_kernel(
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
     j = t + tl.arange(0, BS)  # [BS]
-    _, end = _documents(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
-    _, last = _documents(cu_seqlens, tl.minimum(t + BS, N) - 1, S, STEPS)
+    _, end = documents_of(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
+    _, last = documents_of(cu_seqlens, tl.minimum(t + BS, N) - 1, S, STEPS)
     last = tl.minimum(last, N)
     do += h * do_h
     q_nope += h * q_nope_h
     q_rope += h * q_rope_h
-    b_k_nope = _load(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
-    b_k_rope = _load(k_rope, k_rope_n, t, N, BS, Dr, DR, True)  # [BS, DR]
-    b_v = _load(v + h // SHARED * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
+    b_k_nope = load_rows(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
+    b_k_rope = load_rows(k_rope, k_rope_n, t, N, BS, Dr, DR, True)  # [BS, DR]
+    b_v = load_rows(v + h // SHARED * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
     b_dk_nope = tl.zeros([BS, DN], tl.float32)
     b_dk_rope = tl.zeros([BS, DR], tl.float32)
     b_dv = tl.zeros([BS, DV], tl.float32)
@@ -367,9 +308,9 @@ def backward_kv_kernel(
             s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
-    _store(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
-    _store(shares + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
-    _store(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
+    store_rows(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
+    store_rows(shares + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
+    store_rows(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
 
 
 class Tiles(NamedTuple):
@@ -382,7 +323,7 @@ class Tiles(NamedTuple):
 
 
 _REST = 2048  # key of the row that serves all the rest
-# Kernel -> largest `_measure` that a row serves -> tiles. Starting values: they keep the limits of
+# Kernel -> largest `measure` that a row serves -> tiles. Starting values: they keep the limits of
 # tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
 # hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones. Narrow heads' are as small as a
 # multiprocessor can hold four programs of: each waits for its loads, and does little between.
@@ -451,18 +392,8 @@ def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: 
             "mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two,"
             f" up to {ATTENTION_WIDEST}, got {width}"
         )
-    measure = _measure(*widths)
-    return by_measure[min(m for m in by_measure if m >= measure)]
-
-
-def _measure(dn: int, dr: int, dv: int) -> int:
-    """What the registers that widths take go by: DN + DR + DV, or more where one part is far wider than the others.
-
-    A rope part as wide as the others costs more than the sum says, masks, of widths that are no power of two, a little more.
-    """
-    wide = padded(dn), padded(dr), padded(dv)
-    masked = wide != (dn, dr, dv)
-    return max(sum(wide), 2 * wide[0], 2 * wide[2], (4 if masked else 3) * wide[1])
+    least = measure(*widths)
+    return by_measure[min(m for m in by_measure if m >= least)]
 
 
 def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
@@ -484,66 +415,36 @@ def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tenso
     return o, softmax
 
 
-def softmax_shape(q: Tensor) -> tuple[int, int, int]:
-    """Numbers of a query, heads and PITCH, from queries [N, H, ...]."""
-    return 2 if q.dtype.itemsize == 4 else 1, q.size(1), triton.cdiv(q.size(0), _PITCHES) * _PITCHES
-
-
 def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
     """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o, those of k_nope and v for each head of queries
     [N, H, .]. Deterministic: no atomics. Errors as `forward`."""
     _check(q_nope, q_rope, v, cu_seqlens, scale)
-    n, h, dr = q_rope.shape
-    dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, o))
-    delta = torch.empty_like(softmax[0])
-    dk_rope, shares = k_rope.new_empty(k_rope.shape), q_rope.new_empty(h, n, dr, dtype=torch.float32)
-    if not o.numel():
-        dk_rope.zero_()
-    else:
-        with torch.cuda.device_of(q_nope):
-            for launch in backward_launches(
-                do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, delta, dq_nope, dq_rope, dk_nope,
-                shares, dk_rope, dv, large_tiles(o.device),
-            ):  # fmt: skip
-                launch.run()
-    return dq_nope, dq_rope, dk_nope, dk_rope, dv
+    with torch.cuda.device_of(q_nope):
+        arguments = backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax)
+        for launch in backward_launches(arguments, large_tiles(o.device)):
+            launch.run()
+    return tuple(arguments[name] for name in ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"))
 
 
 def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: int) -> Launch:
     """The launch that fills o and softmax; tensors may lie on the meta device."""
-    inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
-    return _launch("forward", forward_kernel, large, inputs, o=o, softmax=softmax)
+    arguments = shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
+    return _launch("forward", forward_kernel, large, arguments | {"o": o, "softmax": softmax})
 
 
-def backward_launches(
-    do,
-    q_nope,
-    q_rope,
-    k_nope,
-    k_rope,
-    v,
-    cu_seqlens,
-    scale,
-    o,
-    softmax,
-    delta,
-    dq_nope,
-    dq_rope,
-    dk_nope,
-    shares,
-    dk_rope,
-    dv,
-    large: int,
-) -> list[Launch]:
-    """The kernel for the queries, which also fills delta, the one for the keys, which reads it, and the sum of the heads' shares
-    [H, N, Dr] of dk_rope: the rope key is one for all of them."""
-    (do,) = rows(do)
-    inputs = _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
-    inputs |= {"do": do, "do_n": do.stride(0), "do_h": do.stride(1), "softmax": softmax, "delta": delta}
+def backward_launches(arguments: dict, large: int) -> list[Launch]:
+    """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
+    where that serves them, else by the two kernels that make scores anew; and the sum of the heads' shares of dk_rope."""
+    heads = mla_attention_kept.heads_at_once(arguments, large)
+    kept = mla_attention_kept.launches(arguments | {"G": HEADS_TOGETHER}, heads) if heads else None
+    return [*(kept or _anew(arguments, large)), sum_launch(arguments["shares"], arguments["dk_rope"])]
+
+
+def _anew(arguments: dict, large: int) -> list[Launch]:
+    """The kernel for the queries, which also fills delta, and the one for the keys, which reads it."""
     return [
-        _launch("backward_q", backward_q_kernel, large, inputs, o=o, dq_nope=dq_nope, dq_rope=dq_rope),
-        _launch("backward_kv", backward_kv_kernel, large, inputs, dk_nope=dk_nope, shares=shares, dv=dv),
-        sum_launch(shares, dk_rope),
+        _launch("backward_q", backward_q_kernel, large, arguments),
+        _launch("backward_kv", backward_kv_kernel, large, arguments),
     ]
 
 
@@ -559,35 +460,18 @@ def _check(q_nope, q_rope, v, cu_seqlens, scale) -> None:
         )
 
 
-def _inputs(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
-    """The arguments that all three kernels share."""
-    q_nope, q_rope, k_nope, k_rope, v, cu_seqlens = rows(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens)
-    n, h, dn = q_nope.shape
-    documents = cu_seqlens.size(0) - 1
-    return {
-        "q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v, "cu_seqlens": cu_seqlens,
-        "scale": scale, "q_nope_n": q_nope.stride(0), "q_nope_h": q_nope.stride(1), "q_rope_n": q_rope.stride(0),
-        "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
-        "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1),
-        "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents, "STEPS": (documents - 1).bit_length(),
-        "SHARED": max(1, h // max(1, k_nope.size(1))), "Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2),
-    }  # fmt: skip
-
-
-def _launch(name: str, kernel, large: int, inputs: dict, **outputs: Tensor) -> Launch:
-    bt, bs, warps, stages = tiles(name, inputs["v"].dtype, tuple(inputs[width] for width in ("Dn", "Dr", "Dv")), large)
+def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
+    bt, bs, warps, stages = tiles(name, arguments["v"].dtype, tuple(arguments[x] for x in ("Dn", "Dr", "Dv")), large)
     tile = bs if name == "backward_kv" else bt
-    itemsize = inputs["v"].dtype.itemsize
+    itemsize = arguments["v"].dtype.itemsize
     # Below 64 rows a gradient no wider than it is high would make Triton give all products to the warps by rows, of which there
     # are too few: every warp would hold the same sums, whole rows, and spill.
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
-    widths = {letters.upper(): max(padded(inputs[letters]), least) for letters in ("Dn", "Dr", "Dv")}
+    widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
-    arguments = (
-        inputs | outputs | widths | {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
-    )
-    grid = (triton.cdiv(inputs["N"], tile) * inputs["H"],)
-    return Launch(kernel, grid, arguments, options(warps, stages), itemsize, tile)
+    tiling = {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
+    grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)
+    return Launch(kernel, grid, arguments | widths | tiling, options(warps, stages), itemsize, tile)
 
 
 EXAMPLES = {
@@ -604,15 +488,11 @@ EXAMPLES = {
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
-    """Kernel -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
-    empty = on_meta(dtype)
-    (dn, dr, dv, hk), n, h = EXAMPLES[size], 4096, 16
-    k_nope, v = empty(n, hk, dn + dv).split([dn, dv], -1)
-    inputs = (*empty(n, h, dn + dr).split([dn, dr], -1), k_nope, empty(n, dr), v, empty(4, dtype=torch.int32), 0.1)
-    o, softmax = empty(n, h, dv), empty(softmax_shape(inputs[0]), dtype=torch.float32)
-    gradients = (empty(n, h, dn), empty(n, h, dr), empty(n, h, dn), empty(h, n, dr, dtype=torch.float32), empty(n, dr))
+    """Kernel -> launch at EXAMPLES[size], on the meta device; of the backward pass those that make scores anew."""
+    arguments = example_arguments(EXAMPLES[size], dtype)
     launches = [
-        forward_launch(*inputs, o, softmax, large),
-        *backward_launches(o, *inputs, o, softmax, softmax[0], *gradients, empty(n, h, dv), large),
+        _launch("forward", forward_kernel, large, arguments),
+        *_anew(arguments, large),
+        sum_launch(arguments["shares"], arguments["dk_rope"]),
     ]
     return {launch.kernel.__name__: launch for launch in launches}

@@ -50,7 +50,7 @@ class Example(NamedTuple):
 
 def operators() -> list[str]:
     """The operators that have a Triton kernel, and what else is launched in a training step."""
-    names = (*ops.OPERATORS, "after_step", "mla_output", "mla_project")
+    names = (*ops.OPERATORS, "after_step", "mla_attention_kept", "mla_output", "mla_project")
     return [name for name in names if importlib.util.find_spec(f"dsfast.triton_kernels.{name}")]
 
 

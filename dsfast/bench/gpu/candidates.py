@@ -12,9 +12,12 @@ from dsfast.bench.gpu.cases import OPERATORS
 
 PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding", "project", "output")
 """Of `bench gpu`, with something to choose."""
-MODULES = {part: OPERATORS[part] for part in PARTS} | {"mlp": "moe_experts"}
+MODULES = {part: (OPERATORS[part],) for part in PARTS} | {
+    "attention": ("mla_attention", "mla_attention_kept"), "mlp": ("moe_experts",),
+}  # fmt: skip
+"""Of dsfast.triton_kernels, with the tables of a part's kernels."""
 CONSTANTS = {
-    "attention": ("HEADS_TOGETHER",), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
+    "attention": ("HEADS_TOGETHER", "KEPT"), "experts": ("TILES_TOGETHER",), "head": ("_WORDS", "_COMBINED", "_SCALED"),
     "norm": ("ELEMENTS",), "rope": ("ELEMENTS",), "embedding": ("_ELEMENTS", "_KEYS"),
     "project": ("_FORWARD", "_BACKWARD", "_WEIGHTS"), "output": ("_FORWARD", "_BACKWARD"),
 }  # fmt: skip
@@ -51,22 +54,27 @@ class _Watched(dict):
 
 
 def entries(part: str, call: Callable[[], object]) -> list[Entry]:
-    """The entries of the tables of `part`'s module that `call` reads, in the order in which it does; then its constants."""
+    """The entries of the tables of `part`'s modules that `call` reads, in the order in which it does; then its constants."""
     from dsfast.bench.gpu.launched import replaced
 
-    module = vars(importlib.import_module(f"dsfast.triton_kernels.{MODULES[part]}"))
+    modules = {name: vars(importlib.import_module(f"dsfast.triton_kernels.{name}")) for name in MODULES[part]}
     found: dict[str, Entry] = {}
 
     def watched(name: str, row: dict) -> _Watched:
         return _Watched(row, lambda key: found.setdefault(f"{name}[{key!r}]", Entry(f"{name}[{key!r}]", row, key)))
 
     with ExitStack() as stack:
-        for name, table in module.items():
-            if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
-                rows = {key: watched(f"{MODULES[part]}.{name}[{key!r}]", row) for key, row in table.items()}
-                stack.enter_context(replaced(module, name, rows))
+        for module, values in modules.items():
+            for name, table in list(values.items()):
+                if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
+                    rows = {key: watched(f"{module}.{name}[{key!r}]", row) for key, row in table.items()}
+                    stack.enter_context(replaced(values, name, rows))
         call()
-    return [*found.values(), *(Entry(f"{MODULES[part]}.{name}", module, name) for name in CONSTANTS.get(part, ()))]
+    constants = [
+        Entry(f"{module}.{name}", values, name)
+        for module, values in modules.items() for name in CONSTANTS.get(part, ()) if name in values
+    ]  # fmt: skip
+    return [*found.values(), *constants]
 
 
 def candidates(entry: Entry) -> list:

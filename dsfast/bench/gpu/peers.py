@@ -23,6 +23,7 @@ from dsfast import ops
 from dsfast.bench.gpu.cases import GpuCase, unchanged
 from dsfast.bench.peers import huggingface
 from dsfast.bench.peers import operators as eager
+from dsfast.ops import triton
 
 
 class RefusedError(Exception):
@@ -212,6 +213,37 @@ def _varlen(arguments: list, differentiable: Sequence[int]) -> Prepared:
         return varlen_attn(q, k, v, ends, ends, longest, longest, **causal, **scale).transpose(0, 1)[None]
 
     return _values_taken(attend, arguments, 1, differentiable)
+
+
+class _ScoresAnew(torch.autograd.Function):
+    """mla_attention's own kernels, those of the backward pass that keep no scores."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        from dsfast.triton_kernels import mla_attention
+
+        *tensors, ctx.scale = arguments
+        o, softmax = mla_attention.forward(*arguments)
+        ctx.save_for_backward(*tensors, o, softmax)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        from dsfast.bench.gpu.launched import replaced
+        from dsfast.triton_kernels import mla_attention, mla_attention_kept
+
+        *tensors, o, softmax = ctx.saved_tensors
+        with replaced(mla_attention_kept, "KEPT", 0):
+            return *mla_attention.backward(do, *tensors, ctx.scale, o, softmax), None, None
+
+
+def _scores_anew(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    from dsfast.triton_kernels import attention_pieces, launch, mla_attention_kept
+
+    large = launch.large_tiles(arguments[0].device)
+    if not mla_attention_kept.heads_at_once(attention_pieces.shared_arguments(*arguments), large):
+        raise RefusedError("dsfast does not keep scores here either")
+    return direct(_ScoresAnew.apply, arguments, differentiable)
 
 
 # decode
@@ -498,6 +530,7 @@ _PEERS: dict[str, dict[str, GpuPeer]] = {
             }.items()
         },
         "varlen": GpuPeer("torch.nn.attention.varlen", _varlen, no_varlen),
+        "scores anew": GpuPeer("dsfast's kernels that make scores twice and keep none", _scores_anew, triton.missing),
         "eager": _plain("the reference, scores in memory", _reference("mla_attention", ops.mla_attention)),
         "compile": _compiled_by("torch.compile of scaled_dot_product_attention with its expanding", _compiled_attention),
     },

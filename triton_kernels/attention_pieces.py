@@ -1,0 +1,150 @@
+"""Pieces of attention's kernels: which documents tokens lie in, rows of its inputs, scores and probabilities, and the arguments
+that all launches share. Letters as in dsfast.triton_kernels.mla_attention."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.launch import on_meta, padded, rows
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+UNSPECIALIZED = ("N", "S", "STEPS")
+"""Arguments that change from batch to batch and must not cause a new compilation."""
+_PITCHES = 16  # PITCH is a multiple of it
+
+
+@triton.jit
+def documents_of(cu_seqlens, i, S, STEPS):
+    """First token of each document that tokens `i` lie in, and the token after its last. STEPS >= log2 S."""
+    low = i * 0
+    high = low + S
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        reached = (
+            tl.load(cu_seqlens + middle) <= i
+        )  # true for the empty documents before it too, so they are passed over
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
+
+
+@triton.jit
+def load_rows(
+    x, stride, start, N,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
+):  # fmt: skip
+    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
+
+    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    """
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    if ANEW:
+        p_x = x + (start + row).to(tl.int64) * stride + d
+    if MASKED:
+        return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
+    if D < DP:
+        return tl.load(p_x, mask=d < D, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def store_rows(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
+
+
+@triton.jit
+def scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.constexpr):
+    """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
+    b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)
+    if APART:  # by fma: of a plain sum Triton makes a product that adds to the first one, a chain again
+        one = tl.full([a_nope.shape[0], b_nope.shape[0]], 1.0, tl.float32)
+        return tl.fma(tl.dot(a_rope, tl.trans(b_rope), input_precision=PRECISION), one, b_s)
+    return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision=PRECISION)
+
+
+@triton.jit
+def load_queries(x, h, i, N, PITCH, MASKED: tl.constexpr):
+    """One number of each query i of head h; where MASKED 0 from token N on."""
+    p_x = x + h * PITCH + i
+    return tl.load(p_x, mask=i < N, other=0.0) if MASKED else tl.load(p_x)
+
+
+@triton.jit
+def load_softmax(softmax, h, i, N, PITCH, H, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """What `probabilities` needs of queries i: m and log2 l, unless EXACT their sum in place of both."""
+    b_m = load_queries(softmax, h, i, N, PITCH, MASKED)
+    return b_m, load_queries(softmax, H + h, i, N, PITCH, MASKED) if EXACT else b_m
+
+
+@triton.jit
+def probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
+    """exp2(s - m) / l; b_m and b_log_l as `load_softmax` returns them, broadcast along the keys."""
+    return tl.exp2(b_s * factor - b_m - b_log_l) if EXACT else tl.exp2(b_s * factor - b_m)
+
+
+@triton.jit
+def within(x, begin, end):
+    """begin <= x < end, of numbers from 0 on, by one comparison."""
+    return (x - begin).to(tl.uint32, bitcast=True) < tl.maximum(end - begin, 0).to(tl.uint32, bitcast=True)
+
+
+def measure(dn: int, dr: int, dv: int) -> int:
+    """What the registers that widths take go by: DN + DR + DV, or more where one part is far wider than the others.
+
+    A rope part as wide as the others costs more than the sum says, masks, of widths that are no power of two, a little more.
+    """
+    wide = padded(dn), padded(dr), padded(dv)
+    masked = wide != (dn, dr, dv)
+    return max(sum(wide), 2 * wide[0], 2 * wide[2], (4 if masked else 3) * wide[1])
+
+
+def softmax_shape(q: Tensor) -> tuple[int, int, int]:
+    """Numbers of a query, heads and PITCH, from queries [N, H, ...]."""
+    return 2 if q.dtype.itemsize == 4 else 1, q.size(1), triton.cdiv(q.size(0), _PITCHES) * _PITCHES
+
+
+def shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
+    """What kernels of both passes take, by name: inputs and their strides, sizes, widths as they are and rounded up."""
+    q_nope, q_rope, k_nope, k_rope, v, cu_seqlens = rows(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens)
+    n, h, dn = q_nope.shape
+    documents = cu_seqlens.size(0) - 1
+    widths = {"Dn": dn, "Dr": q_rope.size(2), "Dv": v.size(2)}
+    return {
+        "q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "v": v, "cu_seqlens": cu_seqlens,
+        "scale": scale, "q_nope_n": q_nope.stride(0), "q_nope_h": q_nope.stride(1), "q_rope_n": q_rope.stride(0),
+        "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
+        "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1),
+        "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents, "STEPS": (documents - 1).bit_length(),
+        "SHARED": max(1, h // max(1, k_nope.size(1))), **widths,
+        **{letters.upper(): padded(width) for letters, width in widths.items()},
+    }  # fmt: skip
+
+
+def backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> dict:
+    """What kernels of the backward pass take: as `shared_arguments`, and what they fill, the gradients, delta [H, PITCH] and
+    shares [H, N, Dr], the heads' of dk_rope. The rope key is one for all of them."""
+    (do,) = rows(do)
+    n, h, dr = q_rope.shape
+    return shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) | {
+        "do": do, "do_n": do.stride(0), "do_h": do.stride(1), "o": o, "softmax": softmax,
+        "delta": torch.empty_like(softmax[0]), "shares": q_rope.new_empty(h, n, dr, dtype=torch.float32),
+        "dq_nope": q_nope.new_empty(q_nope.shape), "dq_rope": q_rope.new_empty(q_rope.shape),
+        "dk_nope": q_nope.new_empty(q_nope.shape), "dk_rope": k_rope.new_empty(k_rope.shape), "dv": o.new_empty(o.shape),
+    }  # fmt: skip
+
+
+def example_arguments(widths: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
+    """What all kernels take, on the meta device: Dn, Dr, Dv, heads of keys and values, 16 of queries, 4,096 tokens; views as the
+    model's projections leave them."""
+    empty = on_meta(dtype)
+    (dn, dr, dv, hk), n, h = widths, 4096, 16
+    q_nope, q_rope = empty(n, h, dn + dr).split([dn, dr], -1)
+    k_nope, v = empty(n, hk, dn + dv).split([dn, dv], -1)
+    o, softmax = empty(n, h, dv), empty(softmax_shape(q_nope), dtype=torch.float32)
+    cu_seqlens = empty(4, dtype=torch.int32)
+    return backward_arguments(o, q_nope, q_rope, k_nope, empty(n, dr), v, cu_seqlens, 0.1, o, softmax)

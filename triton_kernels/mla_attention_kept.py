@@ -1,0 +1,279 @@
+"""The backward pass of dsfast.ops.mla_attention for wide heads in 16 bits, which keeps what it would else make twice.
+
+Letters as in dsfast.triton_kernels.mla_attention, whose backward pass makes the scores once for the gradient of the queries and
+once for those of keys and values, and beside the sums of all three has few registers left for scores. Here `scores_kernel` makes
+them once, adds up the gradient of the values alone and leaves the gradient of the scores in memory, ds; of that and the queries
+`product_kernel` makes the gradient of the keys, of that and the keys the one of the queries: 1,664 FLOPs for a query and a key of
+DeepSeek-V3's widths instead of 2,304. FlashAttention-3 (arXiv 2407.08608) makes as many, by adding to the queries' gradient
+atomically, which is not deterministic.
+
+ds has the SIDE x SIDE numbers of a tile of keys and one of queries side by side, key by key: tile a of keys and b of queries,
+a <= b, are square b (b + 1) / 2 + a of a head. KEPT bytes bound it: as many heads as fit are done at once, then the others; where
+not one fits, scores are made anew. Squares that no document reaches are neither written nor read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dsfast.triton_kernels.attention_pieces import (
+    LOG2E,
+    UNSPECIALIZED,
+    documents_of,
+    example_arguments,
+    load_queries,
+    load_rows,
+    measure,
+    scores,
+    store_rows,
+    within,
+)
+from dsfast.triton_kernels.launch import Launch
+from dsfast.triton_kernels.pieces import after_others, opaque, options, swizzle
+from torch import Tensor
+
+KEPT = 2**31
+"""Bytes of ds: 7 heads of 16,384 tokens."""
+SIDE = 128
+_ROWS = 64  # of a program of delta_kernel
+_UNSPECIALIZED = (*UNSPECIALIZED, "FIRST", "HEADS")
+
+
+@triton.jit
+def _squares(N, SIDE: tl.constexpr):
+    """Of a head in ds."""
+    tiles = tl.cdiv(N, SIDE)
+    return tiles * (tiles + 1) // 2
+
+
+@triton.jit
+def _square(ds, a, b, SIDE: tl.constexpr):
+    """That of keys' tile a and queries' tile b."""
+    return ds + (b * (b + 1) // 2 + a).to(tl.int64) * (SIDE * SIDE)
+
+
+@triton.jit(do_not_specialize=("N",))
+def delta_kernel(
+    do, o, delta, do_n, do_h, PITCH, N, H, Dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr
+):
+    """delta [H, PITCH] = sum of do o, for ROWS queries of one head."""
+    after_others()
+    h, tile = swizzle(H, tl.cdiv(N, ROWS), G)
+    h, t = h.to(tl.int64), tile * ROWS
+    b_do = load_rows(do + h * do_h, do_n, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
+    b_o = load_rows(o + h * Dv, H * Dv, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
+    i = t + tl.arange(0, ROWS)
+    tl.store(delta + h * PITCH + i, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=i < N)
+
+
+@triton.jit
+def _attend_dv(
+    b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, j, end, h,
+    do_n, q_nope_n, q_rope_n, PITCH, factor, N,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add one block of queries, from token s on, to the gradient of a tile of values, [SIDE, DV], and store their part of ds."""
+    s = tl.multiple_of(opaque(s, N + SIDE), BT)  # a block of the last tile may lie behind the last token
+    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
+    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
+    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+    i = s + tl.arange(0, BT)
+    b_m = load_queries(softmax, h, i, N, PITCH, MASKED)
+    b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
+    b_p = tl.exp2(scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, "ieee", False) * factor - b_m[None, :])  # [SIDE, BT]
+    if MASKED:
+        b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_v.dtype), b_do, b_dv)  # before dp is made: else not all fits the registers
+    b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
+    p_ds = _square(ds, t // SIDE, s // SIDE, SIDE) + tl.multiple_of(s % SIDE, BT)
+    p_ds += tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, BT)[None, :]
+    tl.store(p_ds, (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype))
+    return b_dv
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def scores_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, ds, dv, scale, FIRST, HEADS,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """dv [N, H, Dv] and ds of HEADS heads from FIRST on, for one tile of keys and one head of queries."""
+    after_others()
+    head, tile = swizzle(HEADS, tl.cdiv(N, SIDE), G)
+    ds += head.to(tl.int64) * _squares(N, SIDE) * (SIDE * SIDE)
+    h = (FIRST + head).to(tl.int64)
+    t = tile * SIDE  # the first tile of a document is the longest
+    _, last = documents_of(cu_seqlens, tl.minimum(t + SIDE, N) - 1, S, STEPS)
+    last = tl.minimum(last, N)
+    do += h * do_h
+    q_nope += h * q_nope_h
+    q_rope += h * q_rope_h
+    b_k_nope = load_rows(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, SIDE, Dn, DN, True)  # [SIDE, DN]
+    b_k_rope = load_rows(k_rope, k_rope_n, t, N, SIDE, Dr, DR, True)  # [SIDE, DR]
+    b_v = load_rows(v + h // SHARED * v_h, v_n, t, N, SIDE, Dv, DV, True)  # [SIDE, DV]
+    b_dv = tl.zeros([SIDE, DV], tl.float32)
+    factor = scale * LOG2E
+
+    # No mask for the tiles of queries behind this one that belong to one document together with it; then this one and the others.
+    _, end_of_first = documents_of(cu_seqlens, t, S, STEPS)
+    whole = tl.where(end_of_first >= last, tl.maximum(last // SIDE * SIDE, t + SIDE), t + SIDE)
+    if t + SIDE < whole:
+        for s in range(t + SIDE, whole, BT):
+            b_dv = _attend_dv(
+                b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, None, None, h,
+                do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, False,
+            )  # fmt: skip
+    t = opaque(t, N)  # so that nothing of what follows is kept in registers from before the loop
+    j = t + tl.arange(0, SIDE)  # [SIDE]
+    _, end = documents_of(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
+    behind = tl.maximum(tl.cdiv(last, SIDE) * SIDE - whole, 0)
+    for n in range((SIDE + behind) // BT):
+        s = tl.where(n < SIDE // BT, t, whole - SIDE) + n * BT
+        b_dv = _attend_dv(
+            b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, j, end, h,
+            do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, True,
+        )  # fmt: skip
+
+    store_rows(dv + h * Dv, H * Dv, t, N, b_dv, SIDE, Dv, DV)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def product_kernel(
+    ds, x_nope, x_rope, cu_seqlens, y_nope, y_rope, scale, FIRST, HEADS,
+    x_nope_n, x_nope_h, x_rope_n, x_rope_h, y_nope_n, y_nope_h, y_rope_n, y_rope_h, N, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr,
+    BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """y = scale ds x for one tile of keys (x are the queries) or of queries (x are the keys), BT of x at a time, and one of HEADS
+    heads from FIRST on."""
+    after_others()
+    tiles = tl.cdiv(N, SIDE)
+    head, tile = swizzle(HEADS, tiles, G)
+    ds += head.to(tl.int64) * _squares(N, SIDE) * (SIDE * SIDE)
+    h = (FIRST + head).to(tl.int64)
+    if OF_KEYS:
+        t = tile * SIDE
+        _, last = documents_of(cu_seqlens, tl.minimum(t + SIDE, N) - 1, S, STEPS)
+        begin, end = t, tl.cdiv(tl.minimum(last, N), SIDE) * SIDE
+    else:
+        tile = tiles - 1 - tile  # the last tile of a document is the longest: it goes first
+        t = tile * SIDE
+        first, _ = documents_of(cu_seqlens, t, S, STEPS)
+        begin, end = first // SIDE * SIDE, t + SIDE
+    x_nope += h // SHARED * x_nope_h
+    x_rope += h // SHARED * x_rope_h
+    b_y_nope = tl.zeros([SIDE, DN], tl.float32)
+    b_y_rope = tl.zeros([SIDE, DR], tl.float32)
+    side, other = tl.arange(0, SIDE), tl.arange(0, BT)
+
+    if begin < end:
+        for s in range(begin, end, BT):
+            at = tl.multiple_of(s % SIDE, BT)
+            if OF_KEYS:
+                b_ds = tl.load(_square(ds, tile, s // SIDE, SIDE) + at + (side[:, None] * SIDE + other[None, :]))
+            else:
+                b_ds = tl.load(_square(ds, s // SIDE, tile, SIDE) + at * SIDE + (other[:, None] * SIDE + side[None, :]))
+                b_ds = tl.trans(b_ds)
+            b_x_nope = load_rows(x_nope, x_nope_n, s, N, BT, Dn, DN, True)  # [BT, DN]
+            b_x_rope = load_rows(x_rope, x_rope_n, s, N, BT, Dr, DR, True)  # [BT, DR]
+            b_y_nope = tl.dot(b_ds, b_x_nope, b_y_nope)
+            b_y_rope = tl.dot(b_ds, b_x_rope, b_y_rope)
+
+    store_rows(y_nope + h * y_nope_h, y_nope_n, t, N, b_y_nope * scale, SIDE, Dn, DN)
+    store_rows(y_rope + h * y_rope_h, y_rope_n, t, N, b_y_rope * scale, SIDE, Dr, DR)
+
+
+class Block(NamedTuple):
+    """BT tokens of the other side at a time."""
+
+    bt: int
+    warps: int
+    stages: int
+
+
+_NARROWEST = 192  # `measure` up to which making scores anew takes few enough registers
+# Kernel -> largest `measure` that a row serves -> block. Starting values: they keep the limits, nobody has measured them.
+_LARGE = {"scores": {320: Block(64, 8, 2)}, "product": {320: Block(64, 8, 3)}}
+
+
+def heads_at_once(arguments: dict, large: int) -> int:
+    """How many heads are done at once; 0 where scores are to be made anew: in float32, on small chips (`large` as of
+    `large_tiles`), at other widths, and where not a head fits KEPT. arguments: those of `attention_pieces.shared_arguments`."""
+    heads, served = arguments["H"], _NARROWEST < _measure(arguments) <= max(_LARGE["scores"])
+    if not (arguments["N"] and heads and served and large and arguments["v"].dtype.itemsize == 2):
+        return 0
+    fit = KEPT // (2 * _numbers(arguments["N"]))
+    return triton.cdiv(heads, triton.cdiv(heads, fit)) if fit else 0
+
+
+def launches(arguments: dict, heads: int) -> list[Launch]:
+    """Those that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once. arguments: those of
+    `attention_pieces.backward_arguments`, and G, heads whose tiles run side by side."""
+    ds = arguments["dv"].new_empty(heads * _numbers(arguments["N"]))
+    arguments = arguments | {"ds": ds, "SIDE": SIDE, "ROWS": _ROWS}
+    grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
+    found = [Launch(delta_kernel, grid, arguments, options(4), 2, 0)]
+    for first in range(0, arguments["H"], heads):
+        part = arguments | {"FIRST": first, "HEADS": min(heads, arguments["H"] - first)}
+        found += [_launch("scores", scores_kernel, part), _of_keys(part), _of_queries(part)]
+    return found
+
+
+def _of_keys(arguments: dict) -> Launch:
+    x = {f"x_{name}": arguments[f"q_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n", "rope_h")}
+    results = _results(arguments["dk_nope"], arguments["shares"].transpose(0, 1))
+    return _launch("product", product_kernel, arguments | x | results | {"SHARED": 1, "OF_KEYS": True})
+
+
+def _of_queries(arguments: dict) -> Launch:
+    x = {f"x_{name}": arguments[f"k_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n")} | {
+        "x_rope_h": 0
+    }
+    results = _results(arguments["dq_nope"], arguments["dq_rope"])
+    return _launch("product", product_kernel, arguments | x | results | {"OF_KEYS": False})
+
+
+def _results(nope: Tensor, rope: Tensor) -> dict:
+    """product_kernel's y, from [N, H, .] each."""
+    return {
+        "y_nope": nope, "y_nope_n": nope.stride(0), "y_nope_h": nope.stride(1),
+        "y_rope": rope, "y_rope_n": rope.stride(0), "y_rope_h": rope.stride(1),
+    }  # fmt: skip
+
+
+def _launch(name: str, kernel, arguments: dict) -> Launch:
+    bt, warps, stages = _LARGE[name][min(m for m in _LARGE[name] if m >= _measure(arguments))]
+    grid = (triton.cdiv(arguments["N"], SIDE) * arguments["HEADS"],)
+    return Launch(kernel, grid, arguments | {"BT": bt}, options(warps, stages), 2, SIDE)
+
+
+def _measure(arguments: dict) -> int:
+    return measure(arguments["Dn"], arguments["Dr"], arguments["Dv"])
+
+
+def _numbers(n: int) -> int:
+    """Of ds, for a head of n tokens."""
+    tiles = triton.cdiv(n, SIDE)
+    return tiles * (tiles + 1) // 2 * SIDE * SIDE
+
+
+EXAMPLES = {
+    "DeepSeek-V3": (128, 64, 128, 16),
+    "DeepSeek-V3, 4 heads of keys": (128, 64, 128, 4),
+    "narrow rope": (80, 16, 80, 16),
+}
+"""Dn, Dr, Dv and heads of keys and values, for 16 of queries, that are compiled ahead."""
+
+
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
+    """Kernel -> launch at EXAMPLES[size], on the meta device; none where scores are made anew."""
+    arguments = example_arguments(EXAMPLES[size], dtype)
+    heads = heads_at_once(arguments, large)
+    found = launches(arguments | {"G": heads}, heads) if heads else []
+    names = ("delta_kernel", "scores_kernel", "product_kernel of keys", "product_kernel of queries")
+    return dict(zip(names, found, strict=bool(heads)))
