@@ -8,9 +8,10 @@ Tiles divide the flat tokens, whatever the documents: tile t holds tokens t BT .
 N alone and nothing waits for the host. Every token's document is found by bisection of cu_seqlens. Keys in front of a
 query tile concern only the rows of the document that the tile begins in: the loop over them runs without a mask, then the
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
-The kernel for keys is the mirror image. Wide heads in 16 bits have a backward pass of their own, in mla_attention_kept. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
+The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
 the backward pass gets the maximum m and log2 of the sum l, in 16 bits m + log2 l: rounding it would show in float32 at large
-scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time.
+scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time. Wide heads in
+16 bits have a backward pass of their own, mla_attention_kept's.
 
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
