@@ -282,10 +282,10 @@ def test_candidates_run_on_the_memory_of_the_shipped_ones():
     entry = Entry("", mla_attention._LARGE["backward_kv"], 96)
     _, others, _ = found.trials(entry, shipped)
     for trial in others:
-        assert list(trial.launches) == ["backward_kv_kernel 1"]
+        assert list(trial.launches) == ["backward_kernel 1"]
         (launch,) = trial.launches.values()
-        ours = shipped["backward_kv_kernel 1"]
-        assert launch.arguments["BT"] == trial.value.bt
+        ours = shipped["backward_kernel 1"]
+        assert launch.arguments["KT"] == trial.value.bt
         assert all(x is ours.arguments[name] for name, x in launch.arguments.items() if isinstance(x, torch.Tensor))
 
 

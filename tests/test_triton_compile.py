@@ -267,3 +267,13 @@ def test_blocks_divide_tiles():
         for kernel, by_width in table.items():
             for bt, bs, _, _ in by_width.values():
                 assert (bs % bt if kernel == "backward_kv" else bt % bs) == 0
+
+
+@pytest.mark.parametrize("table", ["_LARGE", "_SM_100", "_SMALL"])
+@pytest.mark.parametrize("least", [48, 64, 80])
+def test_gradients_of_narrow_heads_have_as_many_warps(table, least):
+    """One kernel makes both. `measure` is a multiple of 16 and at least 48."""
+    rows = [getattr(mla_attention, table)[kernel] for kernel in ("backward_q", "backward_kv")]
+    queries, keys = (row[min(m for m in row if m >= least)] for row in rows)
+    assert queries.warps == keys.warps
+    assert mla_attention._NARROW == 80

@@ -125,6 +125,11 @@ def shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> di
     }  # fmt: skip
 
 
+def widths_of(arguments: dict) -> tuple[int, int, int]:
+    """Dn, Dr, Dv."""
+    return arguments["Dn"], arguments["Dr"], arguments["Dv"]
+
+
 def backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> dict:
     """What kernels of the backward pass take: as `shared_arguments`, and what they fill, the gradients, delta [H, PITCH] and
     shares [H, N, Dr], the heads' of dk_rope. The rope key is one for all of them."""

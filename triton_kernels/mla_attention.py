@@ -10,8 +10,9 @@ query tile concern only the rows of the document that the tile begins in: the lo
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
 The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
 the backward pass gets the maximum m and log2 of the sum l, in 16 bits m + log2 l: rounding it would show in float32 at large
-scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time. Wide heads in
-16 bits have a backward pass of their own, mla_attention_kept's.
+scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time. In 16 bits
+narrow heads' gradients are one kernel, in which those of keys and of queries wait for nothing of each other, and wide heads have
+a backward pass of their own, mla_attention_kept's.
 
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
@@ -45,6 +46,7 @@ from dsfast.triton_kernels.attention_pieces import (
     shared_arguments,
     softmax_shape,
     store_rows,
+    widths_of,
     within,
 )
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
@@ -178,17 +180,17 @@ def _attend_dq(
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_q_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
+@triton.jit
+def _gradient_of_queries(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq_nope [N, H, Dn], dq_rope [N, H, Dr] and delta [H, PITCH] = sum of do o, for one tile of queries and one head."""
-    after_others()
+    """Of tile and head `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, if there is one, delta [H, PITCH] = sum of do o."""
     tiles = tl.cdiv(N, BT)
-    h, tile = swizzle(H, tiles, G)
+    h, tile = swizzle(H, tiles, G, number)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT
     i = t + tl.arange(0, BT)  # [BT]
@@ -203,7 +205,8 @@ def backward_q_kernel(
     b_do = load_rows(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_o = load_rows(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
+    if delta is not None:
+        tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
     b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, v.dtype.element_ty == tl.float32, True)
     b_dq_nope = tl.zeros([BT, DN], tl.float32)
     b_dq_rope = tl.zeros([BT, DR], tl.float32)
@@ -211,7 +214,7 @@ def backward_q_kernel(
 
     whole = tl.cdiv(first, BS) * BS
     if whole < t:
-        for s in range(whole, t, BS):
+        for s in tl.range(whole, t, BS, num_stages=STAGES):
             b_dq_nope, b_dq_rope = _attend_dq(
                 b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
                 k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
@@ -221,7 +224,7 @@ def backward_q_kernel(
     b_dq_rope = tl.where(own, b_dq_rope, 0.0)
     head = first // BS * BS
     skip = tl.where((head < first) & (head < t), 0, 1)
-    for n in range(skip, BT // BS + 1):
+    for n in tl.range(skip, BT // BS + 1, num_stages=STAGES):
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_dq_nope, b_dq_rope = _attend_dq(
             b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
@@ -234,7 +237,7 @@ def backward_q_kernel(
 
 @triton.jit
 def _attend_dkv(
-    b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end, s,
+    b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end, s,
     h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
@@ -246,7 +249,11 @@ def _attend_dkv(
     b_do = load_rows(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
     b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, b_v.dtype == tl.float32, MASKED)
-    b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
+    if o is None:
+        b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
+    else:
+        b_o = load_rows(o, H * Dv, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
     if not APART or s < N:
@@ -262,17 +269,16 @@ def _attend_dkv(
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kv_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
+@triton.jit
+def _gradient_of_keys(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, delta, dk_nope, shares, dv, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk_nope [N, H, Dn], dv [N, H, Dv] and this head's shares [H, N, Dr] of dk_rope, for one tile of keys and one head of
-    queries."""
-    after_others()
-    h, tile = swizzle(H, tl.cdiv(N, BS), G)
+    """Of tile and head of queries `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the head's shares [H, N, Dr] of dk_rope."""
+    h, tile = swizzle(H, tl.cdiv(N, BS), G, number)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
     j = t + tl.arange(0, BS)  # [BS]
@@ -280,6 +286,8 @@ def backward_kv_kernel(
     _, last = documents_of(cu_seqlens, tl.minimum(t + BS, N) - 1, S, STEPS)
     last = tl.minimum(last, N)
     do += h * do_h
+    if o is not None:
+        o += h * Dv
     q_nope += h * q_nope_h
     q_rope += h * q_rope_h
     b_k_nope = load_rows(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
@@ -292,9 +300,9 @@ def backward_kv_kernel(
 
     tail = last // BT * BT  # the block the last document ends in, if it ends inside one
     if t + BS < tail:
-        for s in range(t + BS, tail, BT):
+        for s in tl.range(t + BS, tail, BT, num_stages=STAGES):
             b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
-                b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+                b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
                 s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
             )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
@@ -302,16 +310,77 @@ def backward_kv_kernel(
     b_dk_rope = tl.where(own, b_dk_rope, 0.0)
     b_dv = tl.where(own, b_dv, 0.0)
     blocks = BS // BT + tl.where((tail < last) & (tail >= t + BS), 1, 0)
-    for n in range(blocks):
+    for n in tl.range(blocks, num_stages=STAGES):
         s = tl.where(n < BS // BT, t + n * BT, tail)
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
-            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, softmax, delta, j, end,
+            b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
             s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
         )  # fmt: skip
 
     store_rows(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
     store_rows(shares + h * N * Dr, Dr, t, N, b_dk_rope * scale, BS, Dr, DR)
     store_rows(dv + h * Dv, H * Dv, t, N, b_dv, BS, Dv, DV)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_q_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq_nope, dq_rope and delta, which backward_kv_kernel reads, for one tile of queries and one head."""
+    after_others()
+    _gradient_of_queries(
+        do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale, tl.program_id(0),
+        do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+        Dn, Dr, Dv, DN, DR, DV, BT, BS, G, SHARED, PRECISION, APART, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kv_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk_nope, dv and shares for one tile of keys and one head of queries."""
+    after_others()
+    _gradient_of_keys(
+        do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, None, softmax, delta, dk_nope, shares, dv, scale, tl.program_id(0),
+        do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+        Dn, Dr, Dv, DN, DR, DV, BT, BS, G, SHARED, PRECISION, APART, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(
+    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, dk_nope, shares, dv, scale,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    QT: tl.constexpr, QS: tl.constexpr, KT: tl.constexpr, KS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
+    Q_STAGES: tl.constexpr, K_STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients of narrow heads: first a program for each tile of keys and head of queries, by blocks of KT and KS, which
+    makes delta itself, then one for each tile of queries and head, by QT and QS. None waits for another."""
+    after_others()
+    of_keys = tl.cdiv(N, KS) * H
+    number = tl.program_id(0)
+    if number < of_keys:
+        _gradient_of_keys(
+            do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, None, dk_nope, shares, dv, scale, number,
+            do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+            Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, "ieee", False, K_STAGES,
+        )  # fmt: skip
+    else:
+        _gradient_of_queries(
+            do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, None, scale, number - of_keys,
+            do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+            Dn, Dr, Dv, DN, DR, DV, QT, QS, G, SHARED, "ieee", False, Q_STAGES,
+        )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -323,6 +392,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
+_NARROW = 80  # `measure` up to which one kernel makes all gradients
 _REST = 2048  # key of the row that serves all the rest
 # Kernel -> largest `measure` that a row serves -> tiles. Starting values: they keep the limits of
 # tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
@@ -359,7 +429,7 @@ _LARGE = {
 # of 8 warps may get 128 registers and no more.
 _SM_100 = {
     "forward": _LARGE["forward"] | {576: Tiles(64, 32, 8, 3)},
-    "backward_q": _LARGE["backward_q"] | {320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
+    "backward_q": _LARGE["backward_q"] | {80: Tiles(64, 64, 4, 2), 320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
     "backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)},
 }
 _SMALL = {
@@ -435,14 +505,16 @@ def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, soft
 
 def backward_launches(arguments: dict, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
-    where that serves them, else by the two kernels that make scores anew; and the sum of the heads' shares of dk_rope."""
+    where that serves them, else by those that make scores anew; and the sum of the heads' shares of dk_rope."""
     heads = mla_attention_kept.heads_at_once(arguments, large)
     kept = mla_attention_kept.launches(arguments | {"G": HEADS_TOGETHER}, heads) if heads else None
     return [*(kept or _anew(arguments, large)), sum_launch(arguments["shares"], arguments["dk_rope"])]
 
 
 def _anew(arguments: dict, large: int) -> list[Launch]:
-    """The kernel for the queries, which also fills delta, and the one for the keys, which reads it."""
+    """One kernel for narrow heads, else the one for queries, which also fills delta, and the one for keys, which reads it."""
+    if arguments["v"].dtype.itemsize == 2 and measure(*widths_of(arguments)) <= _NARROW:
+        return [_both(arguments, large)]
     return [
         _launch("backward_q", backward_q_kernel, large, arguments),
         _launch("backward_kv", backward_kv_kernel, large, arguments),
@@ -462,7 +534,7 @@ def _check(q_nope, q_rope, v, cu_seqlens, scale) -> None:
 
 
 def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
-    bt, bs, warps, stages = tiles(name, arguments["v"].dtype, tuple(arguments[x] for x in ("Dn", "Dr", "Dv")), large)
+    bt, bs, warps, stages = tiles(name, arguments["v"].dtype, widths_of(arguments), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = arguments["v"].dtype.itemsize
     # Below 64 rows a gradient no wider than it is high would make Triton give all products to the warps by rows, of which there
@@ -470,9 +542,20 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
-    tiling = {"BT": bt, "BS": bs, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
+    tiling = {"BT": bt, "BS": bs, "STAGES": stages, "G": HEADS_TOGETHER, "PRECISION": "ieee", "APART": apart}
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)
     return Launch(kernel, grid, arguments | widths | tiling, options(warps, stages), itemsize, tile)
+
+
+def _both(arguments: dict, large: int) -> Launch:
+    """The launch of backward_kernel: both kernels' tiles, which have as many warps."""
+    dtype, widths = arguments["v"].dtype, widths_of(arguments)
+    of_queries, of_keys = (tiles(name, dtype, widths, large) for name in ("backward_q", "backward_kv"))
+    tiling = {"QT": of_queries.bt, "QS": of_queries.bs, "KT": of_keys.bt, "KS": of_keys.bs, "G": HEADS_TOGETHER}
+    tiling |= {"Q_STAGES": of_queries.stages, "K_STAGES": of_keys.stages}
+    grid = ((triton.cdiv(arguments["N"], of_queries.bt) + triton.cdiv(arguments["N"], of_keys.bs)) * arguments["H"],)
+    how = options(of_keys.warps, max(of_queries.stages, of_keys.stages))
+    return Launch(backward_kernel, grid, arguments | tiling, how, 2, min(of_queries.bt, of_keys.bs))
 
 
 EXAMPLES = {

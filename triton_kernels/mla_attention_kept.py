@@ -29,6 +29,7 @@ from dsfast.triton_kernels.attention_pieces import (
     measure,
     scores,
     store_rows,
+    widths_of,
     within,
 )
 from dsfast.triton_kernels.launch import Launch
@@ -204,7 +205,7 @@ _LARGE = {"scores": {320: Block(64, 8, 2)}, "product": {320: Block(64, 8, 3)}}
 def heads_at_once(arguments: dict, large: int) -> int:
     """How many heads are done at once; 0 where scores are to be made anew: in float32, on small chips (`large` as of
     `large_tiles`), at other widths, and where not a head fits KEPT. arguments: those of `attention_pieces.shared_arguments`."""
-    heads, served = arguments["H"], _NARROWEST < _measure(arguments) <= max(_LARGE["scores"])
+    heads, served = arguments["H"], _NARROWEST < measure(*widths_of(arguments)) <= max(_LARGE["scores"])
     if not (arguments["N"] and heads and served and large and arguments["v"].dtype.itemsize == 2):
         return 0
     fit = KEPT // (2 * _numbers(arguments["N"]))
@@ -231,11 +232,9 @@ def _of_keys(arguments: dict) -> Launch:
 
 
 def _of_queries(arguments: dict) -> Launch:
-    x = {f"x_{name}": arguments[f"k_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n")} | {
-        "x_rope_h": 0
-    }
+    x = {f"x_{name}": arguments[f"k_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n")}
     results = _results(arguments["dq_nope"], arguments["dq_rope"])
-    return _launch("product", product_kernel, arguments | x | results | {"OF_KEYS": False})
+    return _launch("product", product_kernel, arguments | x | results | {"x_rope_h": 0, "OF_KEYS": False})
 
 
 def _results(nope: Tensor, rope: Tensor) -> dict:
@@ -247,13 +246,9 @@ def _results(nope: Tensor, rope: Tensor) -> dict:
 
 
 def _launch(name: str, kernel, arguments: dict) -> Launch:
-    bt, warps, stages = _LARGE[name][min(m for m in _LARGE[name] if m >= _measure(arguments))]
+    bt, warps, stages = _LARGE[name][min(m for m in _LARGE[name] if m >= measure(*widths_of(arguments)))]
     grid = (triton.cdiv(arguments["N"], SIDE) * arguments["HEADS"],)
     return Launch(kernel, grid, arguments | {"BT": bt}, options(warps, stages), 2, SIDE)
-
-
-def _measure(arguments: dict) -> int:
-    return measure(arguments["Dn"], arguments["Dr"], arguments["Dv"])
 
 
 def _numbers(n: int) -> int:

@@ -61,10 +61,10 @@ def after_others():
 
 
 @triton.jit
-def swizzle(A, B, G: tl.constexpr):
-    """(a, b) of this program, a in 0 .. A - 1 and b in 0 .. B - 1: all b for G neighbouring a, these side by side, then for the
-    next G. What the programs of one a read is so still in the L2 cache for the next b."""
-    pid = tl.program_id(0)
+def swizzle(A, B, G: tl.constexpr, number=None):
+    """(a, b) of this program, or of that `number`, a in 0 .. A - 1 and b in 0 .. B - 1: all b for G neighbouring a, these side by
+    side, then for the next G. What the programs of one a read is so still in the L2 cache for the next b."""
+    pid = tl.program_id(0) if number is None else number
     first = pid // (G * B) * G
     together = tl.minimum(G, A - first)
     rest = pid - first * B
