@@ -88,6 +88,12 @@ def probabilities(b_s, b_m, b_log_l, factor, EXACT: tl.constexpr):
 
 
 @triton.jit
+def delta_of(b_do, b_o):
+    """delta = sum of do o, of queries' rows [., DV] each."""
+    return tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+
+
+@triton.jit
 def within(x, begin, end):
     """begin <= x < end, of numbers from 0 on, by one comparison."""
     return (x - begin).to(tl.uint32, bitcast=True) < tl.maximum(end - begin, 0).to(tl.uint32, bitcast=True)

@@ -35,6 +35,7 @@ from dsfast.triton_kernels.attention_pieces import (
     LOG2E,
     UNSPECIALIZED,
     backward_arguments,
+    delta_of,
     documents_of,
     example_arguments,
     load_queries,
@@ -112,9 +113,8 @@ def forward_kernel(
     t = (tiles - 1 - tile) * BT  # the last tile of a document is the longest: it goes first
     i = t + tl.arange(0, BT)  # [BT]
     begin, _ = documents_of(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
-    first, _ = documents_of(
-        cu_seqlens, t, S, STEPS
-    )  # not the minimum of begin: a loop from a reduction is not pipelined
+    # Not the minimum of begin: a loop from a reduction is not pipelined.
+    first, _ = documents_of(cu_seqlens, t, S, STEPS)
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
     b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
@@ -180,31 +180,32 @@ def _attend_dq(
     return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
 
 
-@triton.jit
-def _gradient_of_queries(
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of tile and head `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, if there is one, delta [H, PITCH] = sum of do o."""
+    """Of one tile and head, this program's or those of that `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, where delta is
+    not None, delta [H, PITCH]."""
+    after_others()
     tiles = tl.cdiv(N, BT)
     h, tile = swizzle(H, tiles, G, number)
     h = h.to(tl.int64)
     t = (tiles - 1 - tile) * BT
     i = t + tl.arange(0, BT)  # [BT]
     begin, _ = documents_of(cu_seqlens, tl.minimum(i, N - 1), S, STEPS)
-    first, _ = documents_of(
-        cu_seqlens, t, S, STEPS
-    )  # not the minimum of begin: a loop from a reduction is not pipelined
+    # Not the minimum of begin: a loop from a reduction is not pipelined.
+    first, _ = documents_of(cu_seqlens, t, S, STEPS)
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
     b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
     b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
     b_do = load_rows(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
     b_o = load_rows(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
-    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    b_delta = delta_of(b_do, b_o)
     if delta is not None:
         tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
     b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, v.dtype.element_ty == tl.float32, True)
@@ -253,7 +254,7 @@ def _attend_dkv(
         b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
     else:
         b_o = load_rows(o, H * Dv, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        b_delta = delta_of(b_do, b_o)
     b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
     if not APART or s < N:
@@ -269,15 +270,17 @@ def _attend_dkv(
     return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
 
 
-@triton.jit
-def _gradient_of_keys(
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, delta, dk_nope, shares, dv, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of tile and head of queries `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the head's shares [H, N, Dr] of dk_rope."""
+    """Of one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the head's
+    shares [H, N, Dr] of dk_rope. Where o is not None delta is made of it."""
+    after_others()
     h, tile = swizzle(H, tl.cdiv(N, BS), G, number)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
@@ -323,40 +326,6 @@ def _gradient_of_keys(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_q_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale,
-    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """dq_nope, dq_rope and delta, which backward_kv_kernel reads, for one tile of queries and one head."""
-    after_others()
-    _gradient_of_queries(
-        do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale, tl.program_id(0),
-        do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-        Dn, Dr, Dv, DN, DR, DV, BT, BS, G, SHARED, PRECISION, APART, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kv_kernel(
-    do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, dk_nope, shares, dv, scale,
-    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """dk_nope, dv and shares for one tile of keys and one head of queries."""
-    after_others()
-    _gradient_of_keys(
-        do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, None, softmax, delta, dk_nope, shares, dv, scale, tl.program_id(0),
-        do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-        Dn, Dr, Dv, DN, DR, DV, BT, BS, G, SHARED, PRECISION, APART, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, dk_nope, shares, dv, scale,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
@@ -366,17 +335,17 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients of narrow heads: first a program for each tile of keys and head of queries, by blocks of KT and KS, which
     makes delta itself, then one for each tile of queries and head, by QT and QS. None waits for another."""
-    after_others()
+    after_others()  # as both of these do: the second time there is nothing to wait for
     of_keys = tl.cdiv(N, KS) * H
     number = tl.program_id(0)
     if number < of_keys:
-        _gradient_of_keys(
+        backward_kv_kernel(
             do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, None, dk_nope, shares, dv, scale, number,
             do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
             Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, "ieee", False, K_STAGES,
         )  # fmt: skip
     else:
-        _gradient_of_queries(
+        backward_q_kernel(
             do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, None, scale, number - of_keys,
             do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
             Dn, Dr, Dv, DN, DR, DV, QT, QS, G, SHARED, "ieee", False, Q_STAGES,
@@ -507,8 +476,9 @@ def backward_launches(arguments: dict, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
     where that serves them, else by those that make scores anew; and the sum of the heads' shares of dk_rope."""
     heads = mla_attention_kept.heads_at_once(arguments, large)
-    kept = mla_attention_kept.launches(arguments | {"G": HEADS_TOGETHER}, heads) if heads else None
-    return [*(kept or _anew(arguments, large)), sum_launch(arguments["shares"], arguments["dk_rope"])]
+    arguments = arguments | {"G": HEADS_TOGETHER}
+    launches = mla_attention_kept.launches(arguments, heads) if heads else _anew(arguments, large)
+    return [*launches, sum_launch(arguments["shares"], arguments["dk_rope"])]
 
 
 def _anew(arguments: dict, large: int) -> list[Launch]:
@@ -516,8 +486,8 @@ def _anew(arguments: dict, large: int) -> list[Launch]:
     if arguments["v"].dtype.itemsize == 2 and measure(*widths_of(arguments)) <= _NARROW:
         return [_both(arguments, large)]
     return [
-        _launch("backward_q", backward_q_kernel, large, arguments),
-        _launch("backward_kv", backward_kv_kernel, large, arguments),
+        _launch("backward_q", backward_q_kernel, large, arguments | {"number": None}),
+        _launch("backward_kv", backward_kv_kernel, large, arguments | {"number": None, "o": None}),
     ]
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from dsfast.triton_kernels.attention_pieces import (
     LOG2E,
     UNSPECIALIZED,
+    delta_of,
     documents_of,
     example_arguments,
     load_queries,
@@ -44,13 +45,6 @@ _UNSPECIALIZED = (*UNSPECIALIZED, "FIRST", "HEADS")
 
 
 @triton.jit
-def _squares(N, SIDE: tl.constexpr):
-    """Of a head in ds."""
-    tiles = tl.cdiv(N, SIDE)
-    return tiles * (tiles + 1) // 2
-
-
-@triton.jit
 def _square(ds, a, b, SIDE: tl.constexpr):
     """That of keys' tile a and queries' tile b."""
     return ds + (b * (b + 1) // 2 + a).to(tl.int64) * (SIDE * SIDE)
@@ -67,12 +61,12 @@ def delta_kernel(
     b_do = load_rows(do + h * do_h, do_n, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
     b_o = load_rows(o + h * Dv, H * Dv, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
     i = t + tl.arange(0, ROWS)
-    tl.store(delta + h * PITCH + i, tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1), mask=i < N)
+    tl.store(delta + h * PITCH + i, delta_of(b_do, b_o), mask=i < N)
 
 
 @triton.jit
 def _attend_dv(
-    b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, j, end, h,
+    b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, j, end, h,
     do_n, q_nope_n, q_rope_n, PITCH, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr,
@@ -99,14 +93,14 @@ def _attend_dv(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def scores_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, softmax, delta, ds, dv, scale, FIRST, HEADS,
-    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
+    do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, ds_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """dv [N, H, Dv] and ds of HEADS heads from FIRST on, for one tile of keys and one head of queries."""
     after_others()
     head, tile = swizzle(HEADS, tl.cdiv(N, SIDE), G)
-    ds += head.to(tl.int64) * _squares(N, SIDE) * (SIDE * SIDE)
+    ds += head.to(tl.int64) * ds_h
     h = (FIRST + head).to(tl.int64)
     t = tile * SIDE  # the first tile of a document is the longest
     _, last = documents_of(cu_seqlens, tl.minimum(t + SIDE, N) - 1, S, STEPS)
@@ -126,7 +120,7 @@ def scores_kernel(
     if t + SIDE < whole:
         for s in range(t + SIDE, whole, BT):
             b_dv = _attend_dv(
-                b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, None, None, h,
+                b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, None, None, h,
                 do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, False,
             )  # fmt: skip
     t = opaque(t, N)  # so that nothing of what follows is kept in registers from before the loop
@@ -136,7 +130,7 @@ def scores_kernel(
     for n in range((SIDE + behind) // BT):
         s = tl.where(n < SIDE // BT, t, whole - SIDE) + n * BT
         b_dv = _attend_dv(
-            b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, cu_seqlens, s, t, j, end, h,
+            b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, j, end, h,
             do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, True,
         )  # fmt: skip
 
@@ -146,7 +140,7 @@ def scores_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def product_kernel(
     ds, x_nope, x_rope, cu_seqlens, y_nope, y_rope, scale, FIRST, HEADS,
-    x_nope_n, x_nope_h, x_rope_n, x_rope_h, y_nope_n, y_nope_h, y_rope_n, y_rope_h, N, S, STEPS,
+    x_nope_n, x_nope_h, x_rope_n, x_rope_h, y_nope_n, y_nope_h, y_rope_n, y_rope_h, ds_h, N, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr,
     BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +149,7 @@ def product_kernel(
     after_others()
     tiles = tl.cdiv(N, SIDE)
     head, tile = swizzle(HEADS, tiles, G)
-    ds += head.to(tl.int64) * _squares(N, SIDE) * (SIDE * SIDE)
+    ds += head.to(tl.int64) * ds_h
     h = (FIRST + head).to(tl.int64)
     if OF_KEYS:
         t = tile * SIDE
@@ -215,8 +209,8 @@ def heads_at_once(arguments: dict, large: int) -> int:
 def launches(arguments: dict, heads: int) -> list[Launch]:
     """Those that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once. arguments: those of
     `attention_pieces.backward_arguments`, and G, heads whose tiles run side by side."""
-    ds = arguments["dv"].new_empty(heads * _numbers(arguments["N"]))
-    arguments = arguments | {"ds": ds, "SIDE": SIDE, "ROWS": _ROWS}
+    ds = arguments["dv"].new_empty(heads, _numbers(arguments["N"]))
+    arguments = arguments | {"ds": ds, "ds_h": ds.stride(0), "SIDE": SIDE, "ROWS": _ROWS}
     grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
     found = [Launch(delta_kernel, grid, arguments, options(4), 2, 0)]
     for first in range(0, arguments["H"], heads):
@@ -269,6 +263,7 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     """Kernel -> launch at EXAMPLES[size], on the meta device; none where scores are made anew."""
     arguments = example_arguments(EXAMPLES[size], dtype)
     heads = heads_at_once(arguments, large)
-    found = launches(arguments | {"G": heads}, heads) if heads else []
+    if not heads:
+        return {}
     names = ("delta_kernel", "scores_kernel", "product_kernel of keys", "product_kernel of queries")
-    return dict(zip(names, found, strict=bool(heads)))
+    return dict(zip(names, launches(arguments | {"G": heads}, heads), strict=True))

@@ -65,7 +65,7 @@ def entries(part: str, call: Callable[[], object]) -> list[Entry]:
 
     with ExitStack() as stack:
         for module, values in modules.items():
-            for name, table in list(values.items()):
+            for name, table in values.items():
                 if isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values()):
                     rows = {key: watched(f"{module}.{name}[{key!r}]", row) for key, row in table.items()}
                     stack.enter_context(replaced(values, name, rows))
