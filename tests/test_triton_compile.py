@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
+
 import pytest
 import torch
 
@@ -10,8 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
-from dsfast.triton_kernels import mla_attention, pieces, rms_norm
-from dsfast.triton_kernels.ahead import compile_launch
+from dsfast.triton_kernels import mla_attention, mla_decode, pieces, rms_norm
+from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel
 from dsfast.triton_kernels.launch import Launch, compiling, during, pdl
 from dsfast.triton_kernels.limits import CHIPS
 from dsfast.triton_kernels.pieces import after_others, options
@@ -198,6 +201,39 @@ def test_products_computed_twice_are_found():
     chained = compile_launch(launch, "sm_90")
     assert chained.repeated == 1.5
     assert chained.matrix > kept.matrix
+
+
+EVENTS = {
+    r"cp\.async\.c[ag]\b": "C", r"cp\.async\.wait_group": "D", r"wgmma\.mma_async": "M", r"wgmma\.wait_group": "W", r"ex2\.": "E",
+}  # fmt: skip
+
+
+def order(launch) -> str:
+    """What a kernel does on sm_90 in the order of its assembly, equal neighbours once: C and D ask for copies into shared memory
+    and wait for them, M and W for products, E takes exponentials."""
+    ptx = compiled_kernel(launch, "sm_90").asm["ptx"]
+    found = (
+        next(event for name, event in EVENTS.items() if re.match(name, text))
+        for text in re.findall("|".join(EVENTS), ptx)
+    )
+    return "".join(event for event, _ in groupby(found))
+
+
+def test_scores_of_the_next_block_are_under_way_beside_the_softmax_of_this_one():
+    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)["forward_kernel"]
+    assert launch.arguments["AHEAD"]
+    assert "ME" in order(launch).replace("C", "")
+    launch.arguments["AHEAD"] = False
+    assert "ME" not in order(launch).replace("C", "")
+
+
+def test_the_next_places_of_a_cache_are_on_their_way_beside_both_products():
+    launches = mla_decode.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)
+    launch = launches["attend_kernel, contiguous"]
+    assert launch.arguments["AHEAD"]
+    assert "DCM" in order(launch)
+    launch.arguments["AHEAD"] = None
+    assert "DCM" not in order(launch)
 
 
 @pytest.mark.parametrize(("chip", "waits"), [("sm_80", None), ("sm_90", True), ("sm_100", True), ("gfx942", None)])

@@ -63,12 +63,17 @@ class Compiled:
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
 
-def compile_launch(launch: Launch, chip: str) -> Compiled:
+def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel:
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     with during(compiled_for, gpu):
-        kernel = triton.compile(_source(launch), target=gpu, options=launch.options)
+        return triton.compile(_source(launch), target=gpu, options=launch.options)
+
+
+def compile_launch(launch: Launch, chip: str) -> Compiled:
+    """What `compiled_kernel` takes."""
+    target, kernel = CHIPS[chip], compiled_kernel(launch, chip)
     assembly = kernel.asm[target.stage]
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)

@@ -144,43 +144,51 @@ def product_kernel(
     Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr,
     BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """y = scale ds x for one tile of keys (x are the queries) or of queries (x are the keys), BT of x at a time, and one of HEADS
-    heads from FIRST on."""
+    """y = scale ds x for two tiles of keys (x are the queries) or of queries (x are the keys), BT of x at a time, and one of
+    HEADS heads from FIRST on. Two, as the L2 cache is what bounds it: one would read as much of x for half the products."""
     after_others()
-    tiles = tl.cdiv(N, SIDE)
+    ROWS: tl.constexpr = 2 * SIDE
+    tiles = tl.cdiv(N, ROWS)
     head, tile = swizzle(HEADS, tiles, G)
+    tile = tile if OF_KEYS else tiles - 1 - tile  # a document's longest first: its first keys, its last queries
     ds += head.to(tl.int64) * ds_h
     h = (FIRST + head).to(tl.int64)
+    t = tile * ROWS
+    # Of both tiles the keys' last query or the queries' first key: what lies beyond is no square that was written.
     if OF_KEYS:
-        t = tile * SIDE
-        _, last = documents_of(cu_seqlens, tl.minimum(t + SIDE, N) - 1, S, STEPS)
-        begin, end = t, tl.cdiv(tl.minimum(last, N), SIDE) * SIDE
+        _, reach = documents_of(cu_seqlens, tl.minimum(t + SIDE, N) - 1, S, STEPS)
+        _, reach_of_second = documents_of(cu_seqlens, tl.minimum(t + ROWS, N) - 1, S, STEPS)
+        begin, end = t, tl.cdiv(tl.minimum(reach_of_second, N), SIDE) * SIDE
     else:
-        tile = tiles - 1 - tile  # the last tile of a document is the longest: it goes first
-        t = tile * SIDE
-        first, _ = documents_of(cu_seqlens, t, S, STEPS)
-        begin, end = first // SIDE * SIDE, t + SIDE
+        reach, _ = documents_of(cu_seqlens, t, S, STEPS)
+        reach_of_second, _ = documents_of(cu_seqlens, tl.minimum(t + SIDE, N - 1), S, STEPS)
+        begin, end = reach // SIDE * SIDE, tl.cdiv(tl.minimum(t + ROWS, N), SIDE) * SIDE
     x_nope += h // SHARED * x_nope_h
     x_rope += h // SHARED * x_rope_h
-    b_y_nope = tl.zeros([SIDE, DN], tl.float32)
-    b_y_rope = tl.zeros([SIDE, DR], tl.float32)
-    side, other = tl.arange(0, SIDE), tl.arange(0, BT)
+    b_y_nope = tl.zeros([ROWS, DN], tl.float32)
+    b_y_rope = tl.zeros([ROWS, DR], tl.float32)
+    row, other = tl.arange(0, ROWS), tl.arange(0, BT)
 
     if begin < end:
         for s in range(begin, end, BT):
-            at = tl.multiple_of(s % SIDE, BT)
+            at, theirs = tl.multiple_of(s % SIDE, BT), s // SIDE
+            own = 2 * tile + row // SIDE
+            b_reach = tl.where(row < SIDE, reach, reach_of_second)
             if OF_KEYS:
-                b_ds = tl.load(_square(ds, tile, s // SIDE, SIDE) + at + (side[:, None] * SIDE + other[None, :]))
+                m_ds = (own <= theirs) & (s < b_reach)
+                p_ds = _square(ds, own[:, None], theirs, SIDE) + ((row % SIDE)[:, None] * SIDE + (at + other)[None, :])
+                b_ds = tl.load(p_ds, mask=m_ds[:, None], other=0.0)
             else:
-                b_ds = tl.load(_square(ds, s // SIDE, tile, SIDE) + at * SIDE + (other[:, None] * SIDE + side[None, :]))
-                b_ds = tl.trans(b_ds)
+                m_ds = (own >= theirs) & (theirs >= b_reach // SIDE) & (own * SIDE < N)
+                p_ds = _square(ds, theirs, own[None, :], SIDE) + ((at + other)[:, None] * SIDE + (row % SIDE)[None, :])
+                b_ds = tl.trans(tl.load(p_ds, mask=m_ds[None, :], other=0.0))
             b_x_nope = load_rows(x_nope, x_nope_n, s, N, BT, Dn, DN, True)  # [BT, DN]
             b_x_rope = load_rows(x_rope, x_rope_n, s, N, BT, Dr, DR, True)  # [BT, DR]
             b_y_nope = tl.dot(b_ds, b_x_nope, b_y_nope)
             b_y_rope = tl.dot(b_ds, b_x_rope, b_y_rope)
 
-    store_rows(y_nope + h * y_nope_h, y_nope_n, t, N, b_y_nope * scale, SIDE, Dn, DN)
-    store_rows(y_rope + h * y_rope_h, y_rope_n, t, N, b_y_rope * scale, SIDE, Dr, DR)
+    store_rows(y_nope + h * y_nope_h, y_nope_n, t, N, b_y_nope * scale, ROWS, Dn, DN)
+    store_rows(y_rope + h * y_rope_h, y_rope_n, t, N, b_y_rope * scale, ROWS, Dr, DR)
 
 
 class Block(NamedTuple):
@@ -193,7 +201,9 @@ class Block(NamedTuple):
 
 _NARROWEST = 192  # `measure` up to which making scores anew takes few enough registers
 # Kernel -> largest `measure` that a row serves -> block. Starting values: they keep the limits, nobody has measured them.
-_LARGE = {"scores": {320: Block(64, 8, 2)}, "product": {320: Block(64, 8, 3)}}
+_LARGE = {"scores": {320: Block(64, 8, 3)}, "product": {320: Block(64, 16, 3)}}
+# Sums lie in tensor memory; a thread of 16 warps has too few registers for the rest.
+_SM_100 = _LARGE | {"product": {320: Block(64, 8, 3)}}
 
 
 def heads_at_once(arguments: dict, large: int) -> int:
@@ -206,29 +216,38 @@ def heads_at_once(arguments: dict, large: int) -> int:
     return triton.cdiv(heads, triton.cdiv(heads, fit)) if fit else 0
 
 
-def launches(arguments: dict, heads: int) -> list[Launch]:
+def launches(arguments: dict, heads: int, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once. arguments: those of
     `attention_pieces.backward_arguments`, and G, heads whose tiles run side by side."""
     ds = arguments["dv"].new_empty(heads, _numbers(arguments["N"]))
     arguments = arguments | {"ds": ds, "ds_h": ds.stride(0), "SIDE": SIDE, "ROWS": _ROWS}
     grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
     found = [Launch(delta_kernel, grid, arguments, options(4), 2, 0)]
+    least = measure(*widths_of(arguments))
+    of_scores, of_product = (
+        by_measure[min(m for m in by_measure if m >= least)]
+        for by_measure in (_SM_100 if large == 10 else _LARGE).values()
+    )
     for first in range(0, arguments["H"], heads):
         part = arguments | {"FIRST": first, "HEADS": min(heads, arguments["H"] - first)}
-        found += [_launch("scores", scores_kernel, part), _of_keys(part), _of_queries(part)]
+        found += [
+            _launch(scores_kernel, part, of_scores, SIDE),
+            _of_keys(part, of_product),
+            _of_queries(part, of_product),
+        ]
     return found
 
 
-def _of_keys(arguments: dict) -> Launch:
+def _of_keys(arguments: dict, block: Block) -> Launch:
     x = {f"x_{name}": arguments[f"q_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n", "rope_h")}
     results = _results(arguments["dk_nope"], arguments["shares"].transpose(0, 1))
-    return _launch("product", product_kernel, arguments | x | results | {"SHARED": 1, "OF_KEYS": True})
+    return _launch(product_kernel, arguments | x | results | {"SHARED": 1, "OF_KEYS": True}, block, 2 * SIDE)
 
 
-def _of_queries(arguments: dict) -> Launch:
+def _of_queries(arguments: dict, block: Block) -> Launch:
     x = {f"x_{name}": arguments[f"k_{name}"] for name in ("nope", "nope_n", "nope_h", "rope", "rope_n")}
     results = _results(arguments["dq_nope"], arguments["dq_rope"])
-    return _launch("product", product_kernel, arguments | x | results | {"x_rope_h": 0, "OF_KEYS": False})
+    return _launch(product_kernel, arguments | x | results | {"x_rope_h": 0, "OF_KEYS": False}, block, 2 * SIDE)
 
 
 def _results(nope: Tensor, rope: Tensor) -> dict:
@@ -239,10 +258,9 @@ def _results(nope: Tensor, rope: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _launch(name: str, kernel, arguments: dict) -> Launch:
-    bt, warps, stages = _LARGE[name][min(m for m in _LARGE[name] if m >= measure(*widths_of(arguments)))]
-    grid = (triton.cdiv(arguments["N"], SIDE) * arguments["HEADS"],)
-    return Launch(kernel, grid, arguments | {"BT": bt}, options(warps, stages), 2, SIDE)
+def _launch(kernel, arguments: dict, block: Block, rows: int) -> Launch:
+    grid = (triton.cdiv(arguments["N"], rows) * arguments["HEADS"],)
+    return Launch(kernel, grid, arguments | {"BT": block.bt}, options(block.warps, block.stages), 2, rows)
 
 
 def _numbers(n: int) -> int:
@@ -266,4 +284,4 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     if not heads:
         return {}
     names = ("delta_kernel", "scores_kernel", "product_kernel of keys", "product_kernel of queries")
-    return dict(zip(names, launches(arguments | {"G": heads}, heads), strict=True))
+    return dict(zip(names, launches(arguments | {"G": heads}, heads, large), strict=True))

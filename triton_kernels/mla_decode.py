@@ -25,10 +25,12 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, opaque, options
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+_PREFETCHES_PAGES = numbers(triton.__version__) > (3, 6)  # 3.6 spills 40 bytes where places are AHEAD
 _UNSPECIALIZED = ("C", "SPLITS", "PAGES")  # change from batch to batch and must not cause a new compilation
 
 
@@ -151,13 +153,14 @@ def attend_kernel(
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr,
     latent_c: tl.constexpr, k_rope_c: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, BU: tl.constexpr,
-    ABSORB: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ABSORB: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BH heads of one sequence over its places, or one split of them.
 
     q is q_nope [B, H, Dn] where ABSORB, else q_latent [B, H, R]. `out` becomes, where SPLIT, the unnormalised sums of latents
     [B, SPLITS, H, R] in float32, and `sums` [2, B, SPLITS, H] m and l; else the mixed latents [B, H, R], where ABSORB the
-    values [B, H, Dv]. PAGE is 0 for a cache [B, C, ...]: then a sequence is its only page.
+    values [B, H, Dv]. PAGE is 0 for a cache [B, C, ...]: then a sequence is its only page. AHEAD: None, or the stages of a loop
+    that has the next tile on its way during both products and not the second alone; they read it in shared memory.
     """
     after_others()
     blocks = tl.cdiv(H, BH)
@@ -185,7 +188,7 @@ def attend_kernel(
     ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
 
     if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
-        for start in range(begin, end, BN):
+        for start in tl.range(begin, end, BN, num_stages=AHEAD):
             s = opaque(start, C)
             j = s + tl.arange(0, BN)  # [BN]
             m_j = j < length
@@ -197,26 +200,31 @@ def attend_kernel(
                     page, place = tl.load(pages + b * pages_b + j // PAGE, mask=m_j, other=0), j % PAGE
                 m_c = j < tl.where((page >= 0) & (page < PAGES), length, 0)
             b_c = _load_places(latent, page, place, latent_p, latent_c, m_c, R, RP, ONE)  # [BN, RP]
-            b_s_latent = _scores(
-                q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
-            )
-            b_k = _load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE)  # [BN, DR]
-            b_s_rope = tl.dot(b_q_rope, tl.trans(b_k), input_precision=PRECISION)  # [BH, BN]
-            b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
-            # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a chain it
-            # gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice. The maximum is
-            # taken after it: inside, triton 3.6 does not compile it for gfx942.
-            if s < length:
-                if PAGE:
-                    b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
-                else:
-                    b_s = tl.where(m_j[None, :], b_s, float("-inf"))
-            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-            b_p = tl.exp2(b_s - b_m_new[:, None])
-            decay = tl.exp2(b_m - b_m_new)
-            b_l = b_l * decay + tl.sum(b_p, 1)
-            b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision=PRECISION)
-            b_m = b_m_new
+            if AHEAD:
+                b_k = tl.trans(_load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE))  # [DR, BN]
+            # Always so. Triton puts loads for the next round behind this one's products, but before those under a condition.
+            if not AHEAD or start < end:
+                b_s_latent = _scores(
+                    q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+                )
+                if not AHEAD:  # not before: there are chips on which it would spill
+                    b_k = tl.trans(_load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE))  # [DR, BN]
+                b_s_rope = tl.dot(b_q_rope, b_k, input_precision=PRECISION)  # [BH, BN]
+                b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
+                # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a
+                # chain it gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice. The
+                # maximum is taken after it: inside, triton 3.6 does not compile it for gfx942.
+                if s < length:
+                    if PAGE:
+                        b_s = tl.where(m_c[None, :], b_s, tl.where(m_j, float("nan"), float("-inf"))[None, :])
+                    else:
+                        b_s = tl.where(m_j[None, :], b_s, float("-inf"))
+                b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+                b_p = tl.exp2(b_s - b_m_new[:, None])
+                decay = tl.exp2(b_m - b_m_new)
+                b_l = b_l * decay + tl.sum(b_p, 1)
+                b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision=PRECISION)
+                b_m = b_m_new
 
     out += b * out_b
     h = opaque(block, H) * BH + tl.arange(0, BH)
@@ -275,13 +283,14 @@ def combine_kernel(
 
 class Tiles(NamedTuple):
     """BN places by BH heads; `slice` columns of the latent at a time in scores (0: all, the tile is then read once);
-    `resident` programs that a multiprocessor is thought to hold."""
+    `resident` programs that a multiprocessor is thought to hold; `ahead` as AHEAD of `attend_kernel`."""
 
     bn: int
     warps: int
     stages: int
     slice: int
     resident: int
+    ahead: bool = False
 
 
 # Rows of heads -> widest RP + DR that a row serves -> tiles. Starting values: they keep the limits of
@@ -306,7 +315,7 @@ _LARGE = {
         48: Tiles(64, 8, 2, 0, 1),
         96: Tiles(128, 8, 2, 0, 1),  # of 64 places and a latent of 64 ptxas makes every product wait
         192: Tiles(64, 4, 2, 0, 3),
-        576: Tiles(64, 8, 2, 0, 1),
+        576: Tiles(64, 8, 2, 0, 1, ahead=True),
     },
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
@@ -357,6 +366,8 @@ def plan(
     tiles = by_rows[bh][min(w for w in by_rows[bh] if w >= width)]
     if page % tiles.bn and width > 192:  # addresses for each row: beside so many sums there are no registers for 64
         tiles = tiles._replace(bn=min(32, tiles.bn))
+    if page and not _PREFETCHES_PAGES:
+        tiles = tiles._replace(ahead=False)
     splits = _splits(b * triton.cdiv(h, bh), c, processors * tiles.resident)
     absorb = max(r, dn, dv) <= ABSORBED_WIDTH
     return Plan(absorb, bh, tiles._replace(slice=0) if absorb else tiles, splits)
@@ -429,7 +440,8 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
         "k_rope": k_rope, "k_rope_p": k_rope.stride(0), "k_rope_c": k_rope.stride(1), "pages": pages,
         "pages_b": pages.stride(0), "PAGES": latent.size(0), "PAGE": page, "scale": scale, "Dr": dr, "DR": padded(dr),
         "BH": bh, "SLICE": tiles.slice, "BU": max(1, 8192 // (bh * rp)), "SPLIT": splits > 1, "PRECISION": "ieee",
-        "out": part, "out_b": part.stride(0), "out_h": part.stride(-2), "out_s": part.stride(1), "sums": sums,
+        "AHEAD": tiles.stages if tiles.ahead else None, "out": part, "out_b": part.stride(0), "out_h": part.stride(-2),
+        "out_s": part.stride(1), "sums": sums,
     }  # fmt: skip
     grid = (b * splits * triton.cdiv(h, bh),)
     compiler = options(tiles.warps, tiles.stages)

@@ -92,7 +92,10 @@ def candidates(entry: Entry) -> list:
 
 
 def _steps(name: str, value: int) -> list[tuple[str, int, int]]:
-    """(name, the next smaller number, what it takes more), and of the next larger one, as far as the field `name` has them."""
+    """(name, the next smaller number, what it takes more), and of the next larger one, as far as the field `name` has them; of a
+    choice of two the other one."""
+    if isinstance(value, bool):
+        return [(name, not value, 0)]
     least, most = BOUNDS.get(name, SIDE_BOUNDS)
     near = (value - 1, value + 1) if name in _ONE_BY_ONE else (value // 2, value * 2)
     takes = _TAKES.get(name, 1)
