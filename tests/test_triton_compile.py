@@ -301,8 +301,8 @@ def test_blocks_divide_tiles():
     """What mla_attention's loops rest on: blocks of keys fill a tile of queries, blocks of queries a tile of keys."""
     for table in (mla_attention._FLOAT32, mla_attention._LARGE, mla_attention._SM_100, mla_attention._SMALL):
         for kernel, by_width in table.items():
-            for bt, bs, _, _ in by_width.values():
-                assert (bs % bt if kernel == "backward_kv" else bt % bs) == 0
+            for tiles in by_width.values():
+                assert (tiles.bs % tiles.bt if kernel == "backward_kv" else tiles.bt % tiles.bs) == 0
 
 
 @pytest.mark.parametrize("table", ["_LARGE", "_SM_100", "_SMALL"])
