@@ -72,7 +72,7 @@ def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
-    """What `compiled_kernel` takes."""
+    """What `launch` takes of `chip`, arguments as of `compiled_kernel`."""
     target, kernel = CHIPS[chip], compiled_kernel(launch, chip)
     assembly = kernel.asm[target.stage]
     cuda = target.backend == "cuda"
