@@ -23,6 +23,14 @@ def copy_kernel(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_blocks_but_the_first_kernel(x, y, first, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    for start in range(0, n, BLOCK):
+        m = (start >= first) & (i >= 0)
+        tl.store(y + start + i, tl.load(x + start + i, mask=m, other=0), mask=m)
+
+
+@triton.jit
 def copy_from_table_kernel(table, y, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(table).to(tl.pointer_type(tl.float32))
@@ -146,6 +154,13 @@ def test_within_bounds():
         InterpreterError, match=r"copy_kernel: program 1: store at test_watched.py:\d+ of 1 elements outside"
     ):
         copy_kernel[(2,)](numbers(), y, N, BLOCK=N // 2)
+
+
+@interpreted
+def test_a_mask_of_integers_is_left_to_the_interpreter():
+    """A comparison with a loop's number is one there: taken for indices they are many gigabytes."""
+    with pytest.raises(InterpreterError, match="mask has unsupported dtype"):
+        copy_blocks_but_the_first_kernel[(1,)](numbers(2 * N), torch.zeros(2 * N), N, 2 * N, N)
 
 
 @interpreted

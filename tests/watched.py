@@ -256,12 +256,12 @@ def watch_launches() -> None:
         begin(self, x, y, z)
 
     def watched_load(self, pointers, mask, other, *how, **options):
-        _now[-1].access(False, pointers.data, mask.data, _itemsize(pointers))
+        _now[-1].access(False, pointers.data, _bools(mask), _itemsize(pointers))
         return load(self, pointers, mask, other, *how, **options)
 
     def watched_store(self, pointers, value, mask, *how, **options):
-        access = _now[-1].access(True, pointers.data, mask.data, _itemsize(pointers))
-        _now[-1].expect_one_value(access, value.data, mask.data)
+        access = _now[-1].access(True, pointers.data, _bools(mask), _itemsize(pointers))
+        _now[-1].expect_one_value(access, value.data, _bools(mask))
         return store(self, pointers, value, mask, *how, **options)
 
     def watched_barrier(self):
@@ -269,7 +269,7 @@ def watch_launches() -> None:
 
     def watched_addition(self, operation, pointers, value, mask, sem, scope):
         ordered = operation == ADD and sem == MEM_SEMANTIC.ACQUIRE_RELEASE and scope == MEM_SYNC_SCOPE.GPU
-        _now[-1].add(pointers.data, mask.data, _itemsize(pointers), ordered)
+        _now[-1].add(pointers.data, _bools(mask), _itemsize(pointers), ordered)
         return add(self, operation, pointers, value, mask, sem, scope)
 
     def refuse(self, *arguments):
@@ -279,6 +279,11 @@ def watch_launches() -> None:
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
     builder.create_atomic_rmw, builder.create_atomic_cas = watched_addition, refuse
     interpreter.TensorHandle.set_attr = _set_attr
+
+
+def _bools(mask) -> np.ndarray:
+    """Integers, which the interpreter refuses in a moment, numpy would take for indices."""
+    return mask.data.astype(bool)
 
 
 def _itemsize(pointers) -> int:
