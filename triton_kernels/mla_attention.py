@@ -103,6 +103,41 @@ def _attend(
 
 
 @triton.jit
+def _kept_where(own, b_o, b_m, b_l):
+    """The running softmax for rows that saw their own document, where that is not so as before the first key."""
+    return tl.where(own[:, None], b_o, 0.0), tl.where(own, b_m, UNSEEN), tl.where(own, b_l, 0.0)
+
+
+@triton.jit
+def _attend_tile(
+    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """All keys of the tile of queries from token t on, block by block, in the running softmax. begin [BT]: where the queries'
+    documents do, first: the first of these."""
+    i = t + tl.arange(0, BT)  # [BT]
+    whole = tl.cdiv(first, BS) * BS
+    if whole < t:
+        for s in range(whole, t, BS):
+            b_o, b_m, b_l = _attend(
+                b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+            )  # fmt: skip
+    b_o, b_m, b_l = _kept_where(begin == first, b_o, b_m, b_l)
+    # The block the first document begins in, where it begins inside one before the tile; then the tile's own keys.
+    head = first // BS * BS
+    skip = tl.where((head < first) & (head < t), 0, 1)
+    for n in range(skip, BT // BS + 1):
+        s = tl.where(n == 0, head, t + (n - 1) * BS)
+        b_o, b_m, b_l = _attend(
+            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
+        )  # fmt: skip
+    return b_o, b_m, b_l
+
+
+@triton.jit
 def _scores_apart(
     b_q_nope, b_q_rope, k_nope, k_rope, s, k_nope_n, k_rope_n, N,
     Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,14 +180,11 @@ def _attend_ahead(
 
 @triton.jit
 def _attend_tile_ahead(
-    b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All keys of the tile of queries from token t on, block by block: output [BT, DV], maximum [BT] and sum [BT]."""
-    b_o = tl.zeros([BT, DV], tl.float32)
-    b_m = tl.full([BT], UNSEEN, tl.float32)
-    b_l = tl.zeros([BT], tl.float32)
+    """`_attend_tile` with the scores of a block asked for before the softmax of the one before."""
     b_p = tl.zeros([BT, BS], tl.float32)  # in 16 bits it would be handed on through shared memory
     decay = tl.full([BT], 1.0, tl.float32)
     b_factor = tl.full([BT, BS], 1.0, tl.float32) * factor
@@ -168,11 +200,9 @@ def _attend_tile_ahead(
                 k_nope_n, k_rope_n, v_n, b_factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, False,
             )  # fmt: skip
     own = begin == first
-    b_o = tl.where(own[:, None], b_o, 0.0)
+    b_o, b_m, b_l = _kept_where(own, b_o, b_m, b_l)
     b_p = tl.where(own[:, None], b_p, 0.0)
     decay = tl.where(own, decay, 1.0)
-    b_m = tl.where(own, b_m, UNSEEN)
-    b_l = tl.where(own, b_l, 0.0)
     # The tile's own keys, then the block the first document begins in, where it begins inside one before the tile.
     i = opaque(t, N) + tl.arange(0, BT)  # not kept in registers over the loop
     head = first // BS * BS
@@ -212,35 +242,19 @@ def forward_kernel(
     b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
     b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
     factor = scale * LOG2E
+    b_o = tl.zeros([BT, DV], tl.float32)
+    b_m = tl.full([BT], UNSEEN, tl.float32)
+    b_l = tl.zeros([BT], tl.float32)
     if AHEAD:
         b_o, b_m, b_l = _attend_tile_ahead(
-            b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
             Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION,
         )  # fmt: skip
     else:
-        b_o = tl.zeros([BT, DV], tl.float32)
-        b_m = tl.full([BT], UNSEEN, tl.float32)
-        b_l = tl.zeros([BT], tl.float32)
-        whole = tl.cdiv(first, BS) * BS
-        if whole < t:
-            for s in range(whole, t, BS):
-                b_o, b_m, b_l = _attend(
-                    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-                    k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
-                )  # fmt: skip
-        own = begin == first
-        b_o = tl.where(own[:, None], b_o, 0.0)
-        b_m = tl.where(own, b_m, UNSEEN)
-        b_l = tl.where(own, b_l, 0.0)
-        # The block the first document begins in, where it begins inside one before the tile; then the tile's own keys.
-        head = first // BS * BS
-        skip = tl.where((head < first) & (head < t), 0, 1)
-        for n in range(skip, BT // BS + 1):
-            s = tl.where(n == 0, head, t + (n - 1) * BS)
-            b_o, b_m, b_l = _attend(
-                b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
-            )  # fmt: skip
+        b_o, b_m, b_l = _attend_tile(
+            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+            Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART,
+        )  # fmt: skip
 
     store_rows(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
     p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
