@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
-from dsfast.triton_kernels import mla_attention, mla_decode, pieces, rms_norm
+from dsfast.triton_kernels import mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel
 from dsfast.triton_kernels.launch import Launch, compiling, during, pdl
 from dsfast.triton_kernels.limits import CHIPS
@@ -225,6 +225,11 @@ def test_scores_of_the_next_block_are_under_way_beside_the_softmax_of_this_one()
     assert "ME" in order(launch).replace("C", "")
     launch.arguments["AHEAD"] = False
     assert "ME" not in order(launch).replace("C", "")
+
+
+def test_scores_of_the_next_queries_are_under_way_beside_the_exponentials_of_these():
+    launches = mla_attention_kept.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)
+    assert "ME" in order(launches["scores_kernel"]).replace("C", "")
 
 
 def test_the_next_places_of_a_cache_are_on_their_way_beside_both_products():

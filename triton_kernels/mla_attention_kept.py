@@ -65,28 +65,68 @@ def delta_kernel(
 
 
 @triton.jit
+def _part_of_square(ds, t, s, SIDE: tl.constexpr, BT: tl.constexpr):
+    """Where ds is of the keys from token t on, which begin a square, and the queries from token s on: [SIDE, BT]."""
+    p_ds = _square(ds, t // SIDE, s // SIDE, SIDE) + tl.multiple_of(s % SIDE, BT)
+    return p_ds + (tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, BT)[None, :])
+
+
+@triton.jit
 def _attend_dv(
     b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, j, end, h,
     do_n, q_nope_n, q_rope_n, PITCH, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradient of a tile of values, [SIDE, DV], and store their part of ds."""
     s = tl.multiple_of(opaque(s, N + SIDE), BT)  # a block of the last tile may lie behind the last token
-    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
-    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
-    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, True, True)  # [BT, DN]
+    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, True, True)  # [BT, DR]
+    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, True, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
-    b_m = load_queries(softmax, h, i, N, PITCH, MASKED)
-    b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
+    b_m = load_queries(softmax, h, i, N, PITCH, True)
+    b_delta = load_queries(delta, h, i, N, PITCH, True)
     b_p = tl.exp2(scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, "ieee", False) * factor - b_m[None, :])  # [SIDE, BT]
-    if MASKED:
-        b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
+    b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
     b_dv = tl.dot(b_p.to(b_v.dtype), b_do, b_dv)  # before dp is made: else not all fits the registers
     b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
-    p_ds = _square(ds, t // SIDE, s // SIDE, SIDE) + tl.multiple_of(s % SIDE, BT)
-    p_ds += tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, BT)[None, :]
+    p_ds = _part_of_square(ds, t, s, SIDE, BT)
     tl.store(p_ds, (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype))
+    return b_dv
+
+
+@triton.jit
+def _attend_dv_ahead(
+    b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, begin, end, t, h,
+    do_n, q_nope_n, q_rope_n, PITCH, factor, N,
+    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
+    BT: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """`_attend_dv` for all blocks of queries from token begin, at least SIDE, to end - 1, none of them masked. The next block's
+    scores, of the part without position, are asked for before this one's become ds, as in mla_attention's forward pass.
+
+    One round more, the first, only asks for them: p is 0, and nothing is stored. Asked for before the loop they would keep their
+    block of queries in shared memory, of which nothing is left.
+    """
+    b_factor = tl.full([SIDE, BT], 1.0, tl.float32) * factor
+    b_s_nope = tl.zeros([SIDE, BT], tl.float32)
+    for start in range(begin - BT, end, BT):
+        s = tl.multiple_of(opaque(start, N + SIDE), BT)
+        b_do = load_rows(do, do_n, s, N, BT, Dv, DV, False, True)  # [BT, DV]
+        i = s + tl.arange(0, BT)
+        b_m = load_queries(softmax, h, i, N, PITCH, False)
+        b_delta = load_queries(delta, h, i, N, PITCH, False)
+        b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, False, True)  # [BT, DR]
+        b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
+        b_s = tl.dot(b_k_rope, tl.trans(b_q_rope), b_s_nope)
+        b_s = tl.fma(b_s, b_factor, tl.where(start < begin, float("-inf"), -b_m)[None, :])
+        following = opaque(tl.minimum(start + BT, end - BT), N + SIDE)
+        b_q_nope = load_rows(q_nope, q_nope_n, following, N, BT, Dn, DN, False, True)  # [BT, DN]
+        b_s_nope = tl.dot(b_k_nope, tl.trans(b_q_nope))
+        b_p = tl.exp2(b_s)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
+        tl.store(_part_of_square(ds, t, s, SIDE, BT), b_ds, mask=(i >= begin)[None, :])
+        b_dv = tl.dot(b_p.to(b_v.dtype), b_do, b_dv)
     return b_dv
 
 
@@ -118,11 +158,10 @@ def scores_kernel(
     _, end_of_first = documents_of(cu_seqlens, t, S, STEPS)
     whole = tl.where(end_of_first >= last, tl.maximum(last // SIDE * SIDE, t + SIDE), t + SIDE)
     if t + SIDE < whole:
-        for s in range(t + SIDE, whole, BT):
-            b_dv = _attend_dv(
-                b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, None, None, h,
-                do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, False,
-            )  # fmt: skip
+        b_dv = _attend_dv_ahead(
+            b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, t + SIDE, whole, t, h,
+            do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE,
+        )  # fmt: skip
     t = opaque(t, N)  # so that nothing of what follows is kept in registers from before the loop
     j = t + tl.arange(0, SIDE)  # [SIDE]
     _, end = documents_of(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
@@ -131,7 +170,7 @@ def scores_kernel(
         s = tl.where(n < SIDE // BT, t, whole - SIDE) + n * BT
         b_dv = _attend_dv(
             b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, s, t, j, end, h,
-            do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE, True,
+            do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE,
         )  # fmt: skip
 
     store_rows(dv + h * Dv, H * Dv, t, N, b_dv, SIDE, Dv, DV)
