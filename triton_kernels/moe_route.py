@@ -177,45 +177,41 @@ def forward_kernel(
 
 
 @triton.jit
-def _logits_gradient(
-    dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E: tl.constexpr,
-    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
+def _gradient(
+    dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E: tl.constexpr, EP: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """[BN, EP] of the tokens n [BN, 1].
+    """Of the tokens n [BN, 1] the gradient of the logits of experts that are not chosen [BN, EP], which experts are, and the
+    gradient of the logits of these, both [BN, KP], -1 and 0 from column K on.
 
     With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T. Of a sigmoid that is
     ds s (1 - s), and 0 for an expert that was not chosen; of a softmax s (ds - sum(ds s)) for all experts.
     """
-    m_n = n < N
     n_64 = n.to(tl.int64)
-    e = tl.arange(0, EP)[None, :]
+    p_logits = logits + n_64 * logits_n
+    k = tl.arange(0, KP)[None, :]
+    m_k = (n < N) & (k < K)
+    b_chosen = tl.load(indices + n_64 * K + k, mask=m_k, other=-1)
+    b_logits = tl.load(p_logits + b_chosen, mask=m_k, other=0.0)
+    b_ds = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0).to(tl.float32)
     b_high, b_sum = 0.0, 1.0
     if SOFTMAX:
-        b_logits = tl.load(logits + n_64 * logits_n + e, mask=m_n & (e < E), other=0.0)
-        b_high, b_sum = _highest_and_sum(b_logits, e < E)
+        e = tl.arange(0, EP)[None, :]
+        b_all = tl.load(p_logits + e, mask=(n < N) & (e < E), other=0.0)
+        b_high, b_sum = _highest_and_sum(b_all, e < E)
+    b_s = tl.where(k < K, _score(b_logits, b_high, b_sum, SOFTMAX), 0.0)
     if norm_topk_prob:
-        k = tl.arange(0, KP)[None, :]
-        m_k = m_n & (k < K)
-        b_all = tl.load(indices + n_64 * K + k, mask=m_k, other=0)
-        b_chosen = tl.load(logits + n_64 * logits_n + b_all, mask=m_k, other=0.0)
-        b_scores = tl.where(k < K, _score(b_chosen, b_high, b_sum, SOFTMAX), 0.0)
-        b_total = tl.sum(b_scores, 1, keep_dims=True) + 1e-20  # [BN, 1]
-        b_dweights = tl.load(dweights + n_64 * dweights_n + k, mask=m_k, other=0.0).to(tl.float32)
-        b_mean = tl.div_rn(tl.sum(b_dweights * b_scores, 1, keep_dims=True), b_total)
-    b_dlogits = tl.zeros([BN, EP], tl.float32)
-    b_dot = tl.zeros([BN, 1], tl.float32)
-    for rank in range(K):
-        b_e = tl.load(indices + n_64 * K + rank, mask=m_n, other=0)  # [BN, 1]
-        b_s = _score(tl.load(logits + n_64 * logits_n + b_e, mask=m_n, other=0.0), b_high, b_sum, SOFTMAX)
-        b_ds = tl.load(dweights + n_64 * dweights_n + rank, mask=m_n, other=0.0).to(tl.float32)
-        if norm_topk_prob:
-            b_ds = tl.div_rn(b_ds - b_mean, b_total)
-        b_part = scaling * b_ds * b_s
-        b_dot += b_part
-        b_dlogits = tl.where(e == b_e, b_part if SOFTMAX else b_part * (1.0 - b_s), b_dlogits)
+        b_total = tl.sum(b_s, 1, keep_dims=True) + 1e-20  # [BN, 1]
+        b_ds = tl.div_rn(b_ds - tl.div_rn(tl.sum(b_ds * b_s, 1, keep_dims=True), b_total), b_total)
+    b_part = scaling * b_ds * b_s
+    b_others = tl.zeros([BN, EP], tl.float32)
     if SOFTMAX:
-        b_dlogits -= b_dot * _score(b_logits, b_high, b_sum, SOFTMAX)
-    return b_dlogits
+        b_dot = tl.sum(b_part, 1, keep_dims=True)
+        b_others -= b_dot * _score(b_all, b_high, b_sum, SOFTMAX)
+        b_part -= b_dot * b_s
+    else:
+        b_part *= 1.0 - b_s
+    return b_others, b_chosen, b_part
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -227,11 +223,14 @@ def backward_kernel(
     """dlogits [N, E] of one tile of tokens."""
     after_others()
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
-    e = tl.arange(0, EP)[None, :]
-    b_dlogits = _logits_gradient(
+    e, k = tl.arange(0, EP)[None, :], tl.arange(0, KP)[None, :]
+    b_others, b_chosen, b_dlogits = _gradient(
         dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E, EP, K, KP, norm_topk_prob, SOFTMAX, BN
     )
-    tl.store(dlogits + n.to(tl.int64) * E + e, b_dlogits.to(dlogits.dtype.element_ty), mask=(n < N) & (e < E))
+    p_dlogits = dlogits + n.to(tl.int64) * E
+    tl.store(p_dlogits + e, b_others.to(dlogits.dtype.element_ty), mask=(n < N) & (e < E))
+    tl.debug_barrier()  # other threads write those of the chosen
+    tl.store(p_dlogits + b_chosen, b_dlogits.to(dlogits.dtype.element_ty), mask=(n < N) & (k < K))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -252,9 +251,12 @@ def tokens_backward_kernel(
         n = (share * STEPS + step) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
         m_x, n_64 = (n < N) & (d < D), n.to(tl.int64)
         b_x = tl.load(x + n_64 * x_n + d, mask=m_x, other=0.0)  # [BN, BD]
-        b_dlogits = _logits_gradient(
+        b_others, b_chosen, b_dlogits = _gradient(
             dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E, EP, K, KP, norm_topk_prob, SOFTMAX, BN
-        ).to(x.dtype.element_ty)
+        )
+        m_chosen = b_chosen[:, :, None] == tl.arange(0, EP)[None, None, :]  # [BN, KP, EP]
+        b_dlogits = tl.sum(tl.where(m_chosen, b_dlogits[:, :, None], 0.0), 1)
+        b_dlogits = tl.where(tl.max(m_chosen.to(tl.int32), 1) > 0, b_dlogits, b_others).to(x.dtype.element_ty)
         b_dx = tl.dot(b_dlogits, b_w, input_precision="ieee")
         tl.store(dx + n_64 * D + d, b_dx.to(dx.dtype.element_ty), mask=m_x)
         b_dw = tl.dot(tl.trans(b_dlogits), b_x, b_dw, input_precision="ieee")
@@ -492,7 +494,7 @@ def backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_
     dweights, logits = rows(dweights, logits)
     (n, e), top_k = logits.shape, indices.size(1)
     ep = triton.next_power_of_2(e)
-    bn = _tile(ep, 1024)  # registers for the addresses of each choice
+    bn = _tile(ep, 4096)
     arguments = {
         "dweights": dweights, "logits": logits, "indices": indices.contiguous(), "dlogits": dlogits,
         "scaling": float(scaling), "dweights_n": dweights.stride(0), "logits_n": logits.stride(0), "N": n, "E": e,
