@@ -27,6 +27,7 @@ from dsfast.ops.checks import check_draws
 class TestMoeRoute(TritonContract):
     cases = (
         moe_route_case("no tokens", 0, 4, 2),
+        moe_route_case("no tokens, more experts than the last kernel adds up", 0, 4097, 2),
         moe_route_case("the 500K model: top 1 of 2, one token above a tile", 65, 2, 1),
         moe_route_case("one token", 1, 5, 2),
         moe_route_case("all experts chosen", 13, 7, 7),

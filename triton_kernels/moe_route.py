@@ -510,14 +510,19 @@ def tokens_backward_launches(
     """The kernel that fills dx, and parts of dweight, and the one that adds these up; tensors may lie on the meta device."""
     dweights, x, weight = *rows(dweights, x), weight.contiguous()
     (n, d), (e, top_k) = x.shape, (weight.size(0), indices.size(1))
-    bn, bd = (64, min(64, padded(d))) if x.itemsize == 2 else (32, min(32, padded(d)))
+    kp = triton.next_power_of_2(top_k)
+    widest = 64 if x.itemsize == 2 else 32
+    bn, bd = (
+        min(widest, max(16, 128 // kp)),
+        min(widest, padded(d)),
+    )  # bn KP FEW numbers are 16 for a thread, up to KP = 8
     blocks = triton.cdiv(d, bd)
     shares, steps = splits(blocks, max(1, triton.cdiv(n, bn)))
     parts = x.new_empty(shares, e, d, dtype=torch.float32)
     arguments = {
         "dweights": dweights, "x": x, "w": weight, "logits": logits, "indices": indices, "dx": dx, "parts": parts,
         "scaling": float(scaling), "dweights_n": dweights.stride(0), "x_n": x.stride(0), "logits_n": logits.stride(0),
-        "N": n, "STEPS": steps, "D": d, "BD": bd, "E": e, "EP": FEW, "K": top_k, "KP": triton.next_power_of_2(top_k),
+        "N": n, "STEPS": steps, "D": d, "BD": bd, "E": e, "EP": FEW, "K": top_k, "KP": kp,
         "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax", "BN": bn,
     }  # fmt: skip
     return [
@@ -555,16 +560,18 @@ def _bins(experts: int) -> int:
 
 
 def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[Launch]:
-    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None: there is but one block, still to be
-    counted. Where the counts are many their sums are taken by a kernel before.
+    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None, or no tiles: there is but one block,
+    still to be counted. Where the counts are many their sums are taken by a kernel before.
     """
     experts = offsets.numel() - 1
+    if parts is not None and not len(parts):
+        parts = None
     tiles, bins = (1, _bins(experts)) if parts is None else parts.shape
     together = SORTED // slots
-    blocks = max(1, triton.cdiv(tiles, together))
+    blocks = triton.cdiv(tiles, together)
     ep = triton.next_power_of_2(bins)
     be = min(2, ep)
-    few = parts is None or triton.next_power_of_2(max(1, tiles)) * ep <= SUMMED
+    few = parts is None or triton.next_power_of_2(tiles) * ep <= SUMMED
     before = None if few else order.new_empty(blocks + 1, ep)
     arguments = {
         "indices": indices, "parts": parts, "before": before, "order": order, "offsets": offsets, "counts": counts,
@@ -585,9 +592,13 @@ EXAMPLES = {
     "few tokens": (16, 256, 8, 8, 4, True, "sigmoid"),
     "few experts": (4096, 12, 4, 3, 2, True, "sigmoid"),
     "few experts, softmax": (4096, 8, 2, 1, 1, True, "softmax"),
+    "half of few experts": (4096, 16, 8, 1, 1, True, "softmax"),
+    "all of few experts": (4096, 16, 16, 1, 1, True, "sigmoid"),
 }
 """N, E, K, groups, groups taken, whether the weights are normalised and how scores are made, that are compiled ahead."""
-OF_TOKENS = {"500K": 128, "few experts": 7168, "few experts, softmax": 4096}
+OF_TOKENS = {
+    "500K": 128, "few experts": 7168, "few experts, softmax": 4096, "half of few experts": 1024, "all of few experts": 1024,
+}  # fmt: skip
 """The width of x in those compiled from the tokens on as well."""
 
 
