@@ -117,7 +117,7 @@ def read_by(part: str, name: str) -> list[str]:
 
 def test_the_entries_of_a_case_are_those_that_its_launches_read():
     tables = {name: value for name, value in vars(mla_attention).items() if name.startswith("_")}
-    constants = ["mla_attention.HEADS_TOGETHER", "mla_attention_kept.KEPT"]
+    constants = ["attention_pieces.HEADS_TOGETHER", "mla_attention_kept.KEPT"]
     forward, scores, product = (
         f"mla_attention{k}[320]" for k in ("._LARGE['forward']", "_kept._LARGE['scores']", "_kept._LARGE['product']")
     )

@@ -10,6 +10,7 @@ from dsfast.triton_kernels.launch import on_meta, padded, rows
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 UNSPECIALIZED = ("N", "S", "STEPS")
 """Arguments that change from batch to batch and must not cause a new compilation."""
 _PITCHES = 16  # PITCH is a multiple of it
@@ -126,7 +127,7 @@ def shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> di
         "q_rope_h": q_rope.stride(1), "k_nope_n": k_nope.stride(0), "k_nope_h": k_nope.stride(1),
         "k_rope_n": k_rope.stride(0), "v_n": v.stride(0), "v_h": v.stride(1),
         "PITCH": softmax_shape(q_nope)[2], "N": n, "H": h, "S": documents, "STEPS": (documents - 1).bit_length(),
-        "SHARED": max(1, h // max(1, k_nope.size(1))), **widths,
+        "SHARED": max(1, h // max(1, k_nope.size(1))), "G": HEADS_TOGETHER, **widths,
         **{letters.upper(): padded(width) for letters, width in widths.items()},
     }  # fmt: skip
 

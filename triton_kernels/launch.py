@@ -102,7 +102,7 @@ def expect_dtype(operator: str, dtype: torch.dtype) -> None:
 def rows(*tensors: Tensor) -> list[Tensor]:
     """Each tensor itself where its last dimension is contiguous, else a contiguous copy.
 
-    Strides before it may be any below 2^24: offsets inside a tile, of 128 rows at most, are 32-bit. Wider ones are copied too.
+    Strides before it may be any below 2^24: offsets inside a tile, of at most 256 rows, are 32-bit. Wider ones are copied too.
     """
     return [x if x.stride(-1) == 1 and max(x.stride()) < 2**24 else x.contiguous() for x in tensors]
 

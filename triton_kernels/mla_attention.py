@@ -60,7 +60,6 @@ from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_laun
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
-HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 
@@ -588,7 +587,6 @@ def backward_launches(arguments: dict, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
     where that serves them, else by those that make scores anew; and the sum of the heads' shares of dk_rope."""
     heads = mla_attention_kept.heads_at_once(arguments, large)
-    arguments = arguments | {"G": HEADS_TOGETHER}
     launches = mla_attention_kept.launches(arguments, heads, large) if heads else _anew(arguments, large)
     return [*launches, sum_launch(arguments["shares"], arguments["dk_rope"])]
 
@@ -628,7 +626,6 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
         "BT": bt,
         "BS": bs,
         "STAGES": stages,
-        "G": HEADS_TOGETHER,
         "PRECISION": "ieee",
         "APART": apart,
         "AHEAD": ahead,
@@ -641,7 +638,7 @@ def _both(arguments: dict, large: int) -> Launch:
     """The launch of backward_kernel: both kernels' tiles, which have as many warps."""
     dtype, widths = arguments["v"].dtype, widths_of(arguments)
     of_queries, of_keys = (tiles(name, dtype, widths, large) for name in ("backward_q", "backward_kv"))
-    tiling = {"QT": of_queries.bt, "QS": of_queries.bs, "KT": of_keys.bt, "KS": of_keys.bs, "G": HEADS_TOGETHER}
+    tiling = {"QT": of_queries.bt, "QS": of_queries.bs, "KT": of_keys.bt, "KS": of_keys.bs}
     tiling |= {"Q_STAGES": of_queries.stages, "K_STAGES": of_keys.stages}
     grid = ((triton.cdiv(arguments["N"], of_queries.bt) + triton.cdiv(arguments["N"], of_keys.bs)) * arguments["H"],)
     how = options(of_keys.warps, max(of_queries.stages, of_keys.stages))

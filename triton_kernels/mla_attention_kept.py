@@ -257,7 +257,7 @@ def heads_at_once(arguments: dict, large: int) -> int:
 
 def launches(arguments: dict, heads: int, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once. arguments: those of
-    `attention_pieces.backward_arguments`, and G, heads whose tiles run side by side."""
+    `attention_pieces.backward_arguments`."""
     ds = arguments["dv"].new_empty(heads, _numbers(arguments["N"]))
     arguments = arguments | {"ds": ds, "ds_h": ds.stride(0), "SIDE": SIDE, "ROWS": _ROWS}
     grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
@@ -323,4 +323,4 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     if not heads:
         return {}
     names = ("delta_kernel", "scores_kernel", "product_kernel of keys", "product_kernel of queries")
-    return dict(zip(names, launches(arguments | {"G": heads}, heads, large), strict=True))
+    return dict(zip(names, launches(arguments, heads, large), strict=True))

@@ -13,7 +13,7 @@ from dsfast.bench.gpu.cases import OPERATORS
 PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding", "project", "output")
 """Of `bench gpu`, with something to choose."""
 MODULES = {part: (OPERATORS[part],) for part in PARTS} | {
-    "attention": ("mla_attention", "mla_attention_kept"), "mlp": ("moe_experts",),
+    "attention": ("attention_pieces", "mla_attention", "mla_attention_kept"), "mlp": ("moe_experts",),
 }  # fmt: skip
 """Of dsfast.triton_kernels, with the tables of a part's kernels."""
 CONSTANTS = {
