@@ -42,16 +42,17 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     """Run `main(argv)` (default: the process's arguments) and return the exit code.
 
     A UserError becomes one line on stderr and 2, and so do too little memory and an output that takes no more; a signal, 128 +
-    its number, and so a reader of the output that has gone. Any other exception is a defect and keeps its traceback.
+    its number. Where what reads the output has gone, the work goes on, and what would be 0 is 141. Any other exception is a
+    defect and keeps its traceback.
     """
-    _prepare_output()
+    output = _prepare_output()
     try:
         code = _status(main, sys.argv[1:] if argv is None else argv)
     except SystemExit:  # of --help
-        if failed := _flush():
+        if failed := _finish(output):
             return failed
         raise
-    failed = _flush(quiet=code != 0)
+    failed = _finish(output, quiet=code != 0)
     return code or failed
 
 
@@ -61,8 +62,6 @@ def _status(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
             return main(argv) or 0
     except UserError as error:
         return _complain(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is not None or error.errno not in _NO_ROOM:
             raise
@@ -81,26 +80,54 @@ def _complain(message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _flush(quiet: bool = False) -> int:
+def _finish(output: _Output | None, quiet: bool = False) -> int:
     """Write what standard output still holds; where it takes no more, nowhere, or Python would complain when it ends. 0, or the
     status of that; `quiet`: nothing more is said."""
     try:
         sys.stdout.flush()
-        return 0
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return EXIT_BROKEN_PIPE
+        _discard(sys.stdout.fileno())
         return EXIT_USER_ERROR if quiet else _complain(f"an output cannot be written: {error.strerror}")
+    return EXIT_BROKEN_PIPE if output is not None and output.abandoned else 0
 
 
-def _prepare_output() -> None:
-    """Have somewhere to write to where the process was started without, and no text that cannot be written."""
+def _discard(file: int) -> None:
+    """From now on what is written to it goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file)
+    os.close(nowhere)
+
+
+class _Output(io.FileIO):
+    """Standard output that outlasts its reader: `| head` may read as much as it wants, a run is not lost for it."""
+
+    abandoned = False
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self.abandoned = True
+            _discard(self.fileno())
+            return super().write(data)
+
+
+def _prepare_output() -> _Output | None:
+    """Have somewhere to write to where the process was started without, no text that cannot be written, and what outlasts its
+    reader: that, where it is the process's own output."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+    given = sys.stdout
+    if given is not sys.__stdout__ or not isinstance(given, io.TextIOWrapper):
+        return None
+    given.flush()
+    output = _Output(given.fileno(), "wb", closefd=False)
+    ways = {name: getattr(given, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), **ways)
+    return output
 
 
 @contextmanager

@@ -70,12 +70,26 @@ def test_an_interrupt_is_128_plus_the_signal(attributes, code, capsys):
 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "before"])
-def test_a_reader_that_has_gone_is_no_defect(lines):
-    code = f"import sys; from dsfast.command import run_command as r; sys.exit(r(lambda argv: print('x\\n' * {lines})))"
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_the_work_outlasts_a_reader_of_the_output(lines, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from rich.console import Console
+from dsfast.command import run_command
+
+def main(argv):
+    print("x\\n" * {lines})
+    Console().print("y\\n" * {lines})
+    Path("done").touch()
+
+sys.exit(run_command(main))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes)
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait() == 141
+    assert (tmp_path / "done").exists()
 
 
 def test_an_output_that_is_closed_is_none():
