@@ -61,10 +61,10 @@ def change(repository: Path, file: str, old: str, new: str) -> None:
 
 
 def against(
-    repository: Path, folder: Path, *arguments: str, text: str | None = None
+    repository: Path, folder: Path, *arguments: str, text: str | None = None, context: int = 64
 ) -> tuple[subprocess.CompletedProcess, dict]:
     """The command in that repository, with a small run of random words or of `text`: how it ended, and the results it wrote."""
-    config = tiny.write_text_run(folder, **{"model.max_position_embeddings": 64, "train.steps": 8})
+    config = tiny.write_text_run(folder, **{"model.max_position_embeddings": context, "train.steps": 8})
     if text is not None:
         (folder / "text.txt").write_text(text, encoding="utf-8")
     options = ("--config", str(config), "--json", "out.json")
@@ -143,6 +143,17 @@ def test_a_mistake_that_a_side_finds_is_one_line_and_2(repository: Path, tmp_pat
     assert ended.returncode == 2
     [line] = ended.stderr.splitlines()
     assert line.startswith(f"error: {repository}: model.vocab_size: expected a text rich enough for 300 tokens")
+    assert found == {}
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_trained(repository: Path, tmp_path: Path):
+    train = "    def train_batch(self"
+    change(repository, "dsfast/train/loop.py", train, "    def no_" + train.removeprefix("    def "))
+    ended, found = against(repository, tmp_path, context=16)
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(f"error: {repository}: {tmp_path / 'config.json'}: prompt 'The ")
+    assert line.endswith("at most 16 (max_position_embeddings)")
     assert found == {}
 
 

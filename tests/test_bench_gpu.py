@@ -898,6 +898,28 @@ def test_a_gpu_that_cannot_be_used_is_one_line_and_2(reason, tmp_path, monkeypat
     assert line.startswith(f"error: bench gpu: {reason}; nothing is measured.")
 
 
+@pytest.mark.parametrize("there", ["gpu.json", "gpu.txt", "gpu.log"])
+def test_results_that_are_there_are_not_written_over(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "check_gpu", lambda rehearsal: None)
+    monkeypatch.setattr(bench, "run_gpu", lambda *_: pytest.fail("it ran"))
+    (tmp_path / there).write_text("eight minutes")
+    assert run_command(bench.main, ["gpu", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: {there} is there already; expected a folder without one" in capsys.readouterr().err
+    assert (tmp_path / there).read_text() == "eight minutes"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "nothing"),
+    [
+        ((run.OUT_OF_TIME, run.NOT_ASKED), True), (("done", run.OUT_OF_TIME), False),
+        (("cut: out of time", run.NOT_ASKED), False), ((run.NOT_ASKED, run.NOT_ASKED), False),
+    ],
+)  # fmt: skip
+def test_a_run_that_had_time_for_nothing_is_not_sound(statuses, nothing):
+    parts = {"bounds": {"status": "done"}} | {str(n): {"status": status} for n, status in enumerate(statuses)}
+    assert run.sound({"parts": parts, "rows": []}) is not nothing
+
+
 def test_the_interpreter_is_no_gpu(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETED", True)
     with pytest.raises(run.UserError, match="TRITON_INTERPRET=1 is set, and nothing would run on the GPU"):

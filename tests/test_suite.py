@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny import write_text_run
 
 from dsfast import info
-from dsfast.config import CONFIGS, load_config
+from dsfast.config import CONFIGS, default_config, load_config
 from dsfast.data import Prompt, load_prompts
 from dsfast.errors import GpuError, UserError
 from dsfast.evaluate.probes import judge
@@ -697,6 +697,18 @@ def test_the_results_file_holds_everything(failing_run):
     similarity = [error for error in results["errors"] if error["type"] == "similarity"]
     assert len(similarity) == 3 + 13
     assert all(len(error["generated"]) <= 200 for error in similarity)
+
+
+def test_a_question_about_a_fact_that_does_not_fit_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    config = default_config("cpu").replace(**{"model.max_position_embeddings": 8, "data.sequence_length": 8})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    prompts = {name: [{"text": f"The {name}", "answer": "is"}] for name in ("fast", "full")}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    files = ["--config", str(tmp_path / "config.json"), "--prompts", str(tmp_path / "prompts.json")]
+    monkeypatch.setattr(suite, "run", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match=r"prompt 'The .*: \d+ tokens; at most 8 \(max_position_embeddings\)"):
+        suite.main([*files, "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ kernels take of chips that are not here."""
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from argparse import Namespace
@@ -36,7 +37,15 @@ from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, RuntimeConfig, default_config, load_config
 from dsfast.data.sources import ENCYCLOPEDIA
 from dsfast.errors import UserError
-from dsfast.files import check_output_file, check_output_folder, os_errors_as, read_json, write_json, write_text
+from dsfast.files import (
+    check_output_file,
+    check_output_folder,
+    for_one_run,
+    os_errors_as,
+    read_json,
+    write_json,
+    write_text,
+)
 from dsfast.info import ROOT
 from dsfast.model import DeepseekV3
 from dsfast.train import load_checkpoint
@@ -145,12 +154,13 @@ def _add_gpu(commands) -> None:
     tiles.add_argument("--case", metavar="CASE", help=f"{' or '.join(GROUPS)} (default: both)")
     tiles.add_argument("--plan", action="store_true", help="only compile, for an H100: DIR/plan.json, .txt and .log")
     for command in (gpu, tiles):
-        command.add_path("--out", metavar="DIR", required=True, help="where the results go")
+        command.add_path("--out", metavar="DIR", required=True, help="where the results go: a folder without such ones")
         command.add_argument("--seconds", metavar="N", type=_positive, default=BUDGET, help=f"default: {BUDGET}")
         command.add_argument(
             "--rehearse",
             action="store_true",
-            help="tiny sizes in Triton's interpreter, without a GPU and without a figure: DIR/rehearsal.json, .txt and .log",
+            help="tiny sizes in Triton's interpreter (set TRITON_INTERPRET=1), without a GPU and without a figure:"
+            " DIR/rehearsal.json, .txt and .log",
         )
 
 
@@ -173,7 +183,8 @@ def _tiles(arguments: Namespace, argv: list[str]) -> int:
 
 
 def _into_folder(arguments: Namespace, argv: list[str], settings: Json, run: Callable[..., Json]) -> Json:
-    """A whole command: what run(progress, keep) gives it to keep it writes into a folder, its table as well."""
+    """A whole command: what run(progress, keep) gives it to keep it writes into a folder, its table as well. Raises UserError for
+    a folder that has such files, or gets them from another run."""
     folder = check_output_folder(arguments.out, "--out")
     reporter = Reporter()
     settings = {"bench": arguments.bench, **settings}
@@ -184,12 +195,17 @@ def _into_folder(arguments: Namespace, argv: list[str], settings: Json, run: Cal
         written = results.document(argv, settings, found)
         log.append(said)
         with os_errors_as(f"--out {folder}: cannot be written to"):
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{name}.json", written)
             write_text(folder / f"{name}.txt", plain(written))
             write_text(folder / f"{name}.log", "".join(log))
 
-    found = run(reporter.progress, keep)
+    with os_errors_as(f"--out {folder}: cannot be written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with for_one_run(folder):
+        for file in (f"{name}.{kind}" for kind in ("json", "txt", "log")):
+            if os.path.lexists(folder / file):
+                raise UserError(f"--out {folder}: {file} is there already; expected a folder without one")
+        found = run(reporter.progress, keep)
     reporter.show(results.document(argv, settings, found))
     return found
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dsfast.config import Config
-from dsfast.evaluate import measure_taught
+from dsfast.evaluate import check_lengths, measure_taught, questions
 from dsfast.train import Trainer
 
 REFERENCE = {"runtime.dtype": "float32", "runtime.kernels": {"default": "reference"}}
@@ -40,8 +40,10 @@ def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str],
 def _run(config: Config) -> Json:
     """Train once: `loss` of the last step, `mean_loss` of the LAST ones, `seconds` of training, `recall` of taught facts."""
     trainer = Trainer(config)
-    result = trainer.train(quiet=True)
     data = trainer.dataset
+    for prompts in questions(data.taught).values():
+        check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
+    result = trainer.train(quiet=True)
     recall = measure_taught(trainer.model, data.tokenizer, data.taught)
     return {
         "loss": result.final_loss,

@@ -1,7 +1,7 @@
 """Questions to a model and what its answers are worth: probes, similarity, recall."""
 
 from dsfast.evaluate.probes import ProbeResult, ask, check_lengths, continue_greedily
-from dsfast.evaluate.recall import Recall, measure_recall, measure_taught, wilson_interval
+from dsfast.evaluate.recall import Recall, measure_recall, measure_taught, questions, wilson_interval
 from dsfast.evaluate.similarity import Similarity, exact_match, similarity
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "exact_match",
     "measure_recall",
     "measure_taught",
+    "questions",
     "similarity",
     "wilson_interval",
 ]

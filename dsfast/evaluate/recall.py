@@ -37,12 +37,17 @@ def measure_recall(model: DeepseekV3, tokenizer: Tokenizer, prompts: Sequence[Pr
     return Recall(len(prompts), correct, correct / len(prompts), *wilson_interval(correct, len(prompts)))
 
 
-def measure_taught(model: DeepseekV3, tokenizer: Tokenizer, facts: Sequence[Fact]) -> dict[str, Recall | None]:
-    """Recall of `facts` in the phrasings of the training text, "taught", and in those held out from it, "heldout"."""
+def questions(facts: Sequence[Fact]) -> dict[str, list[Prompt]]:
+    """About `facts` in the phrasings of the training text, "taught", and in those held out from it, "heldout"."""
     return {
-        name: measure_recall(model, tokenizer, [prompt for fact in facts for prompt in phrasings(fact)])
+        name: [prompt for fact in facts for prompt in phrasings(fact)]
         for name, phrasings in (("taught", taught_prompts), ("heldout", heldout_prompts))
     }
+
+
+def measure_taught(model: DeepseekV3, tokenizer: Tokenizer, facts: Sequence[Fact]) -> dict[str, Recall | None]:
+    """Recall of `facts`, by the names of `questions`."""
+    return {name: measure_recall(model, tokenizer, prompts) for name, prompts in questions(facts).items()}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

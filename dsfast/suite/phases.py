@@ -24,7 +24,7 @@ from dsfast.config import Config
 from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import GpuError
-from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught
+from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught, questions
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.error_reports import error_reports
@@ -94,7 +94,7 @@ def set_up(session: Session) -> Details:
     session.trainer = Trainer(config, session.folder)
     data, model = session.trainer.dataset, session.trainer.model
     data.rows.batch(0, config.train.batch_size)
-    for prompts in session.plan.prompts.values():
+    for prompts in (*session.plan.prompts.values(), *questions(data.taught).values()):
         check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
     session.untrained = copy.deepcopy(model)
     with session.trainer.kernels():

@@ -159,6 +159,7 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
     turn = ceil(steps / TURNS)
     runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
     with TemporaryDirectory() as folder, both_sides(trees, runs) as (sides, ready):
+        sides["now"].ask("check_prompts")
         whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
         trained = _turns(sides, PROCESS_TURNS if whole_runs else ceil(steps / turn), "train")

@@ -2,9 +2,9 @@
 
     python -c "..."    with the text of this file, so that it is the same in either tree
 
-It takes of dsfast only what older commits have too. Standard input has lines of JSON, the name of a method of `Run` and its
-arguments, the first one "ready" with those that make the run. Standard output has a line of JSON for each: what the method
-returns, or {"user_error": ...}.
+It takes of dsfast only what older commits have too, but for `Run.check_prompts`. Standard input has lines of JSON, the name of a
+method of `Run` and its arguments, first "ready" with those that make the run. Standard output has a line of JSON for each:
+what the method returns, or {"user_error": ...}.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Run:
     operators, with the kernels and the products that the run would have."""
 
     def __init__(self, config: str, changes: dict[str, Any], turn: int):
-        self.config = load_config(config).replace(**changes)
+        self.file, self.config = config, load_config(config).replace(**changes)
         self.turn = turn
         self.trainer = Trainer(self.config)
 
@@ -52,6 +52,19 @@ class Run:
         """Whose code this is, where it trains, and the operators it has."""
         package = str(Path(ops.__file__).parents[1])
         return {"package": package, "device": self.trainer.device.type, "operators": list(SIZES)}
+
+    def check_prompts(self) -> dict[str, Any]:
+        """Of the present tree alone. Raises UserError where what is asked in the end does not fit the model's context."""
+        from dsfast.data import load_prompts
+        from dsfast.evaluate import check_lengths, questions
+
+        data, prompts = self.trainer.dataset, load_prompts()
+        try:
+            for asked in (prompts.fast, prompts.full, *questions(data.taught).values()):
+                check_lengths(data.tokenizer, asked, self.config.model.max_position_embeddings)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
+        return {}
 
     def train(self) -> dict[str, Any]:
         """The next steps: their losses, the median of their seconds. On a GPU a whole run, begun anew."""

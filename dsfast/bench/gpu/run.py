@@ -247,12 +247,18 @@ def _driver() -> str | None:
 
 
 def sound(found: Json) -> bool:
-    """Whether every part that ran ended by itself, every case passed its check, no peer was wrong, no test failed and nothing on
-    the GPU fell back."""
+    """Whether there was time for a part, every part that ran ended by itself, every case passed its check, no peer was wrong, no
+    test failed and nothing on the GPU fell back."""
     failed = [state for state in found["parts"].values() if state["status"].startswith("failed")]
     wrong = [row for row in found["rows"] if row.get("check") or row.get("status", "").startswith("failed")]
     peers = [p for row in found["rows"] for p in row.get("peers", {}).values() if p["status"] == "wrong"]
     ours = [v for row in found["rows"] for p in row.get("passes", {}).values() for n, v in p["variants"].items()
             if n == "dsfast" and "failed" in v]  # fmt: skip
     fell_back = [f for row in found["rows"] for f in row.get("fallbacks", ()) if f["device"] == "cuda"]
-    return not (failed or wrong or peers or ours or fell_back)
+    return not (failed or wrong or peers or ours or fell_back or nothing_measured(found["parts"]))
+
+
+def nothing_measured(parts: Json) -> bool:
+    """Whether for none of those that were asked for there was time."""
+    states = {state["status"] for part, state in parts.items() if part != "bounds"} - {NOT_ASKED}
+    return states == {OUT_OF_TIME}

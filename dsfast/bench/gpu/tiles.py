@@ -9,7 +9,7 @@ from typing import Any
 from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
 from dsfast.bench.gpu.figures import OUT_OF_TIME
-from dsfast.bench.gpu.run import LEAST, NOT_YET, SHARE, check_gpu, choose_parts, run_part, where
+from dsfast.bench.gpu.run import LEAST, NOT_YET, SHARE, check_gpu, choose_parts, nothing_measured, run_part, where
 from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
 from dsfast.errors import UserError, choices
 from dsfast.ops import triton
@@ -84,6 +84,8 @@ def run_tiles(
 
 
 def sound(found: Json) -> bool:
-    """Whether every case's process ended by itself or with its time, and the shipped tiles were right."""
+    """Whether there was time for a case, every case's process ended by itself or with its time, and the shipped tiles were
+    right."""
     states = [*found["parts"].values(), *found["rows"]]
-    return not [state for state in states if state["status"].startswith("failed")]
+    failed = [state for state in states if state["status"].startswith("failed")]
+    return not (failed or nothing_measured(found["parts"]))
