@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -26,6 +27,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Of a command what it does not know is its own mistake, not that of the parser above it."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def add_path(self, *names: str, **options) -> None:
         """`add_argument` for the name of a file or folder. An empty one is refused: to pathlib it is the working folder."""
@@ -46,6 +54,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     defect and keeps its traceback.
     """
     output = _prepare_output()
+    warnings.formatwarning = _format_warning
     try:
         code = _status(main, sys.argv[1:] if argv is None else argv)
     except SystemExit:  # of --help
@@ -73,6 +82,12 @@ def _status(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt as interrupt:  # an Interrupted says which signal it was, and of training what was saved
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", EXIT_INTERRUPTED)
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """One line; of those that are not for the user the place too."""
+    place = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    return f"warning: {place}{' '.join(str(message).splitlines())}\n"
 
 
 def _complain(message: str) -> int:

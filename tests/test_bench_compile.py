@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_and_2(arguments, complaint, nothing_compiled, cap
             "3.5rc1",
             "triton 3.5rc1 is too old, 3.6 or newer is needed; run `pip install -U dsfast",
         ),
-        (ops_triton, "INTERPRETED", True, "TRITON_INTERPRET=1 is set, and Triton then compiles nothing; unset it"),
+        (ops_triton, "INTERPRETED", True, "TRITON_INTERPRET is set, and Triton then compiles nothing; unset it"),
     ],
     ids=["missing", "too old", "interpreted"],
 )

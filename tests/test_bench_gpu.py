@@ -922,7 +922,7 @@ def test_a_run_that_had_time_for_nothing_is_not_sound(statuses, nothing):
 
 def test_the_interpreter_is_no_gpu(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    with pytest.raises(run.UserError, match="TRITON_INTERPRET=1 is set, and nothing would run on the GPU"):
+    with pytest.raises(run.UserError, match="TRITON_INTERPRET is set, and nothing would run on the GPU"):
         run.check_gpu(rehearsal=False)
 
 

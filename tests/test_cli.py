@@ -92,6 +92,13 @@ sys.exit(run_command(main))
     assert (tmp_path / "done").exists()
 
 
+def test_a_warning_is_one_line():
+    main = "lambda argv: __import__('warnings').warn('a line\\nand another')"
+    code = f"import sys; from dsfast.command import run_command; sys.exit(run_command({main}, []))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (child.returncode, child.stderr) == (0, "warning: a line and another\n")
+
+
 def test_an_output_that_is_closed_is_none():
     closed = f"{sys.executable} -c 'from dsfast.command import run_command as run; import sys; sys.exit(run(print, [1]))' >&-"
     child = subprocess.run(closed, shell=True, capture_output=True, text=True, timeout=60, cwd=ROOT)

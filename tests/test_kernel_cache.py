@@ -32,9 +32,9 @@ TO_DO = r"a compiled kernel could not be written or read back .*; make room, or 
 def fresh(monkeypatch):
     """As in a new process, in which TRITON_CACHE_DIR is not set."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    triton._use_kernel_cache.cache_clear()
+    triton.use_kernel_cache.cache_clear()
     yield
-    triton._use_kernel_cache.cache_clear()
+    triton.use_kernel_cache.cache_clear()
 
 
 def compiled():
@@ -85,7 +85,8 @@ def test_one_that_cannot_be_written_to_is_told_once_and_another_serves_the_proce
         compiled()
         compiled()
     [message] = [str(warning.message) for warning in told if "kernels" in str(warning.message)]
-    assert message.startswith(f"compiled GPU kernels are kept for this process alone: {tmp_path / 'file'}: ")
+    named = f"TRITON_CACHE_DIR {tmp_path / 'file'}: "
+    assert message.startswith(f"compiled GPU kernels are kept for this process alone: {named}")
     assert "set TRITON_CACHE_DIR" in message
     assert "\n" not in message
     assert any(path.suffix == ".cubin" for path in files_in(kernel_cache()))

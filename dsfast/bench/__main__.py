@@ -48,6 +48,7 @@ from dsfast.files import (
 )
 from dsfast.info import ROOT
 from dsfast.model import DeepseekV3
+from dsfast.ops import triton
 from dsfast.train import load_checkpoint
 from dsfast.triton_kernels.limits import CHIPS
 
@@ -205,6 +206,7 @@ def _into_folder(arguments: Namespace, argv: list[str], settings: Json, run: Cal
         for file in (f"{name}.{kind}" for kind in ("json", "txt", "log")):
             if os.path.lexists(folder / file):
                 raise UserError(f"--out {folder}: {file} is there already; expected a folder without one")
+        triton.use_kernel_cache()  # else each part's process would say, in the log alone, that it cannot
         found = run(reporter.progress, keep)
     reporter.show(results.document(argv, settings, found))
     return found

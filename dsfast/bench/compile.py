@@ -87,7 +87,7 @@ def plan(
     if reason := triton.missing():
         raise UserError(f"bench compile: {reason}")
     if triton.INTERPRETED:
-        raise UserError("bench compile: TRITON_INTERPRET=1 is set, and Triton then compiles nothing; unset it")
+        raise UserError("bench compile: TRITON_INTERPRET is set, and Triton then compiles nothing; unset it")
     known = operators()
     names = _among("operator", names or known, known)
     found = [size for operator in names for size in kernels_of(operator).EXAMPLES]

@@ -96,7 +96,7 @@ def _text_field(entry: dict, field: str, default: str | None, where: str) -> str
         got = "nothing" if field not in entry else _shown(value)
         raise UserError(f"{where}.{field}: expected a{' non-empty' if default is None else ''} string, got {got}")
     if value != value.strip():
-        raise UserError(f"{where}.{field}: expected no spaces at either end, got {value!r}")
+        raise UserError(f"{where}.{field}: expected no spaces at either end, got {_shown(value)}")
     return value
 
 

@@ -138,7 +138,7 @@ def kept_kernels() -> Iterator[None]:
     if INTERPRETED:
         yield
         return
-    _use_kernel_cache()
+    use_kernel_cache()
     try:
         yield
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
@@ -151,7 +151,8 @@ def kept_kernels() -> Iterator[None]:
 
 
 @cache
-def _use_kernel_cache() -> None:
+def use_kernel_cache() -> None:
+    """Have `kernel_cache()` be a folder that can be written to, as `kept_kernels` says; here and in processes started later."""
     folder = kernel_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,8 +161,10 @@ def _use_kernel_cache() -> None:
     except OSError as error:
         temporary = tempfile.TemporaryDirectory(prefix="dsfast-triton-")
         atexit.register(temporary.cleanup)
+        named = next((f"{name} " for name in ("TRITON_CACHE_DIR", "DSFAST_CACHE") if os.environ.get(name)), "")
         warnings.warn(
-            f"compiled GPU kernels are kept for this process alone: {folder}: {error.strerror}; set TRITON_CACHE_DIR",
+            f"compiled GPU kernels are kept for this process alone: {named}{folder}: {error.strerror}; set TRITON_CACHE_DIR to a"
+            " folder that can be written to",
             stacklevel=2,
         )
         folder = Path(temporary.name)

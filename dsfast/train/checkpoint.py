@@ -96,7 +96,10 @@ def find_checkpoint(path: str | Path) -> Path:
             raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
         found = checkpoints(path)
     if not found:
-        raise UserError(f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one")
+        raise UserError(
+            f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one. A run that ended before its"
+            " first can only be begun anew, in another folder"
+        )
     return found[-1]
 
 

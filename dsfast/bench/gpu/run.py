@@ -68,7 +68,7 @@ def check_gpu(rehearsal: bool, bench: str = "gpu") -> None:
         return
     if triton.INTERPRETED:
         raise UserError(
-            f"bench {bench}: TRITON_INTERPRET=1 is set, and nothing would run on the GPU; unset it or --rehearse"
+            f"bench {bench}: TRITON_INTERPRET is set, and nothing would run on the GPU; unset it or --rehearse"
         )
     if torch.cuda.is_available():
         available, reason = triton.available("mla_attention")

@@ -37,7 +37,7 @@ def check_can_try(rehearsal: bool, planned: bool) -> None:
     """Raises UserError where this machine cannot do it."""
     if planned:
         reason = triton.missing() or (
-            "TRITON_INTERPRET=1 is set, and Triton then compiles nothing" if triton.INTERPRETED else ""
+            "TRITON_INTERPRET is set, and Triton then compiles nothing" if triton.INTERPRETED else ""
         )
         if rehearsal or reason:
             raise UserError(f"bench tiles --plan compiles: {reason or 'it cannot --rehearse'}")
