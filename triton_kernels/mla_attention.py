@@ -255,7 +255,7 @@ def forward_kernel(
             Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART,
         )  # fmt: skip
 
-    store_rows(o + h * Dv, H * Dv, t, N, b_o / b_l[:, None], BT, Dv, DV)
+    store_rows(o + h * Dv, H * Dv, t, N, b_o * (1.0 / b_l)[:, None], BT, Dv, DV)
     p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
     if v.dtype.element_ty == tl.float32:
         tl.store(p_m + tl.cast(H, tl.int64) * PITCH, b_log_l, mask=i < PITCH)
