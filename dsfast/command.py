@@ -53,15 +53,15 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     its number. Where what reads the output has gone, the work goes on, and what would be 0 is 141. Any other exception is a
     defect and keeps its traceback.
     """
-    output = _prepare_output()
+    outputs = _prepare_output()
     warnings.formatwarning = _format_warning
     try:
         code = _status(main, sys.argv[1:] if argv is None else argv)
     except SystemExit:  # of --help
-        if failed := _finish(output):
+        if failed := _finish(outputs):
             return failed
         raise
-    failed = _finish(output, quiet=code != 0)
+    failed = _finish(outputs, quiet=code != 0)
     return code or failed
 
 
@@ -95,7 +95,7 @@ def _complain(message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _finish(output: _Output | None, quiet: bool = False) -> int:
+def _finish(outputs: list[_Output], quiet: bool = False) -> int:
     """Write what standard output still holds; where it takes no more, nowhere, or Python would complain when it ends. 0, or the
     status of that; `quiet`: nothing more is said."""
     try:
@@ -103,7 +103,7 @@ def _finish(output: _Output | None, quiet: bool = False) -> int:
     except OSError as error:
         _discard(sys.stdout.fileno())
         return EXIT_USER_ERROR if quiet else _complain(f"an output cannot be written: {error.strerror}")
-    return EXIT_BROKEN_PIPE if output is not None and output.abandoned else 0
+    return EXIT_BROKEN_PIPE if any(output.abandoned for output in outputs) else 0
 
 
 def _discard(file: int) -> None:
@@ -114,7 +114,7 @@ def _discard(file: int) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output that outlasts its reader: `| head` may read as much as it wants, a run is not lost for it."""
+    """Standard output or error that outlasts its reader: `| head` may read as much as it wants, a run is not lost for it."""
 
     abandoned = False
 
@@ -127,22 +127,25 @@ class _Output(io.FileIO):
             return super().write(data)
 
 
-def _prepare_output() -> _Output | None:
+def _prepare_output() -> list[_Output]:
     """Have somewhere to write to where the process was started without, no text that cannot be written, and what outlasts its
-    reader: that, where it is the process's own output."""
+    reader: those, of the streams that are the process's own."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
-    given = sys.stdout
-    if given is not sys.__stdout__ or not isinstance(given, io.TextIOWrapper):
-        return None
-    given.flush()
-    output = _Output(given.fileno(), "wb", closefd=False)
-    ways = {name: getattr(given, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), **ways)
-    return output
+    outputs = []
+    for name in ("stdout", "stderr"):
+        given = getattr(sys, name)
+        if given is getattr(sys, f"__{name}__") and isinstance(given, io.TextIOWrapper):
+            given.flush()
+            outputs.append(_Output(given.fileno(), "wb", closefd=False))
+            ways = {way: getattr(given, way) for way in ("encoding", "errors", "line_buffering", "write_through")}
+            unbuffered = isinstance(given.buffer, io.FileIO)  # as PYTHONUNBUFFERED asks for
+            buffer = outputs[-1] if unbuffered else io.BufferedWriter(outputs[-1])
+            setattr(sys, name, io.TextIOWrapper(buffer, **ways))
+    return outputs
 
 
 @contextmanager

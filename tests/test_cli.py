@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,36 @@ sys.exit(run_command(main))
     writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes)
     writer.stdout.close()
     assert writer.stderr.read() == b""
+    assert writer.wait() == 141
+    assert (tmp_path / "done").exists()
+
+
+def test_an_output_that_is_to_be_unbuffered_is():
+    code = "import sys; from dsfast.command import run_command; run_command(lambda argv: (print('x'), sys.stdin.read(1)))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as writer:
+        ready, _, _ = select.select([writer.stdout], [], [], 30)
+        writer.communicate(b"\n")
+    assert ready
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_the_work_outlasts_a_reader_of_both_outputs(unbuffered, tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from dsfast.command import run_command
+
+def main(argv):
+    print("x", file=sys.stderr)
+    Path("done").touch()
+
+sys.exit(run_command(main))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, **pipes)
+    writer.stdout.close()
     assert writer.wait() == 141
     assert (tmp_path / "done").exists()
 
