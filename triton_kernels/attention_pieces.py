@@ -3,6 +3,8 @@ that all launches share. Letters as in dsfast.triton_kernels.mla_attention."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values 
 UNSPECIALIZED = ("N", "S", "STEPS")
 """Arguments that change from batch to batch and must not cause a new compilation."""
 _PITCHES = 16  # PITCH is a multiple of it
+
+Row = TypeVar("Row")
 
 
 @triton.jit
@@ -108,6 +112,12 @@ def measure(dn: int, dr: int, dv: int) -> int:
     wide = padded(dn), padded(dr), padded(dv)
     masked = wide != (dn, dr, dv)
     return max(sum(wide), 2 * wide[0], 2 * wide[2], (4 if masked else 3) * wide[1])
+
+
+def row_of(by_measure: dict[int, Row], widths: tuple[int, int, int]) -> Row:
+    """Of rows by the largest `measure` that each serves the one for `widths`, Dn, Dr and Dv."""
+    least = measure(*widths)
+    return by_measure[min(m for m in by_measure if m >= least)]
 
 
 def softmax_shape(q: Tensor) -> tuple[int, int, int]:

@@ -47,6 +47,7 @@ from dsfast.triton_kernels.attention_pieces import (
     load_softmax,
     measure,
     probabilities,
+    row_of,
     scores,
     shared_arguments,
     softmax_shape,
@@ -543,8 +544,7 @@ def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: 
             "mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two,"
             f" up to {ATTENTION_WIDEST}, got {width}"
         )
-    least = measure(*widths)
-    return by_measure[min(m for m in by_measure if m >= least)]
+    return row_of(by_measure, widths)
 
 
 def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
@@ -622,14 +622,7 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
-    tiling = {
-        "BT": bt,
-        "BS": bs,
-        "STAGES": stages,
-        "PRECISION": "ieee",
-        "APART": apart,
-        "AHEAD": ahead,
-    }
+    tiling = {"BT": bt, "BS": bs, "STAGES": stages, "PRECISION": "ieee", "APART": apart, "AHEAD": ahead}
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)
     return Launch(kernel, grid, arguments | widths | tiling, options(warps, stages), itemsize, tile)
 

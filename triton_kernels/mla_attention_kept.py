@@ -28,6 +28,7 @@ from dsfast.triton_kernels.attention_pieces import (
     load_queries,
     load_rows,
     measure,
+    row_of,
     scores,
     store_rows,
     widths_of,
@@ -262,11 +263,8 @@ def launches(arguments: dict, heads: int, large: int) -> list[Launch]:
     arguments = arguments | {"ds": ds, "ds_h": ds.stride(0), "SIDE": SIDE, "ROWS": _ROWS}
     grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
     found = [Launch(delta_kernel, grid, arguments, options(4), 2, 0)]
-    least = measure(*widths_of(arguments))
-    of_scores, of_product = (
-        by_measure[min(m for m in by_measure if m >= least)]
-        for by_measure in (_SM_100 if large == 10 else _LARGE).values()
-    )
+    table, widths = _SM_100 if large == 10 else _LARGE, widths_of(arguments)
+    of_scores, of_product = (row_of(table[kernel], widths) for kernel in ("scores", "product"))
     for first in range(0, arguments["H"], heads):
         part = arguments | {"FIRST": first, "HEADS": min(heads, arguments["H"] - first)}
         found += [

@@ -512,10 +512,7 @@ def tokens_backward_launches(
     (n, d), (e, top_k) = x.shape, (weight.size(0), indices.size(1))
     kp = triton.next_power_of_2(top_k)
     widest = 64 if x.itemsize == 2 else 32
-    bn, bd = (
-        min(widest, max(16, 128 // kp)),
-        min(widest, padded(d)),
-    )  # bn KP FEW numbers are 16 for a thread, up to KP = 8
+    bn, bd = min(widest, max(16, 128 // kp)), min(widest, padded(d))  # bn KP FEW: 16 numbers for a thread, up to KP = 8
     blocks = triton.cdiv(d, bd)
     shares, steps = splits(blocks, max(1, triton.cdiv(n, bn)))
     parts = x.new_empty(shares, e, d, dtype=torch.float32)

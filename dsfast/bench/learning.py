@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dsfast.config import Config
-from dsfast.evaluate import check_lengths, measure_taught, questions
+from dsfast.evaluate import check_taught, measure_taught
 from dsfast.train import Trainer
 
 REFERENCE = {"runtime.dtype": "float32", "runtime.kernels": {"default": "reference"}}
@@ -41,8 +41,7 @@ def _run(config: Config) -> Json:
     """Train once: `loss` of the last step, `mean_loss` of the LAST ones, `seconds` of training, `recall` of taught facts."""
     trainer = Trainer(config)
     data = trainer.dataset
-    for prompts in questions(data.taught).values():
-        check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
+    check_taught(data.tokenizer, data.taught, config.model.max_position_embeddings)
     result = trainer.train(quiet=True)
     recall = measure_taught(trainer.model, data.tokenizer, data.taught)
     return {

@@ -1,7 +1,7 @@
 """Questions to a model and what its answers are worth: probes, similarity, recall."""
 
 from dsfast.evaluate.probes import ProbeResult, ask, check_lengths, continue_greedily
-from dsfast.evaluate.recall import Recall, measure_recall, measure_taught, questions, wilson_interval
+from dsfast.evaluate.recall import Recall, check_taught, measure_recall, measure_taught, wilson_interval
 from dsfast.evaluate.similarity import Similarity, exact_match, similarity
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "Similarity",
     "ask",
     "check_lengths",
+    "check_taught",
     "continue_greedily",
     "exact_match",
     "measure_recall",
     "measure_taught",
-    "questions",
     "similarity",
     "wilson_interval",
 ]

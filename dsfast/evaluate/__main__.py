@@ -11,7 +11,7 @@ from dsfast.config import Config
 from dsfast.data import load_facts, load_prompts, taught_facts
 from dsfast.data.sources import ENCYCLOPEDIA
 from dsfast.evaluate.probes import ask, check_lengths
-from dsfast.evaluate.recall import measure_taught, questions
+from dsfast.evaluate.recall import check_taught, measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
 from dsfast.train.runtime import answering
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
     path = check_output_file(arguments.json, "--json") if arguments.json else None
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]
+    check_lengths(tokenizer, asked, config.model.max_position_embeddings)
     taught = _taught(config)
-    for questioned in (asked, *questions(taught).values()):
-        check_lengths(tokenizer, questioned, config.model.max_position_embeddings)
+    check_taught(tokenizer, taught, config.model.max_position_embeddings)
     with answering(model, config, arguments.device):
         probes = ask(model, tokenizer, asked, config.suite.max_new_tokens)
         recall = measure_taught(model, tokenizer, taught)

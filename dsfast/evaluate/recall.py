@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from dsfast.data import Fact, Prompt, heldout_prompts, taught_prompts
-from dsfast.evaluate.probes import continue_greedily, judge
+from dsfast.evaluate.probes import check_lengths, continue_greedily, judge
 from dsfast.model import DeepseekV3
 
 _ROOM = 3  # tokens beyond the longest answer: an article, a full stop, the end of a word
@@ -37,7 +37,7 @@ def measure_recall(model: DeepseekV3, tokenizer: Tokenizer, prompts: Sequence[Pr
     return Recall(len(prompts), correct, correct / len(prompts), *wilson_interval(correct, len(prompts)))
 
 
-def questions(facts: Sequence[Fact]) -> dict[str, list[Prompt]]:
+def _questions(facts: Sequence[Fact]) -> dict[str, list[Prompt]]:
     """About `facts` in the phrasings of the training text, "taught", and in those held out from it, "heldout"."""
     return {
         name: [prompt for fact in facts for prompt in phrasings(fact)]
@@ -46,8 +46,14 @@ def questions(facts: Sequence[Fact]) -> dict[str, list[Prompt]]:
 
 
 def measure_taught(model: DeepseekV3, tokenizer: Tokenizer, facts: Sequence[Fact]) -> dict[str, Recall | None]:
-    """Recall of `facts`, by the names of `questions`."""
-    return {name: measure_recall(model, tokenizer, prompts) for name, prompts in questions(facts).items()}
+    """Recall of `facts`, by the names of `_questions`."""
+    return {name: measure_recall(model, tokenizer, prompts) for name, prompts in _questions(facts).items()}
+
+
+def check_taught(tokenizer: Tokenizer, facts: Sequence[Fact], context: int) -> None:
+    """As `check_lengths`, of all that `measure_taught` asks about `facts`."""
+    for prompts in _questions(facts).values():
+        check_lengths(tokenizer, prompts, context)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

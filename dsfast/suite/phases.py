@@ -24,7 +24,7 @@ from dsfast.config import Config
 from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import GpuError
-from dsfast.evaluate import ProbeResult, ask, check_lengths, measure_taught, questions
+from dsfast.evaluate import ProbeResult, ask, check_lengths, check_taught, measure_taught
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.error_reports import error_reports
@@ -94,8 +94,9 @@ def set_up(session: Session) -> Details:
     session.trainer = Trainer(config, session.folder)
     data, model = session.trainer.dataset, session.trainer.model
     data.rows.batch(0, config.train.batch_size)
-    for prompts in (*session.plan.prompts.values(), *questions(data.taught).values()):
+    for prompts in session.plan.prompts.values():
         check_lengths(data.tokenizer, prompts, config.model.max_position_embeddings)
+    check_taught(data.tokenizer, data.taught, config.model.max_position_embeddings)
     session.untrained = copy.deepcopy(model)
     with session.trainer.kernels():
         operators = ops.report(config.runtime.device, session.trainer.precision.tensors)

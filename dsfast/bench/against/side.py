@@ -56,12 +56,12 @@ class Run:
     def check_prompts(self) -> dict[str, Any]:
         """Of the present tree alone. Raises UserError where what is asked in the end does not fit the model's context."""
         from dsfast.data import load_prompts
-        from dsfast.evaluate import check_lengths, questions
+        from dsfast.evaluate import check_lengths, check_taught
 
-        data, prompts = self.trainer.dataset, load_prompts()
+        data, prompts, context = self.trainer.dataset, load_prompts(), self.config.model.max_position_embeddings
         try:
-            for asked in (prompts.fast, prompts.full, *questions(data.taught).values()):
-                check_lengths(data.tokenizer, asked, self.config.model.max_position_embeddings)
+            check_lengths(data.tokenizer, [*prompts.fast, *prompts.full], context)
+            check_taught(data.tokenizer, data.taught, context)
         except UserError as error:
             raise UserError(f"{self.file}: {error}") from None
         return {}
