@@ -94,7 +94,9 @@ sys.exit(run_command(main))
 
 
 def test_an_output_that_is_to_be_unbuffered_is():
-    code = "import sys; from dsfast.command import run_command; run_command(lambda argv: (print('x'), sys.stdin.read(1)))"
+    code = (
+        "import sys; from dsfast.command import run_command; run_command(lambda argv: (print('x'), sys.stdin.read(1)))"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as writer:
         ready, _, _ = select.select([writer.stdout], [], [], 30)
