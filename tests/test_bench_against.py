@@ -256,8 +256,10 @@ class TestTree:
             patch.setattr(subprocess.Popen, "communicate", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 tree._run(["bash", "-c", shell], {})
-        stopped = Path(f"/proc/{begun.read_text().strip()}/stat")
-        assert not stopped.exists() or stopped.read_text().split()[2] == "Z"
+        deadline = time.monotonic() + 20  # a killed process may still be seen for a moment; unkilled it would sleep for a minute
+        while _runs(begun.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def test_a_failed_build_is_one_line_and_leaves_nothing(self, repository, tmp_path, monkeypatch):
         """pip finds no project there: it has neither pyproject.toml nor setup.py."""
@@ -265,6 +267,14 @@ class TestTree:
         with pytest.raises(UserError, match=r"the C\+\+ kernels of commit [0-9a-f]{12} could not be built: ERROR: "):
             tree.tree_of(tree.resolve("HEAD"))
         assert list((tmp_path / "cache/trees").iterdir()) == []
+
+
+def _runs(process: str) -> bool:
+    """Whether there is such a process and it is not a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_gpus_turn_is_a_whole_run(tmp_path: Path):
