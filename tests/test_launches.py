@@ -12,7 +12,7 @@ from dsfast import ops
 from dsfast.config import default_config
 from dsfast.train.device_step import DeviceStep
 
-TRITON, TORCH, ASIDE = 36, 4, 39
+TRITON, TORCH, ASIDE = 34, 4, 39
 """At most: in the chain of a recorded step, and on its branches. To be lowered with what takes launches away, never raised."""
 
 test_on_a_gpu_that_is_not_there = in_its_own_process(__file__)

@@ -7,7 +7,7 @@ import torch
 from operator_cases import DRAWS, EDGES, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
 
 from dsfast import ops
-from dsfast.ops.cases import mla_attention_case
+from dsfast.ops.cases import attention_by_heads, mla_attention_case
 from dsfast.ops.checks import check_draws
 
 NAN = float("nan")
@@ -28,6 +28,7 @@ class TestMlaAttention(OperatorContract):
         mla_attention_case("a value wider than the key", (23,), 2, 2, 2, 37),
         mla_attention_case("one head of keys and values for three of queries", (19, 0, 51), 6, 7, 4, 5, 2),
         mla_attention_case("one head of keys and values for all", (35, 9), 4, 8, 6, 16, 1),
+        mla_attention_case("a rope key expanded to the heads", (35, 0, 9), 3, 5, 4, 7, function=attention_by_heads),
     )
     tiny = mla_attention_case("tiny", (2, 0, 3), 2, 3, 2, 3)
     not_expanded = (3,)  # k_rope
@@ -46,6 +47,14 @@ class TestMlaAttention(OperatorContract):
             v=lambda v: v.repeat(1, 2, 1),
         ),
         bad(r"mla_attention: k_rope must have shape \[5, 2\], got \[5, 1\]", k_rope=lambda k: k[:, :1]),
+        bad(
+            r"mla_attention: k_rope must have shape \[5, 2, 2\], got \[5, 1, 2\]",
+            k_rope=lambda k: k[:, None],
+        ),
+        bad(
+            r"mla_attention: k_rope \[N, H, Dr\] must be one for all heads, expanded: their stride 0, got 2",
+            k_rope=lambda k: k[:, None].repeat(1, 2, 1),
+        ),
         bad(r"mla_attention: v must have shape \[5, 2, Dv\], got \[5, 1, 3\]", v=lambda v: v[:, :1]),
         bad(r"mla_attention: cu_seqlens must have shape \[S \+ 1\], got \[1, 4\]", cu_seqlens=lambda c: c[None]),
         bad(

@@ -84,7 +84,7 @@ def test_reference_is_the_composition_of_the_operators(residual):
         latent, k_rope = (x @ kv_a.T).split([8, 4], dim=-1)
         key_values = (ops.rms_norm(latent, latent_norm, latent_eps) @ kv_b.T).unflatten(-1, (heads, -1))
         k_nope, v = key_values.split([8, 6], dim=-1)
-        k_rope = ops.rope(k_rope[:, None], cos, sin, positions)[:, 0]
+        k_rope = ops.rope(k_rope[:, None], cos, sin, positions).expand(-1, heads, -1)
         return h, q_nope, ops.rope(q_rope, cos, sin, positions), k_nope, k_rope, v
 
     assert_same_in_float64(case, composed)

@@ -10,7 +10,7 @@ from operator_cases import assert_passed
 from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
-from dsfast.ops.cases import mla_attention_case
+from dsfast.ops.cases import attention_by_heads, mla_attention_case
 from dsfast.ops.checks import FLOOR_ULPS, compare
 from dsfast.ops.mla_attention import mla_attention_reference
 
@@ -24,6 +24,7 @@ class TestMlaAttention(TritonContract):
         mla_attention_case("widths that are no power of two", (20, 3, 9), 2, 24, 8, 40),
         mla_attention_case("one head of keys and values for three of queries", (19, 0, 51), 6, 16, 8, 24, 2),
         mla_attention_case("one head of keys and values for all", (35, 9), 4, 8, 6, 16, 1),
+        mla_attention_case("a rope key expanded to the heads", (35, 0, 9), 3, 16, 8, 32, function=attention_by_heads),
     )
     tiny = mla_attention_case("tiny", (2, 0, 33), 2, 3, 2, 5)
     registered = ("mla_attention", "mla_attention_backward")

@@ -127,6 +127,7 @@ def softmax_shape(q: Tensor) -> tuple[int, int, int]:
 
 def shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> dict:
     """What kernels of both passes take, by name: inputs and their strides, sizes, widths as they are and rounded up."""
+    k_rope = k_rope[:, 0] if k_rope.dim() == 3 else k_rope  # one for all heads, also where it is given expanded to them
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens = rows(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens)
     n, h, dn = q_nope.shape
     documents = cu_seqlens.size(0) - 1
@@ -149,14 +150,17 @@ def widths_of(arguments: dict) -> tuple[int, int, int]:
 
 def backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> dict:
     """What kernels of the backward pass take: as `shared_arguments`, and what they fill, the gradients, delta [H, PITCH] and
-    shares [H, N, Dr], the heads' of dk_rope. The rope key is one for all of them."""
+    shares [H, N, Dr], the heads' of dk_rope: their sum is that of a k_rope [N, Dr], they themselves that of one [N, H, Dr]."""
     (do,) = rows(do)
     n, h, dr = q_rope.shape
+    of_heads = k_rope.dim() == 3
+    shares = q_rope.new_empty(h, n, dr, dtype=q_rope.dtype if of_heads else torch.float32)
     return shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) | {
         "do": do, "do_n": do.stride(0), "do_h": do.stride(1), "o": o, "softmax": softmax,
-        "delta": torch.empty_like(softmax[0]), "shares": q_rope.new_empty(h, n, dr, dtype=torch.float32),
+        "delta": torch.empty_like(softmax[0]), "shares": shares,
         "dq_nope": q_nope.new_empty(q_nope.shape), "dq_rope": q_rope.new_empty(q_rope.shape),
-        "dk_nope": q_nope.new_empty(q_nope.shape), "dk_rope": k_rope.new_empty(k_rope.shape), "dv": o.new_empty(o.shape),
+        "dk_nope": q_nope.new_empty(q_nope.shape), "dv": o.new_empty(o.shape),
+        "dk_rope": shares.transpose(0, 1) if of_heads else k_rope.new_empty(n, dr),
     }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ of the loop's last products, which are still under way there, and ptxas would ma
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -510,7 +511,7 @@ _LARGE = {
 # of 8 warps may get 128 registers and no more.
 _SM_100 = {
     "forward": _LARGE["forward"] | {192: Tiles(128, 64, 8, 3), 320: Tiles(128, 64, 8, 3), 576: Tiles(64, 32, 8, 3)},
-    "backward_q": _LARGE["backward_q"] | {80: Tiles(64, 64, 4, 2), 320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
+    "backward_q": _LARGE["backward_q"] | {80: Tiles(64, 64, 4, 3), 320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
     "backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)},
 }
 _SMALL = {
@@ -567,8 +568,8 @@ def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tenso
 
 
 def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
-    """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o, those of k_nope and v for each head of queries
-    [N, H, .]. Deterministic: no atomics. Errors as `forward`."""
+    """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o, those of k_nope, v and a k_rope [N, H, Dr] for each
+    head of queries [N, H, .]. Deterministic: no atomics. Errors as `forward`."""
     _check(q_nope, q_rope, v, cu_seqlens, scale)
     with torch.cuda.device_of(q_nope):
         arguments = backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax)
@@ -585,9 +586,11 @@ def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, soft
 
 def backward_launches(arguments: dict, large: int) -> list[Launch]:
     """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
-    where that serves them, else by those that make scores anew; and the sum of the heads' shares of dk_rope."""
+    where that serves them, else by those that make scores anew; where dk_rope is no gradient of each head, the sum of these."""
     heads = mla_attention_kept.heads_at_once(arguments, large)
     launches = mla_attention_kept.launches(arguments, heads, large) if heads else _anew(arguments, large)
+    if arguments["dk_rope"].dim() == 3:
+        return launches
     return [*launches, sum_launch(arguments["shares"], arguments["dk_rope"])]
 
 
@@ -652,11 +655,15 @@ EXAMPLES = {
 
 
 def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
-    """Kernel -> launch at EXAMPLES[size], on the meta device; of the backward pass those that make scores anew."""
+    """Kernel and variant -> launch at EXAMPLES[size], on the meta device; of the backward pass those that make scores anew."""
     arguments = example_arguments(EXAMPLES[size], dtype)
+    *makers, of_keys = _anew(arguments, large)
     launches = [
-        _launch("forward", forward_kernel, large, arguments),
-        *_anew(arguments, large),
+        _launch("forward", forward_kernel, large, arguments), *makers, of_keys,
         sum_launch(arguments["shares"], arguments["dk_rope"]),
-    ]
-    return {launch.kernel.__name__: launch for launch in launches}
+    ]  # fmt: skip
+    found = {launch.kernel.__name__: launch for launch in launches}
+    if dtype.itemsize == 4:  # where the heads' shares are of that dtype anyway
+        return found
+    by_heads = replace(of_keys, arguments=of_keys.arguments | {"shares": arguments["shares"].to(dtype)})
+    return found | {f"{of_keys.kernel.__name__}, dk_rope by heads": by_heads}

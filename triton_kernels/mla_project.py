@@ -120,6 +120,18 @@ def _latent_backward(
     return b_l, b_dl, b_da, b_kv_a
 
 
+@triton.jit
+def _key_backward(
+    dk_rope, b_cos, b_sin, start, N, H: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, BN: tl.constexpr
+):
+    """The gradient of what kv_a gave for the rope key of a tile [BN, DRP], from that of the turned one, by heads [H, N, Dr]."""
+    b_dk = tl.zeros([BN, DRP], tl.float32)
+    for _ in tl.static_range(H):
+        b_dk += load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP).to(tl.float32)
+        dk_rope += tl.cast(N, tl.int64) * Dr
+    return _turned(b_dk, b_cos, -b_sin, BN, 1, DRP).to(dk_rope.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["N", "P"])
 def backward_kernel(
     dh, dq_nope, dq_rope, dk_nope, dk_rope, dv, h, norm, q, kv_a, latent_norm, kv_b, cos, sin, positions, dx, parts,
@@ -138,7 +150,7 @@ def backward_kernel(
     )
     b_dx = tl.dot(b_dy, b_kv_a, input_precision="ieee")  # [BN, DP]
     b_cos, b_sin = _angles(cos, sin, positions, start, N, P, BN, Dr, DRP)
-    b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
+    b_dy = _key_backward(dk_rope, b_cos, b_sin, start, N, H, Dr, DRP, BN)
     b_dx = tl.dot(b_dy, load_weight(kv_a, 1, 1, Dr, DRP, R + Dr, R, D, DP), b_dx, input_precision="ieee")
     b_dy = _turned(load_tokens(dq_rope, start, H * Dr, N, BN, H, HP, Dr, DRP), b_cos, -b_sin, BN, HP, DRP)
     b_dx = tl.dot(b_dy, load_weight(q, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP), b_dx, input_precision="ieee")
@@ -179,7 +191,7 @@ def weights_kernel(
     b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")
     store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
     p_kv_a = parts + H * (Dn + Dr) * D
-    b_dy = _turned(load_tokens(dk_rope, start, Dr, N, BN, 1, 1, Dr, DRP), b_cos, -b_sin, BN, 1, DRP)
+    b_dy = _key_backward(dk_rope, b_cos, b_sin, start, N, H, Dr, DRP, BN)
     b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
     store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
 
@@ -250,7 +262,8 @@ def forward(
     shared = norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
     with torch.cuda.device_of(delta):
         forward_launch(delta, residual, shared, outputs, large_tiles(delta.device)).run()
-    return outputs
+    h, q_nope, q_rope, k_nope, k_rope, v = outputs
+    return h, q_nope, q_rope, k_nope, k_rope[:, None].expand(q_rope.shape), v
 
 
 def backward(
@@ -293,6 +306,7 @@ def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[L
     names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
     arguments = _arguments(shared) | {"h": h, "N": n}
     arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}
+    arguments["dk_rope"] = others[3].transpose(0, 1).contiguous()  # by heads, as `mla_attention` leaves it
 
     bn, warps, groups = _BACKWARD if large else _SMALL
     of_norm = h.new_empty(triton.cdiv(n, bn), d, dtype=torch.float32)
@@ -335,6 +349,7 @@ def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, La
     table, positions = empty(4096, dr // 2), empty(n, dtype=torch.int64)
     shared = empty(d), 1e-6, q, kv_a, empty(r), 1e-6, kv_b, h, table, table, positions
     x, *parts = outputs = [empty(shape) for shape in Sizes(h, d, r, dn, dr, dv).outputs(n)]
+    parts[3] = empty(h, n, dr).transpose(0, 1)  # each head's gradient of the one key
     dweights = empty(sum(weight.numel() for weight in (q, kv_a, kv_b)) + d + r)
     launches = backward_launches([x, *parts], x, shared, x, dweights, large)
     return {

@@ -228,12 +228,13 @@ def newton_schulz(shapes: Sequence[Shape], name: str) -> tuple[cases.Case, Work,
 
 
 def project(name: str, N: int, H: int, D: int, R: int, Dn: int, Dr: int, Dv: int) -> tuple[cases.Case, Work, Work]:
-    """Case, forward and backward work of `ops.mla_project`."""
+    """Case, forward and backward work of `ops.mla_project`, whose rope key has a gradient for each head."""
     weights = H * (Dn + Dr) * D + (R + Dr) * D + H * (Dn + Dv) * R
     read, written = 2 * N * D + weights + D + R, N * (H * (2 * Dn + Dr + Dv) + Dr)
     forward = Work(2 * N * weights, read + N * D + written, N)
     # In: h, its gradient and those of what was written. Out: the gradient of the stream, and of the weights.
-    backward = Work(2 * forward.flops, 3 * N * D + written + 2 * (weights + D + R), N)
+    gradients = written + N * (H - 1) * Dr
+    backward = Work(2 * forward.flops, 3 * N * D + gradients + 2 * (weights + D + R), N)
     return cases.mla_project_case(name, N, H, D, R, Dn, Dr, Dv), forward, backward
 
 

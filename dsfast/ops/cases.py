@@ -91,7 +91,8 @@ def tied_embedding_case(name: str, n: int, v: int, r: int, d: int) -> Case:
 
 
 def mla_attention_case(
-    name: str, lengths: Sequence[int], h: int, dn: int, dr: int, dv: int, hk: int | None = None
+    name: str, lengths: Sequence[int], h: int, dn: int, dr: int, dv: int, hk: int | None = None,
+    function: Callable[..., Any] = mla_attention,
 ) -> Case:  # fmt: skip
     """Documents of `lengths` tokens. hk: heads of keys and values, None: h."""
     hk = h if hk is None else hk
@@ -102,7 +103,12 @@ def mla_attention_case(
         queries_and_keys = (_normal(g, *shape) for shape in ((n, h, dn), (n, h, dr), (n, hk, dn), (n, dr)))
         return *queries_and_keys, _normal(g, n, hk, dv), cu_seqlens, (dn + dr) ** -0.5
 
-    return Case("mla_attention", name, mla_attention, make_inputs, (0, 1, 2, 3, 4))
+    return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3, 4))
+
+
+def attention_by_heads(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> Tensor:
+    """`mla_attention` of a rope key that is expanded to the heads, each of which then has a gradient of it."""
+    return mla_attention(q_nope, q_rope, k_nope, k_rope[:, None].expand(q_rope.shape), v, cu_seqlens, scale)
 
 
 def mla_decode_case(

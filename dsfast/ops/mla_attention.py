@@ -5,7 +5,7 @@
 
 N tokens, H heads, Dn and Dr width of the part without and with position, Dv value width, S documents. Keys without position and
 values may have fewer heads, Hk, each of which is that of H / Hk neighbouring heads of queries.
-The rope key is shared by the heads and nothing is expanded or concatenated: the parts are taken as the projections leave
+The rope key is shared by the heads and nothing is copied or concatenated: the parts are taken as the projections leave
 them. Documents lie one behind the other; document s holds the tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
 """
 
@@ -22,11 +22,12 @@ from dsfast.triton_kernels.limits import ATTENTION_WIDEST
 
 
 def mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
+    k_rope = k_rope if k_rope.dim() == 3 else k_rope[:, None].expand(q_rope.shape)
     k_nope, v = (x.repeat_interleave(q_nope.size(1) // max(1, x.size(1)), 1) for x in (k_nope, v))
     outputs = [v[:0]]
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         at = slice(begin, end)
-        s = torch.einsum("ihd,jhd->hij", q_nope[at], k_nope[at]) + torch.einsum("ihd,jd->hij", q_rope[at], k_rope[at])
+        s = torch.einsum("ihd,jhd->hij", q_nope[at], k_nope[at]) + torch.einsum("ihd,jhd->hij", q_rope[at], k_rope[at])
         future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=s.device).triu(1)
         p = (s * scale).masked_fill(future, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("hij,jhd->ihd", p, v[at]))
@@ -39,8 +40,9 @@ def mla_attention(
     """q_nope [N, H, Dn], q_rope [N, H, Dr], k_nope [N, Hk, Dn], k_rope [N, Dr], v [N, Hk, Dv], cu_seqlens [S + 1] int32
     -> [N, H, Dv].
 
-    cu_seqlens rises from 0 to N; equal neighbours are empty documents. Views whose last dimension is contiguous are
-    read in place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices.
+    k_rope may also be that expanded to [N, H, Dr], as `mla_project` gives it: then its gradient is each head's, unsummed.
+    cu_seqlens rises from 0 to N; equal neighbours are empty documents. Views whose last dimension is contiguous are read in
+    place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices.
     """
     _check(q_nope, q_rope, k_nope, k_rope, v)
     expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")
@@ -57,7 +59,12 @@ def _check(q_nope, q_rope, k_nope, k_rope, v) -> None:
     n, h, dn = q_nope.shape
     expect_shape("mla_attention", "q_rope", q_rope, n, h, "Dr")
     expect_shape("mla_attention", "k_nope", k_nope, n, "Hk", dn)
-    expect_shape("mla_attention", "k_rope", k_rope, n, q_rope.size(2))
+    expect_shape("mla_attention", "k_rope", k_rope, n, *([h] if k_rope.dim() == 3 else []), q_rope.size(2))
+    if k_rope.dim() == 3 and h > 1 and k_rope.stride(1):
+        raise ValueError(
+            "mla_attention: k_rope [N, H, Dr] must be one for all heads, expanded: their stride 0, got "
+            f"{k_rope.stride(1)}"
+        )
     expect_shape("mla_attention", "v", v, n, k_nope.size(1), "Dv")
     if _shared(q_nope, k_nope) * k_nope.size(1) != h:
         raise ValueError(
@@ -77,6 +84,11 @@ def _not_triton(q_nope: Tensor, q_rope: Tensor, v: Tensor, scale: float) -> str:
     if width > ATTENTION_WIDEST:
         return f"the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two, up to {ATTENTION_WIDEST}, got {width}"
     return ""
+
+
+def _one_for_all(k_rope: Tensor) -> Tensor:
+    """k_rope [N, Dr], also of that expanded to all heads."""
+    return k_rope[:, 0] if k_rope.dim() == 3 else k_rope
 
 
 def _shared(q_nope: Tensor, k_nope: Tensor) -> int:
@@ -100,7 +112,7 @@ def _pointers(*tensors: Tensor) -> list[int]:
 # `softmax` is what the backward pass needs to know of each query's scores: their maximum [H, N] (C++), or that and the
 # logarithm of the sum, or both in one (Triton: `softmax_shape`).
 def _forward_cpu(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
-    inputs = [rows(x) for x in (q_nope, q_rope, k_nope, k_rope, v)]
+    inputs = [rows(x) for x in (q_nope, q_rope, k_nope, _one_for_all(k_rope), v)]
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(h, n)
@@ -120,7 +132,7 @@ def _forward_fake(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale):
 
 
 def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
-    inputs = [rows(x) for x in (do, q_nope, q_rope, k_nope, k_rope, v)]
+    inputs = [rows(x) for x in (do, q_nope, q_rope, k_nope, _one_for_all(k_rope), v)]
     cu_seqlens = cu_seqlens.contiguous()
     (n, h, dn), dr, dv = q_nope.shape, q_rope.size(2), v.size(2)
     gradients = [x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, q_rope.movedim(1, 0), do)]
@@ -129,12 +141,16 @@ def _backward_cpu(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, s
         *(g.data_ptr() for g in gradients), n, h, _shared(q_nope, k_nope), dn, dr, dv, cu_seqlens.size(0) - 1,
         torch.get_num_threads(),
     )  # fmt: skip
-    gradients[3] = gradients[3].sum(0)  # the rope key is shared: its gradient comes back for each head
+    of_heads = gradients[3]  # the rope key is shared: its gradient comes back for each head [H, N, Dr]
+    gradients[3] = of_heads.movedim(0, 1) if k_rope.dim() == 3 else of_heads.sum(0)
     return tuple(gradients)
 
 
 def _backward_fake(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax):
-    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, k_rope, do))
+    n, h, dr = q_rope.shape
+    dk_rope = q_rope.new_empty(h, n, dr).movedim(0, 1) if k_rope.dim() == 3 else q_rope.new_empty(n, dr)
+    dq_nope, dq_rope, dk_nope, dv = (x.new_empty(x.shape) for x in (q_nope, q_rope, q_nope, do))
+    return dq_nope, dq_rope, dk_nope, dk_rope, dv
 
 
 def _setup_context(ctx, inputs, output):

@@ -41,7 +41,7 @@ def mla_project_reference(
     latent, k_rope = linear(x, kv_a).split([r, dr], dim=-1)
     latent = rms_norm_reference(latent, latent_norm, latent_eps)
     k_nope, v = linear(latent, kv_b).unflatten(-1, (heads, -1)).split([dn, dv], dim=-1)
-    k_rope = rope_reference(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
+    k_rope = rope_reference(k_rope.unsqueeze(1), cos, sin, positions).expand(-1, heads, -1)
     return h, q_nope, rope_reference(q_rope, cos, sin, positions), k_nope, k_rope, v
 
 
@@ -49,8 +49,8 @@ def mla_project(
     delta: Tensor, residual: Tensor | None, norm: Tensor, eps: float, q: Tensor, kv_a: Tensor, latent_norm: Tensor,
     latent_eps: float, kv_b: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> h [N, D] and what `mla_attention` takes: q_nope [N, H, Dn], q_rope [N, H, Dr], k_nope [N, H, Dn], k_rope [N, Dr],
-    v [N, H, Dv].
+    """-> h [N, D] and what `mla_attention` takes: q_nope [N, H, Dn], q_rope [N, H, Dr], k_nope [N, H, Dn], k_rope, one for all
+    heads, expanded to [N, H, Dr], v [N, H, Dv].
 
     delta [N, D], residual [N, D] (None counts as 0), norm [D], q [H (Dn + Dr), D], kv_a [R + Dr, D], latent_norm [R],
     kv_b [H (Dn + Dv), R], heads H, cos and sin [P, Dr / 2] (no gradient), positions [N] int64 in 0..P-1. A position that is none
@@ -108,12 +108,13 @@ def _check(delta, residual, norm, q, kv_a, latent_norm, kv_b, heads, cos, sin, p
 def _shapes(h: Tensor, q: Tensor, latent_norm: Tensor, kv_b: Tensor, heads: int, cos: Tensor) -> list[tuple[int, ...]]:
     """Of q_nope, q_rope, k_nope, k_rope, v."""
     n, (_, dn, dr, dv) = h.size(0), _widths(q, latent_norm, kv_b, heads, cos)
-    return [(n, heads, dn), (n, heads, dr), (n, heads, dn), (n, dr), (n, heads, dv)]
+    return [(n, heads, dn), (n, heads, dr), (n, heads, dn), (n, heads, dr), (n, heads, dv)]
 
 
 def _fake(delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions):
     shapes = [tuple(delta.shape), *_shapes(delta, q, latent_norm, kv_b, heads, cos)]
-    return tuple(delta.new_empty(shape) for shape in shapes)
+    h, q_nope, q_rope, k_nope, k_rope, v = (delta.new_empty(shape) for shape in shapes)
+    return h, q_nope, q_rope, k_nope, k_rope[:, :1].contiguous().expand(k_rope.shape), v
 
 
 def _backward_fake(

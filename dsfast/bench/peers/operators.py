@@ -76,7 +76,8 @@ def mla_project(
     keys = functional.linear(rms_norm(latent, latent_norm, latent_eps), kv_b).unflatten(-1, (heads, -1))
     k_nope, v = keys.split((plain, keys.size(-1) - plain), -1)
     cos, sin = cos[positions], sin[positions]
-    return h, q_nope, rotate(q_rope, cos[:, None], sin[:, None]), k_nope, rotate(k_rope, cos, sin), v
+    k_rope = rotate(k_rope, cos, sin)[:, None].expand(q_rope.shape)
+    return h, q_nope, rotate(q_rope, cos[:, None], sin[:, None]), k_nope, k_rope, v
 
 
 def mla_output(values, o, residual, norm, eps, uses):
