@@ -331,6 +331,9 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("at most", 4096, ("runtime.threads",)),
     ("above", 0, ("suite.target_seconds",)),
 )
+_SCALING_TYPES = ("type", "rope_type")  # older and newer name
+_SCALING_FROM_0 = ("mscale", "mscale_all_dim", "attention_factor")
+_SCALING_ABOVE_0 = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _MOST_PARAMETERS = 10**12
 _MOST_TOKENS = 2**31 - 1  # the kernels count the tokens of a batch in 32 bits
 _MOST_BOOST = 1000
@@ -338,9 +341,6 @@ _MOST_BOOST = 1000
 
 def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
     candidates = m.n_routed_experts // m.n_group * m.topk_group
-    scaling = m.rope_scaling or {}
-    scaling_type = scaling.get("type", scaling.get("rope_type", "yarn"))
-    numbers = {name: value for name, value in scaling.items() if isinstance(value, float)}
     return [
         (m.qk_rope_head_dim % 2 == 0,
          f"model.qk_rope_head_dim must be even (it holds pairs), got {m.qk_rope_head_dim}"),
@@ -352,13 +352,29 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
          f"got {m.num_experts_per_tok}"),
         (m.first_k_dense_replace <= m.num_hidden_layers,
          f"model.first_k_dense_replace must be 0..{m.num_hidden_layers}, got {m.first_k_dense_replace}"),
-        (scaling_type == "yarn", f"model.rope_scaling.type is {scaling_type!r}; known: yarn"),
-        (m.rope_scaling is None or "factor" in scaling, "model.rope_scaling needs the key 'factor'"),
-        *((value <= 0 or 1e-9 <= value <= 1e9, f"model.rope_scaling.{name} must be 0 or 1e-9..1e9, got {value}")
-          for name, value in numbers.items()),
+        *(_scaling_rules(m.rope_scaling) if m.rope_scaling is not None else []),
         (m.matrix_elements <= _MOST_PARAMETERS,
          f"model has {m.matrix_elements:,} parameters by its sizes; at most {_MOST_PARAMETERS:,} are supported"),
     ]  # fmt: skip
+
+
+def _scaling_rules(scaling: dict[str, float | str]) -> list[tuple[bool, str]]:
+    scaling_type = scaling.get("type", scaling.get("rope_type", "yarn"))
+    known, numbers = (*_SCALING_TYPES, *_SCALING_ABOVE_0, *_SCALING_FROM_0), (*_SCALING_ABOVE_0, *_SCALING_FROM_0)
+    return [
+        *((name in known, f"model.rope_scaling: unknown key {name!r}; {choices(known)}") for name in scaling),
+        (scaling_type == "yarn", f"model.rope_scaling.type is {scaling_type!r}; known: yarn"),
+        ("factor" in scaling, "model.rope_scaling needs the key 'factor'"),
+        *((isinstance(scaling[name], float), f"model.rope_scaling.{name} must be a number, got {scaling[name]!r}")
+          for name in numbers if name in scaling),
+        *((_in_range(scaling[name], name in _SCALING_FROM_0),
+           f"model.rope_scaling.{name} must be {'0 or ' * (name in _SCALING_FROM_0)}1e-9..1e9, got {scaling[name]}")
+          for name in numbers if name in scaling),
+    ]  # fmt: skip
+
+
+def _in_range(value: float | str, may_be_0: bool) -> bool:
+    return isinstance(value, float) and (1e-9 <= value <= 1e9 or (may_be_0 and value == 0))
 
 
 def _run_rules(c: Config) -> list[tuple[bool, str]]:

@@ -59,6 +59,9 @@ def test_round_trip_is_bitwise(tmp_path):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert tokenizer.to_str() == tiny_dataset().tokenizer.to_str()
+    text = "a text that mentions <|eos|>"
+    assert tokenizer.encode(text).ids == tiny_dataset().tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<|eos|>") not in tokenizer.encode(text).ids
     assert len({(path / name).stat().st_mode for name in ckpt.FILES}) == 1
 
 
@@ -199,8 +202,9 @@ def test_unwritable_folder(tmp_path):
     model = DeepseekV3(config.model)
     optimizer = build_optimizer(model, config.train)
     state = ckpt.TrainingState(step=7)
-    with pytest.raises(UserError, match="step-000007: cannot be written: No such file or directory"):
-        ckpt.save_checkpoint(tmp_path / "absent", model, optimizer, data.tokenizer, config, state, data.manifest)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="step-000007: cannot be written: Not a directory"):
+        ckpt.save_checkpoint(tmp_path / "file" / "run", model, optimizer, data.tokenizer, config, state, data.manifest)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path):

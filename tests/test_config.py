@@ -164,6 +164,10 @@ RELATIONS = {
     "another scaling": ({"model.rope_scaling": {"type": "linear", "factor": 2}}, "type is 'linear'; known: yarn"),
     "another scaling, new name": ({"model.rope_scaling": {"rope_type": "longrope", "factor": 2}}, "known: yarn"),
     "scaling without a factor": ({"model.rope_scaling": {"type": "yarn"}}, "needs the key 'factor'"),
+    "scaling by an unknown key": ({"model.rope_scaling": YARN | {"betafast": 32}}, "rope_scaling: unknown key 'betafast'"),
+    "scaling by a text": ({"model.rope_scaling": YARN | {"factor": "8"}}, "rope_scaling.factor must be a number, got '8'"),
+    "scaling by 0": ({"model.rope_scaling": YARN | {"factor": 0}}, r"factor must be 1e-9\.\.1e9, got 0"),
+    "scaling from below 0": ({"model.rope_scaling": YARN | {"mscale": -1}}, r"mscale must be 0 or 1e-9\.\.1e9, got -1"),
     "empty scaling": ({"model.rope_scaling": {}}, "needs the key 'factor'"),
     "row longer than the context": ({"data.sequence_length": 264}, "sequence_length 264 exceeds .*263"),
     "batch beyond 32 bits": (

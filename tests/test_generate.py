@@ -233,7 +233,7 @@ def test_one_operator_by_reference_is_enough_to_go_by_operators():
     for operator in ("mla_decode", "rope", "moe_experts"):
         with ops.use("reference", operator):
             assert not runs_natively(model)
-    with ops.use("reference", "adamw"):
+    with ops.use("reference", "linear_cross_entropy", "adamw", "muon", "newton_schulz"):
         assert runs_natively(model)
     assert not runs_natively(random_model().double())
 

@@ -38,7 +38,6 @@ from dsfast.ops.mla_project import INSTEAD_OF, mla_project_reference
 
 P = 11
 OUTPUTS = ("h", "q_nope", "q_rope", "k_nope", "k_rope", "v")
-WEIGHTS = ("norm", "q", "kv_a", "latent_norm", "kv_b")
 
 
 def projected(

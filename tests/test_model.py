@@ -272,16 +272,3 @@ def test_bad_labels_and_positions_are_refused():
         model.loss(ids, ids[:, :3])
     with pytest.raises(UserError, match=r"positions: expected 0 .. 262, got 263"):
         model(ids, torch.full((2, 4), 263))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"betafast": 32}, "unknown key 'betafast'"),
-        ({"factor": "8"}, "factor must be a number of at least 0, got '8'"),
-        ({"factor": 0}, "factor must be above 0"),
-    ],
-)
-def test_bad_rope_scaling_is_refused(change, message):
-    with pytest.raises(UserError, match=f"model.rope_scaling.*{message}"):
-        random_model(rope_scaling=YARN | change)

@@ -174,6 +174,11 @@ class TestWhatItTakes:
         with ops.use("reference", "rope"):
             assert not self.taken(random_model())
 
+    def test_also_where_an_optimizer_is_asked_to_do_otherwise(self):
+        """That is no part of the call."""
+        with ops.use("reference", "adamw", "muon", "newton_schulz"):
+            assert self.taken(random_model())
+
     def test_not_multi_token_prediction(self):
         assert not self.taken(random_model(num_nextn_predict_layers=1))
 

@@ -166,7 +166,16 @@ class TestLengths:
 
 
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "benchmarks/README.md",
+            "benchmarks/h200/README.md",
+        )
+    ),
     *(ROOT / "docs").glob("*.md"),
 ]
 # What stands for something still to be written.

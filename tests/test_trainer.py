@@ -21,6 +21,7 @@ from dsfast.config import load_config
 from dsfast.data import PackedRows
 from dsfast.errors import UserError
 from dsfast.model import precision_of
+from dsfast.ops import native
 from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
 from dsfast.train.metrics import MetricsFile, read_metrics
@@ -285,6 +286,14 @@ def test_runtime_is_applied():
         torch.set_num_threads(before)
 
 
+def test_freed_memory_is_kept_from_the_first_step_on(monkeypatch):
+    kept = []
+    needs_native()
+    monkeypatch.setattr(native.module(), "keep_freed_memory", lambda: kept.append(True))
+    tiny_trainer()
+    assert kept
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu():
     with pytest.raises(UserError, match=r"runtime.device is 'cuda', but torch finds no GPU"):
@@ -331,6 +340,12 @@ def test_a_last_line_of_the_metrics_that_was_cut_short_is_left_out(tmp_path):
 def test_there_is_nowhere_to_save_without_a_folder():
     with pytest.raises(UserError, match="output_dir: expected a folder to save checkpoints in, got None"):
         Trainer(tiny_config(), None, tiny_dataset()).save()
+
+
+def test_saving_makes_the_folder(tmp_path):
+    trainer = tiny_trainer(tmp_path / "runs" / "first")
+    assert trainer.save() == tmp_path / "runs" / "first" / "step-000000"
+    assert load_checkpoint(tmp_path / "runs" / "first")[2] == trainer.config
 
 
 def test_metrics_that_find_no_room_are_one_line_of_an_error(tmp_path):

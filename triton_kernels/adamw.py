@@ -206,7 +206,7 @@ EXAMPLES = {
 """Elements of each tensor, and whether all begin at a multiple of 16 bytes, in launches that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device; float32 whatever the dtype."""
     empty = on_meta(torch.float32)
     sizes, aligned = EXAMPLES[size]

@@ -101,7 +101,7 @@ EXAMPLES = {"500K": (2, 2), "DeepSeek-V3": (58, 256)}
 """Routers and experts that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; `dtype`: of the loss."""
     empty, (routers, experts), places = on_meta(torch.float32), EXAMPLES[size], 200
     place, update, load = (empty(s, dtype=torch.int64) for s in ((1,), (), (routers, experts)))

@@ -56,13 +56,6 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
-    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
-
-
-@triton.jit
 def scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.constexpr):
     """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
     b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)

@@ -296,7 +296,7 @@ def key_dtype(v: int) -> torch.dtype:
     return torch.int16 if v < 2**15 else torch.int32
 
 
-def _tiles(wanted: tuple[int, int, int], dtype: torch.dtype, large: bool) -> tuple[int, int, int, int]:
+def _tiles(wanted: tuple[int, int, int], dtype: torch.dtype, large: int) -> tuple[int, int, int, int]:
     """(rows, columns, depth, warps) of a product's tile, not larger than needed for its sizes (rows, columns, depth).
 
     Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
@@ -313,7 +313,7 @@ def _launch(kernel, grid, arguments: dict, resources, itemsize: int, rows_in_pro
     return Launch(kernel, grid, arguments, options(*resources), itemsize, rows_in_products)
 
 
-def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
+def forward_launch(input_ids, table, projection, y, large: int) -> Launch:
     """The launch that fills y; tensors may lie on the meta device."""
     (table,) = rows(table)
     (n, d), (v, r) = y.shape, table.shape
@@ -338,7 +338,7 @@ def forward_launch(input_ids, table, projection, y, large: bool) -> Launch:
     return _launch(forward_kernel, grid, arguments, (warps, _stages(r // br)), itemsize, bn)
 
 
-def dprojection_launches(dy, input_ids, table, head_dprojection, dprojection, large: bool) -> dict[str, Launch]:
+def dprojection_launches(dy, input_ids, table, head_dprojection, dprojection, large: int) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dprojection."""
     dy, table = rows(dy, table)
     (n, d), (v, r) = dy.shape, table.shape
@@ -381,7 +381,7 @@ def starts_launch(keys, starts) -> Launch:
     return _launch(starts_kernel, (triton.cdiv(v + 1, _KEYS),), arguments, (4,), 4)
 
 
-def dtable_launches(dy, projection, keys, order, starts, head_dtable, dtable, large: bool) -> dict[str, Launch]:
+def dtable_launches(dy, projection, keys, order, starts, head_dtable, dtable, large: int) -> dict[str, Launch]:
     """Name -> launch, in their order: they fill dtable from the gradient of y and what was sorted."""
     (dy,), (n, d), (v, r) = rows(dy), dy.shape, dtable.shape
     x, block, (bn, br), itemsize = dy, BLOCK, _strip(r), dtable.dtype.itemsize
@@ -419,7 +419,7 @@ EXAMPLES = {
 """N, V, R and D (None: no projection) that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Name -> launch at EXAMPLES[size], on the meta device."""
     empty = on_meta(dtype)
     n, v, r, d = EXAMPLES[size]

@@ -52,13 +52,12 @@ from dsfast.triton_kernels.attention_pieces import (
     scores,
     shared_arguments,
     softmax_shape,
-    store_rows,
     widths_of,
     within,
 )
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
 from dsfast.triton_kernels.limits import ATTENTION_WIDEST
-from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
+from dsfast.triton_kernels.pieces import after_others, opaque, options, store_rows, sum_launch, swizzle
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 

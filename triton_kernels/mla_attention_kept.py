@@ -30,12 +30,11 @@ from dsfast.triton_kernels.attention_pieces import (
     measure,
     row_of,
     scores,
-    store_rows,
     widths_of,
     within,
 )
 from dsfast.triton_kernels.launch import Launch
-from dsfast.triton_kernels.pieces import after_others, opaque, options, swizzle
+from dsfast.triton_kernels.pieces import after_others, opaque, options, store_rows, swizzle
 from torch import Tensor
 
 KEPT = 2**31

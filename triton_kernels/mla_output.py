@@ -148,7 +148,7 @@ EXAMPLES = {"500K": (8192, 128, 128), "odd": (8192, 112, 96)}
 """N, D and C that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
     if dtype.itemsize != 2:
         return {}

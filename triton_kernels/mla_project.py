@@ -286,7 +286,7 @@ def backward(
     return dx, dweights
 
 
-def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
+def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
     """The launch that fills h, q_nope, q_rope, k_nope, k_rope, v; tensors may lie on the meta device."""
     (delta,), n, (bn, warps, _) = rows(delta), delta.size(0), _FORWARD if large else _SMALL
     residual = None if residual is None else rows(residual)[0]
@@ -298,7 +298,7 @@ def forward_launch(delta, residual, shared, outputs, large: bool) -> Launch:
     return Launch(forward_kernel, (2 * triton.cdiv(n, bn),), arguments, options(warps), delta.itemsize, bn)
 
 
-def backward_launches(gradients, h, shared, dx, dweights, large: bool) -> list[Launch]:
+def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[Launch]:
     """The kernel that fills dx and parts of norm's gradient, the one that fills parts of the others, and those that add them up
     to dweights; tensors may lie on the meta device."""
     (dh, *others), (n, d) = gradients, h.shape
@@ -339,7 +339,7 @@ EXAMPLES = {"500K": (8192, 4, 128, 32, 32, 16, 32), "odd": (8192, 3, 112, 16, 32
 """N, H, D, R, Dn, Dr and Dv that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device. In float32 there is none."""
     if dtype.itemsize != 2:
         return {}

@@ -454,11 +454,11 @@ _SMALL = {
 }
 
 
-def _table(dtype: torch.dtype, large: bool) -> dict[str, dict[int, Tiles]]:
+def _table(dtype: torch.dtype, large: int) -> dict[str, dict[int, Tiles]]:
     return _FLOAT32 if dtype.itemsize == 4 else _LARGE if large else _SMALL
 
 
-def _tiles(kernel: str, dtype: torch.dtype, large: bool, size: int, width: int, depth: int) -> Tiles:
+def _tiles(kernel: str, dtype: torch.dtype, large: int, size: int, width: int, depth: int) -> Tiles:
     """Those with the most rows up to `size`, no wider and no deeper than the matrix."""
     by_rows = _table(dtype, large)[kernel]
     bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
@@ -505,7 +505,7 @@ def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor,
     return gradients
 
 
-def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bool, base=None) -> list[Launch]:
+def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: int, base=None) -> list[Launch]:
     """The launches that fill y and gu; tensors may lie on the meta device. swiglu_mlp's have no weights, order and offsets."""
     (x,) = rows(x)
     base = None if base is None else base.contiguous()
@@ -523,7 +523,7 @@ def forward_launches(x, weights, gate_up, down, order, offsets, y, gu, large: bo
 
 
 def backward_launches(
-    dy, x, weights, gate_up, down, gu, order, offsets, dx, dweights, dgate_up, ddown, large: bool
+    dy, x, weights, gate_up, down, gu, order, offsets, dx, dweights, dgate_up, ddown, large: int
 ) -> tuple[list[Launch], list[Launch]]:
     """The launches that fill dx and dweights, and those behind them that fill dgate_up and ddown; as `forward_launches`."""
     dy, x = rows(dy, x)
@@ -545,7 +545,7 @@ def backward_launches(
 class _Launches:
     """Builds the launches of one call: sizes, and the arguments that kernels share."""
 
-    def __init__(self, x, weights, gate_up, down, order, offsets, large: bool):
+    def __init__(self, x, weights, gate_up, down, order, offsets, large: int):
         self.x, self.large, self.order, self.offsets = x, large, order, offsets
         self.gate_up, self.down = gate_up.contiguous(), down.contiguous()
         self.weights = None if weights is None else weights.contiguous()
@@ -659,7 +659,7 @@ EXAMPLES = {
 """N, D, K, E and I that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel, with what it computes where that is not its name, -> launch at EXAMPLES[size], on the meta device."""
     n, d, k, e, i = EXAMPLES[size]
     empty = on_meta(dtype)

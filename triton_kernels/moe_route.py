@@ -599,7 +599,7 @@ OF_TOKENS = {
 """The width of x in those compiled from the tokens on as well."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device. One set of tiles whatever `large`; `dtype` is that of x alone."""
     empty = on_meta(torch.float32)
     n, e, k, *groups, norm_topk_prob, scoring_func = EXAMPLES[size]

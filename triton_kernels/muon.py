@@ -75,7 +75,7 @@ def apply_kernel(
 def table_for(params, grads, momenta, sizes, begins, lengths) -> tuple[Tensor, bool, int]:
     """Table [B, COLUMNS] of the parameters, whether all of them are aligned, and how many elements they have together.
 
-    sizes, begins, lengths: as dsfast.ops.newton_schulz.Layout. Raises TypeError for other dtypes than float32, and RuntimeError
+    sizes, begins, lengths: as dsfast.ops.muon.Layout. Raises TypeError for other dtypes than float32, and RuntimeError
     as `tables.Kept.get` during the capture of a CUDA graph.
     """
     if params[0].dtype != torch.float32:
@@ -131,7 +131,7 @@ EXAMPLES = {"500K": (128 * 192 + 8 * 64 * 128, True), "DeepSeek-V3": (2**31 + 1,
 """Elements of all parameters together, and whether each begins at a multiple of 16 bytes, in launches that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel -> launch at EXAMPLES[size], on the meta device; `dtype`: of what newton_schulz takes."""
     empty, (count, aligned) = on_meta(torch.float32), EXAMPLES[size]
     table, flat = empty(triton.cdiv(count, BLOCK), COLUMNS, dtype=torch.int64), empty(count, dtype=dtype)

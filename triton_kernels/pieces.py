@@ -93,6 +93,14 @@ def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS:
     return tl.load(p_x)
 
 
+@triton.jit
+def store_rows(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of x = b_x [ROWS, DP], in x's dtype, up to row N and column D."""
+    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
+    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
+
+
 @triton.jit(do_not_specialize=("S", "R"))
 def sum_kernel(parts, base, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1, plus base [R, D] where there is

@@ -32,24 +32,8 @@ from dsfast.triton_kernels.launch import (
     rows,
 )
 from dsfast.triton_kernels.limits import MULTIPROCESSORS, NORM_WIDEST
-from dsfast.triton_kernels.pieces import after_others, gradients_read, options, sum_launch
+from dsfast.triton_kernels.pieces import after_others, gradients_read, load_tile, options, store_rows, sum_launch
 from torch import Tensor
-
-
-@triton.jit
-def _load(x, stride, start, N, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows start .. start + BN - 1 of x as [BN, BD]: 0 from row N and from column D on."""
-    row, d = tl.arange(0, BN)[:, None], tl.arange(0, BD)[None, :]
-    return tl.load(
-        x + tl.cast(start, tl.int64) * stride + (row * stride + d), mask=(row < N - start) & (d < D), other=0.0
-    )
-
-
-@triton.jit
-def _store(x, start, N, b_x, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    row, d = tl.arange(0, BN)[:, None], tl.arange(0, BD)[None, :]
-    p_x = x + tl.cast(start, tl.int64) * D + (row * D + d)
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(row < N - start) & (d < D))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -60,15 +44,15 @@ def forward_kernel(
     after_others()
     start = tl.program_id(0) * BN
     d = tl.arange(0, BD)
-    b_h = _load(x, x_n, start, N, BN, D, BD)  # [BN, BD]
+    b_h = load_tile(x, x_n, start, 0, N, D, BN, BD, True)  # [BN, BD]
     if residual is not None:
-        b_h = b_h.to(tl.float32) + _load(residual, residual_n, start, N, BN, D, BD).to(tl.float32)
+        b_h = b_h.to(tl.float32) + load_tile(residual, residual_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         b_h = b_h.to(h.dtype.element_ty)  # the norm is that of the rounded sum: it is what the backward pass reads
-        _store(h, start, N, b_h, BN, D, BD)
+        store_rows(h, D, start, N, b_h, BN, D, BD)
     b_h = b_h.to(tl.float32)
     b_rstd = 1 / tl.sqrt_rn(tl.sum(b_h * b_h, 1) / D + eps)  # [BN]
     b_weight = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    _store(y, start, N, b_h * b_rstd[:, None] * b_weight[None, :], BN, D, BD)
+    store_rows(y, D, start, N, b_h * b_rstd[:, None] * b_weight[None, :], BN, D, BD)
     n = start + tl.arange(0, BN)
     tl.store(rstd + n, b_rstd, mask=n < N)
 
@@ -87,19 +71,19 @@ def backward_kernel(
     for t in tl.range(0, tl.cdiv(tl.cdiv(N, BN) - p, programs), num_stages=STAGES):
         start = (p + t * programs) * BN
         n = start + tl.arange(0, BN)
-        b_dy = _load(dy, dy_n, start, N, BN, D, BD).to(tl.float32)  # [BN, BD]
+        b_dy = load_tile(dy, dy_n, start, 0, N, D, BN, BD, True).to(tl.float32)  # [BN, BD]
         if dy_2 is not None:
-            b_dy += _load(dy_2, dy_2_n, start, N, BN, D, BD).to(tl.float32)
+            b_dy += load_tile(dy_2, dy_2_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         if dy_3 is not None:
-            b_dy += _load(dy_3, dy_3_n, start, N, BN, D, BD).to(tl.float32)
+            b_dy += load_tile(dy_3, dy_3_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         b_rstd = tl.load(rstd + n, mask=n < N, other=0.0)[:, None]
-        b_x = _load(h, h_n, start, N, BN, D, BD).to(tl.float32) * b_rstd  # [BN, BD], normalised
+        b_x = load_tile(h, h_n, start, 0, N, D, BN, BD, True).to(tl.float32) * b_rstd  # [BN, BD], normalised
         b_dweight += b_dy * b_x
         b_g = b_dy * b_weight.to(tl.float32)[None, :]
         b_dx = b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / D)[:, None])
         if dh is not None:
-            b_dx += _load(dh, dh_n, start, N, BN, D, BD).to(tl.float32)
-        _store(dx, start, N, b_dx, BN, D, BD)
+            b_dx += load_tile(dh, dh_n, start, 0, N, D, BN, BD, True).to(tl.float32)
+        store_rows(dx, D, start, N, b_dx, BN, D, BD)
     tl.store(parts + p * D + d, tl.sum(b_dweight, 0), mask=d < D)
 
 
@@ -176,7 +160,7 @@ def forward_launch(x, weight, eps, residual, y, h, rstd) -> Launch:
     return Launch(forward_kernel, (triton.cdiv(n, bn),), arguments, options(warps), x.dtype.itemsize, 0)
 
 
-def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: bool) -> list[Launch]:
+def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: int) -> list[Launch]:
     """The kernel that fills dx and parts [P, D], one program for each of its rows, and the one that adds the parts up."""
     h, weight = rows(h, weight)
     (n, d), (bn, bd, _, warps), programs = h.shape, tiles(h.size(1)), parts.size(0)
@@ -201,7 +185,7 @@ EXAMPLES = {
 """N and D that are compiled ahead, with residual and without."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device."""
     n, d = EXAMPLES[size]
     empty = on_meta(dtype)

@@ -199,7 +199,7 @@ EXAMPLES = {
 """N, H, Dr, and the widths of what is not turned of a query and beside the shared key, that are compiled ahead."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel and variant -> launch at EXAMPLES[size], on the meta device; views as the model's projections leave them."""
     n, h, dr, dq, dk = EXAMPLES[size]
     empty = on_meta(dtype)

@@ -46,7 +46,7 @@ EXAMPLES = {
 """N, D and I that are compiled ahead: a shared expert, and the MLP of the layers without experts."""
 
 
-def example_launches(size: str, dtype: torch.dtype, large: bool) -> dict[str, Launch]:
+def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Launch]:
     """Kernel, with its pass and its number there, -> launch at EXAMPLES[size], on the meta device."""
     n, d, i = EXAMPLES[size]
     x, gate_up, down, gu = map(on_meta(dtype), ((n, d), (2 * i, d), (d, i), (n, 2 * i)))

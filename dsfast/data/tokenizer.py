@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"model.vocab_size: expected a text rich enough for {vocab_size} tokens, "
             f"but it gives only {tokenizer.get_vocab_size()}; add text or lower vocab_size"
         )
-    return _ready(tokenizer)
+    return reading_no_special_tokens(tokenizer)
 
 
 def load_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -66,8 +66,8 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return _sha256(tokenizer.to_str())
 
 
-def _ready(tokenizer: Tokenizer) -> Tokenizer:
-    # Not part of the JSON form: without it a text that mentions "<|eos|>" would end its document.
+def reading_no_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` itself, set so that a text which mentions "<|eos|>" does not end there. Its JSON form does not hold that."""
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -88,7 +88,7 @@ def _read_cache(path: Path) -> Tokenizer | None:
         checksum, _, body = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
         return None
-    return _ready(Tokenizer.from_str(body)) if checksum == _sha256(body) else None
+    return reading_no_special_tokens(Tokenizer.from_str(body)) if checksum == _sha256(body) else None
 
 
 def _write_cache(path: Path, tokenizer: Tokenizer) -> None:

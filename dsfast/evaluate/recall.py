@@ -56,10 +56,11 @@ def check_taught(tokenizer: Tokenizer, facts: Sequence[Fact], context: int) -> N
         check_lengths(tokenizer, prompts, context)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a binomial fraction (Wilson 1927); z = 1.96 gives 95%. Raises ValueError without trials."""
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95% score interval of a binomial fraction (Wilson 1927). Raises ValueError without trials."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
+    z = 1.959964
     p, z2 = successes / trials, z * z
     centre = p + z2 / (2 * trials)
     half = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))

@@ -24,7 +24,7 @@ from dsfast.tokens import IGNORED
 
 
 class DeepseekV3(nn.Module):
-    """The model. Its first weights follow from `torch.manual_seed` alone. Raises UserError for a bad rope_scaling."""
+    """The model. Its first weights follow from `torch.manual_seed` alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

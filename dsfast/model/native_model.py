@@ -16,8 +16,8 @@ from dsfast.model.moe import DeepseekMoE
 from dsfast.model.rope import softmax_scale
 from dsfast.ops import native
 
-FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "newton_schulz"}
-"""The operators a forward pass without loss is made of."""
+FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "muon", "newton_schulz"}
+"""The operators a forward pass without loss is made of: not the head's loss, not the optimizers'."""
 
 
 def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.native_model import FORWARD, NativeModel, runs_natively
 from dsfast.ops import native
+from dsfast.ops.mla_attention import rises
 from dsfast.tokens import IGNORED
 
 OPERATORS = FORWARD - {"mla_decode"} | {"linear_cross_entropy"}
@@ -51,10 +52,6 @@ class NativeStep:
         self._loads = torch.zeros(len(model.layers), model.config.n_routed_experts, dtype=torch.int64)
         self._addresses: list[int] = []
 
-    @staticmethod
-    def built() -> bool:
-        return native.status()[0] is not None
-
     def takes(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> bool:
         """Whether a batch, flat as `DeepseekV3.flatten` returns it, can be left to the call.
 
@@ -69,7 +66,7 @@ class NativeStep:
         if any(x.dtype != torch.int64 for x in (ids, labels, positions)) or cu_seqlens.dtype != torch.int32:
             return False
         boundaries = cu_seqlens.tolist()
-        if boundaries[:1] != [0] or boundaries[-1] != len(ids) or boundaries != sorted(boundaries):
+        if not rises(boundaries, len(ids)):
             return False
         return uneven(boundaries, torch.get_num_threads()) <= MOST_UNEVEN and runs_natively(self.model, OPERATORS)
 

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from dsfast.config import ModelConfig
-from dsfast.errors import UserError, choices
 from dsfast.model.layers import Float32Buffers
 
 Tables = tuple[Tensor, Tensor]
 """(cos, sin), each [P, Dr / 2]."""
-
-_TYPE_KEYS = {"type", "rope_type"}
-_NUMBER_KEYS = {
-    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "attention_factor",
-}  # fmt: skip
 
 
 class RotaryTables(Float32Buffers):
@@ -95,15 +88,5 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _yarn(config: ModelConfig) -> dict[str, float]:
-    """The numbers of `rope_scaling`, checked; empty without scaling. Raises UserError."""
-    scaling = config.rope_scaling or {}
-    for name, value in scaling.items():
-        if name not in _TYPE_KEYS | _NUMBER_KEYS:
-            raise UserError(f"model.rope_scaling: unknown key {name!r}; {choices(_TYPE_KEYS | _NUMBER_KEYS)}")
-        if name in _NUMBER_KEYS and (isinstance(value, str) or value < 0):
-            raise UserError(f"model.rope_scaling.{name} must be a number of at least 0, got {value!r}")
-    numbers = {name: float(value) for name, value in scaling.items() if name in _NUMBER_KEYS}
-    for name in {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"} & numbers.keys():
-        if numbers[name] == 0:
-            raise UserError(f"model.rope_scaling.{name} must be above 0, got 0")
-    return numbers
+    """The numbers of `rope_scaling`; empty without scaling."""
+    return {name: value for name, value in (config.rope_scaling or {}).items() if isinstance(value, float)}

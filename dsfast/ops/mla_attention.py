@@ -48,7 +48,7 @@ def mla_attention(
     expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")
     expect_dtype("mla_attention", torch.int32, q_nope.device, cu_seqlens=cu_seqlens)
     if choose("mla_attention", q_nope, not_triton=_not_triton(q_nope, q_rope, v, scale)) == "reference":
-        if cu_seqlens.is_cpu and not _rises(cu_seqlens.tolist(), q_nope.size(0)):
+        if cu_seqlens.is_cpu and not rises(cu_seqlens.tolist(), q_nope.size(0)):
             raise _bad_boundaries(cu_seqlens, q_nope.size(0))
         return mla_attention_reference(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
     return torch.ops.dsfast.mla_attention(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)[0]
@@ -96,7 +96,8 @@ def _shared(q_nope: Tensor, k_nope: Tensor) -> int:
     return q_nope.size(1) // max(1, k_nope.size(1))
 
 
-def _rises(boundaries: list[int], end: int) -> bool:
+def rises(boundaries: list[int], end: int) -> bool:
+    """Whether they are boundaries of documents that are `end` tokens long together."""
     return bool(boundaries) and boundaries[0] == 0 and boundaries[-1] == end and boundaries == sorted(boundaries)
 
 

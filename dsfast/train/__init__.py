@@ -1,7 +1,7 @@
 """Training: optimizer, checkpoints, the loop."""
 
 from dsfast.errors import Interrupted
-from dsfast.train.checkpoint import find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from dsfast.train.checkpoint import load_checkpoint
 from dsfast.train.loop import StepReport, Trainer, TrainingError, TrainResult
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 
@@ -12,9 +12,6 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "build_optimizer",
-    "find_checkpoint",
     "learning_rate_scale",
     "load_checkpoint",
-    "load_training_state",
-    "save_checkpoint",
 ]

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dsfast.config import Config, load_config
+from dsfast.data import reading_no_special_tokens
 from dsfast.errors import UserError
 from dsfast.files import os_errors_as, read_json, write_json
 from dsfast.model import DeepseekV3
@@ -69,7 +70,7 @@ def save_checkpoint(
         raise UserError(f"{final}: exists already; a checkpoint is never overwritten")
     with os_errors_as(f"{final}: cannot be written", SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
         save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
         write_json(partial / "state.json", asdict(state))
@@ -248,8 +249,7 @@ def _load_tokenizer(file: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"{file}: not a readable tokenizer: {error}") from None
-    tokenizer.encode_special_tokens = True  # as dsfast.data makes them; the JSON form does not hold it
-    return tokenizer
+    return reading_no_special_tokens(tokenizer)
 
 
 def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -261,7 +260,7 @@ class Trainer:
         return "the loss" if not math.isfinite(loss) else "the norm of all gradients together"
 
     def _resume(self, path: Path) -> None:
-        check_same_run(path, self.config, json.loads(json.dumps(self.dataset.manifest)))
+        check_same_run(path, self.config, self.dataset.manifest)
         self.last_saved = path
         state = ckpt.load_training_state(path, self.model, self.optimizer)
         self.steps_done, self.bad_steps = state.step, state.bad_steps
