@@ -17,7 +17,7 @@ from unreadable import unreadable
 
 from dsfast.data import heldout_prompts, load_facts, load_tokenizer, taught_facts, taught_prompts, write_articles
 from dsfast.data.articles import filler_sentence, vocabulary_texts
-from dsfast.data.sources import read_articles, sanitize
+from dsfast.data.sources import read_texts, sanitize
 from dsfast.errors import UserError
 
 
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_articles_in_another_process(facts, article
     code = (
         "import hashlib; from dsfast.data import *;"
         "a = write_articles(taught_facts(load_facts(), 200), 1000, {'history': 3}, 0);"
-        "print(hashlib.sha256(''.join(x.title + x.text for x in a).encode()).hexdigest())"
+        "print(hashlib.sha256(''.join(x.text for x in a).encode()).hexdigest())"
     )
     environments = [os.environ | {"PYTHONHASHSEED": s, "PYTHONPATH": os.pathsep.join(sys.path)} for s in ("1", "2")]
     outputs = {
@@ -132,22 +132,22 @@ def test_sanitize_normalises_drops_controls_and_collapses_spaces():
 def test_a_text_file_is_split_at_blank_lines_without_repeats(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(b"\xef\xbb\xbfone\nline\n\n two \n \n\none  line\n\n\x00\n\nthree")
-    assert [a.text for a in read_articles(str(path), 10)] == ["one line", "two", "three"]
-    assert [a.text for a in read_articles(str(path), 2)] == ["one line", "two"]
+    assert read_texts(str(path), 10) == ["one line", "two", "three"]
+    assert read_texts(str(path), 2) == ["one line", "two"]
 
 
 def test_a_folder_gives_one_document_a_file(tmp_path):
     (tmp_path / "b.txt").write_text("second\n\nstill")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "c.md").write_text("not read")
-    assert [(a.title, a.text) for a in read_articles(str(tmp_path), 10)] == [("a", "first"), ("b", "second still")]
+    assert read_texts(str(tmp_path), 10) == ["first", "second still"]
 
 
 def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
     path = tmp_path / "mine.jsonl"
-    lines = [{"text": "one", "title": "One", "url": 3}, {"text": "two\u2028more"}]
+    lines = [{"text": "one", "title": 3, "url": "One"}, {"text": "two\u2028more"}]
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
-    assert [(a.title, a.text) for a in read_articles(str(path), 10)] == [("One", "one"), ("", "two more")]
+    assert read_texts(str(path), 10) == ["one", "two more"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,6 @@ def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not valid JSON"),
         ("x.jsonl", b'{"text": "a"}\n\n["text"]', r"x\.jsonl:3: expected an object with a string \"text\""),
         ("x.jsonl", b'{"title": "a"}', r"x\.jsonl:1: expected an object with a string \"text\""),
-        ("x.jsonl", b'{"text": "a", "title": 1}', r"x\.jsonl:1: expected a string \"title\", got int"),
         ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl:1: holds half of a surrogate pair"),
         ("x.csv", b"text", r"data\.source: expected 'encyclopedia', an existing \.txt"),
     ],
@@ -168,7 +167,7 @@ def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
 def test_bad_text_is_named_with_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        read_articles(str(tmp_path / name), 10)
+        read_texts(str(tmp_path / name), 10)
     assert "\n" not in str(caught.value)
 
 
@@ -176,7 +175,7 @@ def test_bad_text_is_named_with_its_place(tmp_path, name, content, message):
 def test_a_source_that_is_not_there_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected"):
-        read_articles(str(tmp_path / name), 10)
+        read_texts(str(tmp_path / name), 10)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +194,9 @@ def test_a_source_that_may_not_be_read_is_refused(tmp_path, monkeypatch, source,
     Path("mine").mkdir()
     for name in ("mine/a.txt", "x.jsonl"):
         Path(name).write_text('{"text": "a"}')
-    assert read_articles(source, 10)
+    assert read_texts(source, 10)
     with (
         unreadable(Path(closed)),
         pytest.raises(UserError, match=r"^(mine|mine/a\.txt|x\.jsonl): cannot read \(Permission"),
     ):
-        read_articles(source, 10)
+        read_texts(source, 10)

@@ -23,11 +23,9 @@ FILLER_SHARE = 0.13  # chance of a filler sentence after a fact; filler is an ei
 
 @dataclass(frozen=True)
 class Article:
-    """A document. The title is for people; the model reads the text alone."""
+    """A document, and the facts that it states, in their order."""
 
-    title: str
     text: str
-    topic: str
     fact_ids: tuple[str, ...]
 
 
@@ -47,7 +45,7 @@ def write_articles(facts: list[Fact], max_articles: int, boost: dict[str, int], 
     stated: Counter[str] = Counter()
     opened: Counter[str] = Counter()
     articles = []
-    for number, topic in enumerate(_topic_plan(facts, weights, max_articles, rng), start=1):
+    for topic in _topic_plan(facts, weights, max_articles, rng):
         chosen = _choose(facts, topic, weights, stated, rng)
         stated.update(fact.id for fact in chosen)
         opening = min(chosen, key=lambda fact: opened[fact.id] / weights[fact.id])
@@ -56,7 +54,7 @@ def write_articles(facts: list[Fact], max_articles: int, boost: dict[str, int], 
         rng.shuffle(chosen)
         ordered = [opening, *chosen]
         text = _with_filler([sayings[fact.id].next() for fact in ordered], rng)
-        articles.append(Article(f"{topic.capitalize()} {number}", text, topic, tuple(f.id for f in ordered)))
+        articles.append(Article(text, tuple(fact.id for fact in ordered)))
     return articles
 
 

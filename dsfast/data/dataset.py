@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from dsfast.config import DataConfig
-from dsfast.data.articles import Article, vocabulary_texts, write_articles
+from dsfast.data.articles import vocabulary_texts, write_articles
 from dsfast.data.facts import Fact, load_facts, taught_facts
 from dsfast.data.packing import PackedRows, pack
-from dsfast.data.sources import ENCYCLOPEDIA, read_articles
+from dsfast.data.sources import ENCYCLOPEDIA, read_texts
 from dsfast.data.tokenizer import load_tokenizer, tokenizer_hash
 
 
@@ -34,27 +34,27 @@ def build_dataset(data: DataConfig, vocab_size: int, seed: int) -> Dataset:
     if data.source == ENCYCLOPEDIA:
         facts = load_facts()
         taught = taught_facts(facts, data.facts)
-        articles = write_articles(taught, data.max_articles, dict(data.boost), seed)
+        texts = [article.text for article in write_articles(taught, data.max_articles, dict(data.boost), seed)]
         tokenizer = load_tokenizer(vocabulary_texts(facts), vocab_size)
     else:
         taught = []
-        articles = read_articles(data.source, data.max_articles)
-        tokenizer = load_tokenizer([article.text for article in articles], vocab_size)
-    rows = pack([article.text for article in articles], tokenizer, data.sequence_length, seed)
-    return Dataset(tokenizer, rows, _manifest(data, seed, articles, taught, tokenizer, rows), taught)
+        texts = read_texts(data.source, data.max_articles)
+        tokenizer = load_tokenizer(texts, vocab_size)
+    rows = pack(texts, tokenizer, data.sequence_length, seed)
+    return Dataset(tokenizer, rows, _manifest(data, seed, texts, taught, tokenizer, rows), taught)
 
 
 def _manifest(
-    data: DataConfig, seed: int, articles: list[Article], taught: list[Fact], tokenizer: Tokenizer, rows: PackedRows
+    data: DataConfig, seed: int, texts: list[str], taught: list[Fact], tokenizer: Tokenizer, rows: PackedRows
 ) -> dict:
     digest = hashlib.sha256()
-    for article in articles:
-        digest.update(article.text.encode("utf-8") + b"\0")
+    for text in texts:
+        digest.update(text.encode("utf-8") + b"\0")
     return {
         "source": data.source,
         "seed": seed,
         "boost": dict(data.boost),
-        "articles": len(articles),
+        "articles": len(texts),
         "texts_sha256": digest.hexdigest(),
         "tokens": len(rows.stream),
         "rows": len(rows),

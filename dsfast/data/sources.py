@@ -1,7 +1,7 @@
 """Where text comes from: the user's own files, read, cleaned and freed of repeats.
 
 - a .txt file: documents are separated by blank lines;
-- a .jsonl file: one JSON object a line with "text" and, if wanted, "title"; other fields are left alone;
+- a .jsonl file: one JSON object a line with "text"; other fields, such as a title, are left alone;
 - a folder: every .txt file in it is one document, in order of file name.
 """
 
@@ -14,27 +14,25 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from dsfast.data.articles import Article
 from dsfast.errors import UserError
 
 ENCYCLOPEDIA = "encyclopedia"
 
 
-def read_articles(source: str, max_articles: int) -> list[Article]:
-    """The first `max_articles` distinct, non-empty documents of a user's `source`.
+def read_texts(source: str, max_texts: int) -> list[str]:
+    """The first `max_texts` distinct, non-empty documents of a user's `source`.
 
     Raises UserError for a source of no known kind, what cannot be read, text that is not UTF-8 (file and byte), a
     broken line of JSON (file and line) and a source without any text.
     """
     path = Path(source)
-    clean = (Article(sanitize(title), sanitize(text), "", ()) for title, text in _documents(path))
     try:
-        articles = list(islice(without_repeats(clean), max_articles))
+        texts = list(islice(without_repeats(map(sanitize, _documents(path))), max_texts))
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot read ({error.strerror})") from None
-    if not articles:
+    if not texts:
         raise UserError(f"{path}: expected text, found none")
-    return articles
+    return texts
 
 
 def sanitize(text: str) -> str:
@@ -44,21 +42,21 @@ def sanitize(text: str) -> str:
     return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
 
 
-def without_repeats(articles: Iterable[Article]) -> Iterator[Article]:
-    """The articles with a text that is neither empty nor exactly that of an earlier one."""
+def without_repeats(texts: Iterable[str]) -> Iterator[str]:
+    """Those that are neither empty nor exactly an earlier one."""
     seen = {""}
-    for article in articles:
-        if article.text not in seen:
-            seen.add(article.text)
-            yield article
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
-def _documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(title, text) pairs as they stand in the source."""
+def _documents(path: Path) -> Iterator[str]:
+    """Texts as they stand in the source."""
     if path.is_dir():
-        yield from ((file.stem, _read_text(file)) for file in sorted(path.iterdir()) if file.match("*.txt"))
+        yield from (_read_text(file) for file in sorted(path.iterdir()) if file.match("*.txt"))
     elif path.suffix == ".txt" and path.is_file():
-        yield from (("", text) for text in re.split(r"\n\s*\n", _read_text(path)))
+        yield from re.split(r"\n\s*\n", _read_text(path))
     elif path.suffix == ".jsonl" and path.is_file():
         yield from _read_jsonl(path)
     else:
@@ -72,7 +70,7 @@ def _read_text(path: Path) -> str:
     return _decode(path.read_bytes(), path, 0)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: Path) -> Iterator[str]:
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -82,21 +80,18 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
                 yield _json_document(line, f"{path}:{number}")
 
 
-def _json_document(line: str, where: str) -> tuple[str, str]:
+def _json_document(line: str, where: str) -> str:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise UserError(f'{where}: expected an object with a string "text"')
-    title = entry.get("title", "")
-    if not isinstance(title, str):
-        raise UserError(f'{where}: expected a string "title", got {type(title).__name__}')
     try:
-        (title + entry["text"]).encode("utf-8")
+        entry["text"].encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half of a surrogate pair, which no UTF-8 text can") from None
-    return title, entry["text"]
+    return entry["text"]
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
