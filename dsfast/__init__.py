@@ -14,8 +14,10 @@ from dsfast import ops
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
 from dsfast.generate import generate
-from dsfast.model import DeepseekV3
+from dsfast.model import DeepseekV3, import_huggingface
 from dsfast.train import Trainer, load_checkpoint
 
 __version__ = "0.1.0"
-__all__ = ["Config", "DeepseekV3", "Trainer", "UserError", "generate", "load_checkpoint", "load_config", "ops"]
+__all__ = [
+    "Config", "DeepseekV3", "Trainer", "UserError", "generate", "import_huggingface", "load_checkpoint", "load_config", "ops",
+]  # fmt: skip

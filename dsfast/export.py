@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from dsfast.command import CommandParser, run_command
-from dsfast.model.huggingface import export_huggingface
+from dsfast.model import export_huggingface
 from dsfast.train.checkpoint import load_checkpoint
 
 

@@ -9,11 +9,11 @@ import torch
 from tiny_models import GROUPS, VARIANTS, YARN, random_ids, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dsfast import import_huggingface
 from dsfast.command import run_command
 from dsfast.errors import UserError
 from dsfast.export import main
-from dsfast.model import generate_ids
-from dsfast.model.huggingface import export_huggingface, import_huggingface
+from dsfast.model import export_huggingface, generate_ids
 from dsfast.tokens import BOS, EOS, PAD
 from dsfast.train.checkpoint import TrainingState, save_checkpoint
 from dsfast.train.optimizer import build_optimizer

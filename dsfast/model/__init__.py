@@ -3,6 +3,7 @@
 from dsfast.model.capture import captured
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
+from dsfast.model.huggingface import export_huggingface, import_huggingface
 from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import (
     FixedWeights,
@@ -22,9 +23,11 @@ __all__ = [
     "any_native_products",
     "captured",
     "copy_all",
+    "export_huggingface",
     "generate",
     "generate_ids",
     "gpu_has_bfloat16",
+    "import_huggingface",
     "loss_in",
     "parameter_counts",
     "precision_of",

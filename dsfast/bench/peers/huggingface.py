@@ -9,8 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
-from dsfast.model import DeepseekV3
-from dsfast.model.huggingface import export_huggingface
+from dsfast.model import DeepseekV3, export_huggingface
 from dsfast.tokens import BOS, EOS, PAD
 
 INSTALL = "transformers is not installed; run `pip install 'dsfast[bench]'`"
