@@ -22,7 +22,7 @@ OPS = LEAVES | {"config", "triton_kernels", "_native"}
 MODEL = OPS | {"ops", "huggingface_config"}
 TRAIN = MODEL | {"model", "data"}
 BENCH = TRAIN | {"train", "evaluate", "info"}
-SUITE = BENCH | {"bench", "command"}
+SUITE = BENCH | {"bench", "command", "console"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -31,12 +31,13 @@ ALLOWED = {
     "config": LEAVES | {"huggingface_config"},
     "triton_kernels": set(),
     "command": LEAVES,
+    "console": set(),
     "data": LEAVES | {"config"},
     "ops": OPS,
     "model": MODEL,
     "train": TRAIN | {"command"},
     "evaluate": TRAIN | {"command", "train"},
-    "bench": BENCH | {"command"},
+    "bench": BENCH | {"command", "console"},
     "suite": SUITE,
     "info": MODEL | {"command"},
     "generate": SUITE,

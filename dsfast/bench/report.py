@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterable
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +16,8 @@ from dsfast.bench import timing
 from dsfast.bench.against.run import NOISE
 from dsfast.bench.gpu.show import show_gpu, show_tiles
 from dsfast.bench.memory import IDLE
+from dsfast.console import make_console, make_table
 
-PLAIN_WIDTH = 120  # columns where the output is not a terminal
 FILE_WIDTH = 150
 BAR = 12  # columns of the longest bar
 
@@ -32,7 +30,7 @@ class Reporter:
     """Prints results to standard output, and what is under way to standard error if that is a terminal."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+        self.console = console or make_console()
         self._errors = Console(stderr=True, highlight=False)
 
     def progress(self, text: str) -> None:
@@ -333,13 +331,10 @@ def _bar(value: float, longest: float) -> str:
     return "█" * max(1, round(BAR * value / longest)) if longest else ""
 
 
+_WORDS = (
+    "", "what", "variant", "operator", "implementation", "pass", "ms in bars", "kernel", "chip", "limits", "verdict",
+)  # fmt: skip
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for column in columns:
-        words = column in (
-            "", "what", "variant", "operator", "implementation", "pass", "ms in bars", "kernel", "chip", "limits", "verdict",
-        )  # fmt: skip
-        table.add_column(column, justify="left" if words else "right", no_wrap=column != "what")
-    return table
+    return make_table(title, *columns, right=set(columns) - set(_WORDS), folded=("what",))

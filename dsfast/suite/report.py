@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dsfast.console import make_console, make_table
 from dsfast.data.prompts import PRIORITIES
 from dsfast.suite.verdict import PARTED, THRESHOLDS, Check, show
 
-PLAIN_WIDTH = 120  # columns where the output is not a terminal
 SHOWN = 48  # characters of a generated answer in a table
 BUSY = 0.5  # share of the steps' time from which a GPU is used well enough
 PASSED, FAILED = "✓ ALL TESTS PASSED", "✗ SOME TESTS FAILED"
@@ -98,14 +96,6 @@ class Reporter:
 
     def _line(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)
-
-
-def make_console() -> Console:
-    """Standard output; characters that its encoding lacks are replaced instead of ending the run."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def fallbacks(tests: Json) -> list[Json]:
@@ -303,12 +293,7 @@ _DETAILS = {"kernels": _kernels_table, "propagation": _propagation_table, "gener
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=f"\n{title}" if title else None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    return make_table(title, *columns, folded=columns)
 
 
 def _commit(commit: Json | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from dsfast.console import make_table
 
 Json = dict[str, Any]
 
@@ -186,19 +187,11 @@ def _figures(console: Console, rows: list[Json]) -> None:
     console.print(_filled("Figures asked for on an H200", columns, lines))
 
 
+_WORDS = ("pass", "variant", "tiles", "figure", "asked", "stretch", "met?")
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title and f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    for column in columns:
-        words = column in ("pass", "variant", "tiles", "figure", "asked", "stretch", "met?")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    return table
+    return make_table(title, *columns, right=set(columns) - set(_WORDS))
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
