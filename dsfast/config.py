@@ -81,19 +81,22 @@ class ModelConfig:
     @property
     def matrix_elements(self) -> int:
         """How many parameters the matrices have together: all but the norms'."""
+        d, v, r = self.hidden_size, self.vocab_size, self.embedding_rank
+        embedding = v * d if r is None else (v + d) * r
+        head = 0 if self.tie_word_embeddings else v * d
+        return embedding + head + self.layer_elements(self.n_routed_experts)
+
+    def layer_elements(self, routed: int) -> int:
+        """Those of all layers' matrices, of MTP modules too, counting `routed` of each layer's routed experts."""
         d, h, kv, q = self.hidden_size, self.num_attention_heads, self.kv_lora_rank, self.q_lora_rank
-        v, r = self.vocab_size, self.embedding_rank
         queries = h * self.qk_head_dim
         attention = d * queries if q is None else q * (d + queries)
         attention += d * (kv + self.qk_rope_head_dim) + h * kv * (self.qk_nope_head_dim + self.v_head_dim)
         attention += h * self.v_head_dim * d
-        experts = self.n_routed_experts + self.n_shared_experts
-        moe = 3 * d * self.moe_intermediate_size * experts + d * self.n_routed_experts
+        moe = 3 * d * self.moe_intermediate_size * (routed + self.n_shared_experts) + d * self.n_routed_experts
         dense, mtp = self.first_k_dense_replace, self.num_nextn_predict_layers
-        embedding = v * d if r is None else (v + d) * r
-        head = 0 if self.tie_word_embeddings else v * d
         blocks = (self.num_hidden_layers + mtp) * attention + (self.num_hidden_layers - dense + mtp) * moe
-        return embedding + head + blocks + dense * 3 * d * self.intermediate_size + mtp * 2 * d * d
+        return blocks + dense * 3 * d * self.intermediate_size + mtp * 2 * d * d
 
 
 @dataclass(frozen=True)

@@ -39,21 +39,9 @@ def matrix_flops(c: ModelConfig, batch: int, length: int) -> int:
 
     The backward pass of a product takes two of the same size. The peers do at least as much.
     """
-    heads, tokens = c.num_attention_heads, batch * length
-    head_width, key_value = c.qk_head_dim, c.qk_nope_head_dim + c.v_head_dim
-    queries = (
-        c.q_lora_rank * (c.hidden_size + heads * head_width) if c.q_lora_rank else c.hidden_size * heads * head_width
-    )
-    latent = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * heads * key_value
-    attention = (
-        queries + latent + heads * c.v_head_dim * c.hidden_size + (length + 1) / 2 * heads * (head_width + c.v_head_dim)
-    )
-    experts = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size
-    sparse = c.hidden_size * (c.n_routed_experts + 3 * experts)
-    dense = 3 * c.hidden_size * c.intermediate_size
-    layers = c.num_hidden_layers * attention + c.first_k_dense_replace * dense
-    layers += (c.num_hidden_layers - c.first_k_dense_replace) * sparse
-    rank = c.embedding_rank or 0
+    tokens, rank = batch * length, c.embedding_rank or 0
+    scores = (length + 1) / 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+    layers = c.layer_elements(c.num_experts_per_tok) + c.num_hidden_layers * scores
     embedding = rank * c.hidden_size
     head = embedding + rank * c.vocab_size if rank and c.tie_word_embeddings else c.hidden_size * c.vocab_size
     return round(6 * tokens * (layers + embedding + head))
