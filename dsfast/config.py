@@ -311,7 +311,7 @@ _COUNTS = (
 )  # fmt: skip
 _COUNTS_FROM_0 = ("train.warmup_steps", "train.checkpoint_every")
 # (words, bound, dotted names); checked in this order. Upper bounds lie far above any use: they are there so that a
-# slip of the keyboard ends in a line and not in an allocator, an int32 or a loop that never ends.
+# slip of the keyboard ends in a line and not in an allocator or an int32.
 _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("above", 0, (*_SIZES, "model.num_hidden_layers", *_EXPERTS)),
     ("above", 0, ("model.rms_norm_eps", "model.routed_scaling_factor", "model.initializer_range")),

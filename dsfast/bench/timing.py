@@ -69,9 +69,11 @@ def take_turns(
     return taken
 
 
-def repeat(calls: Sequence[Call], repeats: int, budget: float = BUDGET) -> list[tuple[float, ...]]:
+def repeat(
+    calls: Sequence[Call], repeats: int, budget: float = BUDGET, timer: Callable[[Call], float] | None = None
+) -> list[tuple[float, ...]]:
     """Seconds of each of `calls`, all of them in turn, as `take_turns` does for one group."""
-    return take_turns({"": calls}, repeats, budget)[""]
+    return take_turns({"": calls}, repeats, budget, timer)[""]
 
 
 def compare(first: Call, others: Mapping[str, Call], repeats: int, warmup: int = 2) -> dict[str, Comparison]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsfast.bench.cases import Work
-from dsfast.bench.timing import take_turns
+from dsfast.bench.timing import repeat
 
 COPY_BYTES = 2**30
 SIZE = 8192  # rows and columns of the product
@@ -56,4 +56,4 @@ def measure_bounds(clock: Any, device: str, copy_bytes: int = COPY_BYTES, size: 
 
 def _best(clock: Any, call) -> float:
     call()
-    return min(taken for (taken,) in take_turns({"": (call,)}, CALLS, BUDGET, clock.seconds)[""])
+    return min(taken for (taken,) in repeat((call,), CALLS, BUDGET, clock.seconds))

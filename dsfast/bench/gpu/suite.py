@@ -15,8 +15,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dsfast.bench.gpu.figures import OUT_OF_TIME
+from dsfast.info import ROOT
 
-ROOT = Path(__file__).parents[3]
 NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
 """The one is for chips that are not there, the other for the interpreter."""
 ENDING = 10.0  # seconds to end in

@@ -17,7 +17,7 @@ from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, related
 from dsfast.bench.gpu.peers import no_gpu
 from dsfast.bench.peers import GPU_PEERS
 from dsfast.bench.step import FirstSteps, attempt
-from dsfast.bench.timing import spread, take_turns
+from dsfast.bench.timing import repeat, spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
@@ -215,8 +215,7 @@ def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int, rounds: in
         step()
 
     call()
-    taken = take_turns({"": (call,)}, rounds, BUDGET, clock.seconds)[""]
-    median = spread([seconds for (seconds,) in taken])
+    median = spread([seconds for (seconds,) in repeat((call,), rounds, BUDGET, clock.seconds)])
     variant = {"seconds": asdict(median), "tokens_per_second": batch / median.median}
     return _pass({"dsfast": variant | (in_a_graph(clock, "dsfast", call) if clock.on_gpu else {})})
 

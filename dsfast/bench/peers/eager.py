@@ -13,9 +13,8 @@ from torch.nn import functional
 from dsfast.bench.peers.operators import causal_attention, choose_experts, embedding, rotate
 from dsfast.config import ModelConfig
 from dsfast.model import DeepseekV3
+from dsfast.model.attention import LATENT_NORM_EPS
 from dsfast.model.rope import softmax_scale
-
-_LATENT_NORM_EPS = 1e-6
 
 
 class Embedding(nn.Module):
@@ -43,10 +42,10 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(c.hidden_size, self.heads * (nope + rope), bias=False)
         else:
             self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(c.q_lora_rank, self.heads * (nope + rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, rank + rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(rank, _LATENT_NORM_EPS)
+        self.kv_a_layernorm = nn.RMSNorm(rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(rank, self.heads * (nope + value), bias=False)
         self.o_proj = nn.Linear(self.heads * value, c.hidden_size, bias=False)
 
