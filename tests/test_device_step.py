@@ -584,7 +584,7 @@ class TestCapture:
             capture.record(failing)
         assert streams == ["the caller's"] * 2  # after a capture that failed as well
 
-    def test_branches_are_made_before_the_capture_and_used_inside(self, monkeypatch):
+    def test_branches_are_made_before_the_capture_and_used_before_and_inside(self, monkeypatch):
         log = []
 
         def logged(name):
@@ -600,7 +600,8 @@ class TestCapture:
         monkeypatch.setattr(triton, "branches", lambda: logged("branches"))
         capture.record(lambda: log.append("step"), branched=True)
         captures = "capture on priority -1"
-        assert log == ["step", "make branches", f"make {captures}", captures, "branches", "step"]
+        before = ["make branches", "branches", "step"]  # the same way as inside
+        assert log == [*before, "make branches", f"make {captures}", captures, "branches", "step"]
 
     @pytest.fixture
     def doubling(self):

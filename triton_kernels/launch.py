@@ -102,9 +102,9 @@ def expect_dtype(operator: str, dtype: torch.dtype) -> None:
 def rows(*tensors: Tensor) -> list[Tensor]:
     """Each tensor itself where its last dimension is contiguous, else a contiguous copy.
 
-    Strides before it may be any below 2^24: offsets inside a tile, of at most 256 rows, are 32-bit. Wider ones are copied too.
+    Strides before it may be any below 2^23: offsets inside a tile, of at most 256 rows, are 32-bit. Wider ones are copied too.
     """
-    return [x if x.stride(-1) == 1 and max(x.stride()) < 2**24 else x.contiguous() for x in tensors]
+    return [x if x.stride(-1) == 1 and max(x.stride()) < 2**23 else x.contiguous() for x in tensors]
 
 
 def large_tiles(device: torch.device) -> int:
@@ -121,10 +121,11 @@ def large_tiles(device: torch.device) -> int:
 
 @cache
 def _devices_with_pdl() -> list[int]:
-    """The GPUs that have programmatic dependent launch; none where kernels are interpreted."""
-    if interpreted() or torch.version.hip:
+    """The data-centre GPUs that have programmatic dependent launch; none where kernels are interpreted, or where DSFAST_PDL is 0,
+    as for a driver whose graphs cannot hold it."""
+    if interpreted() or torch.version.hip or os.environ.get("DSFAST_PDL") == "0":
         return []
-    return [device for device in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(device) >= (9, 0)]
+    return [n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(n)[0] in (9, 10)]
 
 
 @cache

@@ -125,7 +125,7 @@ def _attend_dv_ahead(
         b_s_nope = tl.dot(b_k_nope, tl.trans(b_q_nope))
         b_p = tl.exp2(b_s)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
-        tl.store(_part_of_square(ds, t, s, SIDE, BT), b_ds, mask=(i >= begin)[None, :])
+        tl.store(_part_of_square(ds, t, s, SIDE, BT), b_ds, mask=tl.max_constancy((i >= begin)[None, :], [1, BT]))
         b_dv = tl.dot(b_p.to(b_v.dtype), b_do, b_dv)
     return b_dv
 

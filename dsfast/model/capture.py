@@ -161,7 +161,7 @@ class Recording(NamedTuple):
 
 
 def record(call: Callable[[], object], branched: bool = False, beside: Recording | None = None) -> Recording:
-    """`call` as a CUDA graph. It is called once more before, on a stream of its own.
+    """`call` as a CUDA graph. It is called once more before, in the same way, on a stream of its own.
 
     branched: with `triton.branches`; for one that calls no compiled function, which PyTorch would not run as such inside.
     beside: another recording, in whose memory this one may lie, as neither is replayed while the other runs.
@@ -170,13 +170,14 @@ def record(call: Callable[[], object], branched: bool = False, beside: Recording
     """
     # A backward pass on a GPU has else a thread of its own, in which context variables have their first values.
     with torch.autograd.set_multithreading_enabled(False):
-        with _side_stream(), _waiting_refused():
+        way = triton.branches if branched else nullcontext
+        with _side_stream(), _waiting_refused(), way():
             call()
         gc.collect()  # a graph that is given back in the middle of a capture would break it
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = beside.stream if beside else torch.cuda.Stream(priority=triton.CHAIN)
         pool = beside.graph.pool() if beside else None
-        branches = triton.branches() if branched else nullcontext()
+        branches = way()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream), branches:
                 call()
