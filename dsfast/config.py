@@ -309,6 +309,11 @@ _COUNTS = (
     "data.max_articles", "data.facts", "data.sequence_length", "train.steps", "train.batch_size", "train.max_bad_steps",
     "train.log_every", "suite.full_training_steps", "suite.max_new_tokens",
 )  # fmt: skip
+_FACTORS = (
+    "model.routed_scaling_factor", "model.initializer_range", "model.embedding_initializer_range", "train.learning_rate",
+    "train.embedding_learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.bias_update_speed",
+    "train.mtp_loss_weight", "train.eps",
+)  # fmt: skip
 _COUNTS_FROM_0 = ("train.warmup_steps", "train.checkpoint_every")
 # (words, bound, dotted names); checked in this order. Upper bounds lie far above any use: they are there so that a
 # slip of the keyboard ends in a line and not in an allocator or an int32.
@@ -324,9 +329,12 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("at least", 0, ("seed", *_COUNTS_FROM_0)),
     ("above", 0, _COUNTS),
     ("at most", 2**31 - 1, (*_COUNTS, *_COUNTS_FROM_0)),
-    ("above", 0, ("train.learning_rate", "train.muon_learning_rate", "train.eps", "train.grad_clip")),
+    ("above", 0, ("train.learning_rate", "train.muon_learning_rate")),
+    ("at least", 1e-30, ("train.eps", "train.grad_clip")),  # below, float32 loses it or what it scales
     ("null or above", 0, ("train.embedding_learning_rate",)),
     ("at least", 0, ("train.weight_decay", "train.bias_update_speed", "train.mtp_loss_weight")),
+    ("at most", 1, ("model.rms_norm_eps",)),
+    ("at most", 1e6, _FACTORS),
     ("at least", 0, ("train.beta1", "train.beta2", "train.final_lr_ratio")),
     ("below", 1, ("train.beta1", "train.beta2")),
     ("at most", 1, ("train.final_lr_ratio",)),

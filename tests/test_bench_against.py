@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def against(
 
 def test_the_same_code_gives_the_same_bits(repository: Path, tmp_path: Path):
     ended, found = against(repository, tmp_path, "HEAD", "--steps", "4", "--seeds", "2")
+    assert found["results"]["wrong"] is None
     # Of a few steps of some milliseconds each the times may say anything.
     assert ended.returncode in (0, 1), ended.stderr
     settings, results = found["settings"], found["results"]
@@ -117,6 +119,8 @@ def test_a_tree_that_is_slower_and_learns_less_is_named_and_1(repository: Path, 
     assert results["timed"]["a step"]["first"]["median"] > 0.2 > results["timed"]["a step"]["other"]["median"]
     [slow] = [problem for problem in results["problems"] if problem.startswith("a step: now 0.")]
     [learnt] = [problem for problem in results["problems"] if problem.startswith("the mean loss of the last steps is")]
+    assert results["wrong"] == [], "that is no operator's fault"
+    assert "as near to float64 as they have to be" in ended.stdout
     [one] = results["seeds"]
     assert one["apart"]["first_step"] == 2, "the first loss is that of the same first weights"
     assert one["now"]["losses"][0] == one["before"]["losses"][0]
@@ -160,7 +164,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_trained(reposito
 def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Path, tmp_path: Path):
     """Beside one that does not, and one that the commit did not have."""
     turned = '    raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))\n'
-    change(repository, "dsfast/ops/rope.py", turned, turned + "    y += 1e-6\n    __import__('time').sleep(0.02)\n")
+    change(repository, "dsfast/ops/rope.py", turned, turned + "    y += 1e-3\n    __import__('time').sleep(0.02)\n")
     sizes = "SIZES: dict[str, dict[str, dict[str, int]]] = {\n"
     change(repository, "dsfast/bench/cases.py", sizes, sizes + "    'new_one': {},\n")
     ended, found = against(repository, tmp_path, "--operators", "rope,rms_norm,new_one")
@@ -175,6 +179,20 @@ def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Pa
         assert results["timed"][name]["first"]["median"] > least > results["timed"][name]["other"]["median"]
         assert any(problem.startswith(f"{name}: now 0.") for problem in results["problems"])
     assert "Bits of results and gradients: others: rope." in ended.stdout
+    [wrong] = results["wrong"]
+    assert re.match(r"rope, native, 500K: output: error 1\.00e-03, at most \d\.\d\de-0[67] is right$", wrong)
+    assert f"✗ wrong: {wrong}" in ended.stdout
+
+
+def test_a_kernel_that_is_wrong_is_named_whatever_the_model_learns(repository: Path, tmp_path: Path):
+    """Of a run: a model may learn as well with it."""
+    turned = '    raise_out_of_range("rope", "positions", bad, x.size(0), cos.size(0))\n'
+    change(repository, "dsfast/ops/rope.py", turned, turned + "    y += 1e-3\n")
+    ended, found = against(repository, tmp_path, "--steps", "2")
+    assert ended.returncode == 1, ended.stderr
+    [wrong] = found["results"]["wrong"]
+    assert wrong.startswith("rope, native, 500K: output: error 1.00e-03")
+    assert not [problem for problem in found["results"]["problems"] if "times as fast" not in problem]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from operator_cases import needs_native
 from tiny import VOCABULARY, tiny_config, tiny_dataset, write_text_run
 
 from dsfast import ops
+from dsfast.command import run_command
 from dsfast.config import load_config
 from dsfast.data import PackedRows
 from dsfast.errors import UserError
@@ -298,6 +299,27 @@ def test_freed_memory_is_kept_from_the_first_step_on(monkeypatch):
 def test_cuda_without_a_gpu():
     with pytest.raises(UserError, match=r"runtime.device is 'cuda', but torch finds no GPU"):
         tiny_trainer(**{"runtime.device": "cuda", "runtime.dtype": "bfloat16"})
+
+
+def test_a_run_that_learnt_nothing_is_an_error_that_says_so(tmp_path, monkeypatch, capsys):
+    """Too short for `max_bad_steps`; what there is is saved."""
+    monkeypatch.setenv("DSFAST_CACHE", str(tmp_path / "cache"))
+
+    def broken(*arguments):
+        trainer = Trainer(*arguments)
+        torch.nn.init.constant_(trainer.model.norm.weight, math.nan)
+        return trainer
+
+    monkeypatch.setattr("dsfast.train.__main__.Trainer", broken)
+    config = write_text_run(tmp_path, **{"train.steps": 3})
+    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run")]
+    assert run_command(main, arguments) == 2
+    output = capsys.readouterr()
+    assert "3 steps skipped; checkpoint" in output.out
+    assert output.err.startswith(
+        "error: nothing was learnt: 3 of 3 steps were skipped, their loss or gradients not finite"
+    )
+    assert output.err.count("\n") == 1
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from dsfast.bench import cases, results
-from dsfast.bench.against.run import run_against, run_operators
+from dsfast.bench.against.run import run_against, run_operators, wrong_numbers
 from dsfast.bench.against.tree import resolve, tree_of
 from dsfast.bench.compile import plan as plan_compile
 from dsfast.bench.compile import run_compile
@@ -82,7 +82,8 @@ def sound(found: Json) -> bool:
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
     faster = any(row["grows_faster"] for rows in found.get("series", {}).values() for row in rows)
     faulty = any(row["faults"] for row in found.get("kernels", []))
-    return not (wrong or faster or faulty or found.get("problems") or {"failed", "wrong"} & set(states))
+    worse = found.get("problems") or found.get("wrong")
+    return not (wrong or faster or faulty or worse or {"failed", "wrong"} & set(states))
 
 
 def _parser() -> CommandParser:
@@ -277,8 +278,11 @@ def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     }  # fmt: skip
     if names:
         settings |= {"operators": names, "size": arguments.size}
-        return settings, run_operators(trees, configs, names, arguments.size, reporter.progress)
-    return settings, run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
+        found = run_operators(trees, configs, names, arguments.size, reporter.progress)
+    else:
+        found = run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
+    reporter.progress("operators beside float64, where bits differ")
+    return settings, found | {"wrong": wrong_numbers(config, found)}
 
 
 def _compile(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

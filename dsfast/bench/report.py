@@ -237,6 +237,11 @@ class Reporter:
             self._say("The two sides' configs differ: each is its own tree's.", "yellow")
         for problem in results["problems"]:
             self._say(f"✗ worse: {problem}", "red")
+        wrong = results.get("wrong")
+        if wrong == []:
+            self._say("Where bits differ, the operators as they are now are as near to float64 as they have to be.")
+        for problem in wrong or []:
+            self._say(f"✗ wrong: {problem}", "red")
 
     def _learnt(self, results: Json) -> None:
         seeds = ", ".join(str(one["seed"]) for one in results["seeds"])

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsfast.config import OPERATORS
 from dsfast.ops import cases, native
 from dsfast.ops.cases import Case
 from dsfast.ops.dispatch import IN_FLOAT32, report, use
@@ -75,9 +76,10 @@ IN_A_STEP = (
 
 
 def check_all(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32
-) -> list[Row]:
-    """Every operator in every implementation that runs on `device`, at the 500K model's shapes and an odd one, in `dtype`.
+    device: str = "cpu", dtype: torch.dtype = torch.float32, products: torch.dtype = torch.float32,
+    operators: Container[str] = OPERATORS,
+) -> list[Row]:  # fmt: skip
+    """Each of `operators` in every implementation that runs on `device`, at the 500K model's shapes and an odd one, in `dtype`.
 
     products: what the products of the native implementation multiply, see `check_draws`.
     """
@@ -86,6 +88,8 @@ def check_all(
     if device == "cuda" and dtype.itemsize == 2:
         chosen += [(case, dtype) for case in IN_A_STEP]
     for case, used in chosen:
+        if case.operator not in operators:
+            continue
         with use("auto"):
             own = {row["operator"]: row["implementation"] for row in report(device, used)}
         implementations = dict.fromkeys(("reference", own[case.operator]))

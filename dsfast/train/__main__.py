@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import sys
+from math import isfinite
 
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
 from dsfast.files import check_output_folder
 from dsfast.train.checkpoint import find_checkpoint
-from dsfast.train.loop import Trainer, TrainResult
+from dsfast.train.loop import Trainer, TrainingError, TrainResult
 
 
 def main(argv: list[str]) -> int:
-    """Train; returns 0. Raises UserError, and Interrupted after Ctrl-C or SIGTERM (exit code 130 or 143)."""
+    """Train; returns 0. Raises UserError, also where in the end nothing was learnt, and Interrupted after Ctrl-C or SIGTERM (exit
+    code 130 or 143)."""
     arguments = _parser().parse_args(argv)
     resume = arguments.output_dir if arguments.resume is True else arguments.resume
     config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})
     check_output_folder(arguments.output_dir, "--output-dir")
-    print(_summary(Trainer(config, arguments.output_dir).train(resume)))
+    result = Trainer(config, arguments.output_dir).train(resume)
+    print(_summary(result))
+    if result.skipped_steps == len(result.losses) or not isfinite(result.final_loss):
+        raise TrainingError(
+            f"nothing was learnt: {result.skipped_steps} of {len(result.losses)} steps were skipped, their loss or gradients not"
+            f" finite, the last loss is {result.final_loss:.4f}; a smaller train.learning_rate may help"
+        )
     return 0
 
 

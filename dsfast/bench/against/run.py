@@ -17,8 +17,11 @@ from typing import Any
 
 from dsfast.bench.learning import LAST
 from dsfast.bench.timing import BUDGET, FEWEST, summarise
+from dsfast.config import OPERATORS, Config
 from dsfast.errors import UserError
 from dsfast.files import read_json
+from dsfast.model import precision_of
+from dsfast.ops import check_all
 
 SIDES = ("now", "before")
 TURNS = 20
@@ -228,7 +231,7 @@ def _compared(processes: Sequence[Pairs]) -> Json:
     each = {median(before / now for now, before in process) > 1 for process in processes}
     if interval is None:
         verdict = "too few turns"
-    elif interval[0] <= 1 <= interval[1] or abs(ratio - 1) <= NOISE or len(each) > 1:
+    elif round(interval[0], 3) <= 1 <= round(interval[1], 3) or abs(ratio - 1) <= NOISE or len(each) > 1:
         verdict = "as fast"
     else:
         verdict = "faster" if ratio > 1 else "slower"
@@ -256,6 +259,25 @@ def _means(found: Sequence[Json]) -> Json:
             name: None if None in all_ else fmean(one["fraction"] for one in all_) for name, all_ in recalls.items()
         },
     }
+
+
+def wrong_numbers(config: Config, found: Json) -> list[str] | None:
+    """Where the sides' bits differ, which operators of this tree are further from float64 than `ops.check_all` allows, in words.
+
+    They compute as config.runtime says; of a run of single operators it is those that differ. None: nothing differs.
+    """
+    differ = OPERATORS if any(one["apart"] for one in found.get("seeds", [])) else ()
+    differ = differ or [name for name, bits in found.get("bits", {}).items() if bits == "others"]
+    if not differ:
+        return None
+    precision = precision_of(config.runtime)
+    wrong: dict[tuple[str, str], str] = {}
+    for row in check_all(config.runtime.device, precision.tensors, precision.products, differ):
+        if not row["passed"]:
+            error = f"error {row['max_abs_error']:.2e}, at most {row['tolerance']:.2e} is right"
+            which = row["operator"], row["implementation"]
+            wrong.setdefault(which, f"{', '.join(which)}, {row['case']}: {row['quantity']}: {error}")
+    return list(wrong.values())
 
 
 def slower(timed: Json) -> list[str]:
