@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ class CMakeBuild(build_ext):
         environment = os.environ | {
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         }
+        if importlib.util.find_spec("pybind11") is None:
+            print("dsfast: pybind11 is missing here; it takes `pip install pybind11 cmake ninja`", file=sys.stderr)
         try:
             subprocess.run(configure, check=True, env=environment)
             subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)

@@ -191,3 +191,8 @@ class TestConfigured:
         with pytest.raises(UserError, match=match), ops.configured(kernels, "cpu"):
             pass
         assert taken() == before
+
+
+def test_what_holds_no_floating_point_numbers_is_refused():
+    with pytest.raises(TypeError, match=r"rms_norm: expected floating-point numbers, got torch.int32"):
+        ops.rms_norm(X.int(), WEIGHT.int(), 1e-6)

@@ -301,11 +301,13 @@ def test_generation_leaves_the_model_as_it_was(implementation):
     ("arguments", "message"),
     [
         ({"prompt": "A" * 20}, r"prompt: expected 1 .. 20 tokens, <\|bos\|> included .*, got 21"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
         ({"temperature": -0.1}, "temperature: expected at least 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature: expected at least 0, got nan"),
         ({"seed": -1}, "seed: expected 0 .. 9223372036854775807, got -1"),
         ({"seed": 2**63}, "seed: expected 0 .. 9223372036854775807, got 9223372036854775808"),
+        ({"prompt": ["A"]}, r"prompt: expected a string, got list"),
         ({"prompt": "A\udcff"}, r"prompt: expected text that UTF-8 can hold, got '\\udcff' at character 1"),
     ],
 )

@@ -255,6 +255,7 @@ def test_one_token_and_the_longest_row_are_possible():
         (torch.zeros(1, 264, dtype=torch.int64), r"rows of 264 tokens, at most 263 are possible"),
         (torch.zeros(4, dtype=torch.int64), r"input_ids: expected \[B, T\] of int64, got \[4\]"),
         (torch.zeros(1, 4), r"got \[1, 4\] of torch.float32"),
+        ([[0, 1]], r"input_ids: expected a tensor \[B, T\] of int64, got list"),
     ],
 )
 def test_bad_input_ids_are_refused(ids, message):

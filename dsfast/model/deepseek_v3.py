@@ -157,6 +157,8 @@ class DeepseekV3(nn.Module):
 
     def _flatten(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):
         """ids [N], positions [N], cu_seqlens [S + 1], checked and filled in."""
+        if not isinstance(input_ids, Tensor):
+            raise UserError(f"input_ids: expected a tensor [B, T] of int64, got {type(input_ids).__name__}")
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
             raise UserError(f"input_ids: expected [B, T] of int64, got {_shape(input_ids)} of {input_ids.dtype}")
         length, limit = input_ids.shape[1], self.config.max_position_embeddings

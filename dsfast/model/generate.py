@@ -108,6 +108,8 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _check_text(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt: expected a string, got {type(prompt).__name__}")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -118,8 +120,8 @@ def _check_text(prompt: str) -> None:
 
 def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
     limit = model.config.max_position_embeddings
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
     if not temperature >= 0:
         raise UserError(f"temperature: expected at least 0, got {temperature}")
     if not 0 <= seed < 2**63:

@@ -74,7 +74,10 @@ def choose(operator: str, x: Tensor, not_native: str = "", not_triton: str = "")
     """The implementation `operator` takes for `x`'s device and dtype; notes and warns of a fall-back.
 
     `not_native` and `not_triton`, where not empty, say why the C++ and the Triton kernels do not take this call's arguments.
+    Raises TypeError where x does not hold floating-point numbers.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"{operator}: expected floating-point numbers, got {x.dtype}")
     return _choose(operator, x.device.type, x.dtype, not_native, not_triton)
 
 

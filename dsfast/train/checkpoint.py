@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def save_checkpoint(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself when it is a checkpoint, else the newest complete one in it. Raises UserError."""
+    """`path` itself when it is a checkpoint, else the newest complete one in it, with a warning where others are newer. Raises
+    UserError."""
     path = Path(path)
     with os_errors_as(f"{path}: cannot be read"):
         if (path / "manifest.json").is_file():
@@ -96,11 +98,14 @@ def find_checkpoint(path: str | Path) -> Path:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
         found = checkpoints(path)
+        newest = max((p for p in path.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step, default=None)
     if not found:
         raise UserError(
             f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one. A run that ended before its"
             " first can only be begun anew, in another folder"
         )
+    if newest != found[-1]:
+        warnings.warn(f"{newest} has no manifest.json and is passed over; {found[-1].name} is taken", stacklevel=2)
     return found[-1]
 
 
