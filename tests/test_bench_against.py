@@ -20,7 +20,7 @@ import torch
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench.against import run, side, tree
-from dsfast.bench.against.run import apart, learns_less, slower
+from dsfast.bench.against.run import apart, learns_less, slower, too_good
 from dsfast.command import run_command
 from dsfast.errors import UserError
 from dsfast.ops import native
@@ -388,6 +388,12 @@ def learnt(mean_loss: float = 1.0, taught: float | None = 0.95) -> dict:
 def test_what_is_worse_than_roundings_make_it_is_a_problem(now, expected):
     assert learns_less({"now": now, "before": learnt()}) == expected
     assert learns_less({"now": now, "before": learnt(nan, None)}) == []
+
+
+@pytest.mark.parametrize(("loss", "doubted"), [(0.51, False), (0.49, True), (0.0004, True), (nan, False), (1.0, False)])
+def test_what_is_too_good_is_doubted(loss, doubted):
+    found = too_good({"now": learnt(loss), "before": learnt()})
+    assert [text.endswith("can labels be read off the input?") for text in found] == [True] * doubted
 
 
 @pytest.mark.parametrize(("ratio", "verdict", "named"), [(0.93, "slower", 1), (0.95, "slower", 0), (0.9, "as fast", 0)])

@@ -237,6 +237,8 @@ class Reporter:
             self._say("The two sides' configs differ: each is its own tree's.", "yellow")
         for problem in results["problems"]:
             self._say(f"✗ worse: {problem}", "red")
+        for doubt in results.get("doubts", []):
+            self._say(f"? {doubt}", "yellow")
         wrong = results.get("wrong")
         if wrong == []:
             self._say("Where bits differ, the operators as they are now are as near to float64 as they have to be.")

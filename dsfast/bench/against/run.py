@@ -36,6 +36,8 @@ NOISE = 0.04
 LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
 """What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
 roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model."""
+TOO_GOOD = 2
+"""By how much a loss has to fall to be doubted: without anything learnt, as where labels are among the input, it falls to nothing."""
 _SIDE = Path(__file__).parent / "side.py"
 _ALONE = """
 import sys  # an editable installation's finder would give from another tree what this one lacks
@@ -142,7 +144,7 @@ def run_against(
 
     Returns `seeds`, what `_one_seed` finds for each, without the pairs of seconds; `timed`, of a step and of generation, both
     sides' seconds, how many times as fast "now" is, and whether that is more than noise; `learnt`, the sides' means over the
-    seeds; and `problems`, what is worse. Of a tree that fails there is a `status` alone, "failed", and the `reason`.
+    seeds; `problems`, what is worse; and `doubts`, what is better than changes are. Of a tree that fails there is a `status` alone, "failed", and the `reason`.
     """
     found = []
     try:
@@ -153,7 +155,8 @@ def run_against(
     pairs = [one.pop("pairs") for one in found]
     timed = {name: _compared([of_seed[name] for of_seed in pairs]) for name in pairs[0]}
     learnt = {side: _means([one[side] for one in found]) for side in SIDES}
-    return {"seeds": found, "timed": timed, "learnt": learnt, "problems": slower(timed) + learns_less(learnt)}
+    problems, doubts = slower(timed) + learns_less(learnt), too_good(learnt)
+    return {"seeds": found, "timed": timed, "learnt": learnt, "problems": problems, "doubts": doubts}
 
 
 def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress) -> Json:
@@ -287,6 +290,14 @@ def slower(timed: Json) -> list[str]:
         for name, compared in timed.items()
         if compared["verdict"] == "slower" and compared["median_of_ratios"] < 1 - SPEED
     ]
+
+
+def too_good(learnt: Json) -> list[str]:
+    """What is better now than before by more than any change of a model has been."""
+    now, before = (learnt[side]["mean_loss"] for side in SIDES)
+    if now < before / TOO_GOOD:
+        return [f"the mean loss of the last steps is {now:.4f} and was {before:.4f}: can labels be read off the input?"]
+    return []
 
 
 def learns_less(learnt: Json) -> list[str]:
