@@ -37,7 +37,7 @@ LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
 """What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
 roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model."""
 TOO_GOOD = 2
-"""By how much a loss has to fall to be doubted: without anything learnt, as where labels are among the input, it falls to nothing."""
+"""By how much a loss has to fall to be doubted: where labels are among the input it falls to nothing, with nothing learnt."""
 _SIDE = Path(__file__).parent / "side.py"
 _ALONE = """
 import sys  # an editable installation's finder would give from another tree what this one lacks
@@ -144,7 +144,8 @@ def run_against(
 
     Returns `seeds`, what `_one_seed` finds for each, without the pairs of seconds; `timed`, of a step and of generation, both
     sides' seconds, how many times as fast "now" is, and whether that is more than noise; `learnt`, the sides' means over the
-    seeds; `problems`, what is worse; and `doubts`, what is better than changes are. Of a tree that fails there is a `status` alone, "failed", and the `reason`.
+    seeds; `problems`, what is worse; and `doubts`, what is better than changes are. Of a tree that fails there is a `status`
+    alone, "failed", and the `reason`.
     """
     found = []
     try:
