@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from operator_cases import needs_native
 
 from dsfast import ops
 from dsfast.ops import cases, checks, native
@@ -47,6 +50,26 @@ def test_bfloat16_is_checked_where_the_model_computes_in_it():
     assert native_rows == (set() if native.status()[0] is None else set(checks.IN_FLOAT32))
 
 
+def test_kernels_are_checked_in_float32_too_where_their_products_are_of_bfloat16(monkeypatch):
+    """By which a result that is off by a thousandth is right."""
+    needs_native()
+    found = ops.check_all("cpu", products=torch.bfloat16, operators=("swiglu_mlp", "rope"))
+    assert [row for row in found if not row["passed"]] == []
+    by = Counter((row["operator"], row["implementation"]) for row in found)
+    assert by["swiglu_mlp", checks.ROUNDED] == by["swiglu_mlp", "native"] > 0
+    assert ("rope", checks.ROUNDED) not in by
+    (spoilt,) = [case for case in checks.CASES if (case.operator, case.name) == ("swiglu_mlp", "500K")]
+
+    def off(x, gate_up, down):
+        y = ops.swiglu_mlp(x, gate_up, down)
+        return y if ops.dispatch.choose("swiglu_mlp", x) == "reference" else 1.001 * y
+
+    monkeypatch.setattr(checks, "CASES", (replace(spoilt, function=off),))
+    found = ops.check_all("cpu", products=torch.bfloat16)
+    wrong = {row["implementation"] for row in found if row["quantity"] == "output" and not row["passed"]}
+    assert wrong == {"native"}
+
+
 @pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
 @pytest.mark.parametrize("case", checks.IN_A_STEP, ids=lambda case: case.name)
 def test_what_a_step_on_a_gpu_calls_can_be_checked(case):
@@ -63,7 +86,7 @@ def test_on_a_gpu_they_are_checked_in_16_bits(monkeypatch):
         "report",
         lambda device, dtype: [{"operator": c.operator, "implementation": "triton"} for c in checks.CASES],
     )
-    monkeypatch.setattr(checks, "compare", lambda case, _, device, dtype, products: seen.append((case, dtype)) or [])
+    monkeypatch.setattr(checks, "compare", lambda case, _, device, dtype: seen.append((case, dtype)) or [])
     ops.check_all("cuda", torch.bfloat16)
     assert seen[-len(checks.IN_A_STEP) :] == [(case, torch.bfloat16) for case in checks.IN_A_STEP]
     ops.check_all("cuda", torch.float32)

@@ -14,10 +14,8 @@ from dsfast.bench.cases import UPDATES, BenchCase, Work, build_case
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.timing import Call, Spread, compare
 from dsfast.ops import checks, native
+from dsfast.ops.checks import ROUNDED
 
-ROUNDED = "native bfloat16"
-"""The native kernels with products of bfloat16 (native.products_in), held to eager's error in bfloat16; timed where the
-processor has a fast instruction for them."""
 EAGER_TOLERANCE = 1e-3
 """Of the largest value. Eager may not compute something else, but it may round: torch's float32 norm of 10^7 numbers is
 off by 3e-4."""
