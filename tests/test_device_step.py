@@ -564,7 +564,8 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext(log.append("capture")))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"of priority {priority}")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(capture, "_stream", lambda device, priority: f"of priority {priority}")
         capture.record(lambda: log.append(modes[-1])).replay()
         assert log == ["error", "capture", "default", "replay"]
 
@@ -596,7 +597,8 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: logged(f"capture on {stream}"))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: f"priority {priority}")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(capture, "_stream", lambda device, priority: f"priority {priority}")
         monkeypatch.setattr(triton, "branches", lambda: logged("branches"))
         capture.record(lambda: log.append("step"), branched=True)
         captures = "capture on priority -1"

@@ -6,11 +6,13 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.cuda import CUDAGraph
 
 from dsfast import ops
 from dsfast.errors import first_line
@@ -68,7 +70,7 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     return chain.replay
 
 
-def _chain_or_branches(step: Step, chain: Recording) -> Recording:
+def _chain_or_branches(step: Step, chain: CUDAGraph) -> CUDAGraph:
     """The step recorded with branches, if that leaves what its recording as a chain leaves, and sooner; else `chain`."""
     try:
         with unchanged(step.state()):
@@ -84,7 +86,7 @@ def _chain_or_branches(step: Step, chain: Recording) -> Recording:
     return chain
 
 
-def _compared(step: Step, *recordings: Recording) -> list[float] | None:
+def _compared(step: Step, *recordings: CUDAGraph) -> list[float] | None:
     """Median seconds of some replays of each, in turns from the same state; None if they do not always leave the same bits.
 
     One alone would tell little: memory holds what the replay before left, of the same state, and what is read too early is right.
@@ -138,10 +140,16 @@ def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
         restore()
 
 
+@cache
+def _stream(device: int, priority: int = 0) -> torch.cuda.Stream:
+    """The same for all recordings: of a new one for each cuBLAS would keep 32 MiB, for as long as the process lives."""
+    return torch.cuda.Stream(device, priority=priority)
+
+
 @contextmanager
 def _side_stream() -> Iterator[None]:
     """Work inside runs on another stream than the default one, which cannot be captured."""
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -150,21 +158,11 @@ def _side_stream() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-class Recording(NamedTuple):
-    """A CUDA graph, and the stream it was captured on."""
-
-    graph: torch.cuda.CUDAGraph
-    stream: torch.cuda.Stream
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-def record(call: Callable[[], object], branched: bool = False, beside: Recording | None = None) -> Recording:
+def record(call: Callable[[], object], branched: bool = False, beside: CUDAGraph | None = None) -> CUDAGraph:
     """`call` as a CUDA graph. It is called once more before, in the same way, on a stream of its own.
 
     branched: with `triton.branches`; for one that calls no compiled function, which PyTorch would not run as such inside.
-    beside: another recording, in whose memory this one may lie, as neither is replayed while the other runs.
+    beside: another graph, in whose memory this one may lie, as neither is replayed while the other runs.
     Raises RuntimeError where it makes the host wait for the device. That is found out before the capture: one that fails leaves
     torch 2.11 unable to capture another, and to give memory back, for as long as the process lives.
     """
@@ -175,15 +173,15 @@ def record(call: Callable[[], object], branched: bool = False, beside: Recording
             call()
         gc.collect()  # a graph that is given back in the middle of a capture would break it
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        stream = beside.stream if beside else torch.cuda.Stream(priority=triton.CHAIN)
-        pool = beside.graph.pool() if beside else None
+        stream = _stream(torch.cuda.current_device(), triton.CHAIN)
+        pool = beside.pool() if beside else None
         branches = way()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream), branches:
                 call()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
-    return Recording(graph, stream)
+    return graph
 
 
 @contextmanager

@@ -117,10 +117,14 @@ def branches() -> AbstractContextManager:
     """For one capture, made before it: inside, kernels whose results nothing waits for are on branches of the graph."""
     if missing():
         return nullcontext()
-    streams = [torch.cuda.Stream() for _ in range(BRANCHES)]
-    return importlib.import_module("dsfast.triton_kernels.branches").Branches(
-        streams, torch.cuda.Stream(priority=CHAIN)
-    )
+    module = importlib.import_module("dsfast.triton_kernels.branches")
+    return module.Branches(*_branch_streams(torch.cuda.current_device()))
+
+
+@cache
+def _branch_streams(device: int) -> tuple[list[torch.cuda.Stream], torch.cuda.Stream]:
+    """Those of all recordings, and the one with the chain's priority: torch has 32, and gives them out again and again."""
+    return [torch.cuda.Stream(device) for _ in range(BRANCHES)], torch.cuda.Stream(device, priority=CHAIN)
 
 
 def kernel_cache() -> Path:
