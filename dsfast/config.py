@@ -371,16 +371,16 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
 
 def _scaling_rules(scaling: dict[str, float | str]) -> list[tuple[bool, str]]:
     scaling_type = scaling.get("type", scaling.get("rope_type", "yarn"))
-    known, numbers = (*_SCALING_TYPES, *_SCALING_ABOVE_0, *_SCALING_FROM_0), (*_SCALING_ABOVE_0, *_SCALING_FROM_0)
+    known = (*_SCALING_TYPES, *_SCALING_ABOVE_0, *_SCALING_FROM_0)
+    numbers = [(name, value) for name, value in scaling.items() if name not in _SCALING_TYPES]
     return [
         *((name in known, f"model.rope_scaling: unknown key {name!r}; {choices(known)}") for name in scaling),
         (scaling_type == "yarn", f"model.rope_scaling.type is {scaling_type!r}; known: yarn"),
         ("factor" in scaling, "model.rope_scaling needs the key 'factor'"),
-        *((isinstance(scaling[name], float), f"model.rope_scaling.{name} must be a number, got {scaling[name]!r}")
-          for name in numbers if name in scaling),
-        *((_in_range(scaling[name], name in _SCALING_FROM_0),
-           f"model.rope_scaling.{name} must be {'0 or ' * (name in _SCALING_FROM_0)}1e-9..1e9, got {scaling[name]}")
-          for name in numbers if name in scaling),
+        *((isinstance(value, float), f"model.rope_scaling.{name} must be a number, got {value!r}") for name, value in numbers),
+        *((_in_range(value, name in _SCALING_FROM_0),
+           f"model.rope_scaling.{name} must be {'0 or ' * (name in _SCALING_FROM_0)}1e-9..1e9, got {value}")
+          for name, value in numbers),
     ]  # fmt: skip
 
 

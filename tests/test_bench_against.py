@@ -274,9 +274,8 @@ class TestTree:
             patch.setattr(subprocess.Popen, "communicate", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 tree._run(["bash", "-c", shell], {})
-        deadline = (
-            time.monotonic() + 20
-        )  # a killed process may still be seen for a moment; unkilled it would sleep for a minute
+        # A killed process may still be seen for a moment; unkilled it would sleep for a minute.
+        deadline = time.monotonic() + 20
         while _runs(begun.read_text().strip()):
             assert time.monotonic() < deadline
             time.sleep(0.01)

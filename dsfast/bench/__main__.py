@@ -281,8 +281,7 @@ def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
         found = run_operators(trees, configs, names, arguments.size, reporter.progress)
     else:
         found = run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
-    reporter.progress("operators beside float64, where bits differ")
-    return settings, found | {"wrong": wrong_numbers(config, found)}
+    return settings, found | {"wrong": wrong_numbers(config, found, reporter.progress)}
 
 
 def _compile(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:

@@ -84,16 +84,14 @@ def check_case(bench: BenchCase, arguments: tuple) -> dict[str, str]:
     ours = ("reference",) if module is None else ("native", "reference")
     rows = checks.check(case.operator, case.function, arguments, case.differentiable, ours, case=case.name)
     if has_rounded(case.operator):
-        rounded = checks.check_draws(
+        rows += checks.check_draws(
             case.operator, case.function, [arguments], case.differentiable, ["native"], products=torch.bfloat16
         )
-        rows += [{**row, "implementation": ROUNDED} for row in rounded]
     found = dict.fromkeys((row["implementation"] for row in rows), "")
     found |= {} if module else {"native": f"not available: {reason}"}
     for row in rows:
         if not row["passed"] and not found[row["implementation"]]:
-            error, allowed = row["max_abs_error"], row["tolerance"]
-            found[row["implementation"]] = f"{row['quantity']}: error {error:.2e}, at most {allowed:.2e} is right"
+            found[row["implementation"]] = checks.in_words(row)
     with ops.use("reference", case.operator):
         expected = checks.evaluate(case.function, arguments, case.differentiable)
     found["eager"] = _difference(checks.evaluate(bench.eager_result, arguments, case.differentiable), expected)

@@ -93,26 +93,34 @@ def find_checkpoint(path: str | Path) -> Path:
     UserError."""
     path = Path(path)
     with os_errors_as(f"{path}: cannot be read"):
-        if (path / "manifest.json").is_file():
+        if _complete(path):
             return path
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
-        found = checkpoints(path)
-        newest = max((p for p in path.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step, default=None)
+        steps = _steps(path)
+        found = [step for step in steps if _complete(step)]
     if not found:
         raise UserError(
             f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one. A run that ended before its"
             " first can only be begun anew, in another folder"
         )
-    if newest != found[-1]:
-        warnings.warn(f"{newest} has no manifest.json and is passed over; {found[-1].name} is taken", stacklevel=2)
+    if steps[-1] != found[-1]:
+        warnings.warn(f"{steps[-1]} has no manifest.json and is passed over; {found[-1].name} is taken", stacklevel=2)
     return found[-1]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    found = [p for p in run_dir.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    return sorted(found, key=checkpoint_step)
+    return [step for step in _steps(run_dir) if _complete(step)]
+
+
+def _steps(run_dir: Path) -> list[Path]:
+    """What is named as a checkpoint in a run folder, oldest first."""
+    return sorted((p for p in run_dir.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step)
+
+
+def _complete(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
 
 
 def checkpoint_step(path: Path) -> int:

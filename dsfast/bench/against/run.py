@@ -22,6 +22,7 @@ from dsfast.errors import UserError
 from dsfast.files import read_json
 from dsfast.model import precision_of
 from dsfast.ops import check_all
+from dsfast.ops.checks import in_words
 
 SIDES = ("now", "before")
 TURNS = 20
@@ -265,7 +266,7 @@ def _means(found: Sequence[Json]) -> Json:
     }
 
 
-def wrong_numbers(config: Config, found: Json) -> list[str] | None:
+def wrong_numbers(config: Config, found: Json, progress: Progress) -> list[str] | None:
     """Where the sides' bits differ, which operators of this tree are further from float64 than `ops.check_all` allows, in words.
 
     They compute as config.runtime says; of a run of single operators it is those that differ. None: nothing differs.
@@ -274,13 +275,13 @@ def wrong_numbers(config: Config, found: Json) -> list[str] | None:
     differ = differ or [name for name, bits in found.get("bits", {}).items() if bits == "others"]
     if not differ:
         return None
+    progress("the operators that differ beside float64" if "bits" in found else "the operators beside float64")
     precision = precision_of(config.runtime)
     wrong: dict[tuple[str, str], str] = {}
     for row in check_all(config.runtime.device, precision.tensors, precision.products, differ):
         if not row["passed"]:
-            error = f"error {row['max_abs_error']:.2e}, at most {row['tolerance']:.2e} is right"
             which = row["operator"], row["implementation"]
-            wrong.setdefault(which, f"{', '.join(which)}, {row['case']}: {row['quantity']}: {error}")
+            wrong.setdefault(which, f"{', '.join(which)}, {row['case']}: {in_words(row)}")
     return list(wrong.values())
 
 
