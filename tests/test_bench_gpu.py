@@ -26,7 +26,8 @@ from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
 from dsfast.bench.gpu.figures import FIGURES, Figure, figures
-from dsfast.bench.gpu.peers import GpuPeer, Prepared, RefusedError
+from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, RefusedError, direct
+from dsfast.bench.peers import operators as eager
 from dsfast.bench.report import plain
 from dsfast.command import run_command
 from dsfast.ops import native, triton
@@ -204,7 +205,7 @@ def test_a_case_is_checked_and_timed_with_the_peers_that_run_here(part):
 
 
 def peer(what: str, function, missing=lambda: "") -> GpuPeer:
-    return GpuPeer(what, lambda arguments, positions: peers.direct(function, arguments, positions), missing)
+    return GpuPeer(what, lambda arguments, positions: direct(function, arguments, positions), missing)
 
 
 def broken(*arguments):
@@ -216,7 +217,7 @@ def refusing(arguments, positions) -> Prepared:
 
 
 def forward_only(x, weight, eps, residual):
-    y, h = peers.eager.rms_norm(x, weight, eps, residual)
+    y, h = eager.rms_norm(x, weight, eps, residual)
     return y.detach(), h.detach()
 
 
@@ -224,14 +225,14 @@ def forward_only(x, weight, eps, residual):
 def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypatch, caplog):
     caplog.set_level("DEBUG", "dsfast.bench")
     others = {
-        "right": peer("it", peers.eager.rms_norm),
-        "wrong": peer("1% off", lambda *a: tuple(x * 1.01 for x in peers.eager.rms_norm(*a))),
+        "right": peer("it", eager.rms_norm),
+        "wrong": peer("1% off", lambda *a: tuple(x * 1.01 for x in eager.rms_norm(*a))),
         "broken": peer("raises", broken),
         "missing": peer("not here", broken, lambda: "not installed"),
         "refusing": GpuPeer("refuses", refusing),
         "no backward": peer("no derivative", forward_only),
     }
-    monkeypatch.setitem(peers._PEERS, "norm", others)
+    monkeypatch.setitem(peers.PEERS, "norm", others)
     row = run_tiny("norm")
     found = {name: (state["status"], state["reason"]) for name, state in row["peers"].items()}
     assert found["right"] == found["no backward"] == ("ready", "")
@@ -262,8 +263,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 @pytest.mark.parametrize(("looks", "ready"), [(0, []), (1, []), (2, []), (3, ["a"]), (4, ["a", "b"])])
 def test_what_is_ready_when_the_time_is_up_is_timed(looks, ready, monkeypatch):
     """There is a look at the time before each of two peers is checked, and before each is prepared."""
-    others = {name: peer("it", peers.eager.swiglu_mlp) for name in ("a", "b")} | {"c": peer("", broken, lambda: "gone")}
-    monkeypatch.setitem(peers._PEERS, "mlp", others)
+    others = {name: peer("it", eager.swiglu_mlp) for name in ("a", "b")} | {"c": peer("", broken, lambda: "gone")}
+    monkeypatch.setitem(peers.PEERS, "mlp", others)
     turns = iter([*[False] * looks, *[True] * 4])
     row = run_tiny("mlp", lambda: next(turns))
     assert set(row["passes"]["forward+backward"]["variants"]) == {"dsfast", *ready}
@@ -286,7 +287,7 @@ def test_a_case_says_what_it_has_so_far():
 def test_sdpa_refuses_documents_of_unequal_lengths_and_says_why():
     arguments = cases.draw(cases.cases.attention((3, 5), "", 2, 8, 8, 8)[0], "cpu", torch.float32)
     with pytest.raises(RefusedError, match="a mask of 8 x 8"):
-        peers._PEERS["attention"]["SDPA math"].prepare(arguments, ())
+        peers.PEERS["attention"]["SDPA math"].prepare(arguments, ())
 
 
 @pytest.mark.parametrize("lengths", [(16, 16), (21, 1, 10)], ids=["equal", "mixed"])
@@ -296,7 +297,7 @@ def test_flex_attention_masks_what_the_reference_masks(lengths, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     case = cases.cases.attention(lengths, "", 2, 16, 8, 16)[0]
     arguments = cases.draw(case, "cpu", torch.float32)
-    prepared = peers._PEERS["attention"]["FlexAttention"].prepare(arguments, ())
+    prepared = peers.PEERS["attention"]["FlexAttention"].prepare(arguments, ())
     with operators.ops.use("reference"):
         torch.testing.assert_close(prepared.result(prepared.run()), case.function(*arguments), rtol=1e-4, atol=1e-5)
 

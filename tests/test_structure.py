@@ -187,6 +187,13 @@ FOLDERS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not p
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_every_package_is_installed():
+    """In a clone all of them are there; a wheel has those that are listed."""
+    listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\npackages = [")[2].partition("]")[0]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == found | {"dsfast.configs", "dsfast.triton_kernels"}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 class TestDocuments:
     def test_paths_exist(self, document):

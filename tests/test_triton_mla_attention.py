@@ -189,12 +189,13 @@ def test_kept_scores_of_shared_keys():
 def test_the_benchmark_has_scores_made_anew_beside_those_kept(widths, monkeypatch):
     from dsfast.triton_kernels import launch, mla_attention_kept
 
-    from dsfast.bench.gpu import peers
+    from dsfast.bench.gpu.peers import PEERS
+    from dsfast.bench.gpu.peers.peer import RefusedError
 
     tensors, cu_seqlens, scale, do = make_inputs([150, 20], widths, torch.float16)
-    peer, arguments = peers._PEERS["attention"]["scores anew"], [*tensors, cu_seqlens, scale]
+    peer, arguments = PEERS["attention"]["scores anew"], [*tensors, cu_seqlens, scale]
     if widths[0] == 32 or not launch.large_tiles(torch.device(DEVICE)):
-        with pytest.raises(peers.RefusedError, match="does not keep scores here either"):
+        with pytest.raises(RefusedError, match="does not keep scores here either"):
             peer.prepare(arguments, range(5))
         return
     prepared = peer.prepare(arguments, range(5))

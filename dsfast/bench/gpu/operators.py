@@ -15,7 +15,8 @@ from dsfast import ops
 from dsfast.bench.cases import UPDATES, Work
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
-from dsfast.bench.gpu.peers import GpuPeer, Prepared, direct, peers_of
+from dsfast.bench.gpu.peers import peers_of
+from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, direct
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import Call, spread, take_turns
 from dsfast.ops import checks, triton

@@ -14,7 +14,7 @@ from dsfast import ops
 from dsfast.bench.generation import run_generate
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, related
-from dsfast.bench.gpu.peers import no_gpu
+from dsfast.bench.gpu.peers.peer import no_gpu
 from dsfast.bench.peers import GPU_PEERS
 from dsfast.bench.step import FirstSteps, attempt
 from dsfast.bench.timing import repeat, spread, take_turns

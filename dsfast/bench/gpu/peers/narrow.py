@@ -1,0 +1,42 @@
+"""Peers of what stands before and behind attention in a narrow layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from dsfast import ops
+from dsfast.bench.gpu.peers.peer import GpuPeer, compiled, plain
+from dsfast.bench.peers import operators as eager
+
+
+def _project_by_operators(
+    delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As dsfast/model/attention.py does where a model is wider."""
+    *x, h = ops.stream_norm(delta, norm, eps, residual, 2)
+    queries, keys = functional.linear(x[0], q).unflatten(-1, (heads, -1)), functional.linear(x[1], kv_a)
+    q_nope, q_rope, latent, k_rope = ops.split_and_turn(queries, keys, cos, sin, positions)
+    latent = ops.rms_norm(latent, latent_norm, latent_eps)
+    plain = q_nope.size(-1)
+    key_values = functional.linear(latent, kv_b).unflatten(-1, (heads, -1))
+    k_nope, v = key_values.split((plain, key_values.size(-1) - plain), -1)
+    return h, q_nope, q_rope, k_nope, k_rope, v
+
+
+def _output_by_operators(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
+    return ops.stream_norm(functional.linear(values, o), norm, eps, residual, uses)
+
+
+PEERS: dict[str, dict[str, GpuPeer]] = {
+    "project": {
+        "operators": plain("dsfast's own operators, one after the other", _project_by_operators),
+        "eager": plain("rms_norm, linear, rotations", eager.mla_project),
+        "compile": compiled("it", eager.mla_project),
+    },
+    "output": {
+        "operators": plain("dsfast's own operators, one after the other", _output_by_operators),
+        "eager": plain("linear, add, rms_norm", eager.mla_output),
+        "compile": compiled("it", eager.mla_output),
+    },
+}

@@ -1,0 +1,81 @@
+"""What a peer is, and how most of them are prepared."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsfast import ops
+from dsfast.bench.gpu.cases import unchanged
+
+
+class RefusedError(Exception):
+    """The peer does not take these inputs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """run(): the forward pass; leaves: what gradients are wanted for; result: what `run` returns as the operator's outputs."""
+
+    run: Callable[[], Any]
+    leaves: tuple[Tensor, ...]
+    result: Callable[[Any], Any] = unchanged
+
+
+@dataclass(frozen=True)
+class GpuPeer:
+    """prepare(arguments of the operator, positions that want gradients) -> Prepared; missing(): why it cannot run, or "".
+
+    compiled: whether torch.compile makes it, for each size anew.
+    """
+
+    what: str
+    prepare: Callable[[list, Sequence[int]], Prepared]
+    missing: Callable[[], str] = lambda: ""
+    compiled: bool = False
+
+
+def direct(function: Callable, arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """`function` on the operator's own arguments."""
+    inputs = list(arguments)
+    for position in differentiable:
+        inputs[position] = arguments[position].detach().clone().requires_grad_()
+    return Prepared(partial(function, *inputs), tuple(inputs[position] for position in differentiable))
+
+
+def plain(what: str, function: Callable, missing: Callable[[], str] = lambda: "") -> GpuPeer:
+    return GpuPeer(what, partial(direct, function), missing)
+
+
+def compiled(what: str, function: Callable) -> GpuPeer:
+    def prepare(arguments: list, differentiable: Sequence[int]) -> Prepared:
+        return direct(torch.compile(function), arguments, differentiable)
+
+    return compiled_by(f"torch.compile of {what}", prepare)
+
+
+def compiled_by(what: str, prepare: Callable[[list, Sequence[int]], Prepared]) -> GpuPeer:
+    return GpuPeer(what, prepare, no_gpu, compiled=True)
+
+
+def no_gpu() -> str:
+    """Why what is compiled for a GPU cannot run."""
+    return "" if torch.cuda.is_available() else "compiled for a GPU, and torch finds none"
+
+
+def no_liger() -> str:
+    return "" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+
+
+def reference(operator: str, function: Callable) -> Callable:
+    def run(*arguments):
+        with ops.use("reference", operator):
+            return function(*arguments)
+
+    return run
