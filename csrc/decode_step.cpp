@@ -124,8 +124,7 @@ struct Work {
     taken = rows(m.width), expert_out = rows(m.width), weights = rows(m.chosen);
     chosen = carver.of<int64_t>(TOKENS * m.chosen);
     rstd = rows(1);
-    memory = carver.floats(
-        largest(attention_of(m).memory(capacity), choice_of(m).memory() + 2 * (m.experts + m.chosen) * W));
+    memory = carver.floats(largest(attention_of(m).memory(capacity), choice_of(m).memory()));
   }
 };
 
@@ -218,17 +217,8 @@ void Block::mlp(int64_t rows, const Packed<float>& gate_up, const Packed<float>&
 }
 
 void Block::route(const Layer& layer, const LayerWeights& weights) const {
-  const Choice z = choice_of(m);
-  float *scores = w.memory + z.memory(), *turned = scores + m.experts * W, *of_lanes = turned + m.experts * W;
-  int32_t* chosen = reinterpret_cast<int32_t*>(of_lanes + m.chosen * W);
   product(count, {w.x, m.width, 1}, weights.router.at(), w.scores, m.experts);
-  for (int64_t first_lane = 0; first_lane < count; first_lane += W) {
-    const int64_t lanes = least(count - first_lane, W);
-    scores_of(w.scores + first_lane * m.experts, lanes, m.experts, z.softmax, scores, turned);
-    route_lanes(z, scores, layer.router_bias, of_lanes, chosen, w.memory);
-    to_rows(of_lanes, m.chosen, lanes, w.weights + first_lane * m.chosen);
-    to_rows(chosen, m.chosen, lanes, w.chosen + first_lane * m.chosen);
-  }
+  route_rows(choice_of(m), w.scores, layer.router_bias, count, w.weights, w.chosen, w.memory);
 }
 
 void Block::expert(const LayerWeights& weights, int64_t e) const {

@@ -46,23 +46,7 @@ struct Block {
   PackedB packed_hidden;
   float reference[TOKENS], total[TOKENS];  // what is subtracted, in base 2; the sum of the exponentials
 
-  Block(const HeadWeight& head, bool with_grads) {
-    Carver count = {nullptr};
-    carve(count, head, with_grads);
-    Carver carver = {dsfast::scratch(count.size)};
-    carve(carver, head, with_grads);
-  }
-
-  // The words from v on. Floats have one place from logit to term.
-  Chunk<TOKENS> chunk(int64_t v) const {
-    if (by_token == nullptr) return passing;
-    BuildTerm* own = by_token + v * (TOKENS / PER);
-    if (PER == 1) return {own, own, reinterpret_cast<float*>(own)};
-    return {own, passing.by_word, passing.logits};
-  }
-
- private:
-  void carve(Carver& c, const HeadWeight& head, bool with_grads) {
+  Block(Carver& c, const HeadWeight& head, bool with_grads) {
     const int64_t chunk = head.chunk();
     by_token = with_grads ? c.of<BuildTerm>(terms_of<BuildTerm>(head.V) * TOKENS) : nullptr;
     passing = {nullptr, c.of<BuildTerm>(chunk * TOKENS / PER), c.floats(chunk * TOKENS)};
@@ -71,6 +55,14 @@ struct Block {
     scaled_terms = c.of<BuildTerm>(packed_size<BuildTerm>(head.R, TOKENS));
     label_terms = c.of<BuildTerm>(terms_of<BuildTerm>(head.R) * TOKENS);
     row = c.of<BuildTerm>(packed_a_size(1, head.R));
+  }
+
+  // The words from v on. Floats have one place from logit to term.
+  Chunk<TOKENS> chunk(int64_t v) const {
+    if (by_token == nullptr) return passing;
+    BuildTerm* own = by_token + v * (TOKENS / PER);
+    if (PER == 1) return {own, own, reinterpret_cast<float*>(own)};
+    return {own, passing.by_word, passing.logits};
   }
 };
 
@@ -245,7 +237,7 @@ template <int64_t TOKENS>
 double rows_by_blocks(const float* hidden, int64_t hidden_row, const HeadWeight& head, const int64_t* labels,
                       int64_t ignore_index, float share, float* dhidden, float* dweight, bool first, int64_t N) {
   const bool with_grads = dhidden != nullptr;
-  Block<TOKENS> b(head, with_grads);
+  auto b = carved(dsfast::OF_PIECES, [&](Carver& c) { return Block<TOKENS>(c, head, with_grads); });
   double loss = 0;
   for (int64_t n = 0; n < N; n += TOKENS) {
     const int64_t tokens = least(N - n, TOKENS);

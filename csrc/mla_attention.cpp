@@ -156,15 +156,7 @@ struct Work {
   float *q, *d_o, *dq;  // [QUERIES][...]
   Term *key_terms, *value_terms, *packed_keys, *packed_values, *packed_q, *packed_do, *turned_q, *turned_do;
 
-  Work(int64_t length, const AttentionSizes& z) {
-    Carver count = {nullptr};
-    carve(count, length, z.Dk(), z.Dv);
-    Carver carver = {dsfast::scratch(count.size)};
-    carve(carver, length, z.Dk(), z.Dv);
-  }
-
- private:
-  void carve(Carver& c, int64_t length, int64_t Dk, int64_t Dv) {
+  Work(Carver& c, int64_t length, int64_t Dk, int64_t Dv) {
     keys = c.floats(length * Dk), dkeys = c.floats(length * Dk);
     values = c.floats(length * Dv), dvalues = c.floats(length * Dv);
     scores = c.floats(length * QUERIES), dscores = c.floats(length * QUERIES);
@@ -175,6 +167,8 @@ struct Work {
     packed_q = c.of<Term>(packed_size<Term>(Dk, QUERIES)), packed_do = c.of<Term>(packed_size<Term>(Dv, QUERIES));
     turned_q = c.of<Term>(packed_size<Term>(QUERIES, Dk)), turned_do = c.of<Term>(packed_size<Term>(QUERIES, Dv));
   }
+
+ private:
   static Weighed weighed(Carver& c, int64_t length, float* numbers) {
     Term* place = reinterpret_cast<Term*>(numbers);
     if (PER == 1) return {place, place};
@@ -188,7 +182,7 @@ struct Work {
 void attend(const AttentionParts<const float>& in, int64_t length, int64_t head, const AttentionSizes& z, Slots o,
             float* tops) {
   const int64_t Dk = z.Dk();
-  const Work w(length, z);
+  const auto w = carved(dsfast::OF_PIECES, [&](Carver& c) { return Work(c, length, Dk, z.Dv); });
   pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, w.keys);
   pack(in.v, head, length, z.Dv, w.values);
   const Factor keys = packed_a(length, Dk, {w.keys, Dk, 1}, w.key_terms);
@@ -211,7 +205,7 @@ void attend(const AttentionParts<const float>& in, int64_t length, int64_t head,
 void attend_backward(const AttentionParts<const float>& in, View d_o, const float* tops, int64_t length, int64_t head,
                      const AttentionSizes& z, const AttentionParts<float>& grads, bool add_k_rope) {
   const int64_t Dk = z.Dk(), Dv = z.Dv;
-  const Work w(length, z);
+  const auto w = carved(dsfast::OF_PIECES, [&](Carver& c) { return Work(c, length, Dk, z.Dv); });
   pack_keyed(in.k_nope, in.k_rope, head, length, z, 1.0f, w.keys);
   pack(in.v, head, length, Dv, w.values);
   const Factor keys = packed_a(length, Dk, {w.keys, Dk, 1}, w.key_terms);

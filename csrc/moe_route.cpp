@@ -69,16 +69,8 @@ void moe_route_forward(const float* logits, const float* bias, float* weights, i
                        int64_t topk_group, bool norm_topk_prob, bool softmax, float scaling, int threads) {
   const Choice z = {E, K, n_group, topk_group, norm_topk_prob, softmax, scaling};
   parallel_ranges(N, threads, [&](int, int64_t begin, int64_t end) {
-    float *memory = dsfast::scratch(z.memory() + 2 * E * W + 2 * K * W), *scores = memory + z.memory();
-    float *turned = scores + E * W, *chosen = turned + E * W;
-    int32_t* at = reinterpret_cast<int32_t*>(chosen + K * W);
-    for (int64_t n = begin; n < end; n += W) {
-      const int64_t count = least(end - n, W);
-      scores_of(logits + n * E, count, E, softmax, scores, turned);
-      route_lanes(z, scores, bias, chosen, at, memory);
-      to_rows(chosen, K, count, weights + n * K);
-      to_rows(at, K, count, indices + n * K);
-    }
+    route_rows(z, logits + begin * E, bias, end - begin, weights + begin * K, indices + begin * K,
+               dsfast::scratch(z.memory()));
   });
   sort_slots(indices, N * K, E, order, offsets);
   for (int64_t e = 0; e < E; ++e) counts[e] = offsets[e + 1] - offsets[e];

@@ -7,8 +7,8 @@
 
 namespace DSFAST_ISA {
 
-constexpr int64_t SQUARES = 1024;  // numbers whose squares are summed in float32
-constexpr int64_t TERMS = 64;      // of X X^T, likewise: sums of squares do not cancel, and a long chain shows
+constexpr int64_t SQUARES = 1024;   // numbers whose squares are summed in float32
+constexpr int64_t GRAM_TERMS = 64;  // of X X^T, likewise: sums of squares do not cancel, and a long chain shows
 
 // The polynomial a X + b X X^T X + c (X X^T)^2 X, and how often it is taken.
 struct Iteration {
@@ -45,8 +45,8 @@ inline void orthogonalise(const Iteration& z, const float* x, float* out, float*
   const float size = norm(x, R * C), divisor = size < z.eps ? z.eps : size;  // of NaN it is NaN
   for_rows(R, C, x, C, now, row, [&](vfloat v) { return v / divisor; });
   for (int64_t k = 1; k <= z.times; ++k) {
-    for (int64_t i = 0; i < C; i += TERMS)
-      gemm(R, R, least(C - i, TERMS), {now + i, row, 1}, {now + i, 1, row}, gram, short_row, i > 0);
+    for (int64_t i = 0; i < C; i += GRAM_TERMS)
+      gemm(R, R, least(C - i, GRAM_TERMS), {now + i, row, 1}, {now + i, 1, row}, gram, short_row, i > 0);
     gemm(R, R, R, {gram, short_row, 1}, {gram, short_row, 1}, poly, short_row);
     for (int64_t r = 0; r < R; ++r)
       for_vectors(R, [&](int64_t i, int64_t n) {

@@ -153,8 +153,9 @@ struct Choice {
   int64_t E, K, n_group, topk_group;
   bool norm_topk_prob, softmax;
   float scaling;
-  // Floats of working memory for `route_lanes`.
-  int64_t memory() const { return (E + n_group) * W; }
+  // Floats of working memory: for `route_lanes`, and for `route_rows`.
+  int64_t lanes_memory() const { return (E + n_group) * W; }
+  int64_t memory() const { return lanes_memory() + 2 * (E + K) * W; }
 };
 
 // scores [E][W] and bias [E] -> weights and indices [K][W], the best first
@@ -184,6 +185,20 @@ DSFAST_INLINE void to_rows(const From* __restrict from, int64_t K, int64_t count
   else
     for (int64_t k = 0; k < K; ++k)
       for (int64_t i = 0; i < count; ++i) to[i * K + k] = from[k * W + i];
+}
+
+// logits [N, E] and bias [E] -> weights and indices [N, K], the best first
+inline void route_rows(const Choice& z, const float* logits, const float* bias, int64_t N, float* weights,
+                       int64_t* indices, float* memory) {
+  float *scores = memory + z.lanes_memory(), *turned = scores + z.E * W, *chosen = turned + z.E * W;
+  int32_t* at = reinterpret_cast<int32_t*>(chosen + z.K * W);
+  for (int64_t n = 0; n < N; n += W) {
+    const int64_t count = least(N - n, W);
+    scores_of(logits + n * z.E, count, z.E, z.softmax, scores, turned);
+    route_lanes(z, scores, bias, chosen, at, memory);
+    to_rows(chosen, z.K, count, weights + n * z.K);
+    to_rows(at, z.K, count, indices + n * z.K);
+  }
 }
 
 }  // namespace DSFAST_ISA

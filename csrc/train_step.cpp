@@ -341,13 +341,14 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
       const int64_t n = cu_seqlens[d + documents] - cu_seqlens[d];
       most = largest(most, n);
     });
-    Carver count = {nullptr};
-    carve(count, m, most);
-    count.of<int64_t>(load_size);
-    Carver carver = {dsfast::scratch(count.size, dsfast::ACTIVATIONS)};
-    const State state = carve(carver, m, most);
-    int64_t* own_loads = of_thread[thread] = carver.of<int64_t>(load_size);
-    for (int64_t i = 0; i < load_size; ++i) own_loads[i] = 0;
+    struct Memory {
+      State state;
+      int64_t* loads;
+    };
+    const auto memory =
+        carved(dsfast::ACTIVATIONS, [&](Carver& c) { return Memory{carve(c, m, most), c.of<int64_t>(load_size)}; });
+    of_thread[thread] = memory.loads;
+    for (int64_t i = 0; i < load_size; ++i) memory.loads[i] = 0;
     float* own = partials.of[thread] = dsfast::scratch(size, dsfast::GRADIENTS);
     clear(own, size);
     for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
@@ -355,7 +356,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
       const int64_t n = cu_seqlens[d + documents] - base;
       if (n == 0) return;
       const Pass pass = {
-          m,          weights,       *gradients,       shared,         own,       state, clock, own_loads, n,
+          m,          weights,       *gradients,       shared,         own,       memory.state, clock, memory.loads, n,
           ids + base, labels + base, positions + base, cu_seqlens + d, documents, base};
       clock.backward = 0;
       losses[thread] += pass.forward(ignore_index, share);
