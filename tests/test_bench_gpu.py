@@ -187,7 +187,7 @@ def test_a_case_is_checked_and_timed_with_the_peers_that_run_here(part):
     assert row["check"] == ""
     ready = [name for name, peer in row["peers"].items() if peer["status"] == "ready"]
     assert ready, row["peers"]
-    assert {peer["status"] for peer in row["peers"].values()} <= {"ready", "missing", "refused", "failed"}
+    assert {peer["status"] for peer in row["peers"].values()} <= {"ready", "missing", "refused"}
     assert all(peer["reason"] for peer in row["peers"].values() if peer["status"] != "ready")
     assert list(row["passes"]) == {
         "adamw": ["update"],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import Tensor
 from torch.nn import functional
 
 from dsfast import ops
-from dsfast.bench.gpu.peers.peer import GpuPeer, compiled, plain
+from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, compiled, direct, plain
 from dsfast.bench.peers import operators as eager
 
 
@@ -24,13 +27,19 @@ def _project_by_operators(
     return h, q_nope, q_rope, k_nope, k_rope, v
 
 
+def _prepared_operators(arguments: list, differentiable: Sequence[int]) -> Prepared:
+    """The rope key is not expanded to the heads: attention takes it as it is."""
+    prepared = direct(_project_by_operators, arguments, differentiable)
+    return replace(prepared, result=lambda outputs: (*outputs[:4], outputs[4][:, None].expand(outputs[2].shape), outputs[5]))
+
+
 def _output_by_operators(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
     return ops.stream_norm(functional.linear(values, o), norm, eps, residual, uses)
 
 
 PEERS: dict[str, dict[str, GpuPeer]] = {
     "project": {
-        "operators": plain("dsfast's own operators, one after the other", _project_by_operators),
+        "operators": GpuPeer("dsfast's own operators, one after the other", _prepared_operators),
         "eager": plain("rms_norm, linear, rotations", eager.mla_project),
         "compile": compiled("it", eager.mla_project),
     },
