@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from dsfast.command import run_command
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, choices, expect_known
 
 # Command -> the module whose main(argv) it is, and what it does.
 COMMANDS = {
@@ -27,8 +27,7 @@ def dispatch(argv: list[str]) -> int:
         print(usage())
         return 0
     command, *arguments = argv
-    if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}; {choices(COMMANDS)}")
+    expect_known("command", [command], COMMANDS)
     module = importlib.import_module(COMMANDS[command][0])
     return module.main(arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 
 class UserError(Exception):
     """A mistake in an input: one clear line saying what, where, what was expected and what came.
@@ -30,3 +32,10 @@ def first_line(error: Exception) -> str:
 def choices(names) -> str:
     """`names` as they stand in an error message: "known: a, b, c"."""
     return "known: " + ", ".join(sorted(str(name) for name in names))
+
+
+def expect_known(what: str, names: Iterable, known: Collection, where: str = "") -> None:
+    """Raise UserError for the first of `names` that is not among `known`: "{where}unknown {what} 'c'; known: a, b"."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}unknown {what} {name!r}; {choices(known)}")

@@ -19,7 +19,7 @@ from dsfast.bench.workload import random_batch
 from dsfast.config import Config, default_config
 from dsfast.model import FixedWeights
 from dsfast.train.device_step import DeviceStep
-from dsfast.train.runtime import DeviceSteps
+from dsfast.train.steps import DeviceSteps
 
 
 def training_step(config: Config, batch: int, length: int, dtype: torch.dtype = torch.bfloat16) -> DeviceStep:

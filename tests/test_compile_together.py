@@ -22,7 +22,7 @@ from dsfast.errors import UserError
 from dsfast.model import capture
 from dsfast.model.device_decode import DecodeStep
 from dsfast.ops import triton
-from dsfast.train.runtime import DeviceSteps
+from dsfast.train.steps import DeviceSteps
 
 test_on_a_gpu_that_is_not_there = in_its_own_process(__file__)
 

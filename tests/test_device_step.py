@@ -29,8 +29,9 @@ from dsfast.train import (
     learning_rate_scale,
     load_checkpoint,
     runtime,
+    steps,
 )
-from dsfast.train.runtime import DeviceSteps, HostSteps
+from dsfast.train.steps import DeviceSteps, HostSteps
 
 FALLBACK = "ignore:.*runs in plain PyTorch"
 BY_OPERATORS = {"runtime.whole_step": False}
@@ -139,7 +140,7 @@ class TestTheSameNumbers:
     def test_batches_in_several_loads(self, monkeypatch):
         """3 places for 10 steps."""
         trainer = device_trainer()
-        monkeypatch.setattr(runtime, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
+        monkeypatch.setattr(steps, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
         places = len(trainer.steps().step.batches.rows)
         assert 3 <= places < 5
         assert_same_run(trainer, host_trainer(), 1e-6)
@@ -232,7 +233,7 @@ class TestRunningAhead:
     def log_of(self, monkeypatch, **changes) -> list[str | int]:
         """Of a run in blocks of two: every mark, every wait for one, the step of every call and of every report."""
         log, calls = [], []
-        monkeypatch.setattr(runtime, "mark", lambda device: Mark(log))
+        monkeypatch.setattr(steps, "mark", lambda device: Mark(log))
 
         def launch(step):
             def call():
@@ -263,7 +264,7 @@ class TestRunningAhead:
         assert self.result.utilisation == pytest.approx(4.0 / sum(self.seconds))
 
     def test_steps_launched_kernel_by_kernel_tell_of_no_busy_device(self, monkeypatch):
-        monkeypatch.setattr(runtime, "mark", lambda device: Mark([]))
+        monkeypatch.setattr(steps, "mark", lambda device: Mark([]))
         assert device_trainer().train(quiet=True).utilisation is None
 
     def test_not_beyond_a_checkpoint(self, monkeypatch):
@@ -278,7 +279,7 @@ class TestRunningAhead:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.state_dict().items())
 
     def test_not_beyond_the_batches_that_are_loaded(self, monkeypatch):
-        monkeypatch.setattr(runtime, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
+        monkeypatch.setattr(steps, "RESIDENT_BYTES", 3 * 8 * (3 * 48 + 30))
         places = len(device_trainer().steps().step.batches.rows)
         log = self.log_of(monkeypatch)
         for step in range(places, 8, places):
@@ -296,7 +297,7 @@ class TestRunningAhead:
     def test_the_time_of_the_steps_is_that_of_the_run(self, monkeypatch):
         """Each moment from the first launch to the last read is of one block: looked at 2 times preparing, then at 5 + 5."""
         looks = []
-        monkeypatch.setattr(runtime, "perf_counter", lambda: looks.append(None) or float(len(looks)))
+        monkeypatch.setattr(steps, "perf_counter", lambda: looks.append(None) or float(len(looks)))
         trainer = device_trainer(**{"train.log_every": 2})
         found = reports(trainer)
         assert sum(report.seconds for report, _ in found) == pytest.approx(12 - 3)

@@ -176,7 +176,7 @@ def test_decoding_goes_operator_by_operator():
     values, residual = torch.randn(2, 3, 128).to(**half_on_device)
     cache = LatentCache(default_config("cpu").model, 3, 5, **half_on_device)
     with RecordCalls() as record, torch.no_grad():
-        layer.self_attn.to_stream(values, residual, layer.post_attention_layernorm, 2, cache)
+        layer._project_and_norm(values, residual, cache)
     assert {str(operator) for operator in record.calls} == {"dsfast.rms_norm.default"}
 
 

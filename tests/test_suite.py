@@ -38,7 +38,7 @@ from dsfast.suite.report import (
 )
 from dsfast.suite.results import write_results
 from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
-from dsfast.train import checkpoint, loop, runtime
+from dsfast.train import checkpoint, loop, steps
 
 BELOW, ABOVE = -1e-9, 1e-9
 
@@ -515,12 +515,12 @@ def rehearsal(tmp_path_factory) -> tuple[str, dict]:
 
     def steps_of(trainer):
         on_cpu = trainer.output_dir.name == "cpu"
-        return runtime.HostSteps(trainer) if on_cpu else runtime.DeviceSteps(trainer, lambda step: step.__call__)
+        return steps.HostSteps(trainer) if on_cpu else steps.DeviceSteps(trainer, lambda step: step.__call__)
 
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "steps_of", steps_of)
-        patch.setattr(runtime, "mark", Moment)
+        patch.setattr(steps, "mark", Moment)
         reporter = Reporter(Console(file=output, width=120, markup=False))
         results = suite.run(plans, {}, folder / "runs", reporter, ["suite"])
         reporter.summary(results, None)

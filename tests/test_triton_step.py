@@ -27,7 +27,7 @@ from dsfast.model.capture import record, unchanged
 from dsfast.ops import triton
 from dsfast.train import Trainer, load_checkpoint
 from dsfast.train.device_step import read
-from dsfast.train.runtime import DeviceSteps
+from dsfast.train.steps import DeviceSteps
 
 STEPS = 3
 RUNS = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
+from dsfast.triton_kernels.launch import Launch, dtype_name, multiprocessors, on_meta
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import after_others, options
 from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
@@ -190,7 +190,7 @@ def _check(tensors: Sequence[Tensor]) -> None:
     for x in tensors:
         if x.dtype != torch.float32 or x.device != tensors[0].device:
             raise TypeError(
-                f"adamw: the Triton kernels take float32 on one device, got {str(x.dtype).removeprefix('torch.')} on {x.device}"
+                f"adamw: the Triton kernels take float32 on one device, got {dtype_name(x.dtype)} on {x.device}"
             )
 
 

@@ -11,7 +11,6 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import on_meta, padded, rows
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 HEADS_TOGETHER = 8  # heads whose tiles run side by side: their keys and values are to stay in the L2 cache
 UNSPECIALIZED = ("N", "S", "STEPS")
 """Arguments that change from batch to batch and must not cause a new compilation."""
@@ -33,26 +32,6 @@ def documents_of(cu_seqlens, i, S, STEPS):
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
     return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
-
-
-@triton.jit
-def load_rows(
-    x, stride, start, N,
-    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
-):  # fmt: skip
-    """Rows start .. start + ROWS - 1 of x as [ROWS, DP]: 0 from column D on, and where MASKED from row N on.
-
-    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
-    """
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
-    p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + d)
-    if ANEW:
-        p_x = x + (start + row).to(tl.int64) * stride + d
-    if MASKED:
-        return tl.load(p_x, mask=(row < N - start) & (d < D), other=0.0)
-    if D < DP:
-        return tl.load(p_x, mask=d < D, other=0.0)
-    return tl.load(p_x)
 
 
 @triton.jit

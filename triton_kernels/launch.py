@@ -92,11 +92,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def expect_dtype(operator: str, dtype: torch.dtype) -> None:
     """Raise TypeError unless the Triton kernels compute in `dtype`."""
     if dtype not in DTYPES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"{operator}: the Triton kernels take {known}, got {str(dtype).removeprefix('torch.')}")
+        known = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(f"{operator}: the Triton kernels take {known}, got {dtype_name(dtype)}")
 
 
 def rows(*tensors: Tensor) -> list[Tensor]:

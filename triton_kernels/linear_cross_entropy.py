@@ -33,14 +33,13 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.narrow import outer_launches
-from dsfast.triton_kernels.pieces import after_others, load_tile, options, splits, sum_launch
+from dsfast.triton_kernels.pieces import LN2, LOG2E, after_others, load_tile, options, splits, sum_launch
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
 # Products of full float32 precision hold both operands in registers, and wider ones no longer fit.
 NARROW = {2: 256, 4: 128}
 WORKSPACE = 2**30  # bytes of a chunk of logits in the second way
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none

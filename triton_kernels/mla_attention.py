@@ -37,14 +37,12 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels import mla_attention_kept
 from dsfast.triton_kernels.attention_pieces import (
-    LOG2E,
     UNSPECIALIZED,
     backward_arguments,
     delta_of,
     documents_of,
     example_arguments,
     load_queries,
-    load_rows,
     load_softmax,
     measure,
     probabilities,
@@ -57,11 +55,20 @@ from dsfast.triton_kernels.attention_pieces import (
 )
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
 from dsfast.triton_kernels.limits import ATTENTION_WIDEST
-from dsfast.triton_kernels.pieces import after_others, opaque, options, store_rows, sum_launch, swizzle
+from dsfast.triton_kernels.pieces import (
+    LOG2E,
+    UNSEEN,
+    after_others,
+    load_tile,
+    opaque,
+    options,
+    store_rows,
+    sum_launch,
+    swizzle,
+)
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
-UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 
 
@@ -83,8 +90,8 @@ def _attend(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
-    b_k_nope = load_rows(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
-    b_k_rope = load_rows(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
+    b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, MASKED)  # [BS, DN]
+    b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, MASKED)  # [BS, DR]
     b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
     m_s = None
     if MASKED:
@@ -97,7 +104,7 @@ def _attend(
     else:
         b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
     decay = tl.exp2(b_m - b_m_new)
-    b_v = load_rows(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_v = load_tile(v, v_n, s, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
     b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision=PRECISION)
     return b_o, b_m_new, b_l * decay + b_sum
 
@@ -143,8 +150,8 @@ def _scores_apart(
     Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q . k with the BS keys from token s on, [BT, BS], of the part without position and of the rope part."""
-    b_k_nope = load_rows(k_nope, k_nope_n, s, N, BS, Dn, DN, True)  # [BS, DN]
-    b_k_rope = load_rows(k_rope, k_rope_n, s, N, BS, Dr, DR, True)  # [BS, DR]
+    b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, True)  # [BS, DN]
+    b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, True)  # [BS, DR]
     b_s_nope = tl.dot(b_q_nope, tl.trans(b_k_nope), input_precision=PRECISION)
     return b_s_nope, tl.dot(b_q_rope, tl.trans(b_k_rope), input_precision=PRECISION)
 
@@ -163,7 +170,7 @@ def _attend_ahead(
     products, as one that adds to the other would wait for it; they have been multiplied and masked when the next ones, which get
     the same registers, are asked for, by an addition that the subtraction of the maximum cannot be fused with.
     """
-    b_v = load_rows(v, v_n, before, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_v = load_tile(v, v_n, before, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
     b_o = tl.dot(b_p.to(v.dtype.element_ty), b_v, b_o * decay[:, None], input_precision=PRECISION)
     b_s = tl.fma(b_s_rope, b_factor, b_s_nope * b_factor)
     if MASKED:
@@ -215,7 +222,7 @@ def _attend_tile_ahead(
             tl.where(n + 1 < BT // BS, t + (n + 1) * BS, head),
             k_nope_n, k_rope_n, v_n, b_factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, True,
         )  # fmt: skip
-    b_v = load_rows(v, v_n, tl.where(heads > 0, head, t + BT - BS), N, BS, Dv, DV, True)  # [BS, DV]
+    b_v = load_tile(v, v_n, tl.where(heads > 0, head, t + BT - BS), 0, N, Dv, BS, DV, True)  # [BS, DV]
     return tl.dot(b_p.to(v.dtype.element_ty), b_v, b_o * decay[:, None], input_precision=PRECISION), b_m, b_l
 
 
@@ -239,8 +246,8 @@ def forward_kernel(
     first, _ = documents_of(cu_seqlens, t, S, STEPS)
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
-    b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
-    b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
+    b_q_nope = load_tile(q_nope + h * q_nope_h, q_nope_n, t, 0, N, Dn, BT, DN, True)  # [BT, DN]
+    b_q_rope = load_tile(q_rope + h * q_rope_h, q_rope_n, t, 0, N, Dr, BT, DR, True)  # [BT, DR]
     factor = scale * LOG2E
     b_o = tl.zeros([BT, DV], tl.float32)
     b_m = tl.full([BT], UNSEEN, tl.float32)
@@ -273,9 +280,9 @@ def _attend_dq(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys, from token s on, to the gradient of a tile of queries: [BT, DN] and [BT, DR]."""
-    b_k_nope = load_rows(k_nope, k_nope_n, s, N, BS, Dn, DN, MASKED)  # [BS, DN]
-    b_k_rope = load_rows(k_rope, k_rope_n, s, N, BS, Dr, DR, MASKED)  # [BS, DR]
-    b_v = load_rows(v, v_n, s, N, BS, Dv, DV, MASKED)  # [BS, DV]
+    b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, MASKED)  # [BS, DN]
+    b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, MASKED)  # [BS, DR]
+    b_v = load_tile(v, v_n, s, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
     b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
     # In this order: with dp or the mask made earlier not all fits the registers of sm_90.
     b_p, b_ds = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], b_v.dtype)
@@ -312,10 +319,10 @@ def backward_q_kernel(
     first, _ = documents_of(cu_seqlens, t, S, STEPS)
     k_nope += h // SHARED * k_nope_h
     v += h // SHARED * v_h
-    b_q_nope = load_rows(q_nope + h * q_nope_h, q_nope_n, t, N, BT, Dn, DN, True)  # [BT, DN]
-    b_q_rope = load_rows(q_rope + h * q_rope_h, q_rope_n, t, N, BT, Dr, DR, True)  # [BT, DR]
-    b_do = load_rows(do + h * do_h, do_n, t, N, BT, Dv, DV, True)  # [BT, DV]
-    b_o = load_rows(o + h * Dv, H * Dv, t, N, BT, Dv, DV, True)  # [BT, DV]
+    b_q_nope = load_tile(q_nope + h * q_nope_h, q_nope_n, t, 0, N, Dn, BT, DN, True)  # [BT, DN]
+    b_q_rope = load_tile(q_rope + h * q_rope_h, q_rope_n, t, 0, N, Dr, BT, DR, True)  # [BT, DR]
+    b_do = load_tile(do + h * do_h, do_n, t, 0, N, Dv, BT, DV, True)  # [BT, DV]
+    b_o = load_tile(o + h * Dv, H * Dv, t, 0, N, Dv, BT, DV, True)  # [BT, DV]
     b_delta = delta_of(b_do, b_o)
     if delta is not None:
         tl.store(delta + h * PITCH + i, b_delta, mask=i < N)
@@ -356,15 +363,15 @@ def _attend_dkv(
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
     s = tl.multiple_of(opaque(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
-    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, MASKED, True)  # [BT, DN]
-    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, MASKED, True)  # [BT, DR]
-    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+    b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, MASKED, True)  # [BT, DN]
+    b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, MASKED, True)  # [BT, DR]
+    b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, MASKED, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
     b_m, b_log_l = load_softmax(softmax, h, i, N, PITCH, H, b_v.dtype == tl.float32, MASKED)
     if o is None:
         b_delta = load_queries(delta, h, i, N, PITCH, MASKED)
     else:
-        b_o = load_rows(o, H * Dv, s, N, BT, Dv, DV, MASKED, True)  # [BT, DV]
+        b_o = load_tile(o, H * Dv, s, 0, N, Dv, BT, DV, MASKED, True)  # [BT, DV]
         b_delta = delta_of(b_do, b_o)
     b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
@@ -404,9 +411,9 @@ def backward_kv_kernel(
         o += h * Dv
     q_nope += h * q_nope_h
     q_rope += h * q_rope_h
-    b_k_nope = load_rows(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, BS, Dn, DN, True)  # [BS, DN]
-    b_k_rope = load_rows(k_rope, k_rope_n, t, N, BS, Dr, DR, True)  # [BS, DR]
-    b_v = load_rows(v + h // SHARED * v_h, v_n, t, N, BS, Dv, DV, True)  # [BS, DV]
+    b_k_nope = load_tile(k_nope + h // SHARED * k_nope_h, k_nope_n, t, 0, N, Dn, BS, DN, True)  # [BS, DN]
+    b_k_rope = load_tile(k_rope, k_rope_n, t, 0, N, Dr, BS, DR, True)  # [BS, DR]
+    b_v = load_tile(v + h // SHARED * v_h, v_n, t, 0, N, Dv, BS, DV, True)  # [BS, DV]
     b_dk_nope = tl.zeros([BS, DN], tl.float32)
     b_dk_rope = tl.zeros([BS, DR], tl.float32)
     b_dv = tl.zeros([BS, DV], tl.float32)

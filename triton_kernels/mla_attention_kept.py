@@ -20,13 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.attention_pieces import (
-    LOG2E,
     UNSPECIALIZED,
     delta_of,
     documents_of,
     example_arguments,
     load_queries,
-    load_rows,
     measure,
     row_of,
     scores,
@@ -34,7 +32,7 @@ from dsfast.triton_kernels.attention_pieces import (
     within,
 )
 from dsfast.triton_kernels.launch import Launch
-from dsfast.triton_kernels.pieces import after_others, opaque, options, store_rows, swizzle
+from dsfast.triton_kernels.pieces import LOG2E, after_others, load_tile, opaque, options, store_rows, swizzle
 from torch import Tensor
 
 KEPT = 2**31
@@ -58,8 +56,8 @@ def delta_kernel(
     after_others()
     h, tile = swizzle(H, tl.cdiv(N, ROWS), G)
     h, t = h.to(tl.int64), tile * ROWS
-    b_do = load_rows(do + h * do_h, do_n, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
-    b_o = load_rows(o + h * Dv, H * Dv, t, N, ROWS, Dv, DV, True)  # [ROWS, DV]
+    b_do = load_tile(do + h * do_h, do_n, t, 0, N, Dv, ROWS, DV, True)  # [ROWS, DV]
+    b_o = load_tile(o + h * Dv, H * Dv, t, 0, N, Dv, ROWS, DV, True)  # [ROWS, DV]
     i = t + tl.arange(0, ROWS)
     tl.store(delta + h * PITCH + i, delta_of(b_do, b_o), mask=i < N)
 
@@ -80,9 +78,9 @@ def _attend_dv(
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradient of a tile of values, [SIDE, DV], and store their part of ds."""
     s = tl.multiple_of(opaque(s, N + SIDE), BT)  # a block of the last tile may lie behind the last token
-    b_q_nope = load_rows(q_nope, q_nope_n, s, N, BT, Dn, DN, True, True)  # [BT, DN]
-    b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, True, True)  # [BT, DR]
-    b_do = load_rows(do, do_n, s, N, BT, Dv, DV, True, True)  # [BT, DV]
+    b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, True, True)  # [BT, DN]
+    b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, True, True)  # [BT, DR]
+    b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, True, True)  # [BT, DV]
     i = s + tl.arange(0, BT)
     b_m = load_queries(softmax, h, i, N, PITCH, True)
     b_delta = load_queries(delta, h, i, N, PITCH, True)
@@ -112,16 +110,16 @@ def _attend_dv_ahead(
     b_s_nope = tl.zeros([SIDE, BT], tl.float32)
     for start in range(begin - BT, end, BT):
         s = tl.multiple_of(opaque(start, N + SIDE), BT)
-        b_do = load_rows(do, do_n, s, N, BT, Dv, DV, False, True)  # [BT, DV]
+        b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, False, True)  # [BT, DV]
         i = s + tl.arange(0, BT)
         b_m = load_queries(softmax, h, i, N, PITCH, False)
         b_delta = load_queries(delta, h, i, N, PITCH, False)
-        b_q_rope = load_rows(q_rope, q_rope_n, s, N, BT, Dr, DR, False, True)  # [BT, DR]
+        b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, False, True)  # [BT, DR]
         b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
         b_s = tl.dot(b_k_rope, tl.trans(b_q_rope), b_s_nope)
         b_s = tl.fma(b_s, b_factor, tl.where(start < begin, float("-inf"), -b_m)[None, :])
         following = opaque(tl.minimum(start + BT, end - BT), N + SIDE)
-        b_q_nope = load_rows(q_nope, q_nope_n, following, N, BT, Dn, DN, False, True)  # [BT, DN]
+        b_q_nope = load_tile(q_nope, q_nope_n, following, 0, N, Dn, BT, DN, False, True)  # [BT, DN]
         b_s_nope = tl.dot(b_k_nope, tl.trans(b_q_nope))
         b_p = tl.exp2(b_s)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
@@ -148,9 +146,9 @@ def scores_kernel(
     do += h * do_h
     q_nope += h * q_nope_h
     q_rope += h * q_rope_h
-    b_k_nope = load_rows(k_nope + h // SHARED * k_nope_h, k_nope_n, t, N, SIDE, Dn, DN, True)  # [SIDE, DN]
-    b_k_rope = load_rows(k_rope, k_rope_n, t, N, SIDE, Dr, DR, True)  # [SIDE, DR]
-    b_v = load_rows(v + h // SHARED * v_h, v_n, t, N, SIDE, Dv, DV, True)  # [SIDE, DV]
+    b_k_nope = load_tile(k_nope + h // SHARED * k_nope_h, k_nope_n, t, 0, N, Dn, SIDE, DN, True)  # [SIDE, DN]
+    b_k_rope = load_tile(k_rope, k_rope_n, t, 0, N, Dr, SIDE, DR, True)  # [SIDE, DR]
+    b_v = load_tile(v + h // SHARED * v_h, v_n, t, 0, N, Dv, SIDE, DV, True)  # [SIDE, DV]
     b_dv = tl.zeros([SIDE, DV], tl.float32)
     factor = scale * LOG2E
 
@@ -221,8 +219,8 @@ def product_kernel(
                 m_ds = (own >= theirs) & (theirs >= b_reach // SIDE) & (own * SIDE < N)
                 p_ds = _square(ds, theirs, own[None, :], SIDE) + ((at + other)[:, None] * SIDE + (row % SIDE)[None, :])
                 b_ds = tl.trans(tl.load(p_ds, mask=m_ds[None, :], other=0.0))
-            b_x_nope = load_rows(x_nope, x_nope_n, s, N, BT, Dn, DN, True)  # [BT, DN]
-            b_x_rope = load_rows(x_rope, x_rope_n, s, N, BT, Dr, DR, True)  # [BT, DR]
+            b_x_nope = load_tile(x_nope, x_nope_n, s, 0, N, Dn, BT, DN, True)  # [BT, DN]
+            b_x_rope = load_tile(x_rope, x_rope_n, s, 0, N, Dr, BT, DR, True)  # [BT, DR]
             b_y_nope = tl.dot(b_ds, b_x_nope, b_y_nope)
             b_y_rope = tl.dot(b_ds, b_x_rope, b_y_rope)
 

@@ -22,14 +22,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, multiprocessors, on_meta, padded
+from dsfast.triton_kernels.launch import Launch, dtype_name, expect_dtype, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import after_others, opaque, options
+from dsfast.triton_kernels.pieces import LOG2E, UNSEEN, after_others, opaque, options
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _PREFETCHES_PAGES = numbers(triton.__version__) > (3, 6)  # 3.6 spills 40 bytes where places are AHEAD
 _UNSPECIALIZED = ("C", "SPLITS", "PAGES")  # change from batch to batch and must not cause a new compilation
 
@@ -359,7 +357,7 @@ def plan(
     if width > widest:
         raise ValueError(
             f"mla_decode: the Triton kernels take R + Dr, each rounded up to a power of two, up to {widest} in "
-            f"{str(dtype).removeprefix('torch.')}, got {width}"
+            f"{dtype_name(dtype)}, got {width}"
         )
     fitting = [rows for rows, by_width in by_rows.items() if max(by_width) >= width]
     bh = min((rows for rows in fitting if rows >= h), default=max(fitting))

@@ -22,13 +22,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import after_others, options, splits, sum_launch
+from dsfast.triton_kernels.launch import Launch, aside, dtype_name, expect_dtype, on_meta, padded, rows
+from dsfast.triton_kernels.pieces import LN2, LOG2E, after_others, options, splits, sum_launch
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
-LN2 = tl.constexpr(0.6931471805599453)
 OUT = tl.constexpr(-(2**31))
 TAKEN = tl.constexpr(-(2**31) + 1)
 FEW = 16  # places: the narrowest product
@@ -429,7 +427,7 @@ def backward_tokens(
 def _check(logits) -> None:
     if logits.dtype != torch.float32:
         raise TypeError(
-            f"moe_route: the Triton kernels take float32, got {str(logits.dtype).removeprefix('torch.')}; near ties decide "
+            f"moe_route: the Triton kernels take float32, got {dtype_name(logits.dtype)}; near ties decide "
             "the choice of experts"
         )
 

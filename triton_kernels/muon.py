@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, on_meta
+from dsfast.triton_kernels.launch import Launch, dtype_name, on_meta
 from dsfast.triton_kernels.pieces import after_others, options
 from dsfast.triton_kernels.tables import BLOCK, NOWHERE, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
@@ -79,7 +79,7 @@ def table_for(params, grads, momenta, sizes, begins, lengths) -> tuple[Tensor, b
     as `tables.Kept.get` during the capture of a CUDA graph.
     """
     if params[0].dtype != torch.float32:
-        raise TypeError(f"muon: the Triton kernels take float32, got {str(params[0].dtype).removeprefix('torch.')}")
+        raise TypeError(f"muon: the Triton kernels take float32, got {dtype_name(params[0].dtype)}")
     with torch.cuda.device_of(params[0]):
         counts = [w.numel() for w in params]
         columns = begins, [rows for _, rows, _ in sizes], [cols for _, _, cols in sizes], float_bits(lengths)

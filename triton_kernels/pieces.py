@@ -16,6 +16,8 @@ from triton.language.target_info import current_target
 PROGRAMS = 4 * MULTIPROCESSORS  # at most, that a launch is split into where its tiles are fewer
 compiled_for: ContextVar[GPUTarget | None] = ContextVar("dsfast_compiled_for", default=None)
 """The chip that kernels are compiled for, where it is not the one that is here."""
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
 
 
@@ -82,10 +84,18 @@ def opaque(x, bound):
 
 
 @triton.jit
-def load_tile(x, stride, start, d, N, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
-    """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on."""
+def load_tile(
+    x, stride, start, d, N,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr, ANEW: tl.constexpr = False,
+):  # fmt: skip
+    """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on.
+
+    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    """
     row, col = tl.arange(0, ROWS)[:, None], d + tl.arange(0, COLS)[None, :]
     p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + col)
+    if ANEW:
+        p_x = x + (start + row).to(tl.int64) * stride + col
     if MASKED:
         return tl.load(p_x, mask=(row < N - start) & (col < D), other=0.0)
     if D % COLS:

@@ -23,7 +23,7 @@ import torch
 
 from dsfast import ops
 from dsfast.bench.peers import operators as eager
-from dsfast.errors import UserError, choices
+from dsfast.errors import expect_known
 from dsfast.ops import cases
 from dsfast.ops.muon import size_of
 from dsfast.ops.newton_schulz import ITERATIONS, Shape
@@ -133,9 +133,7 @@ class BenchCase:
 
 def operators(names: list[str]) -> list[str]:
     """`names`, or all operators if there are none. Raises UserError for an unknown one, listing the known ones."""
-    for name in names:
-        if name not in SIZES:
-            raise UserError(f"unknown operator {name!r}; {choices(SIZES)}")
+    expect_known("operator", names, SIZES)
     return names or list(SIZES)
 
 

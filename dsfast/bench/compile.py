@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dsfast import ops
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, expect_known
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
 
@@ -97,9 +97,7 @@ def plan(
 
 
 def _among(what: str, names, known) -> list[str]:
-    for name in names:
-        if name not in known:
-            raise UserError(f"bench compile: unknown {what} {name!r}; {choices(known)}")
+    expect_known(what, names, known, "bench compile: ")
     return list(dict.fromkeys(names))
 
 

@@ -21,7 +21,7 @@ from dsfast.bench.ceilings import measure_bandwidth
 from dsfast.bench.timing import repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
-from dsfast.errors import UserError, choices
+from dsfast.errors import expect_known
 from dsfast.train import Trainer
 
 TOLERANCE = 1.15
@@ -79,9 +79,7 @@ def plan(config: Config, names: Sequence[str] | None) -> dict[str, list[Row]]:
 
     Raises UserError for an unknown series and, as comparable does, for a config that the bench does not time.
     """
-    for name in names or ():
-        if name not in SERIES:
-            raise UserError(f"unknown series {name!r}; {choices(SERIES)}")
+    expect_known("series", names or (), SERIES)
     config = comparable(config)
     return {name: SERIES[name](config) for name in (SERIES if names is None else dict.fromkeys(names))}
 

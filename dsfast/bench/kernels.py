@@ -7,12 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsfast import ops
 from dsfast.bench.cases import UPDATES, BenchCase, Work, build_case
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
-from dsfast.bench.timing import Call, Spread, compare
+from dsfast.bench.timing import Call, Spread, compare, gradients_call
 from dsfast.ops import checks, native
 from dsfast.ops.checks import ROUNDED
 
@@ -94,18 +93,9 @@ def check_case(bench: BenchCase, arguments: tuple) -> dict[str, str]:
             found[row["implementation"]] = checks.in_words(row)
     with ops.use("reference", case.operator):
         expected = checks.evaluate(case.function, arguments, case.differentiable)
-    found["eager"] = _difference(checks.evaluate(bench.eager_result, arguments, case.differentiable), expected)
+    eager = checks.evaluate(bench.eager_result, arguments, case.differentiable)
+    found["eager"] = checks.difference(eager, expected, EAGER_TOLERANCE)
     return found
-
-
-def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """The first quantity that lies further from the expected one than EAGER_TOLERANCE, in words; "" for none."""
-    for quantity, values in expected.items():
-        error = (found[quantity].double() - values.double()).abs().max().item()
-        allowed = EAGER_TOLERANCE * values.double().abs().max().item()
-        if not error <= allowed:
-            return f"{quantity}: error {error:.2e}, at most {allowed:.2e} is right"
-    return ""
 
 
 def _variants(bench: BenchCase) -> dict[str, Callable[..., Any]]:
@@ -138,12 +128,7 @@ def _forward_backward(function: Callable[..., Any], bench: BenchCase, arguments:
         inputs[position] = arguments[position].detach().requires_grad_()
     leaves = [inputs[position] for position in bench.case.differentiable]
 
-    def results() -> list[Tensor]:
-        outputs = function(*inputs)
-        return [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
-
-    given = [torch.ones_like(x) for x in results()]
-    return lambda: torch.autograd.grad(results(), leaves, given)
+    return gradients_call(lambda: function(*inputs), leaves)
 
 
 def _timed(calls: dict[str, Call], work: Work, ceilings: Ceilings, repeats: int) -> Json:

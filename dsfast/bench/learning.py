@@ -10,6 +10,7 @@ from typing import Any
 from dsfast.config import Config
 from dsfast.evaluate import check_taught, measure_taught
 from dsfast.train import Trainer
+from dsfast.triton_kernels.launch import dtype_name
 
 REFERENCE = {"runtime.dtype": "float32", "runtime.kernels": {"default": "reference"}}
 TOLERANCE = 0.005
@@ -48,6 +49,6 @@ def _run(config: Config) -> Json:
         "loss": result.final_loss,
         "mean_loss": fmean(result.losses[-LAST:]),
         "seconds": result.seconds,
-        "products": str(trainer.precision.products).removeprefix("torch."),
+        "products": dtype_name(trainer.precision.products),
         "recall": {name: value and asdict(value) for name, value in recall.items()},
     }

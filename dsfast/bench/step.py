@@ -19,8 +19,9 @@ from dsfast.bench.split import split_by_operator
 from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, expect_known
 from dsfast.train import Trainer
+from dsfast.triton_kernels.launch import dtype_name
 
 PROFILED_STEPS = 3
 ROUNDED = 1e-2
@@ -38,9 +39,8 @@ def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
     missing = {name: peer.missing() for name, peer in PEERS.items()}
+    expect_known("peer", names or (), PEERS)
     for name in names or ():
-        if name not in PEERS:
-            raise UserError(f"unknown peer {name!r}; {choices(PEERS)}")
         if missing[name]:
             here = ", ".join(name for name, why in missing.items() if not why)
             raise UserError(f"peer {name!r}: {missing[name]}; available here: {here}")
@@ -70,7 +70,7 @@ def run_step(
     for name, pair in compare(ours, others, repeats).items():
         outcome["peers"][name] |= {"status": "timed", "comparison": asdict(pair)}
     progress("ceilings")
-    products = str(trainer.precision.products).removeprefix("torch.")
+    products = dtype_name(trainer.precision.products)
     outcome["dsfast"] = {"products": products} | asdict(spread([taken for (taken,) in repeat([ours], repeats)]))
     outcome |= _work(matrix_flops(config.model, batch, length), outcome["dsfast"]["median"], measure_ceilings())
     progress("dsfast by operator")

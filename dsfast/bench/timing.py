@@ -6,6 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -33,6 +37,20 @@ class Comparison:
     other: Spread
     ratio_of_medians: float
     median_of_ratios: float
+
+
+def as_tuple(outputs: Any) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def gradients_call(run: Call, leaves: Sequence[Tensor]) -> Call:
+    """The call that runs `run` and computes the gradient of every leaf, from gradients given for the results."""
+
+    def results() -> list[Tensor]:
+        return [x for x in as_tuple(run()) if x.requires_grad]
+
+    given = [torch.ones_like(x) for x in results()]
+    return lambda: torch.autograd.grad(results(), leaves, given)
 
 
 def seconds(call: Call) -> float:

@@ -40,37 +40,6 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * sum(self.key_value_widths), bias=False)
         self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
 
-    def of_stream(
-        self, delta: Tensor, residual: Tensor | None, norm: RMSNorm, rope: Tables, positions: Tensor,
-        cu_seqlens: Tensor | None, cache: LatentCache | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """delta, residual [N, D], whose sum is the stream (None counts as 0) -> the values that attention of norm(stream) gives,
-        [N, H Dv], and the stream."""
-        if cache is not None or not self._projects_at_once(delta, rope):
-            x, h = norm.of_stream(delta, residual, self.uses)
-            return self(*x, rope, positions, cu_seqlens, cache), h
-        h, *projected = ops.mla_project(
-            delta, residual, norm.weight, norm.eps, self.q_proj.weight, self.kv_a_proj_with_mqa.weight,
-            self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, self.kv_b_proj.weight, self.heads, *rope, positions,
-        )  # fmt: skip
-        return ops.mla_attention(*projected, cu_seqlens, self.scale).flatten(1), h
-
-    def to_stream(
-        self, values: Tensor, residual: Tensor, norm: RMSNorm, uses: int, cache: LatentCache | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """values [N, H Dv], residual [N, D] -> (norm of the stream, once for each of its `uses`), and the stream: residual and
-        what the values add to it."""
-        if cache is not None or not ops.outputs_at_once(values, self.o_proj.weight):
-            return norm.of_stream(self.o_proj(values), residual, uses)
-        *y, h = ops.mla_output(values, self.o_proj.weight, residual, norm.weight, norm.eps, uses)
-        return tuple(y), h
-
-    def _projects_at_once(self, delta: Tensor, rope: Tables) -> bool:
-        return hasattr(self, "q_proj") and ops.projects_at_once(
-            delta, self.q_proj.weight, self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight,
-            self.kv_b_proj.weight, self.heads, rope[0],
-        )  # fmt: skip
-
     def forward(
         self, x_q: Tensor, x_kv: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None,
         cache: LatentCache | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsfast import ops
 from dsfast.config import ModelConfig
 from dsfast.model.attention import MultiHeadLatentAttention
 from dsfast.model.cache import LatentCache
@@ -37,11 +38,42 @@ class DecoderLayer(nn.Module):
         cache: LatentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(delta, residual) [N, D], whose sum is the stream (None counts as 0) -> the same pair, one layer on."""
-        values, residual = self.self_attn.of_stream(
-            delta, residual, self.input_layernorm, rope, positions, cu_seqlens, cache
-        )
-        x, residual = self.self_attn.to_stream(values, residual, self.post_attention_layernorm, self.mlp.uses, cache)
+        values, residual = self._attend(delta, residual, rope, positions, cu_seqlens, cache)
+        x, residual = self._project_and_norm(values, residual, cache)
         return self.mlp(*x), residual
+
+    def _attend(
+        self, delta: Tensor, residual: Tensor | None, rope: Tables, positions: Tensor, cu_seqlens: Tensor | None,
+        cache: LatentCache | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """-> the values that attention of the normed stream gives, [N, H Dv], and the stream."""
+        attn, norm = self.self_attn, self.input_layernorm
+        if cache is not None or not self._projects_at_once(delta, rope):
+            x, h = norm.of_stream(delta, residual, attn.uses)
+            return attn(*x, rope, positions, cu_seqlens, cache), h
+        h, *projected = ops.mla_project(
+            delta, residual, norm.weight, norm.eps, attn.q_proj.weight, attn.kv_a_proj_with_mqa.weight,
+            attn.kv_a_layernorm.weight, attn.kv_a_layernorm.eps, attn.kv_b_proj.weight, attn.heads, *rope, positions,
+        )  # fmt: skip
+        return ops.mla_attention(*projected, cu_seqlens, attn.scale).flatten(1), h
+
+    def _projects_at_once(self, delta: Tensor, rope: Tables) -> bool:
+        attn = self.self_attn
+        return hasattr(attn, "q_proj") and ops.projects_at_once(
+            delta, attn.q_proj.weight, attn.kv_a_proj_with_mqa.weight, attn.kv_a_layernorm.weight, attn.kv_b_proj.weight,
+            attn.heads, rope[0],
+        )  # fmt: skip
+
+    def _project_and_norm(
+        self, values: Tensor, residual: Tensor, cache: LatentCache | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """values [N, H Dv] -> the normed stream [N, D], once for each of the MLP's uses, and the stream: residual and what the
+        values add to it."""
+        o_proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
+        if cache is not None or not ops.outputs_at_once(values, o_proj.weight):
+            return norm.of_stream(o_proj(values), residual, self.mlp.uses)
+        *y, h = ops.mla_output(values, o_proj.weight, residual, norm.weight, norm.eps, self.mlp.uses)
+        return tuple(y), h
 
 
 class MultiTokenPrediction(nn.Module):

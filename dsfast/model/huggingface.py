@@ -28,6 +28,7 @@ from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.generate import special_id
 from dsfast.tokens import BOS, EOS, PAD
+from dsfast.triton_kernels.launch import dtype_name
 
 _OWN_FIELDS = ("embedding_rank", "embedding_initializer_range", "zero_init_output")
 _MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
@@ -161,7 +162,7 @@ def _config(model: DeepseekV3, special: dict[str, int]) -> dict[str, Any]:
         **fields,
         "num_key_value_heads": model.config.num_attention_heads,
         **FIXED,
-        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(model.norm.weight.dtype),
         **{f"{name}_token_id": number for name, number in special.items()},
     }
 

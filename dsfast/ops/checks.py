@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def compare(
 ) -> list[Row]:  # fmt: skip
     """`check` of a case on inputs drawn `draws` times (seeds 0, 1, ...) and judged together."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-    inputs = [[_moved(x, torch.device(device)) for x in case.make_inputs(g)] for g in generators]
+    inputs = [[converted(x, torch.device(device)) for x in case.make_inputs(g)] for g in generators]
     return check_draws(
         case.operator, case.function, inputs, case.differentiable, implementations, dtype, case.name, products
     )
@@ -140,13 +140,13 @@ def check_draws(
     """
     implementations = list(implementations)
     if products == torch.bfloat16 and "native" in implementations:
-        rounded = [[_moved(_moved(x, products), dtype) for x in arguments] for arguments in draws]
+        rounded = [[converted(converted(x, products), dtype) for x in arguments] for arguments in draws]
         others = [name for name in implementations if name != "native"]
         rows = check_draws(operator, function, draws, differentiable, others, dtype, case) if others else []
         with native.products_in(products):
             rows_of_native = _judged(operator, function, rounded, differentiable, ["native"], products, case)
         return rows + [{**row, "implementation": ROUNDED} for row in rows_of_native]
-    draws = [[_moved(x, dtype) for x in arguments] for arguments in draws]
+    draws = [[converted(x, dtype) for x in arguments] for arguments in draws]
     return _judged(operator, function, draws, differentiable, implementations, dtype, case)
 
 
@@ -155,13 +155,23 @@ def in_words(row: Row) -> str:
     return f"{row['quantity']}: error {row['max_abs_error']:.2e}, at most {row['tolerance']:.2e} is right"
 
 
+def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> str:
+    """The first quantity that is further from what is expected than `tolerance` times that one's largest value, in words; "" for
+    none."""
+    for quantity, values in expected.items():
+        error, allowed = _error(found[quantity], values), tolerance * values.double().abs().max().item()
+        if not error <= allowed:
+            return in_words({"quantity": quantity, "max_abs_error": error, "tolerance": allowed})
+    return ""
+
+
 def _judged(operator, function, draws, differentiable, implementations, dtype, case) -> list[Row]:
     """A row for each implementation and quantity; eager computes in `dtype`, whatever the draws are in."""
     with use("reference", operator):
         expected = _evaluated(
-            function, [[_moved(x, torch.float64) for x in arguments] for arguments in draws], differentiable
+            function, [[converted(x, torch.float64) for x in arguments] for arguments in draws], differentiable
         )
-        eager = _evaluated(function, [[_moved(x, dtype) for x in arguments] for arguments in draws], differentiable)
+        eager = _evaluated(function, [[converted(x, dtype) for x in arguments] for arguments in draws], differentiable)
     rows = []
     for implementation in implementations:
         found = eager
@@ -236,10 +246,10 @@ def _pattern(x: Tensor) -> Tensor:
     return x.masked_fill(x.isfinite(), 0.0).nan_to_num(nan=1.0, posinf=2.0, neginf=3.0)
 
 
-def _moved(x: Any, to: torch.dtype | torch.device) -> Any:
+def converted(x: Any, to: torch.dtype | torch.device) -> Any:
     """`x` on a device, or its floating tensors in a dtype; lists entry by entry."""
     if isinstance(x, list):
-        return [_moved(entry, to) for entry in x]
+        return [converted(entry, to) for entry in x]
     if isinstance(x, Tensor) and (x.is_floating_point() or isinstance(to, torch.device)):
         return x.to(to)
     return x

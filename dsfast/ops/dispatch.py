@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dsfast.config import OPERATORS, Implementation
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, expect_known
 from dsfast.ops import native, triton
-from dsfast.triton_kernels.launch import compiling
+from dsfast.triton_kernels.launch import compiling, dtype_name
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 _OF_DEVICE = {"cpu": "triton" if triton.INTERPRETED else "native", "cuda": "triton"}
@@ -148,20 +148,16 @@ def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[
     if implementation == "triton":
         known = (torch.float32,) if operator in IN_FLOAT32 else (torch.float32, torch.float16, torch.bfloat16)
         if dtype not in known:
-            names = [str(d).removeprefix("torch.") for d in (*known, dtype)]
-            return False, f"the Triton kernels take {', '.join(names[:-1])}, got {names[-1]}"
+            return False, f"the Triton kernels take {', '.join(map(dtype_name, known))}, got {dtype_name(dtype)}"
         return triton.available(operator)
     module, reason = native.status()
     if module is None:
         return False, reason
     if dtype is not torch.float32:
-        return False, f"the C++ kernels compute in float32, the input is {str(dtype).removeprefix('torch.')}"
+        return False, f"the C++ kernels compute in float32, the input is {dtype_name(dtype)}"
     return True, native.how(operator)
 
 
 def _check_names(implementation: str, operators: tuple[str, ...]) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"unknown implementation {implementation!r}; {choices(IMPLEMENTATIONS)}")
-    for operator in operators:
-        if operator not in OPERATORS:
-            raise UserError(f"unknown operator {operator!r}; {choices(OPERATORS)}")
+    expect_known("implementation", [implementation], IMPLEMENTATIONS)
+    expect_known("operator", operators, OPERATORS)

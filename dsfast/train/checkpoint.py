@@ -36,6 +36,7 @@ from dsfast.errors import UserError
 from dsfast.files import os_errors_as, read_json, write_json
 from dsfast.model import DeepseekV3
 from dsfast.train.optimizer import Optimizer
+from dsfast.triton_kernels.launch import dtype_name
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json")
@@ -249,7 +250,7 @@ def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: 
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, run_folder
-from dsfast.train.runtime import DeviceSteps, Done, HostSteps, gpu_errors, peak_memory_bytes, prepare, steps_of
+from dsfast.train.runtime import gpu_errors, peak_memory_bytes, prepare
+from dsfast.train.steps import DeviceSteps, Done, HostSteps, steps_of
 
 
 class TrainingError(UserError):

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from dsfast.bench.gpu.cases import OPERATORS
+from dsfast.bench.gpu.replaced import replaced
 
 PARTS = ("attention", "experts", "head", "decode", "mlp", "norm", "rope", "embedding", "project", "output")
 """Of `bench gpu`, with something to choose."""
@@ -55,8 +56,6 @@ class _Watched(dict):
 
 def entries(part: str, call: Callable[[], object]) -> list[Entry]:
     """The entries of the tables of `part`'s modules that `call` reads, in the order in which it does; then its constants."""
-    from dsfast.bench.gpu.launched import replaced
-
     modules = {name: vars(importlib.import_module(f"dsfast.triton_kernels.{name}")) for name in MODULES[part]}
     found: dict[str, Entry] = {}
 

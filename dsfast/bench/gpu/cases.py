@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsfast import ops
 from dsfast.bench import cases
 from dsfast.bench.cases import Work
 from dsfast.ops.cases import Case
-from dsfast.ops.checks import IN_FLOAT32, MATRICES
+from dsfast.ops.checks import IN_FLOAT32, MATRICES, converted
 
 OPERATORS = {
     "attention": "mla_attention",
@@ -185,10 +184,4 @@ def draw(case: Case, device: str, dtype: torch.dtype) -> list:
     """The inputs, drawn on the device (on the host the largest would take many seconds)."""
     with torch.device(device):
         arguments = case.make_inputs(torch.Generator(device).manual_seed(0))
-    return [_cast(x, dtype) for x in arguments]
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, list):
-        return [_cast(entry, dtype) for entry in x]
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    return [converted(x, dtype) for x in arguments]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsfast.bench.gpu.replaced import replaced
 from dsfast.triton_kernels import (
     embedding,
     linear_cross_entropy,
@@ -107,18 +107,6 @@ def launches(part: str, arguments: Sequence, start: bool) -> list[Launch]:
     with replaced(Launch, "run", note):
         PASSES[part](*arguments)
     return found
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the entry `name` of `owner`, where that is a dict, else its attribute, is `value`."""
-    get, put = (dict.__getitem__, dict.__setitem__) if isinstance(owner, dict) else (getattr, setattr)
-    former = get(owner, name)
-    put(owner, name, value)
-    try:
-        yield
-    finally:
-        put(owner, name, former)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
 from dsfast.bench.gpu.peers import peers_of
 from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, direct
 from dsfast.bench.step import attempt
-from dsfast.bench.timing import Call, spread, take_turns
+from dsfast.bench.timing import Call, as_tuple, gradients_call, spread, take_turns
 from dsfast.ops import checks, triton
+from dsfast.triton_kernels.launch import dtype_name
 
 ROUNDS = 20
 BUDGET = 0.5  # seconds of each variant of a pass
@@ -46,7 +47,7 @@ def run_case(
     """
     row = {
         "part": case.part, "operator": OPERATORS[case.part], "case": case.name, "sizes": case.sizes,
-        "checked_sizes": case.checked_sizes, "dtype": str(case.dtype).removeprefix("torch."), "peers": {}, "passes": {},
+        "checked_sizes": case.checked_sizes, "dtype": dtype_name(case.dtype), "peers": {}, "passes": {},
     }  # fmt: skip
     row["check"] = check_ours(case, device)
     yield row
@@ -113,10 +114,7 @@ def check_ours(case: GpuCase, device: str) -> str:
     rows, problem = attempt(check)
     wrong = [row for row in rows or () if not row["passed"]]
     for row in wrong[:1]:
-        problem = (
-            f"{row['quantity']}: error {row['max_abs_error']:.2e}, at most {row['tolerance']:.2e} is right"
-            f" (eager's: {row['eager_error']:.2e})"
-        )
+        problem = f"{checks.in_words(row)} (eager's: {row['eager_error']:.2e})"
     return problem
 
 
@@ -124,8 +122,8 @@ def check_peers(case: GpuCase, device: str, found: Json, expired: Callable[[], b
     """The peers that are there and right, at the smaller size; every peer's state goes into `found`."""
     arguments = draw(case.checked, device, case.dtype)
     with ops.use("reference", case.checked.operator):
-        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        expected = None if case.part in UPDATES else case.canonical(_tuple(case.checked.function(*wide)))
+        wide = [checks.converted(x, torch.float64) for x in arguments]
+        expected = None if case.part in UPDATES else case.canonical(as_tuple(case.checked.function(*wide)))
     right = {}
     for name, peer in peers_of(case).items():
         state = {"status": "missing", "reason": peer.missing()}
@@ -149,7 +147,7 @@ def _check_peer(peer: GpuPeer, case: GpuCase, arguments: list, expected: tuple |
         return _check_update(peer, case, arguments)
     prepared = peer.prepare(arguments, ())
     with torch.no_grad():
-        found = case.canonical(_tuple(prepared.result(prepared.run())))
+        found = case.canonical(as_tuple(prepared.result(prepared.run())))
     return _difference(found, expected, PEER_TOLERANCE[case.dtype] * ITERATED.get(case.part, 1))
 
 
@@ -166,15 +164,8 @@ def _check_update(peer: GpuPeer, case: GpuCase, arguments: list) -> str:
 
 
 def _difference(found: tuple, expected: tuple, tolerance: float) -> str:
-    for number, (x, y) in enumerate(zip(found, expected, strict=True)):
-        error, allowed = (x.double() - y.double()).abs().max().item(), tolerance * y.double().abs().max().item()
-        if not error <= allowed:
-            return f"output {number}: error {error:.2e}, at most {allowed:.2e} is right"
-    return ""
-
-
-def _tuple(outputs: Any) -> tuple:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    sides = ({f"output {number}": x for number, x in enumerate(side)} for side in (found, expected))
+    return checks.difference(*sides, tolerance)
 
 
 def forward_call(prepared: Prepared) -> Call:
@@ -182,13 +173,7 @@ def forward_call(prepared: Prepared) -> Call:
 
 
 def backward_call(prepared: Prepared) -> Call:
-    """The call that also computes the gradient of every leaf, from gradients given for the results."""
-
-    def results() -> list[Tensor]:
-        return [x for x in _tuple(prepared.run()) if x.requires_grad]
-
-    given = [torch.ones_like(x) for x in results()]
-    return lambda: torch.autograd.grad(results(), prepared.leaves, given)
+    return gradients_call(prepared.run, prepared.leaves)
 
 
 def time_pass(

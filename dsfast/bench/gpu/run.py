@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsfast.bench.gpu.figures import NOT_MEASURED, OUT_OF_TIME, figures
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, expect_known
 from dsfast.ops import triton
 
 PARTS = (
@@ -51,9 +51,7 @@ Json = dict[str, Any]
 
 def choose_parts(names: Sequence[str] | None, known: Sequence[str] = PARTS, bench: str = "gpu") -> tuple[str, ...]:
     """`names` in the order of `known`; None is all but those ON_REQUEST. Raises UserError for an unknown one."""
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"bench {bench}: unknown part {name!r}; {choices(known)}")
+    expect_known("part", names or (), known, f"bench {bench}: ")
     return tuple(part for part in known if (part not in ON_REQUEST if names is None else part in names))
 
 

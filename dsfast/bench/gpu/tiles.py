@@ -11,7 +11,7 @@ from dsfast.bench.gpu.cases import SIZES, TINY
 from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.run import LEAST, NOT_YET, SHARE, check_gpu, choose_parts, nothing_measured, run_part, where
 from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
-from dsfast.errors import UserError, choices
+from dsfast.errors import UserError, choices, expect_known
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS
 
@@ -26,8 +26,7 @@ def choose_cases(names: Sequence[str], group: str | None, rehearsal: bool) -> li
     """(part, case) of the parts `names`; group: the 500K model's cases or the others', None: both. UserError for unknown ones."""
     if not names:
         raise UserError(f"bench tiles: nothing to try; name one or more of {', '.join(PARTS)}")
-    if group is not None and group not in GROUPS:
-        raise UserError(f"bench tiles: unknown case {group!r}; {choices(GROUPS)}")
+    expect_known("case", () if group is None else [group], GROUPS, "bench tiles: ")
     parts = choose_parts(names, PARTS, "tiles")
     found = [(part, name) for part in parts for name in (TINY if rehearsal else SIZES)[part] if name not in _SAME_TILES]
     return [(part, name) for part, name in found if rehearsal or group in (None, "500K" if name == "500K" else "V3")]

@@ -25,6 +25,7 @@ from dsfast.bench.timing import spread
 from dsfast.bench.workload import random_batch
 from dsfast.config import default_config
 from dsfast.train import Trainer
+from dsfast.triton_kernels.launch import dtype_name
 
 Json = dict[str, Any]
 
@@ -93,7 +94,7 @@ def train(trainer: Trainer) -> Json:
         "seconds": result.seconds, "preparation_seconds": result.preparation_seconds, "utilisation": result.utilisation,
         "tokens_per_second": result.tokens_per_second, "memory_gb": result.peak_memory_bytes / 1e9,
         "losses": [result.losses[0], result.losses[-1]], "fallbacks": ops.fallbacks(),
-        "dtype": str(trainer.precision.tensors).removeprefix("torch."),
+        "dtype": dtype_name(trainer.precision.tensors),
     }  # fmt: skip
 
 

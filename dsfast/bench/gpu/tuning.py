@@ -26,6 +26,7 @@ from dsfast.bench.gpu.candidates import SIDES, Entry, candidates, entries
 from dsfast.bench.gpu.cases import GpuCase, draw
 from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ours
+from dsfast.bench.gpu.replaced import replaced
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread, take_turns
 from dsfast.ops import triton
@@ -147,8 +148,6 @@ class Tuner:
     def trials(self, entry: Entry, shipped: dict[str, Any]) -> tuple[Trial, list[Trial], list[Json]]:
         """The shipped tiles, the others, and what was dropped: launchers that refuse, what would launch the same, and what spills
         for certain, with which the compiler would take longest."""
-        from dsfast.bench.gpu.launched import replaced
-
         found, seen, dropped = {}, [_signatures(shipped)], []
         for value in candidates(entry):
             with replaced(entry.table, entry.key, value):
@@ -189,8 +188,6 @@ class Tuner:
 
     def problem(self, entry: Entry, trial: Trial) -> str:
         """What is wrong with the operator's values and gradients when it has these tiles, or that there is no time to see."""
-        from dsfast.bench.gpu.launched import replaced
-
         if self.expired():
             return OUT_OF_TIME
         _log.debug("check: %s %s: %s", self.case.part, entry.name, trial.value)

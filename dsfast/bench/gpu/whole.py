@@ -28,8 +28,8 @@ from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
 from dsfast.ops import triton
 from dsfast.train import Trainer
 from dsfast.train.device_step import DeviceStep
-from dsfast.train.runtime import DeviceSteps
-from dsfast.triton_kernels.launch import during, pdl
+from dsfast.train.steps import DeviceSteps
+from dsfast.triton_kernels.launch import dtype_name, during, pdl
 
 Json = dict[str, Any]
 
@@ -88,7 +88,7 @@ def run_step(
             _warm(call)
         row = {
             "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
-            "preparation_seconds": steps.preparation_seconds, "dtype": str(dtype).removeprefix("torch."),
+            "preparation_seconds": steps.preparation_seconds, "dtype": dtype_name(dtype),
             "peers": {name: {"what": GPU_PEERS[name].what, **SKIPPED} for name in missing},
             "passes": {"step": _time_step(calls, clock, flops, dtype, bounds, rounds)}, "fallbacks": ops.fallbacks(),
         }  # fmt: skip
@@ -123,7 +123,7 @@ def _time_step(
     calls: dict[str, Callable[[], object]], clock: Any, flops: int, dtype: torch.dtype, bounds: Bounds | None, rounds: int
 ) -> Json:  # fmt: skip
     """The pass in which `calls` take turns."""
-    ideal = bounds and flops / getattr(bounds, str(dtype).removeprefix("torch."))
+    ideal = bounds and flops / getattr(bounds, dtype_name(dtype))
     taken, variants = take_turns({name: (call,) for name, call in calls.items()}, rounds, BUDGET, clock.seconds), {}
     for name, samples in taken.items():
         seconds = spread([seconds for (seconds,) in samples])

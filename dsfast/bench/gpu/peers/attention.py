@@ -25,6 +25,7 @@ from dsfast.bench.gpu.peers.peer import (
     plain,
     reference,
 )
+from dsfast.bench.gpu.replaced import replaced
 from dsfast.bench.peers import operators as eager
 from dsfast.ops import triton
 
@@ -164,7 +165,6 @@ class _ScoresAnew(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        from dsfast.bench.gpu.launched import replaced
         from dsfast.triton_kernels import mla_attention, mla_attention_kept
 
         *tensors, o, softmax = ctx.saved_tensors

@@ -30,7 +30,9 @@ def _project_by_operators(
 def _prepared_operators(arguments: list, differentiable: Sequence[int]) -> Prepared:
     """The rope key is not expanded to the heads: attention takes it as it is."""
     prepared = direct(_project_by_operators, arguments, differentiable)
-    return replace(prepared, result=lambda outputs: (*outputs[:4], outputs[4][:, None].expand(outputs[2].shape), outputs[5]))
+    return replace(
+        prepared, result=lambda outputs: (*outputs[:4], outputs[4][:, None].expand(outputs[2].shape), outputs[5])
+    )
 
 
 def _output_by_operators(values, o, residual, norm, eps, uses) -> tuple[Tensor, ...]:
