@@ -90,7 +90,7 @@ def test_trains_like_torch_adamw(implementation, dtype):
         weights = ours.clone().requires_grad_()
         (gradient,) = torch.autograd.grad((data.to(dtype) @ weights - wanted.to(dtype)).square().mean(), weights)
         with ops.use(implementation):
-            scale = ops.clip_scale(ops.grad_norm([gradient]), 0.5)
+            scale = ops.clip_factor(ops.grad_norm([gradient]), 0.5)
             ops.adamw([ours], [gradient], [m], [v], [0.03], [0.1], 0.9, 0.95, 1e-8, step, scale)
     assert (theirs - start).abs().max() > 0.3
     # clip_grad_norm_ divides by norm + 1e-6, hence not 1e-12 in float64
@@ -212,7 +212,7 @@ class TestNumbersOnTheDevice:
             norm, scale = ops.grad_clip(grads, max_norm)
             assert float(norm) == ops.grad_norm(grads)
         assert (norm.dtype, scale.dtype, norm.shape, scale.shape) == (torch.float64, torch.float32, (), ())
-        assert float(scale) == pytest.approx(ops.clip_scale(float(norm), max_norm), rel=1e-7)
+        assert float(scale) == pytest.approx(ops.clip_factor(float(norm), max_norm), rel=1e-7)
 
     @pytest.mark.parametrize("bad", [math.inf, math.nan])
     def test_factor_of_bad_gradients_is_nan(self, implementation, bad):
@@ -249,5 +249,5 @@ def test_inf_and_nan_together_are_not_finite():
 
 
 @pytest.mark.parametrize(("norm", "scale"), [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (8.0, 0.25), (math.inf, 0.0)])
-def test_clip_scale(norm, scale):
-    assert ops.clip_scale(norm, 2.0) == scale
+def test_clip_factor(norm, scale):
+    assert ops.clip_factor(norm, 2.0) == scale

@@ -89,7 +89,7 @@ def test_adamw_equals_torch_with_groups_and_clip():
         filled_gradients(theirs.parameters(), step, size)
         before = [p.grad.clone() for p in mine.parameters()]
         norm = ops.grad_norm(before)
-        optimizer.step(lr_scale, ops.clip_scale(norm, 1.0))
+        optimizer.step(lr_scale, ops.clip_factor(norm, 1.0))
         for p, grad in zip(mine.parameters(), before, strict=True):
             assert torch.equal(p.grad, grad), "gradients must not be rewritten"
         torch_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)

@@ -182,9 +182,9 @@ class TestTable:
 
 class TestKept:
     def kept(self, most=2):
-        from dsfast.triton_kernels.tables import Kept
+        from dsfast.triton_kernels.tables import DeviceCache
 
-        return Kept(most)
+        return DeviceCache(most)
 
     def get(self, kept, key, made):
         def make():
@@ -226,7 +226,7 @@ def test_the_same_tensors_need_one_table(monkeypatch):
     from dsfast.triton_kernels import tables
 
     made = []
-    monkeypatch.setattr(tables, "_kept", tables.Kept(4))
+    monkeypatch.setattr(tables, "_kept", tables.DeviceCache(4))
     monkeypatch.setattr(tables, "build_table", lambda *a, build=tables.build_table: made.append(1) or build(*a))
     tensors, lrs, settings, step, clip_scale = prepared(TestAdamw.tiny)
     with ops.use("triton"):

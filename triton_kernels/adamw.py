@@ -124,7 +124,7 @@ def adamw(
 ) -> None:  # fmt: skip
     """As dsfast.ops.adamw: a device_... that is not None stands for the number before it.
 
-    Raises TypeError unless all tensors are float32, and RuntimeError as `tables.Kept.get` during the capture of a CUDA graph.
+    Raises TypeError unless all tensors are float32, and during the capture of a CUDA graph RuntimeError as `DeviceCache.get`.
     """
     _check(params)
     grads = [g.contiguous() for g in grads]

@@ -59,7 +59,7 @@ def update_bias(
     biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float, device_clip_scale: Tensor | None
 ) -> None:
     """As dsfast.ops.update_bias. Raises ValueError for more experts than a block of a table holds, and RuntimeError as
-    `tables.Kept.get` during the capture of a CUDA graph."""
+    `tables.DeviceCache.get` during the capture of a CUDA graph."""
     experts = loads.size(1)
     if experts > BLOCK:
         raise ValueError(f"update_bias: the Triton kernel takes up to {BLOCK} experts, got {experts}")

@@ -398,7 +398,7 @@ def tiles(kernel: str, dtype: torch.dtype, rp: int, large: int) -> Tiles:
     return by_width[min(width for width in by_width if width >= rp)]
 
 
-def at_once(hidden, weight) -> bool:
+def keeps_logits(hidden, weight) -> bool:
     """Whether the logits of a wide head are kept for the backward pass. Else what is kept are gradients, which are then read once
     more to be multiplied by dloss: dweight is for few tokens the largest of all tensors."""
     n, v = hidden.size(0), weight.size(0)
@@ -436,7 +436,7 @@ def forward(
                 launch.run()
         else:
             count_launch(labels, ignore_index, count).run()
-            way = _at_once if with_grads and at_once(hidden, weight) else _by_chunks
+            way = _with_kept_logits if with_grads and keeps_logits(hidden, weight) else _by_chunks
             way(hidden, weight, labels, ignore_index, z_loss, count, losses, kept_1, kept_2)
         aside(([loss_launch(losses, count, loss)], [loss]))
     return loss, kept_1, kept_2, reduced
@@ -457,7 +457,7 @@ def backward(
             if projection is None:
                 return _scaled(kept_1, dloss, hidden), dweight, dprojection
             return _through(dloss, kept_1, hidden, projection, dprojection), dweight, dprojection
-        if at_once(hidden, weight):
+        if keeps_logits(hidden, weight):
             dlogits = torch.empty_like(kept_1)
             if dlogits.numel():
                 gradient_launch(kept_1, labels.contiguous(), ignore_index, kept_2, dloss, dlogits, weight.size(0)).run()
@@ -496,11 +496,11 @@ def _scaled(gradient: Tensor, dloss: Tensor, x: Tensor) -> Tensor:
 
 def kept(hidden, weight, with_grads: bool) -> tuple[Tensor, Tensor]:
     """What `forward` keeps, yet to be filled. Of a narrow head dhidden [N, R] in float32, which `backward` rounds, and softmax
-    [4, N], as combine_kernel has it; of others, if `at_once`, logits [N, V and padding] and softmax [3, N] in float32, else
+    [4, N], as combine_kernel has it; of others, if `keeps_logits`, logits [N, V and padding] and softmax [3, N] in float32, else
     dhidden and dweight."""
     if not with_grads:
         return hidden.new_empty(0, 0), weight.new_empty(0, 0)
-    if at_once(hidden, weight):
+    if keeps_logits(hidden, weight):
         n = hidden.size(0)
         return hidden.new_empty(n, _aligned(weight.size(0))), hidden.new_empty(3, n, dtype=torch.float32)
     if narrow(hidden.size(1), hidden.dtype):
@@ -584,7 +584,7 @@ def _launch(kernel, grid, inputs, resources, rows_in_products: int, **others) ->
     return Launch(kernel, grid, inputs | others, options(*resources), inputs["hidden"].dtype.itemsize, rows_in_products)
 
 
-def _at_once(hidden, weight, labels, ignore_index, z_loss, count, losses, logits, softmax) -> None:
+def _with_kept_logits(hidden, weight, labels, ignore_index, z_loss, count, losses, logits, softmax) -> None:
     z = logits[:, : weight.size(0)]
     torch.mm(hidden, weight.t(), out=z)
     softmax_launch(z, labels, ignore_index, z_loss, count, losses, softmax, False).run()

@@ -76,7 +76,7 @@ def table_for(params, grads, momenta, sizes, begins, lengths) -> tuple[Tensor, b
     """Table [B, COLUMNS] of the parameters, whether all of them are aligned, and how many elements they have together.
 
     sizes, begins, lengths: as dsfast.ops.muon.Layout. Raises TypeError for other dtypes than float32, and RuntimeError
-    as `tables.Kept.get` during the capture of a CUDA graph.
+    as `tables.DeviceCache.get` during the capture of a CUDA graph.
     """
     if params[0].dtype != torch.float32:
         raise TypeError(f"muon: the Triton kernels take float32, got {dtype_name(params[0].dtype)}")

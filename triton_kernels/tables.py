@@ -65,7 +65,7 @@ def table_of(
     device: torch.device,
 ) -> tuple[Tensor, bool]:
     """The table of `tensors` (for each of their addresses a column, None: NOWHERE) and further `columns`, on `device`; and
-    whether all of them begin at a multiple of 16 bytes. Raises RuntimeError as `Kept.get`."""
+    whether all of them begin at a multiple of 16 bytes. Raises RuntimeError as `DeviceCache.get`."""
     addresses = tuple(tuple(NOWHERE if x is None else x.data_ptr() for x in column) for column in tensors)
     sizes, columns = tuple(sizes), tuple(map(tuple, columns))
     aligned = not any(a % 16 for column in addresses for a, size in zip(column, sizes, strict=True) if size)
@@ -80,7 +80,7 @@ class Entry(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-class Kept:
+class DeviceCache:
     """Small tensors that launches read, in device memory, by what they were made from; beyond `most` the oldest go.
 
     A captured graph reads them at each replay. So nothing is made during a capture, whose copy would not have run, and what
@@ -129,4 +129,4 @@ def _copy(x: Tensor, device: torch.device) -> Entry:
     return Entry(moved, copied)
 
 
-_kept = Kept(most=16)
+_kept = DeviceCache(most=16)

@@ -15,7 +15,7 @@ from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
 from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.embedding import Embedding
-from dsfast.model.gpu import Kept
+from dsfast.model.gpu import LastValue
 from dsfast.model.initialise import initialise
 from dsfast.model.layers import RMSNorm
 from dsfast.model.moe import Experts, Router
@@ -38,7 +38,7 @@ class DeepseekV3(nn.Module):
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(c, c.num_hidden_layers + k) for k in range(c.num_nextn_predict_layers)
         )
-        self.kept = Kept()
+        self.kept = LastValue()
         """What generation on a GPU keeps between calls."""
         initialise(self, c)
 
@@ -49,7 +49,7 @@ class DeepseekV3(nn.Module):
         `cu_seqlens` every row is one document, without `positions` they count from 0 in each document.
         Raises UserError for a row longer than max_position_embeddings and, on the CPU, for ids out of range.
         """
-        ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
+        ids, positions, cu_seqlens = self._checked_tokens(input_ids, positions, cu_seqlens)
         hidden = self.hidden(self.embed_tokens(ids), positions, cu_seqlens)
         return self.logits(hidden).unflatten(0, input_ids.shape)
 
@@ -85,7 +85,7 @@ class DeepseekV3(nn.Module):
         """The arguments of `loss` in one line: ids [N], labels [N], positions [N], cu_seqlens [S + 1]; checked, as it does."""
         if labels.shape != input_ids.shape:
             raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, got {_shape(labels)}")
-        ids, positions, cu_seqlens = self._flatten(input_ids, positions, cu_seqlens)
+        ids, positions, cu_seqlens = self._checked_tokens(input_ids, positions, cu_seqlens)
         labels = labels.reshape(-1)
         _check_range("labels", labels.where(labels != IGNORED, 0) if labels.is_cpu else labels, self.config.vocab_size)
         return ids, labels, positions, cu_seqlens
@@ -155,7 +155,7 @@ class DeepseekV3(nn.Module):
             losses.append(self.cross_entropy(hidden, labels, head))
         return torch.stack(losses).mean()
 
-    def _flatten(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):
+    def _checked_tokens(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):
         """ids [N], positions [N], cu_seqlens [S + 1], checked and filled in."""
         if not isinstance(input_ids, Tensor):
             raise UserError(f"input_ids: expected a tensor [B, T] of int64, got {type(input_ids).__name__}")

@@ -18,7 +18,7 @@ _OF_THE_GPU = (
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 
 
-class Kept:
+class LastValue:
     """One value, and the key that says what it was made of: for a module to keep what is dear to make again.
 
     A copy of it, as the copy of a module makes, is empty.
@@ -36,7 +36,7 @@ class Kept:
         return self._value
 
     def __reduce__(self):
-        return Kept, ()
+        return LastValue, ()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The operators of a DeepSeek-V3 model. Each module holds the maths, the reference, the schema, the dispatch, the backward."""
 
-from dsfast.ops.adamw import adamw, clip_scale, grad_clip, grad_norm
+from dsfast.ops.adamw import adamw, clip_factor, grad_clip, grad_norm
 from dsfast.ops.after_step import record_step, update_bias
 from dsfast.ops.checks import check_all
 from dsfast.ops.dispatch import (
@@ -35,7 +35,7 @@ __all__ = [
     "Routing",
     "adamw",
     "check_all",
-    "clip_scale",
+    "clip_factor",
     "configured",
     "embedding",
     "fallbacks",

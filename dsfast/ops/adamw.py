@@ -8,13 +8,13 @@ p = p (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dsfast.ops import native, triton
+from dsfast.ops.device_numbers import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
 
@@ -38,7 +38,7 @@ def adamw(
 ) -> None:  # fmt: skip
     """Update `params`, `exp_avgs` and `exp_avg_sqs` in place; one learning rate and weight decay for each tensor.
 
-    step counts from 1. Gradients are multiplied by clip_scale, see `clip_scale`, learning rates by lr_scale. Tensors of one
+    step counts from 1. Gradients are multiplied by clip_scale, see `clip_factor`, learning rates by lr_scale. Tensors of one
     position have one shape; params and both averages must be contiguous. Raises ValueError or TypeError for lists that do not
     fit together.
 
@@ -91,27 +91,6 @@ def _refuse(params, grads, exp_avgs, exp_avg_sqs) -> None:
             raise ValueError("adamw: params, exp_avgs and exp_avg_sqs are updated in place and must be contiguous")
 
 
-_OF_THE_DEVICE = {"step": torch.int64, "clip_scale": torch.float32, "lr_scale": torch.float64}
-
-
-def expect_on_device(operator: str, device: torch.device, **numbers: float | Tensor) -> None:
-    """Check those numbers of an optimizer that are tensors: without dimension, on `device`, of the dtype each has there."""
-    for name, x in numbers.items():
-        if isinstance(x, Tensor):
-            expect_shape(operator, name, x)
-            expect_dtype(operator, _OF_THE_DEVICE[name], device, **{name: x})
-
-
-def or_tensor(x: float | Tensor) -> tuple[float, Tensor | None]:
-    """A number as the registered operators take it: itself, or a tensor that stands for it."""
-    return (1, x) if isinstance(x, Tensor) else (x, None)
-
-
-def or_number(x: float, on_device: Tensor | None) -> float:
-    """The number again, where the device may be asked."""
-    return x if on_device is None else on_device.item()
-
-
 def _expect_counted(step: int) -> None:
     if step < 1:
         raise ValueError(f"adamw: step counts from 1, got {step}")
@@ -126,15 +105,6 @@ def _reference(tensors, settings, step, clip_scale, lr_scale) -> None:
     params, _, exp_avgs, exp_avg_sqs = tensors
     with only_if_finite(clip_scale, [*params, *exp_avgs, *exp_avg_sqs]):
         adamw_reference(*tensors, *settings, step, clip_scale, lr_scale)
-
-
-@contextmanager
-def only_if_finite(clip_scale: float | Tensor, updated: Sequence[Tensor]) -> Iterator[None]:
-    """What is done inside to `updated` is undone where clip_scale is a tensor that is not finite; nothing waits for it."""
-    before = [x.clone() for x in updated] if isinstance(clip_scale, Tensor) else []
-    yield
-    for x, old in zip(updated, before, strict=False):
-        x.copy_(torch.where(clip_scale.isfinite(), x, old))
 
 
 @torch.no_grad()
@@ -169,7 +139,7 @@ def grad_clip_reference(grads: Sequence[Tensor], max_norm: float, loss: Tensor |
     return norm, scale.where(good, math.nan).float()
 
 
-def clip_scale(norm: float, max_norm: float) -> float:
+def clip_factor(norm: float, max_norm: float) -> float:
     """What gradients of L2 norm `norm` are multiplied with so that it is at most `max_norm`. On the device: `grad_clip`."""
     return min(1.0, max_norm / norm) if norm > 0 else 1.0
 
@@ -195,7 +165,7 @@ def _grad_clip_cpu(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None
     grads = [g.contiguous() for g in grads]
     norm = native.module().grad_norm([g.data_ptr() for g in grads], [g.numel() for g in grads], torch.get_num_threads())
     finite = math.isfinite(norm) and (loss is None or math.isfinite(loss.item()))
-    scale = clip_scale(norm, max_norm) if finite else math.nan
+    scale = clip_factor(norm, max_norm) if finite else math.nan
     return torch.tensor(norm, dtype=torch.float64), torch.tensor(scale, dtype=torch.float32)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsfast.ops import triton
-from dsfast.ops.adamw import expect_on_device, or_tensor
+from dsfast.ops.device_numbers import expect_on_device, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
 

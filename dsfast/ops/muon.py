@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsfast.ops import native, triton
-from dsfast.ops.adamw import expect_on_device, only_if_finite, or_number, or_tensor
+from dsfast.ops.device_numbers import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
 from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape, newton_schulz, orthogonal_reference

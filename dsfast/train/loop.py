@@ -154,7 +154,7 @@ class Trainer:
         scale = learning_rate_scale(self.steps_done, train)
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
-            self.optimizer.step(scale, ops.clip_scale(norm, train.grad_clip))
+            self.optimizer.step(scale, ops.clip_factor(norm, train.grad_clip))
             self.model.update_router_bias(train.bias_update_speed)
         tokens, seconds = batch.input_ids.numel(), perf_counter() - started
         return self.count_step(value, norm, scale, not finite, tokens, seconds)

@@ -118,7 +118,7 @@ TINY: dict[str, dict[str, tuple[Sizes, Sizes]]] = {part: {"tiny": (sizes, sizes)
 """For a rehearsal without a GPU."""
 
 
-def unchanged(outputs: Any) -> Any:
+def identity(outputs: Any) -> Any:
     return outputs
 
 
@@ -136,7 +136,7 @@ class GpuCase:
     forward: Work
     backward: Work | None
     dtype: torch.dtype
-    canonical: Callable[[Any], Any] = unchanged
+    canonical: Callable[[Any], Any] = identity
 
 
 def build(part: str, name: str, rehearsal: bool = False) -> GpuCase:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
-from dsfast.bench.gpu.cases import unchanged
+from dsfast.bench.gpu.cases import identity
 
 
 class RefusedError(Exception):
@@ -25,7 +25,7 @@ class Prepared:
 
     run: Callable[[], Any]
     leaves: tuple[Tensor, ...]
-    result: Callable[[Any], Any] = unchanged
+    result: Callable[[Any], Any] = identity
 
 
 @dataclass(frozen=True)
