@@ -140,7 +140,7 @@ def in_bfloat16(model, arguments) -> dict[str, torch.Tensor]:
     """Loss and gradients of plain PyTorch that keeps everything but the weights in bfloat16."""
     ids, labels, positions, cu_seqlens = arguments
     with ops.use("reference"):
-        loss = loss_in(BF16, model, ids[None], labels[None], positions[None], cu_seqlens)
+        loss = loss_in(BF16, model, 0.3, ids[None], labels[None], positions[None], cu_seqlens)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
     return {"loss": loss.detach(), **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
 

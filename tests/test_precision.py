@@ -25,7 +25,7 @@ def test_bfloat16_gives_float32_gradients_close_to_those_of_float32():
     labels = next_tokens(ids)
     exact_loss = model.loss(ids, labels)
     exact = gradients(model, exact_loss)
-    loss = loss_in(torch.bfloat16, model, ids, labels)
+    loss = loss_in(torch.bfloat16, model, 0.3, ids, labels)
     rough = gradients(model, loss)
     assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-2)
     assert loss.item() != exact_loss.item(), "it did compute in bfloat16"
@@ -38,4 +38,4 @@ def test_float32_is_the_plain_loss():
     model = random_model()
     ids = random_ids(model, 2, 16)
     with ops.use("reference"):
-        assert torch.equal(loss_in(torch.float32, model, ids, next_tokens(ids)), model.loss(ids, next_tokens(ids)))
+        assert torch.equal(loss_in(torch.float32, model, 0.3, ids, next_tokens(ids)), model.loss(ids, next_tokens(ids)))

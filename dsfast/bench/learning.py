@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 from dsfast.config import Config
 from dsfast.evaluate import check_taught, measure_taught
+from dsfast.evaluate.recall import as_json
 from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -50,5 +50,5 @@ def _run(config: Config) -> Json:
         "mean_loss": fmean(result.losses[-LAST:]),
         "seconds": result.seconds,
         "products": dtype_name(trainer.precision.products),
-        "recall": {name: value and asdict(value) for name, value in recall.items()},
+        "recall": as_json(recall),
     }

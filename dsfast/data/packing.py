@@ -19,12 +19,14 @@ from dsfast.tokens import BOS_ID, EOS_ID, IGNORED
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens with their targets and their document boundaries."""
+    """B rows of T tokens with their targets and their document boundaries; without boundaries (None) every row is a document."""
 
     input_ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64: the next token; -100 where the next token begins another document
-    positions: Tensor  # [B, T] int64: position inside the document, 0 at each document start and at each row start
-    cu_seqlens: Tensor  # [S + 1] int32: starts of the segments in the flattened [B*T] tokens, then B*T
+    positions: (
+        Tensor | None
+    )  # [B, T] int64: position inside the document, 0 at each document start and at each row start
+    cu_seqlens: Tensor | None  # [S + 1] int32: starts of the segments in the flattened [B*T] tokens, then B*T
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value

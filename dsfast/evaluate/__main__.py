@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from dsfast.command import CommandParser, run_command
@@ -11,7 +10,7 @@ from dsfast.config import Config
 from dsfast.data import load_facts, load_prompts, taught_facts
 from dsfast.data.sources import ENCYCLOPEDIA
 from dsfast.evaluate.probes import ask, check_lengths
-from dsfast.evaluate.recall import check_taught, measure_taught
+from dsfast.evaluate.recall import as_json, check_taught, measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
 from dsfast.train.runtime import answering
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> int:
         "config_sha256": config.hash(),
         "probes": [probe.to_dict() for probe in probes],
         "exact": sum(probe.exact for probe in probes),
-        "recall": {name: value and asdict(value) for name, value in recall.items()},
+        "recall": as_json(recall),
     }
     print(_text(result))
     if path is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -48,6 +49,11 @@ def _questions(facts: Sequence[Fact]) -> dict[str, list[Prompt]]:
 def measure_taught(model: DeepseekV3, tokenizer: Tokenizer, facts: Sequence[Fact]) -> dict[str, Recall | None]:
     """Recall of `facts`, by the names of `_questions`."""
     return {name: measure_recall(model, tokenizer, prompts) for name, prompts in _questions(facts).items()}
+
+
+def as_json(recall: Mapping[str, Recall | None]) -> dict[str, dict[str, Any] | None]:
+    """What `measure_taught` found, for a JSON file."""
+    return {name: value and asdict(value) for name, value in recall.items()}
 
 
 def check_taught(tokenizer: Tokenizer, facts: Sequence[Fact], context: int) -> None:

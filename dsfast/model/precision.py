@@ -62,8 +62,8 @@ class _Loss(nn.Module):
 
 
 def loss_in(
-    dtype: torch.dtype, model: DeepseekV3, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, mtp_loss_weight: float = 0.3,
+    dtype: torch.dtype, model: DeepseekV3, mtp_loss_weight: float, input_ids: Tensor, labels: Tensor,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`model.loss` with the parameters cast to `dtype`; their gradients keep their own dtype."""
     if all(p.dtype == dtype for p in model.parameters()):

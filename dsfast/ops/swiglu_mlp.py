@@ -23,7 +23,7 @@ def swiglu_mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x [N, D], gate_up [2I, D], down [D, I] -> [N, D].
 
-    Raises ValueError for other shapes, TypeError for mixed dtypes.
+    Raises ValueError for other shapes, TypeError for mixed dtypes or devices.
     """
     expect_shape("swiglu_mlp", "x", x, "N", "D")
     expect_shape("swiglu_mlp", "down", down, x.size(1), "I")

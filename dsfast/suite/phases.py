@@ -25,6 +25,7 @@ from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import GpuError
 from dsfast.evaluate import ProbeResult, ask, check_lengths, check_taught, measure_taught
+from dsfast.evaluate.recall import as_json
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.error_reports import error_reports
@@ -32,6 +33,7 @@ from dsfast.suite.propagation import check_propagation
 from dsfast.suite.report import Reporter
 from dsfast.suite.verdict import PARTED, Check, judge_phase
 from dsfast.train import Trainer, TrainResult
+from dsfast.train.metrics import relative_differences
 from dsfast.train.runtime import answering
 
 DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
@@ -149,7 +151,9 @@ def propagation(session: Session) -> Details:
     config, trainer = session.plan.config, session.trainer
     batch = trainer.dataset.rows.batch(config.train.steps, config.train.batch_size)
     with trainer.kernels():
-        checks = check_propagation(trainer.model, batch, trainer.precision.tensors)
+        checks = check_propagation(
+            trainer.model, batch, trainer.precision.tensors, trainer.config.train.mtp_loss_weight
+        )
     return {"failed": sum(not c.passed for c in checks), "checks": [asdict(c) for c in checks]}
 
 
@@ -195,7 +199,7 @@ def recall(session: Session) -> Details:
         return {"taught": None, "heldout": None, "reason": "the text is not dsfast's own: it teaches no known facts"}
     with answering(session.trainer.model, session.plan.config, None):
         recalls = measure_taught(session.trainer.model, session.trainer.dataset.tokenizer, facts)
-    return {"facts": len(facts), **{name: asdict(value) for name, value in recalls.items()}}
+    return {"facts": len(facts), **as_json(recalls)}
 
 
 def performance(session: Session) -> Details:
@@ -324,6 +328,6 @@ def compare_losses(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, 
     they differ by more than PARTED, None if they never do. None where there is no step that both have done."""
     if not (ours and theirs):
         return None
-    found = [abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=False)]
+    found = relative_differences(theirs, ours)
     parted = (step for step, difference in enumerate(found, 1) if not difference <= PARTED)
     return {"largest": max(found), "at_step": 1 + found.index(max(found)), "part_at_step": next(parted, None)}

@@ -26,13 +26,15 @@ class PropagationCheck:
     debug: str
 
 
-def check_propagation(model: DeepseekV3, batch: Batch, dtype: torch.dtype = torch.float32) -> list[PropagationCheck]:
-    """The checks on `batch`, in the specification's order. Leaves the model's gradients cleared."""
+def check_propagation(
+    model: DeepseekV3, batch: Batch, dtype: torch.dtype, mtp_loss_weight: float
+) -> list[PropagationCheck]:
+    """The checks on `batch`, the loss computed in `dtype`, in the specification's order. Leaves the model's gradients cleared."""
     device = next(model.parameters()).device
     inputs = [x.to(device) for x in (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)]
     forward = check_forward(model, inputs[0][:PROBE_ROWS])
     model.zero_grad(set_to_none=True)
-    loss = loss_in(dtype, model, *inputs)
+    loss = loss_in(dtype, model, mtp_loss_weight, *inputs)
     loss.backward()
     checks = [forward, check_loss(loss.item()), check_parameters(model), check_gradients(model)]
     model.zero_grad(set_to_none=True)

@@ -52,7 +52,7 @@ class Gradients:
         for parameter in self.model.parameters():
             parameter.grad = None  # the backward pass then hands over its own tensors: nothing to clear, nothing to add
         weight = self.train.mtp_loss_weight
-        loss = loss_in(self.dtype, self.model, input_ids, labels, positions, cu_seqlens, mtp_loss_weight=weight)
+        loss = loss_in(self.dtype, self.model, weight, input_ids, labels, positions, cu_seqlens)
         loss.backward()
         return loss.item()
 

@@ -32,7 +32,7 @@ from dsfast.train.steps import DeviceSteps, Done, HostSteps, steps_of
 
 
 class TrainingError(UserError):
-    """Training cannot go on: too many steps in a row were not finite."""
+    """Training cannot go on because too many steps in a row were not finite, or it ended and nothing was learnt."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ class Trainer:
 
     def _train_batch(self, batch: Batch) -> StepReport:
         started, train = perf_counter(), self.config.train
+        if not self.model.training:
+            self.model.train()
         value = self.gradients(*self._inputs(batch))
         norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
@@ -236,8 +238,6 @@ class Trainer:
         )
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        if not self.model.training:
-            self.model.train()
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         return tuple(None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
 

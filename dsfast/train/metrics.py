@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
+from math import inf, isfinite, isnan
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,3 +55,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, keep_steps: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= keep_steps] if path.exists() else []
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def relative_differences(losses: Sequence[float], others: Sequence[float]) -> list[float]:
+    """How far each step's loss lies from the other run's, as a share of that one's, for the steps that both have.
+
+    Of two NaN, or of equal infinities, 0; where one of the two is not finite, or the other is 0, inf.
+    """
+    return [_relative_difference(a, b) for a, b in zip(losses, others, strict=False)]
+
+
+def _relative_difference(a: float, b: float) -> float:
+    if a == b or (isnan(a) and isnan(b)):
+        return 0.0
+    return abs(a / b - 1) if isfinite(a) and isfinite(b) and b else inf

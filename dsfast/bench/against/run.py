@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from math import ceil, comb, inf, isfinite, isnan
+from math import ceil, comb, inf, isfinite
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from dsfast.files import read_json
 from dsfast.model import precision_of
 from dsfast.ops import check_all
 from dsfast.ops.checks import in_words
+from dsfast.train.metrics import relative_differences
 
 SIDES = ("now", "before")
 TURNS = 20
@@ -212,19 +213,12 @@ def _known(side: Side, folder: Path, losses: list[float]) -> Json:
 
 def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
     """The first step (from 1) whose losses differ, and the largest relative difference with its step; None: all are the same."""
-    differences = [_difference(a, b) for a, b in zip(ours, theirs, strict=True)]
+    differences = relative_differences(ours, theirs)
     if not any(differences):
         return None
     largest = max(differences)
     first = next(step for step, difference in enumerate(differences, 1) if difference)
     return {"first_step": first, "largest": largest, "at_step": differences.index(largest) + 1}
-
-
-def _difference(a: float, b: float) -> float:
-    """Relative; of two NaN 0, of one inf."""
-    if a == b or (isnan(a) and isnan(b)):
-        return 0.0
-    return abs(a / b - 1) if isfinite(a) and isfinite(b) and b else inf
 
 
 def _compared(processes: Sequence[Pairs]) -> Json:

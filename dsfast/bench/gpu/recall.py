@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from dsfast.bench.gpu.training import command_of, not_run, run_process, trainer_
 from dsfast.bench.step import attempt
 from dsfast.config import default_config
 from dsfast.evaluate import measure_taught
+from dsfast.evaluate.recall import as_json
 from dsfast.files import cache_folder
 from dsfast.train import Trainer
 
@@ -57,8 +57,7 @@ def overlap(ours: Json, theirs: Json) -> bool | None:
 def recall(trainer: Trainer) -> Json:
     """What the model knows after its run."""
     trainer.train(quiet=True)
-    found = measure_taught(trainer.model, trainer.dataset.tokenizer, trainer.dataset.taught)
-    return {name: value and asdict(value) for name, value in found.items()}
+    return as_json(measure_taught(trainer.model, trainer.dataset.tokenizer, trainer.dataset.taught))
 
 
 def seeded(device: str, seed: int, rehearsal: bool) -> Trainer:

@@ -162,7 +162,7 @@ def recorded_steps(trainer: Trainer, rows: list[Tensor], on_gpu: bool) -> tuple[
     steps = trainer.steps() if on_gpu else DeviceSteps(trainer, lambda step: step)
     steps.prepare()
     with torch.no_grad():
-        expected = loss_in(trainer.precision.tensors, trainer.model, *rows).item()
+        expected = loss_in(trainer.precision.tensors, trainer.model, trainer.config.train.mtp_loss_weight, *rows).item()
     steps.call()
     found = steps.step.measured[0, 0].item()
     if abs(found - expected) <= AGREEMENT * abs(expected):
