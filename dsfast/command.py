@@ -29,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Of a command what it does not know is its own mistake, not that of the parser above it."""
+        """Parse, and refuse an argument that a command does not know in its own name, not in that of the parser above it."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -107,7 +107,7 @@ def _finish(outputs: list[_Output], quiet: bool = False) -> int:
 
 
 def _discard(file: int) -> None:
-    """From now on what is written to it goes nowhere."""
+    """Make what is written to `file` from now on go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, file)
     os.close(nowhere)

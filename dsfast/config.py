@@ -87,7 +87,7 @@ class ModelConfig:
         return embedding + head + self.layer_elements(self.n_routed_experts)
 
     def layer_elements(self, routed: int) -> int:
-        """Those of all layers' matrices, of MTP modules too, counting `routed` of each layer's routed experts."""
+        """Elements of all layers' matrices, MTP modules included, counting `routed` of each layer's routed experts."""
         d, h, kv, q = self.hidden_size, self.num_attention_heads, self.kv_lora_rank, self.q_lora_rank
         queries = h * self.qk_head_dim
         attention = d * queries if q is None else q * (d + queries)

@@ -120,6 +120,14 @@ class TestOperators:
         assert re.search(r"^ *[\w\[\], {}]+ += ", text, re.MULTILINE), "which formula?"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_docstring_begins_with_what_it_is_about(path):
+    """It is read alone, in a tooltip: "Those of both passes." would say nothing there."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    opening = re.compile(r"(Of|Those|That|With|By|From|Which)\b")
+    assert [node.name for node in nodes if opening.match(ast.get_docstring(node) or "")] == []
+
+
 def long_functions(path: Path, limit: int) -> list[str]:
     """Python functions longer than `limit` lines, signature and docstring left out."""
     found = []

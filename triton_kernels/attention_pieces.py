@@ -87,7 +87,7 @@ def measure(dn: int, dr: int, dv: int) -> int:
 
 
 def row_of(by_measure: dict[int, Row], widths: tuple[int, int, int]) -> Row:
-    """Of rows by the largest `measure` that each serves the one for `widths`, Dn, Dr and Dv."""
+    """The row for `widths` (Dn, Dr and Dv) among `rows`, by the largest `measure` that each serves."""
     least = measure(*widths)
     return by_measure[min(m for m in by_measure if m >= least)]
 

@@ -46,7 +46,7 @@ class Launch:
     rows: int  # of the products' left operand in one program
 
     def tensors(self) -> list[Tensor]:
-        """Those that the kernel takes."""
+        """The tensors that the kernel takes."""
         return [x for name in self.kernel.arg_names if isinstance(x := self.arguments[name], Tensor)]
 
     def run(self) -> None:
@@ -93,7 +93,7 @@ def interpreted() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in "float32"."""
+    """The name without "torch.": float32."""
     return str(dtype).removeprefix("torch.")
 
 

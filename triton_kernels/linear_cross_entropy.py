@@ -570,7 +570,7 @@ def projection_launches(gradient, dloss, projection, scaled, hidden, dhidden, dp
 
 
 def _narrow_arguments(hidden, weight, z_loss) -> dict[str, Any]:
-    """Those of both passes."""
+    """Arguments of the kernels of both passes."""
     (n, r), strides = hidden.shape, (hidden.stride(0), weight.stride(0))
     # Triton looks for multiples of 16 only, and copies what may be unaligned element by element, not beside the products.
     unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
@@ -658,7 +658,7 @@ def gradient_launch(logits, labels, ignore_index, softmax, dloss, dlogits, v: in
 
 
 def _row_arguments(logits, labels, ignore_index, v: int) -> dict:
-    """Those of the kernels that go along rows of v logits."""
+    """Arguments of the kernels that go along rows of v logits."""
     return {
         "logits": logits, "labels": labels, "logits_n": logits.stride(0), "N": len(logits), "V": v,
         "ignore_index": ignore_index, "BLOCK": min(_WORDS, triton.next_power_of_2(v)),

@@ -306,7 +306,7 @@ def backward_q_kernel(
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile and head, this program's or those of that `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, where delta is
+    """For one tile and head, this program's or those of that `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, where delta is
     not None, delta [H, PITCH]."""
     after_others()
     tiles = tl.cdiv(N, BT)
@@ -396,8 +396,8 @@ def backward_kv_kernel(
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the head's
-    shares [H, N, Dr] of dk_rope. Where o is not None delta is made of it."""
+    """For one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the
+    head's shares [H, N, Dr] of dk_rope. Where o is not None delta is made of it."""
     after_others()
     h, tile = swizzle(H, tl.cdiv(N, BS), G, number)
     h = h.to(tl.int64)
@@ -591,8 +591,8 @@ def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, soft
 
 
 def backward_launches(arguments: dict, large: int) -> list[Launch]:
-    """Those that fill the results among `arguments`, which are `backward_arguments`': by dsfast.triton_kernels.mla_attention_kept
-    where that serves them, else by those that make scores anew; where dk_rope is no gradient of each head, the sum of these."""
+    """The launches that fill the results among `arguments`, which are `backward_arguments`': those of mla_attention_kept where it
+    serves them, else those that make scores anew; and where dk_rope is one for all heads, what adds up the heads' shares."""
     heads = mla_attention_kept.heads_at_once(arguments, large)
     launches = mla_attention_kept.launches(arguments, heads, large) if heads else _anew(arguments, large)
     if arguments["dk_rope"].dim() == 3:

@@ -44,7 +44,7 @@ _UNSPECIALIZED = (*UNSPECIALIZED, "FIRST", "HEADS")
 
 @triton.jit
 def _square(ds, a, b, SIDE: tl.constexpr):
-    """That of keys' tile a and queries' tile b."""
+    """Where the square of keys' tile a and queries' tile b begins."""
     return ds + (b * (b + 1) // 2 + a).to(tl.int64) * (SIDE * SIDE)
 
 
@@ -254,8 +254,8 @@ def heads_at_once(arguments: dict, large: int) -> int:
 
 
 def launches(arguments: dict, heads: int, large: int) -> list[Launch]:
-    """Those that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once. arguments: those of
-    `attention_pieces.backward_arguments`."""
+    """The launches that fill the results among `arguments`, of dk_rope the heads' shares, `heads` heads at once.
+    arguments: those of `attention_pieces.backward_arguments`."""
     ds = arguments["dv"].new_empty(heads, _numbers(arguments["N"]))
     arguments = arguments | {"ds": ds, "ds_h": ds.stride(0), "SIDE": SIDE, "ROWS": _ROWS}
     grid = (triton.cdiv(arguments["N"], _ROWS) * arguments["H"],)
@@ -298,7 +298,7 @@ def _launch(kernel, arguments: dict, block: Block, rows: int) -> Launch:
 
 
 def _numbers(n: int) -> int:
-    """Of ds, for a head of n tokens."""
+    """Numbers of ds for a head of n tokens."""
     tiles = triton.cdiv(n, SIDE)
     return tiles * (tiles + 1) // 2 * SIDE * SIDE
 

@@ -99,7 +99,7 @@ def forward(values: Tensor, o: Tensor, residual: Tensor, norm: Tensor, eps: floa
 def backward(
     dys: list[Tensor], dh: Tensor | None, h: Tensor, values: Tensor, o: Tensor, norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradients of y, 1 to 3 to be added up, and of h: dx [N, D], the gradient of residual, dvalues [N, C], and those
+    """Given the gradients of y, 1 to 3 to be added up, and of h: dx [N, D], the gradient of residual, dvalues [N, C], and those
     of o and norm, flat, one after the other. Deterministic: no atomics, and the same sums on every chip."""
     gradients = h.new_empty(h.shape), h.new_empty(values.shape), h.new_empty(o.numel() + norm.numel())
     if not h.numel():
@@ -136,7 +136,7 @@ def backward_launches(dys, dh, h, values, o, norm, eps, dx, dvalues, dweights) -
 
 
 def _arguments(values: Tensor, o: Tensor, norm: Tensor, eps: float) -> dict:
-    """Those of both passes."""
+    """Arguments of the kernels of both passes."""
     d, c = o.shape
     return {
         "values": values, "values_n": values.stride(0), "o": o.contiguous(), "norm": norm.contiguous(), "eps": eps,

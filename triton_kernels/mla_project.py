@@ -177,7 +177,7 @@ def weights_kernel(
     Dn: tl.constexpr, DNP: tl.constexpr, Dr: tl.constexpr, DRP: tl.constexpr, Dv: tl.constexpr, DVP: tl.constexpr,
     TOTAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """In a row of parts [tiles, TOTAL] what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, in this order."""
+    """A row of parts [tiles, TOTAL]: what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, in this order."""
     after_others()
     tile = tl.program_id(0)
     start = tile * BN
@@ -324,7 +324,7 @@ def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[La
 
 
 def _arguments(shared) -> dict[str, Any]:
-    """Those of both passes."""
+    """Arguments of the kernels of both passes."""
     norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions = shared
     sizes = Sizes.of(q, kv_a, latent_norm, kv_b, heads, cos).constants()
     tensors = {

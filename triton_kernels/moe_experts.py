@@ -361,7 +361,7 @@ def narrow_matrix_kernel(
     D: tl.constexpr, I: tl.constexpr, IP: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """In a row of parts what one tile of places adds to dgate_up [2I, D] and ddown [D, I], BN columns of D at a time; letters as
+    """A row of parts: what one tile of places adds to dgate_up [2I, D] and ddown [D, I], BN columns of D at a time; letters as
     in narrow_backward_kernel, and dgu made as there: nothing of it needs to be waited for."""
     after_others()
     tile = tl.program_id(0)
@@ -459,7 +459,7 @@ def _table(dtype: torch.dtype, large: int) -> dict[str, dict[int, Tiles]]:
 
 
 def _tiles(kernel: str, dtype: torch.dtype, large: int, size: int, width: int, depth: int) -> Tiles:
-    """Those with the most rows up to `size`, no wider and no deeper than the matrix."""
+    """The tiles with the most rows up to `size`, no wider and no deeper than the matrix."""
     by_rows = _table(dtype, large)[kernel]
     bm, bn, bk, warps, stages = by_rows[max(rows for rows in by_rows if rows <= size)]
     bn, bk = (min(block, padded(n)) for block, n in ((bn, width), (bk, depth)))

@@ -59,7 +59,7 @@ def _power(x):
 
 @triton.jit
 def _highest_and_sum(b_logits, m_e):
-    """Of the logits [BN, PLACES] of experts: the highest, and the sum of exp(logit - highest) [BN, 1]."""
+    """The highest of each token's logits [BN, PLACES], and the sum of exp(logit - highest), both [BN, 1]."""
     b_high = tl.max(tl.where(m_e, b_logits, float("-inf")), 1, keep_dims=True)
     return b_high, tl.sum(tl.where(m_e, _power(b_logits - b_high), 0.0), 1, keep_dims=True)
 
@@ -179,8 +179,8 @@ def _gradient(
     dweights, logits, indices, scaling, dweights_n, logits_n, n, N, E: tl.constexpr, EP: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens n [BN, 1] the gradient of the logits of experts that are not chosen [BN, EP], which experts are, and the
-    gradient of the logits of these, both [BN, KP], -1 and 0 from column K on.
+    """For the tokens n [BN, 1]: the gradient of the logits of experts that are not chosen [BN, EP]; which experts are chosen,
+    and the gradient of their logits, both [BN, KP], -1 and 0 from column K on.
 
     With s the chosen scores and T their sum: w = scaling s / T gives ds = scaling (dw - sum(dw s) / T) / T. Of a sigmoid that is
     ds s (1 - s), and 0 for an expert that was not chosen; of a softmax s (ds - sum(ds s)) for all experts.
@@ -550,13 +550,13 @@ def sort_launches(indices: Tensor, experts: int, order: Tensor, offsets: Tensor,
 
 
 def _bins(experts: int) -> int:
-    """Of indices from elsewhere: the last one is for those that name no expert."""
+    """Bins for indices from elsewhere: the last one is for those that name no expert."""
     return max(32, triton.next_power_of_2(experts + 1))
 
 
 def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[Launch]:
-    """From the counts of tiles of so many slots, parts [B, bins], the places of all; None, or no tiles: there is but one block,
-    still to be counted. Where the counts are many their sums are taken by a kernel before.
+    """The launches that make of the tiles' counts, parts [B, bins], the places of all slots; None, or no tiles: there is one
+    block, still to be counted. Where the counts are many their sums are taken by a kernel before.
     """
     experts = offsets.numel() - 1
     if parts is not None and not len(parts):

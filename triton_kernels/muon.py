@@ -21,7 +21,7 @@ _MISSING = tl.constexpr(NOWHERE)
 
 @triton.jit
 def _begin(row, device_clip_scale, clip_scale, BLOCK: tl.constexpr):
-    """Of a block: how many elements it has, none where the clip factor is not finite; where they stand in what newton_schulz
+    """A block's number of elements, none where the clip factor is not finite; where they stand in what newton_schulz
     takes; the clip factor."""
     count, first, begin = tl.load(row), tl.load(row + 1), tl.load(row + 5)
     rows, cols = tl.load(row + 6), tl.load(row + 7)

@@ -20,7 +20,8 @@ _TILE, _TILES, _WARPS = 64, 4, 8
 def _places(
     H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr
 ):
-    """Of H heads of HEAD numbers each, numbers FIRST .. FIRST + W - 1: where they are and whether [HP WP], both padded."""
+    """Numbers FIRST .. FIRST + W - 1 of H heads of HEAD numbers each: their places, and which are there, [HP WP], both
+    padded."""
     c = tl.arange(0, HP * WP)
     return c // WP * HEAD + FIRST + c % WP, (c // WP < H) & (c % WP < W)
 
@@ -107,8 +108,8 @@ def outer_kernel(
 
 
 def outer_launches(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
-    """Those that fill out [A, B], contiguous, with a [N, A]^T b [N, B], the gradient of a weight, of which a program holds all:
-    128 x 128 numbers. In float32, always in the same order."""
+    """The launches that fill out [A, B], contiguous, with a [N, A]^T b [N, B], the gradient of a weight, of which a program
+    holds all: 128 x 128 numbers. In float32, always in the same order."""
     a, b = rows(a, b)
     n, (width_a, width_b) = len(a), out.shape
     parts = a.new_empty(triton.cdiv(n, _TILE * _TILES), *out.shape, dtype=torch.float32)

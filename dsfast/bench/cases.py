@@ -102,11 +102,11 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """In float32."""
+        """Bytes that are moved in float32."""
         return self.bytes_of(4)
 
     def bytes_of(self, itemsize: int) -> int:
-        """With floats of so many bytes."""
+        """Bytes that are moved where a floating-point number has `itemsize` bytes."""
         return itemsize * self.floats + _INDEX * self.indices
 
     def __add__(self, other: Work) -> Work:

@@ -56,7 +56,7 @@ def _by_batch(config: Config) -> list[Row]:
 
 
 def _by_length(config: Config) -> list[Row]:
-    """As many tokens as the config's batch has, in whole rows of the longest: at least one."""
+    """Batches of rows of growing length, with as many tokens each as the config's batch has: at least one row of the longest."""
     context = max(config.model.max_position_embeddings, LENGTHS[-1])
     config = config.replace(**{"model.max_position_embeddings": context})
     tokens = LENGTHS[-1] * max(1, config.train.batch_size * config.data.sequence_length // LENGTHS[-1])

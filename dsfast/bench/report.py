@@ -330,7 +330,7 @@ def _part(fraction: float | None) -> str:
 
 
 def _giga(number: float) -> str:
-    """In 10^9, with a decimal below 100."""
+    """`number` in 10^9, with one decimal below 100."""
     return f"{number / 1e9:,.1f}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 

@@ -90,7 +90,7 @@ def _work(flops: int, median: float, ceilings: Ceilings) -> Json:
 def first_steps(
     trainer: Trainer, known: Mapping[str, Peer], peers: Mapping[str, str], rows: Batch, progress: Callable[[str], None]
 ) -> tuple[dict[str, PeerTraining], Json]:
-    """Those of `peers` (name in `known` -> why it is missing) whose first step gives dsfast's loss, and the outcome so far."""
+    """The trainings of those `peers` (name in `known` -> why it is missing) whose first step gives dsfast's loss; the outcome."""
     first = FirstSteps(trainer, known, peers, rows)
     found, trainings = {}, {}
     for name in peers:

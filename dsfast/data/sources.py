@@ -43,7 +43,7 @@ def sanitize(text: str) -> str:
 
 
 def without_repeats(texts: Iterable[str]) -> Iterator[str]:
-    """Those that are neither empty nor exactly an earlier one."""
+    """The texts that are neither empty nor the same as an earlier one."""
     seen = {""}
     for text in texts:
         if text not in seen:

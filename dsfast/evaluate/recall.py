@@ -57,7 +57,7 @@ def as_json(recall: Mapping[str, Recall | None]) -> dict[str, dict[str, Any] | N
 
 
 def check_taught(tokenizer: Tokenizer, facts: Sequence[Fact], context: int) -> None:
-    """As `check_lengths`, of all that `measure_taught` asks about `facts`."""
+    """Raise UserError, as `check_lengths`, where something that `measure_taught` asks about `facts` does not fit."""
     for prompts in _questions(facts).values():
         check_lengths(tokenizer, prompts, context)
 

@@ -105,7 +105,7 @@ def _compared(step: Step, *recordings: CUDAGraph) -> list[float] | None:
 
 
 def _seconds(call: Callable[[], None], times: int) -> float:
-    """By the GPU's clock."""
+    """Seconds that `call` takes, by the GPU's clock."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(times):

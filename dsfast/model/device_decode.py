@@ -139,7 +139,7 @@ class DeviceDecoder:
 
 
 def places_for(model: DeepseekV3, capacity: int) -> int:
-    """Of a cache that holds `capacity` tokens and few more: a power of two, at least LEAST_PLACES; at most the context."""
+    """The places of a cache for `capacity` tokens: the next power of two, at least LEAST_PLACES and at most the context."""
     return min(max(LEAST_PLACES, 1 << (capacity - 1).bit_length()), model.config.max_position_embeddings)
 
 

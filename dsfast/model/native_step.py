@@ -93,7 +93,7 @@ class NativeStep:
         return loss
 
     def thread_seconds(self) -> dict[str, tuple[float, float]]:
-        """Of the last call: part -> seconds (forward, backward), the mean over the threads."""
+        """Seconds (forward, backward) of each part in the last call, the mean over the threads."""
         shares = (self._seconds / torch.get_num_threads()).T.tolist()
         return {part: (forward, backward) for part, (forward, backward) in zip(PARTS, shares, strict=True)}
 

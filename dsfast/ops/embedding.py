@@ -56,7 +56,7 @@ def _embedded(chosen: str, input_ids: Tensor, table: Tensor, projection: Tensor 
 
 
 def _choose(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> str:
-    """Which implementation takes them. Errors as `embedding`."""
+    """The implementation that takes these arguments. Errors as `embedding`."""
     expect_shape("embedding", "input_ids", input_ids, "N")
     expect_shape("embedding", "table", table, "V", "R")
     if projection is not None:
@@ -124,7 +124,7 @@ def _backward(ctx, dy, *_):
 
 
 def _gradients(ctx, dy: Tensor, *of_the_head: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of input_ids, table and projection."""
+    """The gradients of input_ids, table and projection."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks them
     dtable, dprojection = torch.ops.dsfast.embedding_backward(dy, *saved, *of_the_head)
     return None, dtable, None if saved[2] is None else dprojection

@@ -106,7 +106,7 @@ def _check(delta, residual, norm, q, kv_a, latent_norm, kv_b, heads, cos, sin, p
 
 
 def _shapes(h: Tensor, q: Tensor, latent_norm: Tensor, kv_b: Tensor, heads: int, cos: Tensor) -> list[tuple[int, ...]]:
-    """Of q_nope, q_rope, k_nope, k_rope, v."""
+    """The shapes of q_nope, q_rope, k_nope, k_rope and v."""
     n, (_, dn, dr, dv) = h.size(0), _widths(q, latent_norm, kv_b, heads, cos)
     return [(n, heads, dn), (n, heads, dr), (n, heads, dn), (n, heads, dr), (n, heads, dv)]
 

@@ -111,7 +111,7 @@ class Layout(NamedTuple):
 
 @cache
 def layout(shapes: tuple[tuple[int, ...], ...], parts: tuple[int, ...]) -> Layout:
-    """Of parameters of these shapes."""
+    """Where parameters of these shapes stand in the flat tensor."""
     sizes = [size_of(shape, n) for shape, n in zip(shapes, parts, strict=True)]
     sides = [(min(rows, cols), max(rows, cols)) for _, rows, cols in sizes]
     cost = [short * short * (2 * long + short) for short, long in sides]

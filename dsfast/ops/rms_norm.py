@@ -121,7 +121,7 @@ def _backward(ctx, dy, dh, _):
 
 
 def _gradients(ctx, dys: list[Tensor | None], dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of x, weight, eps and residual."""
+    """The gradients of x, weight, eps and residual."""
     h, weight, rstd = ctx.saved_tensors
     dys = [dy for dy in dys if dy is not None] or [torch.zeros_like(h)]
     dx, dweight = torch.ops.dsfast.rms_norm_backward(dys, dh, h, weight, rstd)

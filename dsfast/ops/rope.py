@@ -113,7 +113,7 @@ def split_and_turn(
 
 
 def _parts(dr: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Of each what is not turned, and the last `dr` columns, which are."""
+    """Each tensor's columns that are not turned, and its last `dr`, which are."""
     return [x.split([x.size(-1) - dr, dr], -1) for x in tensors]
 
 

@@ -123,7 +123,7 @@ def branches() -> AbstractContextManager:
 
 @cache
 def _branch_streams(device: int) -> tuple[list[torch.cuda.Stream], torch.cuda.Stream]:
-    """Those of all recordings, and the one with the chain's priority: torch has 32, and gives them out again and again."""
+    """The streams that all recordings share, and the one with the chain's priority: torch has 32 and hands them out in turns."""
     return [torch.cuda.Stream(device) for _ in range(BRANCHES)], torch.cuda.Stream(device, priority=CHAIN)
 
 

@@ -71,7 +71,7 @@ def check_parameters(model: DeepseekV3) -> PropagationCheck:
 
 
 def check_gradients(model: DeepseekV3) -> PropagationCheck:
-    """By tensor: one counts where its gradient exists, is finite throughout, and is not zero throughout."""
+    """The share of tensors whose gradient exists, is finite everywhere and is not zero everywhere."""
     without = [name for name, parameter in model.named_parameters() if not has_gradient(parameter)]
     tensors = sum(1 for _ in model.parameters())
     share = 1 - len(without) / tensors

@@ -156,7 +156,7 @@ def training_time(performance: Json) -> str:
 
 
 def duration(seconds: float, scale: float) -> str:
-    """In minutes where the target `scale` is several minutes and they would not round to nothing, else in seconds."""
+    """`seconds` in words: minutes where the target `scale` is several and they would not round to nothing, else seconds."""
     if scale >= 180 and seconds >= 60:
         return f"{seconds / 60:.1f}min"
     return f"{seconds:.1f}s" if seconds >= 1 else f"{seconds:.3f}s"
@@ -255,7 +255,7 @@ _HEADLINES = {
 
 
 def _kernels_table(details: Json) -> Table:
-    """Of each operator and implementation the quantity that comes nearest to its tolerance."""
+    """For each operator and implementation, the quantity that comes nearest to its tolerance."""
     table = _table("", "operator", "implementation", "quantities", "worst", "error", "tolerance", "status")
     groups: dict[tuple[str, str], list[Json]] = {}
     for row in details["comparisons"]:

@@ -128,7 +128,7 @@ def run_operators(
 
 
 def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, Pairs]]:
-    """Of one operator: what there is to say of its bits, and (now, before) seconds of each pass."""
+    """What there is to say of one operator's bits, and the (now, before) seconds of each of its passes."""
     now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
     same = "the same" if now["results"] == before["results"] else "others"
     seconds = {}
@@ -163,7 +163,7 @@ def run_against(
 
 
 def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress) -> Json:
-    """Of each side its losses and what it knows afterwards; `pairs`: of a step and of generation, (now, before) seconds."""
+    """Each side's losses and what it knows afterwards; `pairs`: the (now, before) seconds of steps and of generation."""
     seed, steps = changes["seed"], changes["train.steps"]
     turn = ceil(steps / TURNS)
     runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}

@@ -54,7 +54,7 @@ class Run:
         return {"package": package, "device": self.trainer.device.type, "operators": list(SIZES)}
 
     def check_prompts(self) -> dict[str, Any]:
-        """Of the present tree alone. Raises UserError where what is asked in the end does not fit the model's context."""
+        """Asked of the present tree alone. Raises UserError where what is asked in the end does not fit the model's context."""
         from dsfast.data import load_prompts
         from dsfast.evaluate import check_lengths, check_taught
 
@@ -149,7 +149,7 @@ def _timed(call: Callable[[], object]) -> dict[str, float]:
 
 
 def _digest(values: Iterable[Any]) -> str:
-    """Of the bits of all tensors among them, in lists of them too."""
+    """A digest of the bits of all tensors among `values`, also of those in lists."""
     found = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):

@@ -37,7 +37,7 @@ class GpuClock:
         return cls(wait=lambda: None)
 
     def seconds(self, call: Call) -> float:
-        """From the start of the first kernel of `call` to the end of its last."""
+        """Seconds from the start of the first kernel of `call` to the end of its last."""
         begin, end = self._event(), self._event()
         self._flush()
         self._wait()

@@ -97,7 +97,7 @@ def _ours(part: str, case: str, run: str, key: str, scale: float = 1.0) -> Numbe
 
 
 def _seconds(part: str, case: str, run: str, scale: float) -> Number:
-    """Of dsfast, in a CUDA graph where that was measured: without the overhead of launching."""
+    """dsfast's time; that in a CUDA graph, without the overhead of launching, where it was measured."""
 
     def value(rows: Rows) -> float | None:
         found = _variant(rows, part, case, run, "dsfast")

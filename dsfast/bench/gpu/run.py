@@ -167,7 +167,7 @@ def run_part(
 
 
 def _rows_in(file: Path) -> list[Json]:
-    """Of a row that grew the last."""
+    """The rows in a log; of a row that was written again as it grew, the last state."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
     return list({tuple(row.get(key) for key in ("part", "case", "entry")): row for row in rows}.values())

@@ -55,8 +55,8 @@ class Trial:
     faults: list[str] = field(default_factory=list)
 
     def estimate(self) -> float:
-        """Of its time, to choose an order: what a product's operands are read beside it, for how many programs a multiprocessor
-        holds, and for those that the last round leaves idle."""
+        """A guess at its time, to choose an order: of what a product's operands are read beside it, how many programs a
+        multiprocessor holds, and how many the last round leaves idle."""
         if isinstance(self.value, int) or not self.compiled:
             return 0.0
         launch, compiled = next(iter(self.launches.values())), self.compiled[0]
@@ -106,7 +106,7 @@ class Tuner:
         return found
 
     def try_entry(self, entry: Entry, shipped: dict[str, Any]) -> Iterator[Json]:
-        """As `rows`, of one entry."""
+        """The row of one entry, see `rows`."""
         ours, others, dropped = self.trials(entry, shipped)
         if all(one["reason"] == SAME for one in dropped) and not others:
             return
@@ -168,9 +168,9 @@ class Tuner:
         return trial(entry.table[entry.key], shipped), [trial(*item) for item in found.items()], dropped
 
     def compiled(self, ours: Trial, others: list[Trial], dropped: list[Json]) -> list[Trial]:
-        """Those of `others` that keep the chip's limits, the most promising first; `dropped` gets the others.
+        """The `others` that keep the chip's limits, the most promising first; `dropped` gets the rest.
 
-        Of all the first launch, then of the first `most` the others too.
+        First the first launch of all candidates is compiled, then the other launches of the best `most`.
         """
         self._compile([ours, *others], slice(0, 1))
         kept = sorted((trial for trial in others if not trial.faults), key=Trial.estimate)

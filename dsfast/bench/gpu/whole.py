@@ -138,7 +138,7 @@ def _warm(call: Callable[[], object]) -> None:
 
 
 class SameRows:
-    """In place of a data set's rows: the same batch at every step, each row a document."""
+    """Stands for a data set's rows: the same batch at every step, each row a document."""
 
     def __init__(self, input_ids: Tensor, labels: Tensor):
         self._batch = Batch(input_ids, labels, None, None)

@@ -90,7 +90,7 @@ def _sdpa(backend: SDPBackend, arguments: list, differentiable: Sequence[int]) -
 
 
 def _values_taken(attend: Callable, arguments: list, rows: int, differentiable: Sequence[int]) -> Prepared:
-    """With values of their own width where `attend` takes them, else as wide as the keys."""
+    """`attend` with values of their own width where it takes them, else with values as wide as the keys."""
     width, value = _widths(arguments)
     attempts = [
         partial(_prepared_heads, attend, arguments, rows, bool(differentiable), width, v)
@@ -100,7 +100,7 @@ def _values_taken(attend: Callable, arguments: list, rows: int, differentiable: 
 
 
 def _compiled_attention(arguments: list, differentiable: Sequence[int]) -> Prepared:
-    """From the operator's own arguments: the compiler is to make what a user would else expand and concatenate."""
+    """Given the operator's own arguments: the compiler is to do what a user would expand and concatenate by hand."""
     if len(set(_documents(arguments)[1])) > 1:
         raise RefusedError("documents of several lengths need a mask")
     return direct(torch.compile(eager.mla_attention), arguments, differentiable)

@@ -26,7 +26,7 @@ def grouped_experts(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor
 
 
 def _transformers_experts(arguments: list, differentiable: Sequence[int]) -> Prepared:
-    """With transformers' own grouped products."""
+    """transformers' module, with its own grouped products."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
     e, d, i = arguments[4].shape

@@ -42,7 +42,7 @@ def _pairs(halves: Tensor) -> Tensor:
 
 
 def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
-    """Which leaves a pair's halves apart, and is given no heads of keys."""
+    """transformers' rotation, which leaves a pair's halves apart; it is given no heads of keys."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
     x, (cos, sin) = arguments[0], _for_halves(*arguments)
@@ -55,7 +55,7 @@ def _transformers_rope(arguments: list, differentiable: Sequence[int]) -> Prepar
 
 
 def _liger_rope(arguments: list, differentiable: Sequence[int]) -> Prepared:
-    """Which turns halves: a pair's two are brought there before the clock starts, and back after it."""
+    """Liger's rotation turns halves: pairs are rearranged before the clock starts, and back after it."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     x, (cos, sin) = arguments[0], _for_halves(*arguments)

@@ -16,7 +16,7 @@ from dsfast.bench.peers import operators as eager
 def _project_by_operators(
     delta, residual, norm, eps, q, kv_a, latent_norm, latent_eps, kv_b, heads, cos, sin, positions
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As dsfast/model/attention.py does where a model is wider."""
+    """What dsfast's model calls where it is wider."""
     *x, h = ops.stream_norm(delta, norm, eps, residual, 2)
     queries, keys = functional.linear(x[0], q).unflatten(-1, (heads, -1)), functional.linear(x[1], kv_a)
     q_nope, q_rope, latent, k_rope = ops.split_and_turn(queries, keys, cos, sin, positions)
