@@ -1,4 +1,4 @@
-"""What tests/watched.py finds in kernels with one defect each, and that it lets the same kernels without it pass."""
+"""What tests/watched.py and tests/interpreted.py find in kernels with one defect each; the same kernels without it pass."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def copy_from_table_kernel(table, y, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(table).to(tl.pointer_type(tl.float32))
     tl.store(y + i, tl.load(x + i, mask=i < n, other=0), mask=i < n)
+
+
+@triton.jit
+def offset_kernel(y, stride, WIDE: tl.constexpr):
+    i = tl.arange(0, 2)
+    tl.store(y + i, (i.to(tl.int64) if WIDE else i) * stride + stride)
 
 
 @triton.jit
@@ -274,6 +280,17 @@ def test_other_atomics_are_refused():
         add_many_kernel[(1,)](torch.zeros(2), BLOCK=2)
     with pytest.raises(InterpreterError, match=r"swap_kernel: .*: compare and swap is not watched"):
         swap_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@interpreted
+def test_an_integer_that_overflows_is_seen():
+    y = torch.zeros(2, dtype=torch.int64)
+    offset_kernel[(1,)](y, 2**30 - 1, WIDE=False)
+    assert y.tolist() == [2**30 - 1, 2**31 - 2]
+    with pytest.raises(InterpreterError, match="int32 overflows in add"):
+        offset_kernel[(1,)](y, 2**30, WIDE=False)
+    offset_kernel[(1,)](y, 2**30, WIDE=True)
+    assert y.tolist() == [2**30, 2**31]
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)

@@ -41,31 +41,12 @@ on_device = pytest.mark.skipif(
 )
 
 if INTERPRETED:
-    import numpy as np
-    from triton.runtime import interpreter
+    from interpreted import set_up_interpreter
     from watched import watch_launches
 
+    set_up_interpreter()
     watch_launches()
     launch.INTERPRETED_AS = CHIPS[os.environ.get("DSFAST_INTERPRETED_CHIP", "sm_90")].large
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        """A product summed exactly, then rounded.
-
-        The interpreter leaves it to numpy, whose order of summation depends on the processor's BLAS kernel, and on which
-        operand is transposed: scores made again in the backward pass then differ from those of the forward pass by
-        rounding, which a matrix instruction's do not, and no error could be told from it.
-        """
-        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
-        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = dot
-
-    def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
-        """A bound of `range` known at run time is an array of one element, which triton 3.6 cannot convert with numpy 2.4."""
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor
 
 
 @contextmanager
