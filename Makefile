@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+# Without kernels there is no stamp: the next make tries to build them again.
+STAMP = @if $(RUN) -c "import dsfast._native" 2> /dev/null; then touch $@; else \
+	echo "The kernels could not be built: everything runs in plain PyTorch, slower. To see why: $(RUN) -m pip install -v -e ."; fi
 
 .PHONY: suite test test-all lint format build bench clean
 
@@ -28,6 +31,7 @@ bench: $(VENV)/installed-bench
 	$(RUN) -m dsfast.bench step $(ARGS)
 
 build: $(VENV)/installed
+	@test -e $(VENV)/installed
 
 clean:
 	rm -rf build dsfast/_native*.so $(VENV)/installed*
@@ -39,9 +43,9 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing dsfast into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
 	$(RUN) -m pip install --quiet -e .
-	@touch $@
+	$(STAMP)
 
 $(VENV)/installed-%: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing dsfast[$*] into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
 	$(RUN) -m pip install --quiet -e ".[$*]"
-	@touch $@
+	$(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import dsfast
 from dsfast.command import run_command
 from dsfast.errors import UserError, choices, expect_known
 
@@ -25,6 +26,9 @@ def dispatch(argv: list[str]) -> int:
         raise UserError(f"dsfast: which command? {choices(COMMANDS)}")
     if argv[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"dsfast {dsfast.__version__}")
         return 0
     command, *arguments = argv
     expect_known("command", [command], COMMANDS)

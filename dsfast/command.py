@@ -23,7 +23,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, so that they come out as one line like all others."""
+    """argparse whose complaints are UserErrors, which come out as one line like all others; options are not abbreviated."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")

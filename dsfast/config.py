@@ -219,6 +219,8 @@ def load_config(path: str | Path) -> Config:
         context = model.get("max_position_embeddings")
         rows = min(DataConfig.sequence_length, context) if isinstance(context, int) else DataConfig.sequence_length
         values = {"name": Path(path).stem, "model": model, "data": {"sequence_length": rows}}
+    elif "model_type" in values:
+        raise UserError(f"{path}: model_type is {values['model_type']!r}; expected 'deepseek_v3'")
     return Config.from_dict(values, str(path))
 
 

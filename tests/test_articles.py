@@ -133,7 +133,9 @@ def test_a_text_file_is_split_at_blank_lines_without_repeats(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(b"\xef\xbb\xbfone\nline\n\n two \n \n\none  line\n\n\x00\n\nthree")
     assert read_texts(str(path), 10) == ["one line", "two", "three"]
-    assert read_texts(str(path), 2) == ["one line", "two"]
+    assert read_texts(str(path), 3) == ["one line", "two", "three"]
+    with pytest.warns(UserWarning, match=r"mine\.txt: only its first 2 documents are read \(data\.max_articles\)"):
+        assert read_texts(str(path), 2) == ["one line", "two"]
 
 
 def test_a_folder_gives_one_document_a_file(tmp_path):

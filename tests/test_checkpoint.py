@@ -126,6 +126,9 @@ def test_truncated_damaged_and_missing_files_are_named(tmp_path, name):
 
 
 def test_foreign_folders_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is no folder; expected a checkpoint or a run folder"):
+        ckpt.load_checkpoint(tmp_path / "file")
     with pytest.raises(UserError, match="absent: no such folder"):
         ckpt.load_checkpoint(tmp_path / "absent")
     with pytest.raises(UserError, match="no checkpoint here"):
@@ -213,7 +216,7 @@ def test_unwritable_folder(tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path):
     with file_size_limit(1000), pytest.raises(UserError, match=r"step-000007: cannot be written: .*File too large"):
         saved(tmp_path)
-    assert ckpt.checkpoints(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
     saved(tmp_path)
 
 

@@ -462,7 +462,7 @@ class TestPublished:
             load_config(published(tmp_path, **changes))
 
     def test_another_model_type_is_no_published_config(self, tmp_path):
-        with pytest.raises(UserError, match=r"run\.json: unknown key 'model_type'"):
+        with pytest.raises(UserError, match=r"run\.json: model_type is 'llama'; expected 'deepseek_v3'"):
             load_config(write(tmp_path, json.dumps({"model_type": "llama", **SIZES})))
 
 

@@ -208,6 +208,15 @@ def test_import_names_what_is_wrong(tmp_path, tokenizer):
     refuses("1 tensors are unknown, among them 'model.extra'")
     save_file(whole | {name: torch.zeros(3, 4)}, file)
     refuses(rf"'{name}' must have shape \[11, 24\], got \[3, 4\]")
+    quantised = rf"the weights are quantised, as '{name}.*' shows; they are to be converted first, to one of float64, "
+    save_file(whole | {name: whole[name].to(torch.int8)}, file)
+    refuses(quantised)
+    save_file(whole | {f"{name}_scale_inv": torch.ones(1, 1)}, file)
+    refuses(quantised)
+    save_file(whole, file)
+    save_file({name: whole[name]}, tmp_path / "other.safetensors")
+    refuses(rf"other\.safetensors: tensor '{name}' stands in another \.safetensors file too")
+    (tmp_path / "other.safetensors").unlink()
     file.write_bytes(b"\0" * 20)
     refuses("not a readable safetensors file")
     file.unlink()
@@ -222,6 +231,7 @@ def test_command_exports_a_checkpoint(tmp_path, tokenizer, capsys):
     save_checkpoint(tmp_path / "run", model, build_optimizer(model, config.train), tokenizer, config, state, {})
     assert main(["--checkpoint", str(tmp_path / "run"), "--to", "huggingface", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     ids = random_ids(model, 2, 19)
     with torch.no_grad():
         assert relative_difference(load_oracle(tmp_path / "out")(ids).logits, model(ids)) <= 1e-4

@@ -193,8 +193,16 @@ class TestWhatItTakes:
         assert not self.taken(model)
         handle.remove()
         assert self.taken(model)
-        model.layers[0].mlp.register_forward_hook(lambda *_: None)
-        assert not self.taken(model)
+        handle = model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        with pytest.warns(ops.FallbackWarning, match=r"module 'layers\.0\.mlp' is not dsfast's own, or has hooks"):
+            assert not self.taken(model)
+        handle.remove()
+        assert self.taken(model)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        with pytest.warns(ops.FallbackWarning, match="modules have hooks"):
+            assert not self.taken(model)
+        handle.remove()
+        assert self.taken(model)
 
     def test_not_one_document_on_two_threads(self):
         torch.set_num_threads(2)
@@ -230,9 +238,9 @@ class TestGradients:
 
     def test_a_model_changed_in_python_is_noticed(self, monkeypatch):
         trainer = Trainer(tiny_config(), dataset=tiny_dataset())
-        mlp = trainer.model.layers[1].mlp
-        forward = mlp.forward
-        monkeypatch.setattr(mlp, "forward", lambda *x: 1.01 * forward(*x))
+        kind = type(trainer.model.layers[1].mlp)
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, *x: 1.01 * forward(self, *x))
         batch = tiny_dataset().rows.batch(0, 3)
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         with pytest.warns(

@@ -42,7 +42,7 @@ ALLOWED = {
     "info": MODEL | {"command"},
     "generate": SUITE,
     "export": SUITE,
-    "cli": SUITE | {"suite", "generate", "export"},
+    "cli": SUITE | {"suite", "generate", "export", "package"},
 }
 
 

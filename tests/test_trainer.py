@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,10 +22,11 @@ from dsfast.command import run_command
 from dsfast.config import load_config
 from dsfast.data import PackedRows
 from dsfast.errors import UserError
-from dsfast.model import precision_of
+from dsfast.model import DeepseekV3, precision_of
 from dsfast.ops import native
 from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
+from dsfast.train.interrupt import StopSignals
 from dsfast.train.metrics import MetricsFile, read_metrics
 from dsfast.train.optimizer import learning_rate_scale
 
@@ -224,7 +226,7 @@ class SignallingRows(PackedRows):
         return super().batch(step, batch_size)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, number, code):
     data = tiny_dataset()
     rows = SignallingRows(data.rows.stream, data.rows.sequence_length, data.rows.seed)
@@ -240,6 +242,51 @@ def test_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, numb
     trainer = Trainer(tiny_config(), None, replace(data, rows=rows))
     with pytest.raises(Interrupted, match="nothing was saved"):
         trainer.train(quiet=True)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As a closed terminal is under nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_model_of_ones_own_is_trained_on(tmp_path):
+    model = DeepseekV3(tiny_config().model)
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(tiny_config(), tmp_path / "run", tiny_dataset(), model)
+    assert trainer.model is model
+    trainer.train(quiet=True)
+    saved, _, _ = load_checkpoint(tmp_path / "run")
+    assert same(saved.state_dict(), model.state_dict())
+    assert not same(saved.state_dict(), before)
+    with pytest.raises(AttributeError):
+        trainer.model = DeepseekV3(tiny_config().model)
+
+
+OTHERS = {
+    "expected a DeepseekV3, got Linear": torch.nn.Linear(1, 1),
+    "got one with another kv_lora_rank$": DeepseekV3(tiny_config(**{"model.kv_lora_rank": 4}).model),
+    "expected weights in float32, got .* in float16": DeepseekV3(tiny_config().model).half(),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_a_model_that_the_config_does_not_describe_is_refused(message):
+    with pytest.raises(UserError, match=f"^model: .*{message}"):
+        Trainer(tiny_config(), model=OTHERS[message])
+
+
+def test_a_path_is_no_config():
+    with pytest.raises(UserError, match="config: expected a Config, as load_config returns, got str"):
+        Trainer("config.json")
+    with pytest.raises(UserError, match=r"DeepseekV3: expected a ModelConfig, such as config\.model, got Config"):
+        DeepseekV3(tiny_config())
 
 
 def test_signal_while_a_checkpoint_is_written(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,19 +21,21 @@ ENCYCLOPEDIA = "encyclopedia"
 
 
 def read_texts(source: str, max_texts: int) -> list[str]:
-    """The first `max_texts` distinct, non-empty documents of a user's `source`.
+    """The first `max_texts` distinct, non-empty documents of a user's `source`, with a warning where there are more.
 
     Raises UserError for a source of no known kind, what cannot be read, text that is not UTF-8 (file and byte), a
     broken line of JSON (file and line) and a source without any text.
     """
     path = Path(source)
     try:
-        texts = list(islice(without_repeats(map(sanitize, _documents(path))), max_texts))
+        texts = list(islice(without_repeats(map(sanitize, _documents(path))), max_texts + 1))
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot read ({error.strerror})") from None
     if not texts:
         raise UserError(f"{path}: expected text, found none")
-    return texts
+    if len(texts) > max_texts:
+        warnings.warn(f"{path}: only its first {max_texts:,} documents are read (data.max_articles)", stacklevel=2)
+    return texts[:max_texts]
 
 
 def sanitize(text: str) -> str:

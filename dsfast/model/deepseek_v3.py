@@ -28,6 +28,8 @@ class DeepseekV3(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise UserError(f"DeepseekV3: expected a ModelConfig, such as config.model, got {type(config).__name__}")
         c = config
         self.config = c
         self.rope = RotaryTables(c)
@@ -83,9 +85,10 @@ class DeepseekV3(nn.Module):
         self, input_ids: Tensor, labels: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `loss` in one line: ids [N], labels [N], positions [N], cu_seqlens [S + 1]; checked, as it does."""
-        if labels.shape != input_ids.shape:
-            raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, got {_shape(labels)}")
         ids, positions, cu_seqlens = self._checked_tokens(input_ids, positions, cu_seqlens)
+        if not isinstance(labels, Tensor) or labels.shape != input_ids.shape or labels.dtype != torch.int64:
+            found = f"{_shape(labels)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, of int64, got {found}")
         labels = labels.reshape(-1)
         _check_range("labels", labels.where(labels != IGNORED, 0) if labels.is_cpu else labels, self.config.vocab_size)
         return ids, labels, positions, cu_seqlens

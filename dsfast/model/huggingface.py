@@ -31,6 +31,7 @@ from dsfast.tokens import BOS, EOS, PAD
 from dsfast.triton_kernels.launch import dtype_name
 
 _OWN_FIELDS = ("embedding_rank", "embedding_initializer_range", "zero_init_output")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
 
@@ -58,6 +59,9 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
             partial.mkdir(parents=True)
             save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
             write_json(partial / "config.json", _config(model, special))
+            shutil.copymode(
+                partial / "config.json", partial / "model.safetensors"
+            )  # safetensors lets only the owner read
             write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
             _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
             os.replace(partial, out)
@@ -68,7 +72,8 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
 def import_huggingface(folder: str | Path) -> DeepseekV3:
     """The model in `folder`, float32 on the CPU, in evaluation mode, with a dense embedding.
 
-    Raises UserError for a config dsfast does not support and for missing, unknown, misshapen or unreadable tensors.
+    Raises UserError for a config dsfast does not support and for missing, unknown, repeated, quantised, misshapen or unreadable
+    tensors.
     """
     folder = Path(folder)
     model = DeepseekV3(load_config(folder / "config.json").model)
@@ -77,6 +82,13 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
         views = _views(model)
         for name in [name for name in stored if name not in views and _repeated(name, model)]:
             del stored[name]
+        scales = [name for name in stored if name.endswith("weight_scale_inv")]
+        quantised = scales or [name for name, tensor in stored.items() if tensor.dtype not in _DTYPES]
+        if quantised:
+            raise UserError(
+                f"{folder}: the weights are quantised, as {min(quantised)!r} shows; they are to be converted first, to one of "
+                f"{', '.join(map(dtype_name, _DTYPES))}"
+            )
         for problem, names in (("missing", views.keys() - stored.keys()), ("unknown", stored.keys() - views.keys())):
             if names:
                 raise UserError(f"{folder}: {len(names)} tensors are {problem}, among them {min(names)!r}")
@@ -146,7 +158,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for file in files:
         with os_errors_as(f"{file}: not a readable safetensors file", SafetensorError):
-            stored |= load_file(file)
+            loaded = load_file(file)
+        if twice := stored.keys() & loaded.keys():
+            raise UserError(f"{file}: tensor {min(twice)!r} stands in another .safetensors file too")
+        stored |= loaded
     return stored
 
 

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dsfast import ops
 from dsfast.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
-from dsfast.model.decoder import DecoderLayer
+from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.moe import DeepseekMoE
-from dsfast.model.rope import softmax_scale
+from dsfast.model.embedding import Embedding
+from dsfast.model.layers import RMSNorm
+from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU
+from dsfast.model.rope import RotaryTables, softmax_scale
 from dsfast.ops import native
 
 FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "muon", "newton_schulz"}
 """The operators a forward pass without loss is made of: not the head's loss, not the optimizers'."""
 
 
+_OWN_MODULES = frozenset({
+    DecoderLayer, DeepseekMoE, DeepseekV3, Embedding, Experts, MultiHeadLatentAttention, MultiTokenPrediction, RMSNorm,
+    RotaryTables, Router, SwiGLU, nn.Linear, nn.ModuleList,
+})  # fmt: skip
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> bool:
-    """Whether `operators` all take their C++ kernels for this model now: a whole-model call stands for all of them."""
+    """Whether a whole-model call may stand for the model now: `operators` all take their C++ kernels, and the modules are those
+    of dsfast/model, without hooks, which a call would pass by. Where only these are in the way a warning says so."""
     if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
         return False
-    return all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators)
+    if not all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators):
+        return False
+    if not (_has_any_global_hook() or any(map(_changed, model.modules()))):
+        return True
+    name = next((name for name, module in model.named_modules() if _changed(module)), "")
+    where = f"module {name!r} is not dsfast's own, or has hooks" if name else "modules have hooks"
+    ops.note_fallback(
+        "the whole-model call", "cpu", "is not made", f"{where}: the operators run one by one, more slowly"
+    )
+    return False
+
+
+def _changed(module: nn.Module) -> bool:
+    return type(module) not in _OWN_MODULES or "forward" in vars(module) or any(_HOOKS(module))
 
 
 class NativeModel:

@@ -30,8 +30,7 @@ PARTS = (
 MOST_UNEVEN = 1.5
 """A thread's share of the tokens, times the threads, above which the operators' own division of the work is better."""
 _ALIGNMENT = 16  # floats of a cache line
-_PARAMETER_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
-_MODULE_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class NativeStep:
@@ -56,12 +55,12 @@ class NativeStep:
         """Whether a batch, flat as `DeepseekV3.flatten` returns it, can be left to the call.
 
         It can where the operators would run natively, the model is float32 with all its parameters trained, no MTP modules
-        and no hooks, and the documents divide evenly enough among the threads. Input of another dtype or with boundaries
-        that do not rise from 0 to N is left to the operators, which say what is wrong.
+        and no hooks of parameters, and the documents divide evenly enough among the threads. Input of another dtype or with
+        boundaries that do not rise from 0 to N is left to the operators, which say what is wrong.
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
             return False
-        if any(map(_hooked, self._parameters)) or any(map(_hooked, self._modules)):
+        if any(any(_HOOKS(parameter)) for parameter in self._parameters):
             return False
         if any(x.dtype != torch.int64 for x in (ids, labels, positions)) or cu_seqlens.dtype != torch.int32:
             return False
@@ -96,11 +95,6 @@ class NativeStep:
         """Seconds (forward, backward) of each part in the last call, the mean over the threads."""
         shares = (self._seconds / torch.get_num_threads()).T.tolist()
         return {part: (forward, backward) for part, (forward, backward) in zip(PARTS, shares, strict=True)}
-
-
-def _hooked(part: Tensor | torch.nn.Module) -> bool:
-    """Whether a hook waits to see what goes through this parameter or module: a native call would pass it by."""
-    return any(_PARAMETER_HOOKS(part) if isinstance(part, Tensor) else _MODULE_HOOKS(part))
 
 
 def uneven(boundaries: list[int], threads: int) -> float:

@@ -19,6 +19,8 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}{_PARTIAL}")
     if final.exists():
         raise UserError(f"{final}: exists already; a checkpoint is never overwritten")
-    with os_errors_as(f"{final}: cannot be written", SafetensorError):
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    with os_errors_as(f"{final}: cannot be written", SafetensorError), _removed_on_error(partial):
         partial.mkdir(parents=True)
         save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
         save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
@@ -89,6 +91,15 @@ def save_checkpoint(
     return final
 
 
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself when it is a checkpoint, else the newest complete one in it, with a warning where others are newer. Raises
     UserError."""
@@ -97,7 +108,8 @@ def find_checkpoint(path: str | Path) -> Path:
         if _complete(path):
             return path
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; expected a checkpoint or a run folder")
+            problem = "is no folder" if path.exists() else "no such folder"
+            raise UserError(f"{path}: {problem}; expected a checkpoint or a run folder")
         steps = _steps(path)
         found = [step for step in steps if _complete(step)]
     if not found:

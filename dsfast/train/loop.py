@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +29,7 @@ from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, run_folder
 from dsfast.train.runtime import gpu_errors, peak_memory_bytes, prepare
 from dsfast.train.steps import DeviceSteps, Done, HostSteps, steps_of
+from dsfast.triton_kernels.launch import dtype_name
 
 
 class TrainingError(UserError):
@@ -73,15 +74,26 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains `DeepseekV3(config.model)`; its initial weights follow from config.seed alone.
+    """Trains `DeepseekV3(config.model)`, whose initial weights follow from config.seed alone, or a `model` of one's own.
 
+    model: a DeepseekV3 of config.model in float32, trained on from its weights; it moves to the config's device.
     output_dir: where train() writes config.json, metrics.jsonl and checkpoints; None writes nothing.
     dataset: in place of the config's; that one is built when it is first needed, so `step` alone needs no data.
     Sets torch's thread count for the process; its steps run with the kernels that config.runtime names.
-    Raises UserError for a device or a kernel that is not there.
+    Raises UserError for a device or a kernel that is not there, and for another model than the config's.
     """
 
-    def __init__(self, config: Config, output_dir: str | Path | None = None, dataset: Dataset | None = None):
+    def __init__(
+        self,
+        config: Config,
+        output_dir: str | Path | None = None,
+        dataset: Dataset | None = None,
+        model: DeepseekV3 | None = None,
+    ):
+        if not isinstance(config, Config):
+            raise UserError(f"config: expected a Config, as load_config returns, got {type(config).__name__}")
+        if model is not None:
+            _check_model(model, config)
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
         if dataset is not None:
@@ -96,9 +108,14 @@ class Trainer:
             self.device = prepare(config)
             self.precision = precision_of(config.runtime)
             torch.manual_seed(config.seed)
-            self.model = DeepseekV3(config.model).to(self.device)
+            self._model = (DeepseekV3(config.model) if model is None else model).to(self.device)
             self.optimizer = build_optimizer(self.model, config.train, self.precision.tensors)
         self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
+
+    @property
+    def model(self) -> DeepseekV3:
+        """The model that is trained. Another one takes another Trainer: the optimizer has this one's weights."""
+        return self._model
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -265,6 +282,20 @@ class Trainer:
         self.last_saved = path
         state = ckpt.load_training_state(path, self.model, self.optimizer)
         self.steps_done, self.bad_steps = state.step, state.bad_steps
+
+
+def _check_model(model: DeepseekV3, config: Config) -> None:
+    """Raise UserError unless `model` can stand for one that the config describes."""
+    if not isinstance(model, DeepseekV3):
+        raise UserError(f"model: expected a DeepseekV3, got {type(model).__name__}")
+    if model.config != config.model:
+        differ = [
+            f.name for f in fields(model.config) if getattr(model.config, f.name) != getattr(config.model, f.name)
+        ]
+        raise UserError(f"model: expected one of the config's model section, got one with another {', '.join(differ)}")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(f"model: expected weights in float32, got {name} in {dtype_name(parameter.dtype)}")
 
 
 def _metrics(report: StepReport, loads: list[Tensor]) -> dict:

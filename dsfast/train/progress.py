@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dsfast.ops.triton import kernel_cache
 
 _REFRESH_SECONDS = 0.25
+_BAR = 20  # columns; behind the figures, which a narrow terminal is to show first
 
 
 class TrainingProgress:
@@ -25,7 +26,7 @@ class TrainingProgress:
         self.started = self.drawn = time.perf_counter()
         self.bar: Progress | None = None
         if not quiet and sys.stdout.isatty():
-            columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
+            columns = (TextColumn("training"), TextColumn("{task.description}"), BarColumn(_BAR))
             self.bar = Progress(*columns, auto_refresh=False)
             self.task = self.bar.add_task("", total=steps, completed=done)
 
