@@ -237,5 +237,5 @@ class TestTrainer:
 
     def test_needs_the_kernels(self, monkeypatch):
         monkeypatch.setattr(native, "status", lambda: (None, "dsfast._native is not built"))
-        with pytest.raises(UserError, match="is not built"):
+        with pytest.raises(UserError, match=r"runtime\.dtype is 'bfloat16', .* \(dsfast\._native is not built\)"):
             Trainer(tiny_config(**{"runtime.dtype": "bfloat16"}))

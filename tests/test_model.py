@@ -264,6 +264,15 @@ def test_bad_input_ids_are_refused(ids, message):
         model(ids)
 
 
+def test_autocast_is_refused():
+    model = random_model()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match=r"torch\.autocast is on; .* runtime\.dtype"),
+    ):
+        model(random_ids(model, 2, 4))
+
+
 def test_bad_labels_and_positions_are_refused():
     model = random_model()
     ids = random_ids(model, 2, 4)

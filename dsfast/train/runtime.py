@@ -37,12 +37,16 @@ def prepare(config: Config) -> torch.device:
             "runtime.dtype is 'bfloat16', which on a CPU is what the C++ kernels' products compute in, and runtime.kernels leaves"
             " none of them; set runtime.dtype to 'float32'"
         )
+    compiled, reason = native.status()
+    if products == torch.bfloat16 and compiled is None:
+        raise UserError(
+            f"runtime.dtype is 'bfloat16', which on a CPU takes the C++ kernels ({reason}); set it to 'auto'"
+        )
     with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
         pass  # what cannot run is noticed before anything is built
     if products == torch.bfloat16 and not native.fast_bfloat16():
         why = "this processor has no fast instruction for it, float32 takes less time"
         ops.note_fallback("runtime.dtype", runtime.device, "'bfloat16' is slower here", why)
-    compiled, _ = native.status()
     if compiled is not None:
         compiled.keep_freed_memory()
     return torch.device(runtime.device)
