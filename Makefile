@@ -12,12 +12,12 @@ STAMP = @if $(RUN) -c "import dsfast._native" 2> /dev/null; then touch $@; else 
 suite: $(VENV)/installed
 	$(RUN) -m dsfast.suite $(ARGS)
 
-# Two at a time, by files; threads that wait must sleep then, or they take the cores from those that work.
+# Two at a time, by files in tests/conftest.py's order; threads that wait must sleep then, or they take the cores from those that work.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/installed-test
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -7,6 +7,11 @@ import sys
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start a process for all their tests come first: they take longest, and no worker is to end alone with one."""
+    items.sort(key=lambda item: not item.name.startswith(("test_in_the_interpreter", "test_every_operator[")))
+
+
 @pytest.fixture(autouse=True)
 def no_fallbacks_yet(monkeypatch):
     """The list of fall-backs is the process's: each test begins with an empty one, and leaves none to others."""

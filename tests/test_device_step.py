@@ -393,7 +393,7 @@ def on_meta(kind: str, dtype: torch.dtype, monkeypatch) -> DeviceSteps:
     monkeypatch.setitem(ops.dispatch._OF_DEVICE, "meta", "triton")
     monkeypatch.setattr(triton, "available", lambda operator: (True, ""))
     trainer = host_trainer(**{"train.optimizer": kind, "model.num_nextn_predict_layers": 1})
-    trainer.device, trainer.model = torch.device("meta"), trainer.model.to("meta")
+    trainer.device, trainer._model = torch.device("meta"), trainer.model.to("meta")
     trainer.optimizer = build_optimizer(trainer.model, trainer.config.train, dtype)
     trainer.precision = trainer.precision._replace(tensors=dtype)
     steps = DeviceSteps(trainer, eager)

@@ -74,8 +74,8 @@ def run_step(
         name: peer.missing() or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
-    calls = (1 + len(WAYS)) * (WARM_CALLS + rounds * (1 + len(missing)))
-    trainer = trainer_on(config, *rows, steps=2 + calls)
+    replays = (1 + len(WAYS)) * (WARM_CALLS + rounds * (1 + len(missing)))
+    trainer = trainer_on(config, *rows, steps=2 + replays)
     rows = [x.to(trainer.device) for x in rows]
     first = FirstSteps(trainer, GPU_PEERS, missing, rows)
     flops, dtype = matrix_flops(config.model, batch, length), precision_of(config.runtime).tensors
