@@ -340,11 +340,17 @@ def test_an_empty_path_is_not_the_working_folder(argv, tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize(
     "argv",
-    [["evaluate", "--checkpoint", "absent", "--json", "."], ["train", "--config", str(CONFIG), "--output-dir", "file"]],
+    [
+        ["evaluate", "--checkpoint", "absent", "--json", "."],
+        ["evaluate", "--checkpoint", "absent", "--json", "a_checkpoint/model.safetensors"],
+        ["train", "--config", str(CONFIG), "--output-dir", "file"],
+    ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("a_checkpoint").mkdir()
+    Path("a_checkpoint/manifest.json").touch()
     monkeypatch.setattr("dsfast.train.loop.Trainer.train", lambda *_: pytest.fail("trained"))
     assert cli.main(argv) == 2
     [line] = capsys.readouterr().err.splitlines()

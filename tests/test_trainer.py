@@ -437,6 +437,11 @@ def test_a_folder_whose_name_safetensors_could_not_read_is_refused(tmp_path):
         Trainer(tiny_config(), folder, tiny_dataset()).train(quiet=True)
 
 
+def test_a_kernel_that_does_not_run_here_is_refused_with_its_key():
+    with pytest.raises(UserError, match=r"^runtime: rope: implementation 'triton' does not run on cpu"):
+        tiny_trainer(**{"runtime.kernels": {"rope": "triton"}})
+
+
 def test_bfloat16_without_a_kernel_that_computes_in_it_is_refused():
     changes = {"runtime.dtype": "bfloat16", "runtime.kernels": {"default": "reference", "rope": "native"}}
     with pytest.raises(UserError, match=r"runtime.dtype is 'bfloat16', which on a CPU .* leaves none of them"):

@@ -9,6 +9,7 @@ from dsfast.command import CommandParser, run_command
 from dsfast.config import Config
 from dsfast.data import load_facts, load_prompts, taught_facts
 from dsfast.data.sources import ENCYCLOPEDIA
+from dsfast.errors import UserError
 from dsfast.evaluate.probes import ask, check_lengths
 from dsfast.evaluate.recall import as_json, check_taught, measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
+    if path is not None and (path.parent / "manifest.json").is_file():
+        raise UserError(f"--json {path}: expected a file that is not in a checkpoint")
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]
     check_lengths(tokenizer, asked, config.model.max_position_embeddings)

@@ -42,8 +42,11 @@ def prepare(config: Config) -> torch.device:
         raise UserError(
             f"runtime.dtype is 'bfloat16', which on a CPU takes the C++ kernels ({reason}); set it to 'auto'"
         )
-    with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
-        pass  # what cannot run is noticed before anything is built
+    try:
+        with ops.configured(runtime.kernels, runtime.device), native.products_in(products):
+            pass  # what cannot run is noticed before anything is built
+    except UserError as error:
+        raise UserError(f"runtime: {error}") from None
     if products == torch.bfloat16 and not native.fast_bfloat16():
         why = "this processor has no fast instruction for it, float32 takes less time"
         ops.note_fallback("runtime.dtype", runtime.device, "'bfloat16' is slower here", why)
