@@ -273,6 +273,7 @@ OTHERS = {
     "expected a DeepseekV3, got Linear": torch.nn.Linear(1, 1),
     "got one with another kv_lora_rank$": DeepseekV3(tiny_config(**{"model.kv_lora_rank": 4}).model),
     "expected weights in float32, got .* in float16": DeepseekV3(tiny_config().model).half(),
+    "but embed_tokens.weight does not require a gradient": DeepseekV3(tiny_config().model).requires_grad_(False),
 }
 
 

@@ -296,6 +296,8 @@ def _check_model(model: DeepseekV3, config: Config) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(f"model: expected weights in float32, got {name} in {dtype_name(parameter.dtype)}")
+        if not parameter.requires_grad:
+            raise UserError(f"model: all its parameters are trained, but {name} does not require a gradient")
 
 
 def _metrics(report: StepReport, loads: list[Tensor]) -> dict:
