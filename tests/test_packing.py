@@ -117,9 +117,9 @@ def test_the_encyclopedia_is_built_the_same_twice():
 
 def test_a_users_text_is_built_and_teaches_no_facts(tmp_path):
     (tmp_path / "mine.txt").write_text("\n\n".join(f"The number {n} is followed by {n + 1}." for n in range(99)))
-    dataset = build_dataset(
-        DataConfig(source=str(tmp_path / "mine.txt"), max_articles=50, sequence_length=16), 300, seed=0
-    )
+    data = DataConfig(source=str(tmp_path / "mine.txt"), max_articles=50, sequence_length=16)
+    with pytest.warns(UserWarning, match="only its first 50 documents are read"):
+        dataset = build_dataset(data, 300, seed=0)
     assert dataset.taught == []
     assert dataset.manifest["articles"] == 50
     first = dataset.rows.stream[: list(dataset.rows.stream).index(1) + 1]

@@ -34,11 +34,13 @@ _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "
 def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> bool:
     """Whether a whole-model call may stand for the model now: `operators` all take their C++ kernels, and the modules are those
     of dsfast/model, without hooks, which a call would pass by. Where only these are in the way a warning says so."""
-    if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
+    modules = list(model.modules())
+    weights = (w for module in modules for w in module._parameters.values() if w is not None)
+    if not all(w.is_cpu and w.dtype == torch.float32 for w in weights):
         return False
     if not all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators):
         return False
-    if not (_has_any_global_hook() or any(map(_changed, model.modules()))):
+    if not (_has_any_global_hook() or any(map(_changed, modules))):
         return True
     name = next((name for name, module in model.named_modules() if _changed(module)), "")
     where = f"module {name!r} is not dsfast's own, or has hooks" if name else "modules have hooks"
