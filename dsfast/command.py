@@ -117,14 +117,21 @@ def _discard(file: int) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output or error that outlasts its reader: `| head` may read as much as it wants, a run is not lost for it."""
+    """Standard output or error that outlasts its reader: `| head` may read as much as it wants, or a terminal be closed, and no
+    run is lost for it."""
 
     abandoned = False
+
+    def __init__(self, file: int):
+        super().__init__(file, "wb", closefd=False)
+        self._gone = {errno.EPIPE, errno.EIO} if self.isatty() else {errno.EPIPE}
 
     def write(self, data) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in self._gone:
+                raise
             self.abandoned = True
             _discard(self.fileno())
             return super().write(data)
@@ -143,7 +150,7 @@ def _prepare_output() -> list[_Output]:
         given = getattr(sys, name)
         if given is getattr(sys, f"__{name}__") and isinstance(given, io.TextIOWrapper):
             given.flush()
-            outputs.append(_Output(given.fileno(), "wb", closefd=False))
+            outputs.append(_Output(given.fileno()))
             ways = {way: getattr(given, way) for way in ("encoding", "errors", "line_buffering", "write_through")}
             unbuffered = isinstance(given.buffer, io.FileIO)  # as PYTHONUNBUFFERED asks for
             buffer = outputs[-1] if unbuffered else io.BufferedWriter(outputs[-1])

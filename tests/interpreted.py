@@ -45,7 +45,7 @@ def _patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor) -> None:
 
 
 def _patch_once(fn, patch=interpreter._patch_lang):
-    """Once for a launch, not again for each function that a kernel calls: that would change nothing, in a third of all time."""
+    """Once for a launch. For each function that a kernel calls again it would change nothing, and took a third of all time."""
     seen = [module for module in (tl, tl.core) if any(x is module for x in fn.__globals__.values())]
     unpatched = any(tl.core.is_builtin(module.load) for module in seen)
     return patch(fn) if unpatched else interpreter._LangPatchScope()

@@ -226,7 +226,7 @@ def test_weights_that_are_not_contiguous():
     assert generate_ids(model, [[3, 4]], max_new_tokens=5) == expected
 
 
-@pytest.mark.parametrize("change", ["hook", "wrapped", "forward"])
+@pytest.mark.parametrize("change", ["hook", "wrapped", "forward", "bias", "eps"])
 def test_changed_modules_are_not_passed_by(change):
     """As what looks at activations does, LoRA, or a patch."""
     needs_native()
@@ -236,6 +236,10 @@ def test_changed_modules_are_not_passed_by(change):
         mlp.register_forward_hook(lambda module, given, output: 0 * output)
     elif change == "wrapped":
         attention.o_proj = torch.nn.Sequential(attention.o_proj, torch.nn.Tanh())
+    elif change == "bias":
+        attention.o_proj = torch.nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features)
+    elif change == "eps":
+        model.layers[0].post_attention_layernorm.eps = 10.0
     else:
         mlp.forward = lambda *x: 0 * type(mlp).forward(mlp, *x)
     with pytest.warns(ops.FallbackWarning, match=r"module 'layers\.\d\.[\w.]+' is not dsfast's own, or has hooks"):
@@ -322,10 +326,10 @@ def test_generation_leaves_the_model_as_it_was(implementation):
         ({"prompt": "A" * 20}, r"prompt: expected 1 .. 20 tokens, <\|bos\|> included .*, got 21"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
-        ({"temperature": -0.1}, "temperature: expected at least 0, got -0.1"),
-        ({"temperature": float("nan")}, "temperature: expected at least 0, got nan"),
-        ({"seed": -1}, "seed: expected 0 .. 9223372036854775807, got -1"),
-        ({"seed": 2**63}, "seed: expected 0 .. 9223372036854775807, got 9223372036854775808"),
+        ({"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature: expected a number of at least 0, got nan"),
+        ({"seed": -1}, "seed: expected a whole number 0 .. 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed: expected a whole number 0 .. 9223372036854775807, got 9223372036854775808"),
         ({"prompt": ["A"]}, r"prompt: expected a string, got list"),
         ({"prompt": "A\udcff"}, r"prompt: expected text that UTF-8 can hold, got '\\udcff' at character 1"),
     ],

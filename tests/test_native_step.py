@@ -199,7 +199,7 @@ class TestWhatItTakes:
         handle.remove()
         assert self.taken(model)
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-        with pytest.warns(ops.FallbackWarning, match="modules have hooks"):
+        with pytest.warns(ops.FallbackWarning, match="the model is not dsfast's own, or has hooks"):
             assert not self.taken(model)
         handle.remove()
         assert self.taken(model)

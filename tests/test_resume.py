@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,24 @@ def test_sigterm_and_resume_in_other_processes(tmp_path, threads):
         assert process.returncode == 0, errors
     assert tensors(tmp_path / "parts" / "step-000200") == tensors(tmp_path / "whole" / "step-000200")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_terminal_that_is_closed_stops_the_run_as_a_signal_does(tmp_path):
+    """What the run would still show goes nowhere; the step is finished and saved."""
+    config = write_text_run(tmp_path, **{"train.steps": 100_000, "train.log_every": 1, "runtime.threads": 1})
+    child, terminal = pty.fork()
+    if not child:
+        os.environ |= {"DSFAST_CACHE": str(tmp_path / "cache"), "OMP_WAIT_POLICY": "passive"}
+        os.execv(
+            sys.executable, [sys.executable, "-m", "dsfast.train", "--config", config, "--output-dir", tmp_path / "run"]
+        )
+    shown = b""
+    while b"step " not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert [path.name.partition("-")[0] for path in (tmp_path / "run").glob("step-*")] == ["step"]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):

@@ -269,6 +269,21 @@ def test_a_model_of_ones_own_is_trained_on(tmp_path):
         trainer.model = DeepseekV3(tiny_config().model)
 
 
+def test_a_wrapped_module_is_trained_too():
+    model = DeepseekV3(tiny_config().model)
+    layer = model.layers[1].self_attn
+    width = layer.o_proj.out_features
+    layer.o_proj = torch.nn.Sequential(layer.o_proj, torch.nn.Linear(width, width))
+    with pytest.warns(
+        ops.FallbackWarning, match=r"module 'layers\.1\.self_attn\.o_proj' is not dsfast's own, or has hooks"
+    ):
+        trainer = Trainer(tiny_config(), None, tiny_dataset(), model)
+    before = layer.o_proj[1].weight.clone()
+    losses = [trainer.train_batch(tiny_dataset().rows.batch(0, 3)).loss for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(layer.o_proj[1].weight, before)
+
+
 OTHERS = {
     "expected a DeepseekV3, got Linear": torch.nn.Linear(1, 1),
     "got one with another kv_lora_rank$": DeepseekV3(tiny_config(**{"model.kv_lora_rank": 4}).model),

@@ -87,7 +87,7 @@ def measure(dn: int, dr: int, dv: int) -> int:
 
 
 def row_of(by_measure: dict[int, Row], widths: tuple[int, int, int]) -> Row:
-    """The row for `widths` (Dn, Dr and Dv) among `rows`, by the largest `measure` that each serves."""
+    """The row of `by_measure` (by the largest `measure` that each serves) for `widths`, Dn, Dr and Dv."""
     least = measure(*widths)
     return by_measure[min(m for m in by_measure if m >= least)]
 

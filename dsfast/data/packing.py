@@ -23,9 +23,7 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64: the next token; -100 where the next token begins another document
-    positions: (
-        Tensor | None
-    )  # [B, T] int64: position inside the document, 0 at each document start and at each row start
+    positions: Tensor | None  # [B, T] int64: inside the document, 0 at its start and at each row's start
     cu_seqlens: Tensor | None  # [S + 1] int32: starts of the segments in the flattened [B*T] tokens, then B*T
 
 

@@ -59,7 +59,10 @@ class DecoderLayer(nn.Module):
 
     def _projects_at_once(self, delta: Tensor, rope: Tables) -> bool:
         attn = self.self_attn
-        return hasattr(attn, "q_proj") and ops.projects_at_once(
+        if type(attn) is not MultiHeadLatentAttention or not hasattr(attn, "q_proj"):
+            return False
+        own = attn.q_proj, attn.kv_a_proj_with_mqa, attn.kv_a_layernorm, attn.kv_b_proj, self.input_layernorm
+        return all(map(_has_a_weight_alone, own)) and ops.projects_at_once(
             delta, attn.q_proj.weight, attn.kv_a_proj_with_mqa.weight, attn.kv_a_layernorm.weight, attn.kv_b_proj.weight,
             attn.heads, rope[0],
         )  # fmt: skip
@@ -70,10 +73,16 @@ class DecoderLayer(nn.Module):
         """values [N, H Dv] -> the normed stream [N, D], once for each of the MLP's uses, and the stream: residual and what the
         values add to it."""
         o_proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
-        if cache is not None or not ops.outputs_at_once(values, o_proj.weight):
+        own = all(map(_has_a_weight_alone, (o_proj, norm)))
+        if cache is not None or not own or not ops.outputs_at_once(values, o_proj.weight):
             return norm.of_stream(o_proj(values), residual, self.mlp.uses)
         *y, h = ops.mla_output(values, o_proj.weight, residual, norm.weight, norm.eps, self.mlp.uses)
         return tuple(y), h
+
+
+def _has_a_weight_alone(module: nn.Module) -> bool:
+    """Whether it is a norm or a linear layer as the model makes them, so that a kernel that takes its weight may stand for it."""
+    return type(module) is RMSNorm or (type(module) is nn.Linear and module.bias is None)
 
 
 class MultiTokenPrediction(nn.Module):

@@ -164,7 +164,8 @@ class DeepseekV3(nn.Module):
             raise UserError(f"input_ids: expected a tensor [B, T] of int64, got {type(input_ids).__name__}")
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
             raise UserError(f"input_ids: expected [B, T] of int64, got {_shape(input_ids)} of {input_ids.dtype}")
-        if torch.is_autocast_enabled(input_ids.device.type):
+        kind = input_ids.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             raise UserError(
                 "torch.autocast is on; dsfast's operators want one dtype: leave it off, runtime.dtype is for that"
             )

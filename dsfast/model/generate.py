@@ -123,9 +123,9 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
     if not isinstance(temperature, int | float) or not temperature >= 0:
-        raise UserError(f"temperature: expected at least 0, got {temperature!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UserError(f"seed: expected 0 .. {2**63 - 1}, got {seed!r}")
+        raise UserError(f"temperature: expected a number of at least 0, got {temperature!r}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f"seed: expected a whole number 0 .. {2**63 - 1}, got {seed!r}")
     if not prompts:
         raise UserError("prompts: expected at least one, got none")
     for prompt in prompts:

@@ -59,9 +59,8 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
             partial.mkdir(parents=True)
             save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
             write_json(partial / "config.json", _config(model, special))
-            shutil.copymode(
-                partial / "config.json", partial / "model.safetensors"
-            )  # safetensors lets only the owner read
+            # safetensors lets only the owner read
+            shutil.copymode(partial / "config.json", partial / "model.safetensors")
             write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
             _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
             os.replace(partial, out)
@@ -83,7 +82,7 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
         for name in [name for name in stored if name not in views and _repeated(name, model)]:
             del stored[name]
         scales = [name for name in stored if name.endswith("weight_scale_inv")]
-        quantised = scales or [name for name, tensor in stored.items() if tensor.dtype not in _DTYPES]
+        quantised = scales or [name for name in views.keys() & stored.keys() if stored[name].dtype not in _DTYPES]
         if quantised:
             raise UserError(
                 f"{folder}: the weights are quantised, as {min(quantised)!r} shows; they are to be converted first, to one of "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dsfast import ops
+from dsfast.config import ModelConfig
 from dsfast.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
 from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.deepseek_v3 import DeepseekV3
@@ -40,18 +41,30 @@ def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> boo
         return False
     if not all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators):
         return False
-    if not (_has_any_global_hook() or any(map(_changed, modules))):
+    if not _has_any_global_hook() and all(_unchanged(module, model.config) for module in modules):
         return True
-    name = next((name for name, module in model.named_modules() if _changed(module)), "")
-    where = f"module {name!r} is not dsfast's own, or has hooks" if name else "modules have hooks"
-    ops.note_fallback(
-        "the whole-model call", "cpu", "is not made", f"{where}: the operators run one by one, more slowly"
-    )
+    note_changed(model)
     return False
 
 
-def _changed(module: nn.Module) -> bool:
-    return type(module) not in _OWN_MODULES or "forward" in vars(module) or any(_HOOKS(module))
+def note_changed(model: DeepseekV3) -> bool:
+    """Whether modules are not dsfast's own, or have hooks, so that no whole-model call is made; warns of it, and says which."""
+    changed = [name for name, module in model.named_modules() if not _unchanged(module, model.config)]
+    if not changed and not _has_any_global_hook():
+        return False
+    where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
+    reason = f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly"
+    ops.note_fallback("the whole-model call", "cpu", "is not made", reason)
+    return True
+
+
+def _unchanged(module: nn.Module, config: ModelConfig) -> bool:
+    """Whether `module` is one of a model such as `config` describes, as C++ knows it."""
+    if type(module) not in _OWN_MODULES or "forward" in vars(module) or any(_HOOKS(module)):
+        return False
+    if type(module) is RMSNorm:
+        return module.eps in (config.rms_norm_eps, LATENT_NORM_EPS)
+    return type(module) is not nn.Linear or module.bias is None
 
 
 class NativeModel:

@@ -14,8 +14,8 @@ from dsfast.train.loop import Trainer, TrainingError, TrainResult
 
 
 def main(argv: list[str]) -> int:
-    """Train; returns 0. Raises UserError, also where in the end nothing was learnt, and Interrupted after Ctrl-C or SIGTERM (exit
-    code 130 or 143)."""
+    """Train; returns 0. Raises UserError, also where in the end nothing was learnt, and Interrupted after Ctrl-C, SIGTERM or
+    SIGHUP (exit code 130, 143, 129)."""
     arguments = _parser().parse_args(argv)
     resume = arguments.output_dir if arguments.resume is True else arguments.resume
     config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})

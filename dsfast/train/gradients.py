@@ -10,6 +10,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3, NativeStep, loss_in
+from dsfast.model.native_model import note_changed
 from dsfast.ops import native
 
 CHECKED_TOKENS = 1024
@@ -35,7 +36,8 @@ class Gradients:
     def __init__(self, model: DeepseekV3, dtype: torch.dtype, train: TrainConfig, whole_step: bool):
         self.model, self.dtype, self.train = model, dtype, train
         in_cpp = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
-        self._native = NativeStep(model) if in_cpp and native.status()[0] is not None else None
+        in_cpp = in_cpp and native.status()[0] is not None and not note_changed(model)
+        self._native = NativeStep(model) if in_cpp else None
         self._checked = False
         self.in_one_call = False
         """Whether the last batch went through the native call."""

@@ -125,9 +125,9 @@ class Trainer:
         """Train up to config.train.steps; `resume` names a checkpoint, or a run folder whose newest one is continued.
 
         Raises UserError for a bad folder or checkpoint and for a GPU that fails or has too little memory, TrainingError after
-        train.max_bad_steps steps in a row that are not finite, and Interrupted, the step finished and saved, on Ctrl-C or
-        SIGTERM. On a GPU these two are noticed where steps are read, at a log line or checkpoint; the steps up to the next one
-        may have been launched by then and are done as well.
+        train.max_bad_steps steps in a row that are not finite, and Interrupted, the step finished and saved, on Ctrl-C,
+        SIGTERM or SIGHUP. On a GPU these are noticed where steps are read, at a log line or checkpoint; the steps up to the next
+        one may have been launched by then and are done as well.
         """
         rows, train = self.dataset.rows, self.config.train
         resumed = None if resume is None else ckpt.find_checkpoint(resume)
