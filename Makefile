@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two at a time, by files in tests/conftest.py's order; threads that wait must sleep then, or they take the cores from those that work.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 # Without kernels there is no stamp: the next make tries to build them again.
 STAMP = @if $(RUN) -c "import dsfast._native" 2> /dev/null; then touch $@; else \
@@ -12,12 +14,11 @@ STAMP = @if $(RUN) -c "import dsfast._native" 2> /dev/null; then touch $@; else 
 suite: $(VENV)/installed
 	$(RUN) -m dsfast.suite $(ARGS)
 
-# Two at a time, by files in tests/conftest.py's order; threads that wait must sleep then, or they take the cores from those that work.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/installed-test
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests need it: exact products, integers that are seen to overflow, and three times as fast."""
+"""Triton's interpreter as the tests need it: exact products, integers that are seen to overflow, and twice as fast."""
 
 from __future__ import annotations
 

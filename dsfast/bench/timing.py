@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from dsfast.ops.checks import as_tuple
 
 Call = Callable[[], object]
 
@@ -37,10 +38,6 @@ class Comparison:
     other: Spread
     ratio_of_medians: float
     median_of_ratios: float
-
-
-def as_tuple(outputs: Any) -> tuple:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def gradients_call(run: Call, leaves: Sequence[Tensor]) -> Call:

@@ -14,6 +14,7 @@ from dsfast.evaluate.probes import ask, check_lengths
 from dsfast.evaluate.recall import as_json, check_taught, measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
+from dsfast.train.checkpoint import is_checkpoint
 from dsfast.train.runtime import answering
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
-    if path is not None and (path.parent / "manifest.json").is_file():
+    if path is not None and is_checkpoint(path.parent):
         raise UserError(f"--json {path}: expected a file that is not in a checkpoint")
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]

@@ -73,8 +73,8 @@ class DecoderLayer(nn.Module):
         """values [N, H Dv] -> the normed stream [N, D], once for each of the MLP's uses, and the stream: residual and what the
         values add to it."""
         o_proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
-        own = all(map(_has_a_weight_alone, (o_proj, norm)))
-        if cache is not None or not own or not ops.outputs_at_once(values, o_proj.weight):
+        own = cache is None and all(map(_has_a_weight_alone, (o_proj, norm)))
+        if not own or not ops.outputs_at_once(values, o_proj.weight):
             return norm.of_stream(o_proj(values), residual, self.mlp.uses)
         *y, h = ops.mla_output(values, o_proj.weight, residual, norm.weight, norm.eps, self.mlp.uses)
         return tuple(y), h

@@ -203,8 +203,7 @@ def evaluate(
     leaves = list(arguments)
     for position in differentiable:
         leaves[position] = arguments[position].detach().requires_grad_()
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = as_tuple(function(*leaves))
     found = {f"output {i}" if len(outputs) > 1 else "output": x.detach() for i, x in enumerate(outputs)}
     if differentiable:
         generator = torch.Generator().manual_seed(seed)
@@ -215,6 +214,11 @@ def evaluate(
         gradients = torch.autograd.grad(weighed, wanted, weights, allow_unused=True, materialize_grads=True)
         found |= {f"grad {names[i]}": g for i, g in zip(differentiable, gradients, strict=True)}
     return found
+
+
+def as_tuple(outputs: Any) -> tuple:
+    """What an operator returns, one result or several, as several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def judge(expected: Tensor, eager: Tensor, found: Tensor, dtype: torch.dtype, implementation: str) -> Row:

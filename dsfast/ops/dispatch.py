@@ -19,7 +19,7 @@ from torch import Tensor
 from dsfast.config import OPERATORS, Implementation
 from dsfast.errors import UserError, expect_known
 from dsfast.ops import native, triton
-from dsfast.triton_kernels.launch import compiling, dtype_name
+from dsfast.triton_kernels.launch import DTYPES, compiling, dtype_name
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 _OF_DEVICE = {"cpu": "triton" if triton.INTERPRETED else "native", "cuda": "triton"}
@@ -146,7 +146,7 @@ def _resolve(
 
 def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[bool, str]:
     if implementation == "triton":
-        known = (torch.float32,) if operator in IN_FLOAT32 else (torch.float32, torch.float16, torch.bfloat16)
+        known = (torch.float32,) if operator in IN_FLOAT32 else DTYPES
         if dtype not in known:
             return False, f"the Triton kernels take {', '.join(map(dtype_name, known))}, got {dtype_name(dtype)}"
         return triton.available(operator)

@@ -19,8 +19,6 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,31 +71,27 @@ def save_checkpoint(
     if final.exists():
         raise UserError(f"{final}: exists already; a checkpoint is never overwritten")
     shutil.rmtree(partial, ignore_errors=True)
-    with os_errors_as(f"{final}: cannot be written", SafetensorError), _removed_on_error(partial):
-        partial.mkdir(parents=True)
-        save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
-        save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
-        write_json(partial / "state.json", asdict(state))
-        write_json(partial / "config.json", config.to_dict())
-        (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        for name in FILES:  # safetensors lets only the owner read
-            shutil.copymode(partial / "config.json", partial / name)
-        files = {name: _fingerprint(partial / name) for name in FILES}
-        write_json(partial / "manifest.json", {"format_version": FORMAT_VERSION, "data": data_manifest, "files": files})
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(final)
-        _sync(final.parent)
-    return final
-
-
-@contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        with os_errors_as(f"{final}: cannot be written", SafetensorError):
+            partial.mkdir(parents=True)
+            save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
+            save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
+            write_json(partial / "state.json", asdict(state))
+            write_json(partial / "config.json", config.to_dict())
+            (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+            for name in FILES:  # safetensors lets only the owner read
+                shutil.copymode(partial / "config.json", partial / name)
+            files = {name: _fingerprint(partial / name) for name in FILES}
+            write_json(
+                partial / "manifest.json", {"format_version": FORMAT_VERSION, "data": data_manifest, "files": files}
+            )
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            partial.rename(final)
+            _sync(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -105,13 +99,13 @@ def find_checkpoint(path: str | Path) -> Path:
     UserError."""
     path = Path(path)
     with os_errors_as(f"{path}: cannot be read"):
-        if _complete(path):
+        if is_checkpoint(path):
             return path
         if not path.is_dir():
             problem = "is no folder" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected a checkpoint or a run folder")
         steps = _steps(path)
-        found = [step for step in steps if _complete(step)]
+        found = [step for step in steps if is_checkpoint(step)]
     if not found:
         raise UserError(
             f"{path}: no checkpoint here; expected manifest.json, or folders step-NNNNNN with one. A run that ended before its"
@@ -124,7 +118,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    return [step for step in _steps(run_dir) if _complete(step)]
+    return [step for step in _steps(run_dir) if is_checkpoint(step)]
 
 
 def _steps(run_dir: Path) -> list[Path]:
@@ -132,7 +126,8 @@ def _steps(run_dir: Path) -> list[Path]:
     return sorted((p for p in run_dir.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step)
 
 
-def _complete(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a complete checkpoint lies in `path`."""
     return (path / "manifest.json").is_file()
 
 

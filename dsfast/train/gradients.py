@@ -36,8 +36,8 @@ class Gradients:
     def __init__(self, model: DeepseekV3, dtype: torch.dtype, train: TrainConfig, whole_step: bool):
         self.model, self.dtype, self.train = model, dtype, train
         in_cpp = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
-        in_cpp = in_cpp and native.status()[0] is not None and not note_changed(model)
-        self._native = NativeStep(model) if in_cpp else None
+        usable = in_cpp and native.status()[0] is not None and not note_changed(model)
+        self._native = NativeStep(model) if usable else None
         self._checked = False
         self.in_one_call = False
         """Whether the last batch went through the native call."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -289,9 +289,7 @@ def _check_model(model: DeepseekV3, config: Config) -> None:
     if not isinstance(model, DeepseekV3):
         raise UserError(f"model: expected a DeepseekV3, got {type(model).__name__}")
     if model.config != config.model:
-        differ = [
-            f.name for f in fields(model.config) if getattr(model.config, f.name) != getattr(config.model, f.name)
-        ]
+        differ = [name for name, value in vars(model.config).items() if value != getattr(config.model, name)]
         raise UserError(f"model: expected one of the config's model section, got one with another {', '.join(differ)}")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:

@@ -18,8 +18,9 @@ from dsfast.bench.gpu.cases import OPERATORS, GpuCase, draw
 from dsfast.bench.gpu.peers import peers_of
 from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, direct
 from dsfast.bench.step import attempt
-from dsfast.bench.timing import Call, as_tuple, gradients_call, spread, take_turns
+from dsfast.bench.timing import Call, gradients_call, spread, take_turns
 from dsfast.ops import checks, triton
+from dsfast.ops.checks import as_tuple
 from dsfast.triton_kernels.launch import dtype_name
 
 ROUNDS = 20
