@@ -215,4 +215,15 @@ def test_a_layer_with_a_latent_of_the_queries_goes_operator_by_operator():
     assert "mla_project" not in called
 
 
+@on_device
+def test_a_layer_with_hooks_goes_operator_by_operator():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with RecordCalls() as record:
+        layer_quantities(torch.float16, 0)
+    handle.remove()
+    called = {str(operator).split(".")[1] for operator in record.calls}
+    assert {"rms_norm", "rope_pair", "mla_attention"} <= called
+    assert not {"mla_project", "mla_output"} & called
+
+
 test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80",))

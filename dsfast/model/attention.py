@@ -7,12 +7,14 @@ Shapes: N tokens, H heads, D model width, R latent rank, Dn / Dr / Dv widths of 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dsfast import ops
 from dsfast.config import ModelConfig
+from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
-from dsfast.model.layers import RMSNorm
+from dsfast.model.layers import RMSNorm, is_plain
 from dsfast.model.rope import Tables, softmax_scale
 
 # Fixed in the published model and in transformers, whatever rms_norm_eps says.
@@ -55,8 +57,7 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             cache.write(self.layer, latent, k_rope)
         if cu_seqlens is None:
-            up = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
-            values = ops.mla_decode(q_nope, q_rope, *cache.read(self.layer), up, self.scale)
+            values = ops.mla_decode(q_nope, q_rope, *cache.read(self.layer), self._absorbed(latent), self.scale)
         else:
             key_values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
             k_nope, v = key_values.split(self.key_value_widths, dim=-1)  # [N, H, Dn], [N, H, Dv]
@@ -68,3 +69,16 @@ class MultiHeadLatentAttention(nn.Module):
         compressed = not hasattr(self, "q_proj")
         queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
         return queries.unflatten(-1, (self.heads, -1))
+
+    def _absorbed(self, latent: Tensor) -> Tensor:
+        """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]. A module in its place has to be linear: it is asked for what it makes
+        of unit vectors like `latent` [N, R]. Raises UserError where it has a bias."""
+        proj = self.kv_b_proj
+        if is_plain(proj):
+            return proj.weight.unflatten(0, (self.heads, -1))
+        if getattr(proj, "bias", None) is not None:
+            raise UserError(
+                "kv_b_proj: decoding takes what it multiplies by alone; expected a linear module without bias"
+            )
+        units = torch.eye(latent.size(1), dtype=latent.dtype, device=latent.device)
+        return proj(units).T.contiguous().unflatten(0, (self.heads, -1))

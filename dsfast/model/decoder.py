@@ -12,7 +12,7 @@ from dsfast import ops
 from dsfast.config import ModelConfig
 from dsfast.model.attention import MultiHeadLatentAttention
 from dsfast.model.cache import LatentCache
-from dsfast.model.layers import RMSNorm
+from dsfast.model.layers import RMSNorm, StreamNorm, is_plain
 from dsfast.model.moe import DeepseekMoE, SwiGLU
 from dsfast.model.rope import Tables
 
@@ -23,9 +23,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         dense = layer < config.first_k_dense_replace
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else DeepseekMoE(config)
 
     def forward(
@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
         """-> the values that attention of the normed stream gives, [N, H Dv], and the stream."""
         attn, norm = self.self_attn, self.input_layernorm
         if cache is not None or not self._projects_at_once(delta, rope):
-            x, h = norm.of_stream(delta, residual, attn.uses)
+            x, h = norm(delta, residual, attn.uses)
             return attn(*x, rope, positions, cu_seqlens, cache), h
         h, *projected = ops.mla_project(
             delta, residual, norm.weight, norm.eps, attn.q_proj.weight, attn.kv_a_proj_with_mqa.weight,
@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         if type(attn) is not MultiHeadLatentAttention or not hasattr(attn, "q_proj"):
             return False
         own = attn.q_proj, attn.kv_a_proj_with_mqa, attn.kv_a_layernorm, attn.kv_b_proj, self.input_layernorm
-        return all(map(_has_a_weight_alone, own)) and ops.projects_at_once(
+        return all(map(is_plain, own)) and ops.projects_at_once(
             delta, attn.q_proj.weight, attn.kv_a_proj_with_mqa.weight, attn.kv_a_layernorm.weight, attn.kv_b_proj.weight,
             attn.heads, rope[0],
         )  # fmt: skip
@@ -73,16 +73,11 @@ class DecoderLayer(nn.Module):
         """values [N, H Dv] -> the normed stream [N, D], once for each of the MLP's uses, and the stream: residual and what the
         values add to it."""
         o_proj, norm = self.self_attn.o_proj, self.post_attention_layernorm
-        own = cache is None and all(map(_has_a_weight_alone, (o_proj, norm)))
+        own = cache is None and all(map(is_plain, (o_proj, norm)))
         if not own or not ops.outputs_at_once(values, o_proj.weight):
-            return norm.of_stream(o_proj(values), residual, self.mlp.uses)
+            return norm(o_proj(values), residual, self.mlp.uses)
         *y, h = ops.mla_output(values, o_proj.weight, residual, norm.weight, norm.eps, self.mlp.uses)
         return tuple(y), h
-
-
-def _has_a_weight_alone(module: nn.Module) -> bool:
-    """Whether it is a norm or a linear layer as the model makes them, so that a kernel that takes its weight may stand for it."""
-    return type(module) is RMSNorm or (type(module) is nn.Linear and module.bias is None)
 
 
 class MultiTokenPrediction(nn.Module):
@@ -97,9 +92,10 @@ class MultiTokenPrediction(nn.Module):
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = DecoderLayer(config, layer)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = StreamNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, ahead: Tensor, rope: Tables, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """hidden [N, D] of the depth before, ahead [N, D] the embedding of the token k ahead -> hidden [N, D]."""
         joined = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))
-        return self.norm(*self.block(joined, None, rope, positions, cu_seqlens))[0]
+        (y,), _ = self.norm(*self.block(joined, None, rope, positions, cu_seqlens))
+        return y

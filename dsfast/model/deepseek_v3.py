@@ -17,7 +17,7 @@ from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.embedding import Embedding
 from dsfast.model.gpu import LastValue
 from dsfast.model.initialise import initialise
-from dsfast.model.layers import RMSNorm
+from dsfast.model.layers import StreamNorm, is_plain
 from dsfast.model.moe import Experts, Router
 from dsfast.model.rope import RotaryTables
 from dsfast.tokens import IGNORED
@@ -35,7 +35,7 @@ class DeepseekV3(nn.Module):
         self.rope = RotaryTables(c)
         self.embed_tokens = Embedding(c)
         self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = StreamNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(c, c.num_hidden_layers + k) for k in range(c.num_nextn_predict_layers)
@@ -105,10 +105,13 @@ class DeepseekV3(nn.Module):
         delta, residual = embedded, None
         for layer in self.layers:
             delta, residual = layer(delta, residual, rope, positions, cu_seqlens, cache)
-        return self.norm(delta, residual)[0]
+        (normed,), _ = self.norm(delta, residual)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, V]."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
         projection, weight = self.head_weights()
         reduced = hidden if projection is None else nn.functional.linear(hidden, projection)
         return nn.functional.linear(reduced, weight)
@@ -134,8 +137,14 @@ class DeepseekV3(nn.Module):
         return loads
 
     def head_weights(self) -> tuple[Tensor | None, Tensor]:
-        """(p, w) with logits = (hidden p^T) w^T, p None where there is no projection."""
+        """(p, w) with logits = (hidden p^T) w^T, p None where there is no projection. Raises UserError for a changed
+        lm_head, which a loss by these would pass by."""
         if self.lm_head is not None:
+            if not is_plain(self.lm_head):
+                raise UserError(
+                    "lm_head: the loss takes its weight alone; expected torch.nn.Linear without bias or hooks, got a changed"
+                    f" {type(self.lm_head).__name__}"
+                )
             return None, self.lm_head.weight
         return self.embed_tokens.projection, self.embed_tokens.weight
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dsfast.errors import UserError
+from dsfast.model.changed import note_changed
 from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.device_decode import DeviceDecoder
@@ -82,7 +83,7 @@ def generate_ids(
 def _own_decoder(model: DeepseekV3) -> Callable[..., Decoder]:
     """What generates on the model's device."""
     if model.embed_tokens.weight.is_cuda:
-        return DeviceDecoder
+        return OperatorDecoder if note_changed(model) else DeviceDecoder
     return NativeDecoder if runs_natively(model) else OperatorDecoder
 
 

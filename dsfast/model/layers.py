@@ -1,11 +1,16 @@
-"""What every part of the model shares: the norm, and a module whose buffers stay float32."""
+"""What every part of the model shares: the norms, a module whose buffers stay float32, and which modules are plain."""
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dsfast import ops
+
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Float32Buffers(nn.Module):
@@ -31,11 +36,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x [N, D] -> [N, D]; with `residual` [N, D]: (norm(x + residual), x + residual)."""
-        return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        return ops.rms_norm(x, self.weight, self.eps)
 
-    def of_stream(self, x: Tensor, residual: Tensor | None, uses: int) -> tuple[tuple[Tensor, ...], Tensor]:
+
+class StreamNorm(RMSNorm):
+    """The norm of the stream, to which it first adds what the layer before has made."""
+
+    def forward(self, x: Tensor, residual: Tensor | None, uses: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
         """x, residual [N, D] (None counts as 0) -> (norm(x + residual), once for each of its `uses`), x + residual."""
         *y, h = ops.stream_norm(x, self.weight, self.eps, residual, uses)
         return tuple(y), h
+
+
+_PLAIN = frozenset({RMSNorm, StreamNorm, nn.Linear})
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module` is a norm or linear layer as the model makes them, which what takes its weight may stand for."""
+    return is_unchanged(module, _PLAIN) and not _has_any_global_hook()
+
+
+def is_unchanged(module: nn.Module, kinds: frozenset[type]) -> bool:
+    """Whether `module` is one of `kinds` and does what they do: no forward of its own, no hooks, no bias in a linear layer."""
+    if type(module) not in kinds or "forward" in vars(module) or any(_HOOKS(module)):
+        return False
+    return type(module) is not nn.Linear or module.bias is None

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
 from dsfast import ops
-from dsfast.config import ModelConfig
 from dsfast.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
-from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
+from dsfast.model.changed import note_changed
+from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.embedding import Embedding
-from dsfast.model.layers import RMSNorm
-from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU
-from dsfast.model.rope import RotaryTables, softmax_scale
+from dsfast.model.moe import DeepseekMoE
+from dsfast.model.rope import softmax_scale
 from dsfast.ops import native
 
 FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "muon", "newton_schulz"}
 """The operators a forward pass without loss is made of: not the head's loss, not the optimizers'."""
-
-
-_OWN_MODULES = frozenset({
-    DecoderLayer, DeepseekMoE, DeepseekV3, Embedding, Experts, MultiHeadLatentAttention, MultiTokenPrediction, RMSNorm,
-    RotaryTables, Router, SwiGLU, nn.Linear, nn.ModuleList,
-})  # fmt: skip
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> bool:
@@ -41,30 +30,7 @@ def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> boo
         return False
     if not all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators):
         return False
-    if not _has_any_global_hook() and all(_unchanged(module, model.config) for module in modules):
-        return True
-    note_changed(model)
-    return False
-
-
-def note_changed(model: DeepseekV3) -> bool:
-    """Whether modules are not dsfast's own, or have hooks, so that no whole-model call is made; warns of it, and says which."""
-    changed = [name for name, module in model.named_modules() if not _unchanged(module, model.config)]
-    if not changed and not _has_any_global_hook():
-        return False
-    where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
-    reason = f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly"
-    ops.note_fallback("the whole-model call", "cpu", "is not made", reason)
-    return True
-
-
-def _unchanged(module: nn.Module, config: ModelConfig) -> bool:
-    """Whether `module` is one of a model such as `config` describes, as C++ knows it."""
-    if type(module) not in _OWN_MODULES or "forward" in vars(module) or any(_HOOKS(module)):
-        return False
-    if type(module) is RMSNorm:
-        return module.eps in (config.rms_norm_eps, LATENT_NORM_EPS)
-    return type(module) is not nn.Linear or module.bias is None
+    return not note_changed(model)
 
 
 class NativeModel:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3, NativeStep, loss_in
-from dsfast.model.native_model import note_changed
+from dsfast.model.changed import note_changed
 from dsfast.ops import native
 
 CHECKED_TOKENS = 1024

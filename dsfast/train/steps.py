@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsfast.model import captured
+from dsfast.model.changed import note_changed
 from dsfast.train.device_step import Batches, DeviceStep, read, row_elements
 from dsfast.train.optimizer import learning_rate_scale
 
@@ -28,6 +29,8 @@ def steps_of(trainer: Trainer) -> HostSteps | DeviceSteps:
     """The way the trainer's device does its steps."""
     if trainer.device.type != "cuda":
         return HostSteps(trainer)
+    if note_changed(trainer.model):  # what hooks do in Python is done as a step is recorded, not as it is replayed
+        return DeviceSteps(trainer, lambda step: step)
     return DeviceSteps(trainer, partial(captured, branched=True))
 
 

@@ -1,0 +1,41 @@
+"""Whether a model's modules are those of dsfast/model: a call of C++ or a CUDA graph would pass others, and hooks, by."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from dsfast import ops
+from dsfast.config import ModelConfig
+from dsfast.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
+from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
+from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.embedding import Embedding
+from dsfast.model.layers import RMSNorm, StreamNorm, is_unchanged
+from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU
+from dsfast.model.rope import RotaryTables
+
+_OWN_MODULES = frozenset({
+    DecoderLayer, DeepseekMoE, DeepseekV3, Embedding, Experts, MultiHeadLatentAttention, MultiTokenPrediction, RMSNorm,
+    RotaryTables, Router, StreamNorm, SwiGLU, nn.Linear, nn.ModuleList,
+})  # fmt: skip
+_STANDS_FOR_THE_MODEL = {"cpu": "the whole-model call", "cuda": "the CUDA graph"}
+
+
+def note_changed(model: DeepseekV3) -> bool:
+    """Whether modules are not dsfast's own, or have hooks, so that nothing may stand for the model; says which in a warning."""
+    if not _has_any_global_hook() and all(_is_own(module, model.config) for module in model.modules()):
+        return False
+    changed = [name for name, module in model.named_modules() if not _is_own(module, model.config)]
+    where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
+    reason = f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly"
+    device = model.embed_tokens.weight.device.type
+    ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason)
+    return True
+
+
+def _is_own(module: nn.Module, config: ModelConfig) -> bool:
+    """Whether `module` is one of a model such as `config` describes."""
+    if not is_unchanged(module, _OWN_MODULES):
+        return False
+    return not isinstance(module, RMSNorm) or module.eps in (config.rms_norm_eps, LATENT_NORM_EPS)

@@ -1,0 +1,227 @@
+"""Modules that have hooks or were replaced, as by what looks at activations, LoRA, or a patch: nothing passes them by."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from operator_cases import needs_native
+from tiny_models import next_tokens, random_ids, random_model
+from torch import nn
+
+from dsfast import ops
+from dsfast.errors import UserError
+from dsfast.model import captured, generate_ids
+from dsfast.model.changed import note_changed
+from dsfast.model.decode import OperatorDecoder
+from dsfast.model.layers import RMSNorm, StreamNorm, is_plain
+from dsfast.train import steps
+
+CHANGED = r"module '[\w.]+' is not dsfast's own, or has hooks"
+MODELS = {
+    "tied": {"num_nextn_predict_layers": 1, "first_k_dense_replace": 1},
+    "untied, latent of the queries": {"tie_word_embeddings": False, "q_lora_rank": 9, "embedding_rank": 8},
+}
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*{CHANGED}")
+
+
+def seen_by(model, call) -> set[str]:
+    """The modules whose forward hooks `call` has run."""
+    seen = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: seen.add(name)) for name, module in model.named_modules()
+    ]
+    call()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def with_a_forward(model) -> set[str]:
+    """The modules, but for the model, that are called as modules."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name for name, _ in model.named_modules() if name} - lists
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+class TestHooks:
+    def test_a_forward_pass_runs_them_all(self, changes):
+        model = random_model(**changes)
+        expected = {name for name in with_a_forward(model) if not name.startswith("mtp")}
+        assert seen_by(model, lambda: model(random_ids(model, 2, 7))) == expected | {""}
+
+    def test_each_step_of_generation_runs_them_all(self, changes):
+        model = random_model(**changes)
+        expected = {name for name in with_a_forward(model) if not name.startswith("mtp")}
+        seen = []
+        generate_ids(model, [[3, 4, 5]], max_new_tokens=2, decoder_type=in_turn(model, seen))
+        assert seen == [expected] * 2
+
+    def test_training_runs_them_all(self, changes):
+        model = random_model(**changes).train()
+        ids = random_ids(model, 2, 7)
+        if model.lm_head is not None:
+            model.lm_head.register_forward_hook(lambda *_: None)
+            with pytest.raises(UserError, match=r"^lm_head: the loss takes its weight alone; expected torch.nn.Linear"):
+                model.loss(ids, next_tokens(ids))
+        else:
+            assert seen_by(model, lambda: model.loss(ids, next_tokens(ids))) == with_a_forward(model)
+
+
+def in_turn(model, seen: list[set[str]]):
+    """An OperatorDecoder that notes whose hooks each of its calls has run."""
+
+    class Noting(OperatorDecoder):
+        def start(self, prompts):
+            return self._noting(lambda: super(Noting, self).start(prompts))
+
+        def step(self):
+            return self._noting(lambda: super(Noting, self).step())
+
+        def _noting(self, call):
+            chosen = []
+            seen.append(seen_by(model, lambda: chosen.append(call())))
+            return chosen[0]
+
+    return Noting
+
+
+def hook(model):
+    model.layers[0].mlp.register_forward_hook(lambda module, given, output: 0 * output)
+
+
+def hook_of_a_norm(model):
+    model.layers[1].input_layernorm.register_forward_hook(
+        lambda module, given, output: ((-output[0][0],) * 2, output[1])
+    )
+
+
+def wrapped(model):
+    attention = model.layers[1].self_attn
+    attention.o_proj = nn.Sequential(attention.o_proj, nn.Tanh())
+
+
+def forward(model):
+    mlp = model.layers[0].mlp
+    mlp.forward = lambda *x: 0 * type(mlp).forward(mlp, *x)
+
+
+def bias(model):
+    attention = model.layers[1].self_attn
+    attention.o_proj = nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features)
+
+
+def eps(model):
+    model.layers[0].post_attention_layernorm.eps = 10.0
+
+
+@pytest.mark.parametrize("change", [hook, hook_of_a_norm, wrapped, forward, bias, eps])
+def test_generation_does_not_pass_them_by(change):
+    needs_native()
+    model, fresh = random_model(), random_model()
+    change(model)
+    with pytest.warns(ops.FallbackWarning, match=CHANGED):
+        found = generate_ids(model, [[3, 4, 5]], max_new_tokens=6)
+    with ops.use("reference"):
+        assert found == generate_ids(model, [[3, 4, 5]], max_new_tokens=6)
+    assert found != generate_ids(fresh, [[3, 4, 5]], max_new_tokens=6)
+
+
+def test_generation_does_not_pass_a_head_by():
+    model = random_model(tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(model.lm_head, nn.Softmin(dim=-1))
+    logits = random_model(tie_word_embeddings=False)(torch.tensor([[3]]))
+    assert generate_ids(model, [[3]], max_new_tokens=1) == [[int(logits.argmin())]]
+
+
+class Adapted(nn.Module):
+    """W x + B A x, as LoRA trains."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2):
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        """W alone, as adapters of other libraries say."""
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+    def merged(self):
+        return self.base.weight.data + self.b.weight.data @ self.a.weight.data
+
+
+def test_an_adapter_gives_the_tokens_of_the_merged_weights():
+    """Decoding multiplies queries by what `kv_b_proj` multiplies latents by, and never calls it on a latent."""
+    model, merged = random_model(), random_model()
+    for layer, plain in zip(model.layers, merged.layers, strict=True):
+        adapter = layer.self_attn.kv_b_proj = Adapted(layer.self_attn.kv_b_proj)
+        plain.self_attn.kv_b_proj.weight.data = adapter.merged()
+    found = generate_ids(model, [[3, 4, 5], [6]], max_new_tokens=12)
+    assert found == generate_ids(merged, [[3, 4, 5], [6]], max_new_tokens=12)
+    assert found != generate_ids(random_model(), [[3, 4, 5], [6]], max_new_tokens=12)
+
+
+def test_keys_and_values_with_a_bias_cannot_be_decoded():
+    model = random_model()
+    attention = model.layers[0].self_attn
+    attention.kv_b_proj = nn.Linear(attention.kv_b_proj.in_features, attention.kv_b_proj.out_features)
+    with pytest.raises(UserError, match=r"^kv_b_proj: .*expected a linear module without bias$"):
+        generate_ids(model, [[3, 4, 5]], max_new_tokens=3)
+
+
+HOOKS = [name for name in dir(nn.Module) if re.fullmatch(r"register_\w*(forward|backward)\w*_hook", name)]
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_what_takes_a_weight_does_not_stand_for_a_module_with_hooks(register):
+    for module in (nn.Linear(2, 3, bias=False), RMSNorm(2, 1e-6), StreamNorm(2, 1e-6)):
+        assert is_plain(module)
+        handle = getattr(module, register)(lambda *_: None)
+        assert not is_plain(module)
+        handle.remove()
+        assert is_plain(module)
+
+
+def test_what_takes_a_weight_stands_for_nothing_else():
+    assert not is_plain(nn.Linear(2, 3))
+    assert not is_plain(nn.RMSNorm(2))
+    patched = nn.Linear(2, 3, bias=False)
+    patched.forward = lambda x: x
+    assert not is_plain(patched)
+
+
+def test_a_gpu_records_no_step_of_them(monkeypatch):
+    monkeypatch.setattr(steps, "DeviceSteps", lambda trainer, launch: launch)
+    model = random_model()
+    trainer = SimpleNamespace(device=torch.device("cuda"), model=model)
+    assert steps.steps_of(trainer).func is captured
+    hook(model)
+    launch = steps.steps_of(trainer)
+    assert launch("a step") == "a step"
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_not_replay_what_was_recorded_before_a_hook():
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    model = random_model(**sizes).to("cuda", torch.bfloat16)
+    fresh = generate_ids(model, [[3, 4, 5]], max_new_tokens=6)
+    hook(model)
+    found = generate_ids(model, [[3, 4, 5]], max_new_tokens=6)
+    assert found != fresh
+    assert found == generate_ids(model, [[3, 4, 5]], max_new_tokens=6, decoder_type=OperatorDecoder)
+
+
+def test_the_module_is_named_and_a_plain_model_is_not_warned_of():
+    model = random_model()
+    assert not note_changed(model)
+    handle = model.layers[1].mlp.gate.register_forward_pre_hook(lambda *_: None)
+    with pytest.warns(ops.FallbackWarning, match=re.escape("module 'layers.1.mlp.gate' is not dsfast's own")):
+        assert note_changed(model)
+    handle.remove()
+    assert not note_changed(model)
