@@ -327,7 +327,9 @@ def test_a_verdict_needs_the_median_on_one_side():
 
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.01, 1.1) == "faster"
     assert verdict(0.9, 0.8, 0.7, 0.8, 0.99, 0.9) == "slower"
-    assert verdict(1.1, 1.2, 1.3, 1.2, 0.99, 1.1) == "as fast"
+    assert verdict(1.1, 1.2, 1.3, 1.2, 0.99, 1.1) == "unclear"
+    assert verdict(1.1, 1.1, 1.14, 1.1, 0.99, 1.1) == verdict(0.86, 0.9, 0.9, 0.9, 0.9, 1.01) == "as fast"
+    assert verdict(1, 1, 1, 1, 1, 1.16) == verdict(1, 1, 1, 1, 1, 0.84) == "unclear"
     assert verdict(1.01, 1.02, 1.03, 1.04, 1.05, 1.03) == verdict(*[0.97] * 6) == "as fast"
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.3) == "too few turns"
     assert run._compared([[(2.0, 3.0)]])["median_of_ratios"] == 1.5
@@ -336,7 +338,7 @@ def test_a_verdict_needs_the_median_on_one_side():
 def test_processes_that_say_different_things_give_no_verdict():
     twice, half = [(1.0, 2.0)] * 8, [(2.0, 1.0)] * 2
     assert run._compared([twice, twice])["verdict"] == "faster"
-    assert run._compared([twice, twice, half])["verdict"] == "as fast"
+    assert run._compared([twice, twice, half])["verdict"] == "unclear"
     assert run._compared([twice, twice, half])["interval"] == (2.0, 2.0)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.bench import timing
-from dsfast.bench.against.run import NOISE
+from dsfast.bench.against.run import NOISE, WIDE
 from dsfast.bench.gpu.show import show_gpu, show_tiles
 from dsfast.bench.memory import IDLE
 from dsfast.console import make_console, make_table
@@ -225,8 +225,9 @@ class Reporter:
             table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
         self.console.print(table)
         self._say(
-            "Now is: before / now, the median of the pairs and where it lies by 95%; as fast: 1 lies in there, the median within"
-            f" {NOISE:.0%} of 1, or one pair of processes says other than the next."
+            "Now is: before / now, the median of the pairs and where it lies by 95%. Faster, slower: all of that on one side of"
+            f" 1, the median by more than {NOISE:.0%}, and each pair of processes says so; as fast: all within {WIDE:.0%} of 1;"
+            " unclear: neither, as where a machine has other work or a run few steps."
         )
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
