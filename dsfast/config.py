@@ -101,7 +101,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read. `boost` maps a topic to how many times as often its facts are written."""
+    """What is read. `boost` maps a topic to how many times as often its facts are written.
+
+    `facts` and `boost` are about the encyclopedia, and mean nothing for another source.
+    """
 
     source: str = "encyclopedia"
     max_articles: int = 1000

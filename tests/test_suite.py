@@ -714,6 +714,23 @@ def test_a_question_about_a_fact_that_does_not_fit_is_named_before_anything_is_t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("left", [[], ["cpu/step-000100"]])
+def test_an_interrupted_suite_leaves_what_was_trained_and_no_empty_folder(left, tmp_path, monkeypatch):
+    def interrupted(plans, skipped, folder, *_):
+        for name in left:
+            (folder / name).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "make_plans", lambda *_: [])
+    monkeypatch.setattr(suite, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--output-dir", str(tmp_path)])
+    assert [str(path.relative_to(tmp_path)).partition("/cpu")[1] for path in tmp_path.glob("runs/*/*")] == [
+        "/cpu"
+    ] * len(left)
+    assert (tmp_path / "runs").exists() == bool(left)
+
+
 def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeypatch):
     def broken(session):
         raise ZeroDivisionError("a defect")

@@ -397,6 +397,13 @@ def test_command(tmp_path, monkeypatch, capsys):
         main(arguments)
     with pytest.raises(UserError, match=r"train.steps: expected more than the 4 done already, got 4"):
         main([*arguments, "--resume"])
+    (tmp_path / "run" / "step-000005").mkdir()
+    with (
+        pytest.warns(UserWarning, match=r"step-000005 has no manifest\.json and is passed over") as warned,
+        pytest.raises(UserError, match="run: holds step-000005, later than step 4 to resume from"),
+    ):
+        main([*arguments[2:4], "--resume", "--steps", "5"])  # at whose end it could not be saved
+    assert len(warned) == 1
     with pytest.raises(UserError, match="expected --config FILE"):
         main(["--output-dir", str(tmp_path / "other")])
     with pytest.raises(UserError, match="output-dir"):

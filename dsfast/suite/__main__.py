@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,12 @@ def main(argv: list[str]) -> int:
     reporter = Reporter()
     now = datetime.now()
     runs = _own_folder(folder / "runs" / f"suite_{now:%Y%m%d_%H%M%S}")
-    results = run(plans, skipped, runs, reporter, ["python", "-m", "dsfast.suite", *argv])
     path = None
+    try:
+        results = run(plans, skipped, runs, reporter, ["python", "-m", "dsfast.suite", *argv])
+    except KeyboardInterrupt:
+        _remove_empty(runs)
+        raise
     try:
         path = write_results(folder, results, now)
     finally:
@@ -80,6 +85,13 @@ def _own_folder(path: Path) -> Path:
             except FileExistsError:
                 continue
     raise UserError(f"{path}: cannot be made: there are a thousand of that name")
+
+
+def _remove_empty(runs: Path) -> None:
+    """Remove the folders where an interrupted suite has left nothing."""
+    for folder in (runs, runs.parent):
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _parser() -> CommandParser:

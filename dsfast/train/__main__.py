@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from math import isfinite
+from pathlib import Path
 
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, load_config
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> int:
     SIGHUP (exit code 130, 143, 129)."""
     arguments = _parser().parse_args(argv)
     resume = arguments.output_dir if arguments.resume is True else arguments.resume
+    resume = resume and find_checkpoint(resume)
     config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})
     check_output_folder(arguments.output_dir, "--output-dir")
     result = Trainer(config, arguments.output_dir).train(resume)
@@ -43,10 +45,10 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _config(path: str | None, resume: str | None, changes: dict[str, int | None]) -> Config:
+def _config(path: str | None, resume: Path | None, changes: dict[str, int | None]) -> Config:
     if path is None and resume is None:
         raise UserError("python -m dsfast.train: expected --config FILE, or --resume to take a checkpoint's own")
-    path = path if path is not None else find_checkpoint(resume) / "config.json"
+    path = path if path is not None else resume / "config.json"
     given = {name: value for name, value in changes.items() if value is not None}
     return load_config(path).replace(where=f"{path} with --seed and --steps", **given)
 

@@ -104,7 +104,7 @@ def find_checkpoint(path: str | Path) -> Path:
         if not path.is_dir():
             problem = "is no folder" if path.exists() else "no such folder"
             raise UserError(f"{path}: {problem}; expected a checkpoint or a run folder")
-        steps = _steps(path)
+        steps = checkpoints(path)
         found = [step for step in steps if is_checkpoint(step)]
     if not found:
         raise UserError(
@@ -117,12 +117,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    return [step for step in _steps(run_dir) if is_checkpoint(step)]
-
-
-def _steps(run_dir: Path) -> list[Path]:
-    """What is named as a checkpoint in a run folder, oldest first."""
+    """What is named as a checkpoint in a run folder, complete or not, oldest first."""
     return sorted((p for p in run_dir.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step)
 
 

@@ -23,7 +23,7 @@ def run_folder(folder: Path, config: Config, step: int, resumed: Path | None) ->
 
     `step` steps are done; `resumed` is the checkpoint they were read from. Raises UserError when the folder cannot be
     written, or is another run's at the time, when it is not empty and the checkpoint is not in it, or when it holds checkpoints
-    of later steps, which this run would come to write again.
+    of later steps, complete or not, which this run would come to write again.
     """
     with os_errors_as(f"{folder}: cannot be used as output folder"):
         folder.mkdir(parents=True, exist_ok=True)
