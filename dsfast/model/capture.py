@@ -49,6 +49,7 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     Kernels are compiled on the way, first of all as many at a time as there are processors; nothing that a step changes is
     changed.
     """
+    gc.collect()  # an earlier recording may hold memory until then
     with unchanged(step.state()) as restore, _side_stream():
         triton.compile_together(step)
         restore()
@@ -171,17 +172,29 @@ def record(call: Callable[[], object], branched: bool = False, beside: CUDAGraph
         way = triton.branches if branched else nullcontext
         with _side_stream(), _waiting_refused(), way():
             call()
-        gc.collect()  # a graph that is given back in the middle of a capture would break it
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = _stream(torch.cuda.current_device(), triton.CHAIN)
         pool = beside.pool() if beside else None
         branches = way()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream), branches:
+            with _nothing_collected(), torch.cuda.graph(graph, pool=pool, stream=stream), branches:
                 call()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
     return graph
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A graph that is given back in the middle of a capture would break it. To collect all garbage before takes longer: a process
+    that has torch and a peer or two has a million objects."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

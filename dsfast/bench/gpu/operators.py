@@ -68,9 +68,14 @@ def run_case(
     passes = {"update" if case.part in UPDATES else "forward": (case.forward, forward_call)}
     if case.backward is not None:
         passes["forward+backward"] = (case.forward + case.backward, backward_call)
+    calls = {}
     for name, (work, make) in reversed(passes.items()):  # most figures are of both, and time may run out
-        timed = time_pass({n: partial(make, p) for n, p in prepared.items()}, work, case.dtype, clock, bounds, rounds)
+        makes = {n: partial(make, p) for n, p in prepared.items()}
+        timed, calls[name] = time_pass(makes, work, case.dtype, clock, bounds, rounds)
         row["passes"] = {name: timed} | row["passes"]
+        yield row
+    if clock.on_gpu:
+        time_in_graphs(row["passes"], calls, clock)
         yield row
 
 
@@ -179,11 +184,11 @@ def backward_call(prepared: Prepared) -> Call:
 
 def time_pass(
     makes: dict[str, Callable[[], Call]], work: Work, dtype: torch.dtype, clock: Any, bounds: Bounds | None, rounds: int
-) -> Json:
+) -> tuple[Json, dict[str, Call]]:
     """flops, bytes, ideal_seconds (what the bounds allow) and variants, taking turns round by round:
 
-    name -> seconds (median, quartiles), over_dsfast (its median over dsfast's), rates, bound_share; of short calls graph_seconds
-    or graph_reason, and of dsfast's launches; or `failed` alone.
+    name -> seconds (median, quartiles), over_dsfast (its median over dsfast's), rates, bound_share; or `failed` alone. And the
+    calls of those that did not fail.
     """
     variants, calls = {}, {}
     for name, make in makes.items():
@@ -196,17 +201,21 @@ def time_pass(
             calls[name] = call
     taken = take_turns({name: (call,) for name, call in calls.items()}, rounds, BUDGET, clock.seconds)
     ideal = bounds and bounds.ideal_seconds(work, dtype)
-    for name, call in calls.items():
+    for name in calls:
         median = spread([seconds for (seconds,) in taken[name]])
         variants[name] = {"seconds": asdict(median), **rates(work, dtype, median.median, ideal)}
-        if clock.on_gpu and median.median < GRAPHED:
-            variants[name] |= in_a_graph(clock, name, call)
-    return {
-        "flops": work.flops,
-        "bytes": work.bytes_of(dtype.itemsize),
-        "ideal_seconds": ideal,
-        "variants": related(variants),
-    }
+    found = {"flops": work.flops, "bytes": work.bytes_of(dtype.itemsize), "ideal_seconds": ideal}
+    return {**found, "variants": related(variants)}, calls
+
+
+def time_in_graphs(passes: Json, calls: dict[str, dict[str, Call]], clock: Any) -> None:
+    """Add to the variants of `passes` (name -> see `time_pass`), of those that are short, what `in_a_graph` finds; `calls`: those
+    of each pass. The passes of one variant after the other, dsfast's first: a capture that fails lets none succeed after it."""
+    for variant in dict.fromkeys(name for of_pass in calls.values() for name in of_pass):
+        for name, of_pass in calls.items():
+            timed = passes[name]["variants"][variant]
+            if variant in of_pass and timed["seconds"]["median"] < GRAPHED:
+                timed |= in_a_graph(clock, variant, of_pass[variant])
 
 
 def rates(work: Work, dtype: torch.dtype, seconds: float, ideal: float | None) -> Json:
