@@ -309,7 +309,7 @@ void keep_best(const float* logits, int64_t word, int64_t count, float& value, i
   });
 }
 
-// chosen [rows]: the word of the largest logit, the lowest of equals; NaN counts as the largest.
+// chosen [rows]: the word of the largest logit, the lowest of equals; -1 where the largest is not finite, as NaN is.
 void choose_greedily(const Model& m, const Packed<float>& head, const float* hidden, int64_t rows, int64_t* chosen,
                      int threads) {
   Best found[MAX_THREADS] = {};
@@ -340,6 +340,7 @@ void choose_greedily(const Model& m, const Packed<float>& head, const float* hid
         high = found[t].value[row];
         chosen[row] = found[t].word[row];
       }
+    if (!std::isfinite(high)) chosen[row] = -1;
   }
 }
 
@@ -394,14 +395,14 @@ int64_t decode_step(const Model* model, float* panels, float* latent, float* k_r
   run_layers(m, panels, {latent, k_rope, rows, capacity}, {ids, token_rows, positions, N}, hidden, threads);
   if (uniforms == nullptr) {
     choose_greedily(m, head, hidden, rows, chosen, threads);
-    return 0;
+  } else {
+    write_logits(m, head, hidden, rows, logits, threads);
+    parallel_ranges(rows, threads, [&](int, int64_t begin, int64_t end) {
+      float* memory = dsfast::scratch(m.vocabulary);
+      for (int64_t row = begin; row < end; ++row)
+        chosen[row] = sample(logits + row * m.vocabulary, m.vocabulary, temperature, uniforms[row], memory);
+    });
   }
-  write_logits(m, head, hidden, rows, logits, threads);
-  parallel_ranges(rows, threads, [&](int, int64_t begin, int64_t end) {
-    float* memory = dsfast::scratch(m.vocabulary);
-    for (int64_t row = begin; row < end; ++row)
-      chosen[row] = sample(logits + row * m.vocabulary, m.vocabulary, temperature, uniforms[row], memory);
-  });
   int64_t bad = 0;
   for (int64_t row = 0; row < rows; ++row) bad += chosen[row] < 0;
   return bad;

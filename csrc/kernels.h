@@ -104,8 +104,8 @@ int64_t decode_panels(const dsfast::Model* model, float* memory, int threads);
 // N tokens, those of one row together and in order: token n, `ids[n]`, takes place `positions[n]` of row
 // `token_rows[n]` in the cache, latent [layers, rows, capacity, R] and k_rope [layers, rows, capacity, Dr]. Every row
 // must have a token. hidden [rows, head_width] is working memory. chosen [rows] is each row's next word: the likeliest,
-// or, with `uniforms` [rows] in 0..1 (else null), the one sampled; then logits [rows, V] are written, and the number of
-// rows is returned whose logits are not finite, else 0. Indices are checked by the caller. panels: from decode_panels.
+// or, with `uniforms` [rows] in 0..1 (else null), the one sampled; then logits [rows, V] are written. Returned is the
+// number of rows whose logits are not finite. Indices are checked by the caller. panels: from decode_panels.
 int64_t decode_step(const dsfast::Model* model, float* panels, float* latent, float* k_rope, int64_t rows,
                     int64_t capacity, const int64_t* ids, const int64_t* token_rows, const int64_t* positions,
                     int64_t N, float* hidden, float* logits, const double* uniforms, double temperature,

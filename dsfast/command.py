@@ -52,9 +52,9 @@ def _path(text: str) -> str:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` (default: the process's arguments) and return the exit code.
 
-    A UserError becomes one line on stderr and 2, and so do too little memory and an output that takes no more; a signal, 128 +
-    its number. Where what reads the output has gone, the work goes on, and what would be 0 is 141. Any other exception is a
-    defect and keeps its traceback.
+    A UserError becomes one line on stderr and 2, and so does too little memory; a signal, 128 + its number. Where standard output
+    takes no more the work goes on, and what would be 0 is 141 if its reader has gone, else 2, with a line. Any other exception is
+    a defect and keeps its traceback.
     """
     outputs = _prepare_output()
     warnings.formatwarning = _format_warning
@@ -99,14 +99,12 @@ def _complain(message: str) -> int:
 
 
 def _finish(outputs: list[_Output], quiet: bool = False) -> int:
-    """Write what standard output still holds; where it takes no more, nowhere, or Python would complain when it ends. 0, or the
-    status of that; `quiet`: nothing more is said."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _discard(sys.stdout.fileno())
-        return EXIT_USER_ERROR if quiet else _complain(f"an output cannot be written: {error.strerror}")
-    return EXIT_BROKEN_PIPE if any(output.abandoned for output in outputs) else 0
+    """Write what standard output still holds. 0, or the status of an output that took no more; `quiet`: nothing is said of it."""
+    sys.stdout.flush()
+    full = [output.full for output in outputs if output.full]
+    if full and not quiet:
+        _complain(f"standard output cannot be written: {full[0]}; what it did not take is lost, all else is done")
+    return EXIT_USER_ERROR if full else EXIT_BROKEN_PIPE if any(output.abandoned for output in outputs) else 0
 
 
 def _discard(file: int) -> None:
@@ -117,10 +115,12 @@ def _discard(file: int) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output or error that outlasts its reader: `| head` may read as much as it wants, or a terminal be closed, and no
-    run is lost for it."""
+    """Standard output or error that outlasts its reader: `| head` may read as much as it wants, a terminal be closed, or the disk
+    of a file be full, and no run is lost for it."""
 
     abandoned = False
+    full: str | None = None
+    """Why it took no more, other than that nobody read it."""
 
     def __init__(self, file: int):
         super().__init__(file, "wb", closefd=False)
@@ -130,9 +130,12 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in self._gone:
+            if error.errno in _NO_ROOM:
+                self.full = error.strerror
+            elif error.errno in self._gone:
+                self.abandoned = True
+            else:
                 raise
-            self.abandoned = True
             _discard(self.fileno())
             return super().write(data)
 

@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class FileError(UserError):
+    """A file or folder that cannot be read or written: the operating system, or a library, refuses."""
+
+
 class GpuError(UserError):
     """A GPU that failed, or had too little memory, while it worked."""
 

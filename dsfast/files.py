@@ -13,16 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsfast.errors import UserError
+from dsfast.errors import FileError, UserError
 
 
 @contextmanager
 def os_errors_as(message: str, *others: type[Exception]) -> Iterator[None]:
-    """Inside, an OSError or one of `others` becomes a UserError: `message`, a colon and the reason."""
+    """Inside, an OSError or one of `others` becomes a FileError: `message`, a colon and the reason."""
     try:
         yield
     except (OSError, *others) as error:
-        raise UserError(f"{message}: {getattr(error, 'strerror', None) or error}") from None
+        raise FileError(f"{message}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_output_file(path: str, argument: str) -> Path:
@@ -111,7 +111,7 @@ def read_json(path: str | Path) -> Any:
     if "\0" in str(path):
         raise UserError(f"{str(path)!r}: no file can have this name")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
         json.dumps(values, ensure_ascii=False).encode("utf-8")  # fails for a string that no UTF-8 text can hold
         return values

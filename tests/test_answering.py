@@ -10,6 +10,7 @@ import torch
 from dsfast import ops
 from dsfast.config import default_config
 from dsfast.errors import GpuError, UserError
+from dsfast.evaluate.__main__ import _check_not_a_runs_own
 from dsfast.train.runtime import answering
 
 
@@ -77,3 +78,22 @@ def test_a_gpu_that_fails(error, message, monkeypatch):
     monkeypatch.setattr(Model, "to", to)
     with pytest.raises(GpuError, match=message):
         answers_on("cuda", None)
+
+
+def test_results_take_no_place_of_a_runs_own_files_or_of_the_prompts(tmp_path):
+    (tmp_path / "run" / "step-000005").mkdir(parents=True)
+    prompts = tmp_path / "prompts.json"
+    for file in (tmp_path / "run" / "step-000005" / "manifest.json", prompts):
+        file.write_text("{}")
+    refused = {
+        tmp_path / "run" / "step-000005" / "new.json": "that is not in a checkpoint$",
+        tmp_path / "run" / "config.json": "another file than the run's own$",
+        tmp_path / "run" / "metrics.jsonl": "another file than the run's own$",
+        prompts: "another file than the prompts$",
+    }
+    for path, message in refused.items():
+        with pytest.raises(UserError, match=f"^--json {path}: expected (a file )?{message}"):
+            _check_not_a_runs_own(path, str(prompts))
+    for path in (tmp_path / "run" / "answers.json", tmp_path / "config.json"):
+        _check_not_a_runs_own(path, str(prompts))
+    _check_not_a_runs_own(prompts, None)

@@ -142,6 +142,7 @@ def test_a_folder_gives_one_document_a_file(tmp_path):
     (tmp_path / "b.txt").write_text("second\n\nstill")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "c.md").write_text("not read")
+    (tmp_path / "d.txt").mkdir()
     assert read_texts(str(tmp_path), 10) == ["first", "second still"]
 
 
@@ -171,6 +172,12 @@ def test_bad_text_is_named_with_its_place(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_texts(str(tmp_path / name), 10)
     assert "\n" not in str(caught.value)
+
+
+def test_where_a_relative_source_is_looked_for_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"\(by its whole name, or as seen from {tmp_path}\), got 'mine.txt'"):
+        read_texts("mine.txt", 10)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing", "empty"])

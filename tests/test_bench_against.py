@@ -202,6 +202,9 @@ def test_a_kernel_that_is_wrong_is_named_whatever_the_model_learns(repository: P
         (["HEAD:dsfast"], "'HEAD:dsfast': expected a commit of this repository"),
         (["HEAD", "--operators", "rop"], "unknown operator 'rop'; known: adamw, embedding"),
         (["HEAD", "--operators", "rope", "--config", str(GPU)], "timed on the CPU; runtime.device is 'cuda' in "),
+        (["HEAD", "--operators", "rope", "--steps", "5"], "--steps is for whole runs, without --operators"),
+        (["HEAD", "--operators", "rope", "--seeds", "1"], "--seeds is for whole runs, without --operators"),
+        (["HEAD", "--size", "5m"], "--size is of --operators"),
         (["HEAD", "--steps", "0"], "argument --steps: expected a whole number from 1 to 999999, got '0'"),
     ],
 )

@@ -142,12 +142,12 @@ def test_an_output_that_is_closed_is_none():
 @pytest.mark.parametrize(
     ("main", "said"),
     [
-        ("lambda a: print('x' * 10**5)", "error: an output cannot be written: No space left on device"),
-        ("lambda a: print('x')", "error: an output cannot be written: No space left on device"),
+        ("lambda a: print('x' * 10**5)", "error: standard output cannot be written: No space left on device"),
+        ("lambda a: print('x')", "error: standard output cannot be written: No space left on device"),
         ("lambda a: (print('x'), CommandParser().parse_args(['--no']))", "unrecognized arguments: --no"),
         (
             "lambda a: CommandParser().parse_args(['--help'])",
-            "error: an output cannot be written: No space left on device",
+            "error: standard output cannot be written: No space left on device",
         ),
     ],
 )
@@ -160,6 +160,31 @@ def test_an_output_that_takes_no_more_is_one_line_and_2(main, said):
     [line] = child.stderr.splitlines()
     assert child.returncode == 2
     assert said in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_work_outlasts_an_output_that_takes_no_more(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from dsfast.command import run_command
+
+def main(argv):
+    print("x" * 10**5, flush=True)
+    print("y" * 10**5, flush=True)
+    Path("done").touch()
+
+sys.exit(run_command(main))
+"""
+    with open("/dev/full", "w") as full:
+        child = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    assert child.returncode == 2
+    assert child.stderr == (
+        "error: standard output cannot be written: No space left on device; what it did not take is lost, all else is done\n"
+    )
+    assert (tmp_path / "done").exists()
 
 
 def test_text_that_the_output_cannot_hold_is_written_as_escapes():

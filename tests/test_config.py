@@ -358,7 +358,6 @@ BROKEN_FILES = {
     "-Infinity": ('{"seed": -Infinity}', "-Infinity is not a JSON number"),
     "comma": ('{"seed": 1,}', "not valid JSON: .* at line 1, column"),
     "empty": ("", "not valid JSON: .* at line 1, column 1"),
-    "byte order mark": ("\ufeff{}", "not valid JSON"),
     "surrogate in a value": (r'{"name": "abc\ud800"}', r"half of a surrogate pair.*abc\\ud800"),
     "surrogate in a key": (r'{"\udfff": 1}', r"half of a surrogate pair.*\\udfff"),
     "surrogate in a list": (r'{"full": [{"aliases": ["\ud83d x"]}]}', r"half of a surrogate pair.*\\ud83d"),
@@ -378,6 +377,9 @@ class TestFiles:
                 read(path)
             assert str(caught.value).startswith(str(path))
             str(caught.value).encode()
+
+    def test_a_byte_order_mark_is_passed_over(self, tmp_path):
+        assert read_json(write(tmp_path, '\ufeff{"seed": 3}')) == {"seed": 3}
 
     def test_a_whole_surrogate_pair_is_a_character(self, tmp_path):
         assert read_json(write(tmp_path, r'["\ud83d\ude00"]')) == ["\U0001f600"]

@@ -137,7 +137,15 @@ class TestWhereItEnds:
                 assert outcomes[0] == outcomes[1]
                 ended += eos is not None and not isinstance(outcomes[0], str)
         assert ended
-        assert len(by_device(model, [[1]], 3)[0]) == 3  # the likeliest of NaN is the first, as torch.argmax has it
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_logits_that_are_not_finite_are_an_error_also_later_in_a_block(self, temperature):
+        model = random_model(tie_word_embeddings=False)
+        first = by_device(model, [[2, 4]], 4, temperature)[0]
+        model.embed_tokens.weight.data[first[0]] = torch.nan  # seen where it is read back
+        assert by_device(model, [[2, 4]], 1, temperature) == [first[:1]]
+        with pytest.raises(UserError, match="logits are not finite: there is no next token to choose"):
+            by_device(model, [[2, 4]], 4, temperature)
 
     def test_ids_outside_the_vocabulary(self):
         with pytest.raises(UserError, match=r"input_ids: expected 0 .. 60, got 61"):
@@ -292,7 +300,7 @@ class TestWhatAGraphForbids:
             "to", "unflatten", "split_with_sizes", "unsqueeze", "squeeze", "select", "view", "flatten", "detach",
             "view_as",
         }  # none casts  # fmt: skip
-        assert len([name for name in guard.seen if name.split("::")[1].split(".")[0] not in views]) == 13 * 2 + 9
+        assert len([name for name in guard.seen if name.split("::")[1].split(".")[0] not in views]) == 13 * 2 + 10
 
     @torch.inference_mode()
     def test_the_guard_would_notice(self):

@@ -55,6 +55,7 @@ GOOD = {"text": "Snow is", "answer": "white"}
         ("Snow", r"mine.json: full\[0\]: expected an object"),
         ({"text": "Snow is"}, r"mine.json: full\[0\].answer: expected a non-empty string, got nothing"),
         ({**GOOD, "answer": 7}, r"full\[0\].answer: expected a non-empty string, got 7"),
+        ({**GOOD, "answer": "..."}, r"full\[0\].answer: expected a word or a number, got \"\.\.\.\""),
         ({**GOOD, "text": " "}, r"full\[0\].text: expected a non-empty string"),
         ({**GOOD, "text": "Snow is "}, r"full\[0\].text: expected no spaces at either end"),
         ({**GOOD, "answers": "x"}, r"full\[0\].answers: unknown field; known: text, answer"),

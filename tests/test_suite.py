@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import sys
 from datetime import datetime
@@ -22,6 +24,7 @@ from dsfast.config import CONFIGS, default_config, load_config
 from dsfast.data import Prompt, load_prompts
 from dsfast.errors import GpuError, UserError
 from dsfast.evaluate.probes import judge
+from dsfast.files import os_errors_as
 from dsfast.ops import triton
 from dsfast.suite import __main__ as suite
 from dsfast.suite import phases
@@ -750,6 +753,24 @@ def test_an_exception_in_a_phase_is_reported_and_ends_the_test(tmp_path, monkeyp
     assert "in broken" in error["stack_trace"]
     assert error["configuration"]["train"]["steps"] == 2
     assert "cpu: training: ZeroDivisionError: a defect" in results["verdict"]["failed"]
+
+
+def test_a_file_that_cannot_be_written_ends_with_2_after_the_results_are_written(tmp_path, monkeypatch):
+    def full(session):
+        with os_errors_as("step-000200: cannot be written"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(phases.PHASES, "training", full)
+    changes = {"model.max_position_embeddings": 128, "train.steps": 2}
+    arguments = ["--config", str(write_text_run(tmp_path, **changes)), "--output-dir", str(tmp_path / "out")]
+    line = r"^step-000200: cannot be written: No space left on device; what was found until then is in .*\.json$"
+    with pytest.raises(UserError, match=line):
+        suite.main(arguments)
+    [path] = (tmp_path / "out").glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    [phase] = [phase for phase in found["tests"]["cpu"]["phases"] if phase["status"] == "error"]
+    assert phase["file_failed"] == "step-000200: cannot be written: No space left on device"
+    assert found["verdict"]["status"] != "passed"
 
 
 GPU_FAILURES = [

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import pytest
 import torch
 from operator_cases import needs_native
 from tiny import VOCABULARY, tiny_config, tiny_dataset, write_text_run
+from tokenizers import Tokenizer, models
 
 from dsfast import ops
 from dsfast.command import run_command
 from dsfast.config import load_config
-from dsfast.data import PackedRows
+from dsfast.data import PackedRows, train_tokenizer
+from dsfast.data.tokenizer import tokenizer_hash
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.ops import native
@@ -267,6 +270,50 @@ def test_a_model_of_ones_own_is_trained_on(tmp_path):
     assert not same(saved.state_dict(), before)
     with pytest.raises(AttributeError):
         trainer.model = DeepseekV3(tiny_config().model)
+
+
+def test_a_model_is_trained_on_with_its_own_tokenizer(tmp_path, monkeypatch):
+    """Another text's would give other words the same numbers."""
+    monkeypatch.setenv("DSFAST_CACHE", str(tmp_path / "cache"))
+    config = load_config(write_text_run(tmp_path, **{"train.steps": 20}))
+    Trainer(config, tmp_path / "run").train(quiet=True)
+    model, tokenizer, _ = load_checkpoint(tmp_path / "run")
+    text = tmp_path / "text.txt"
+    text.write_text("jig hag bad cafe " * 300 + "\n\n" + text.read_text(encoding="utf-8"), encoding="utf-8")
+    on = Trainer(config, model=model, tokenizer=tokenizer)
+    begin = on.dataset.rows.stream[:9].tolist()
+    assert tokenizer.decode(begin).strip().startswith("jig hag")
+    assert tokenizer_hash(on.dataset.tokenizer) == tokenizer_hash(tokenizer)
+    other = Trainer(config, model=model)
+    assert not tokenizer.decode(other.dataset.rows.stream[:9].tolist()).strip().startswith("jig hag")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tokenizer: None, None),
+        (lambda tokenizer: "tokenizer.json", "expected a tokenizers.Tokenizer, got str$"),
+        (
+            lambda tokenizer: Tokenizer(models.BPE()),
+            r"expected <\|bos\|>, <\|eos\|>, <\|pad\|> as its first tokens, .* got \(None, ",
+        ),
+        (lambda tokenizer: tokenizer.add_tokens(["one more"]) and tokenizer, "expected at most 300 tokens .* got 301$"),
+    ],
+)
+def test_a_tokenizer_that_the_model_does_not_know_is_refused(change, message, tmp_path):
+    texts = [" ".join(f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst") for _ in range(3)]
+    config = tiny_config(**{"model.vocab_size": 300})
+    tokenizer = change(train_tokenizer(texts, 300))
+    with nullcontext() if message is None else pytest.raises(UserError, match=f"^tokenizer: {message}"):
+        Trainer(config, tokenizer=tokenizer)
+
+
+def test_a_model_that_no_memory_here_can_hold_is_one_line():
+    """Not an allocation that succeeds, and a process that is killed when it uses it."""
+    config = tiny_config(**{"model.n_routed_experts": 2**16, "model.moe_intermediate_size": 2**16})
+    line = r"^model: [\d,]+ parameters and \d+ positions take at least [\d.,]+ GB to train; this machine has [\d.,]+$"
+    with pytest.raises(UserError, match=line):
+        Trainer(config)
 
 
 def test_a_wrapped_module_is_trained_too():

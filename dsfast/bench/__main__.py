@@ -140,10 +140,10 @@ def _add_whole_runs(command: Callable[..., CommandParser]) -> None:
     )
     against.add_argument("revision", metavar="REVISION", nargs="?", default="HEAD", help="default: HEAD")
     against.add_argument("--operators", metavar="OP,...", type=_names, help="of a run these operators alone, or all")
-    against.add_argument("--size", choices=cases.SIZE_NAMES, default="500k", help="theirs (default: 500k)")
+    against.add_argument("--size", choices=cases.SIZE_NAMES, help="theirs (default: 500k)")
     against.add_path("--config", metavar="FILE", help="the run, of both (default: each tree's own of the 500K model)")
     against.add_argument("--steps", metavar="N", type=_positive, help="default: train.steps")
-    against.add_argument("--seeds", metavar="N", type=_positive, default=1, help="seeds 0 .. N - 1 (default 1)")
+    against.add_argument("--seeds", metavar="N", type=_positive, help="seeds 0 .. N - 1 (default 1)")
 
 
 def _add_gpu(commands) -> None:
@@ -258,7 +258,10 @@ def _learning(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
 
 
 def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
-    asked = arguments.operators
+    asked, size, seeds = arguments.operators, arguments.size or "500k", arguments.seeds or 1
+    for name in ("steps", "seeds") if asked else ("size",):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is {'for whole runs, without' if asked else 'of'} --operators")
     names = cases.operators([] if asked == ["all"] else asked) if asked else []
     commit, config = resolve(arguments.revision), _config(arguments)
     changes = {"train.steps": arguments.steps or config.train.steps}
@@ -273,14 +276,14 @@ def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     own = Path("configs") / "deepseek_v3_test_run_cpu.json"
     configs = {side: Path(arguments.config or tree / own).absolute() for side, tree in trees.items()}
     settings = {
-        "revision": arguments.revision, "commit": commit, "seeds": arguments.seeds, "changes": changes,
+        "revision": arguments.revision, "commit": commit, "seeds": seeds, "changes": changes,
         "configs": {side: read_json(path) for side, path in configs.items()},
     }  # fmt: skip
     if names:
-        settings |= {"operators": names, "size": arguments.size}
-        found = run_operators(trees, configs, names, arguments.size, reporter.progress)
+        settings |= {"operators": names, "size": size}
+        found = run_operators(trees, configs, names, size, reporter.progress)
     else:
-        found = run_against(trees, configs, changes, range(arguments.seeds), reporter.progress)
+        found = run_against(trees, configs, changes, range(seeds), reporter.progress)
     return settings, found | {"wrong": wrong_numbers(config, found, reporter.progress)}
 
 

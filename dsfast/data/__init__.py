@@ -5,7 +5,7 @@ from dsfast.data.dataset import Dataset, build_dataset
 from dsfast.data.facts import Fact, heldout_prompts, load_facts, taught_facts, taught_prompts
 from dsfast.data.packing import Batch, PackedRows
 from dsfast.data.prompts import Prompt, PromptSets, load_prompts
-from dsfast.data.tokenizer import load_tokenizer, reading_no_special_tokens, train_tokenizer
+from dsfast.data.tokenizer import check_tokenizer, load_tokenizer, reading_no_special_tokens, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -15,6 +15,7 @@ __all__ = [
     "Prompt",
     "PromptSets",
     "build_dataset",
+    "check_tokenizer",
     "heldout_prompts",
     "load_facts",
     "load_prompts",

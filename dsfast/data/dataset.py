@@ -25,21 +25,21 @@ class Dataset:
     taught: list[Fact]
 
 
-def build_dataset(data: DataConfig, vocab_size: int, seed: int) -> Dataset:
-    """Read or write the articles, train the tokenizer (or find it in the cache), and pack the rows.
+def build_dataset(data: DataConfig, vocab_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Dataset:
+    """Read or write the articles, train a tokenizer of `vocab_size` (or find it in the cache) where none is given, pack the rows.
 
     `data.facts` and `data.boost` are about the encyclopedia; a user's own text is taken as it is. Deterministic in
     the arguments and, for a user's source, its content. Raises UserError for bad input.
     """
+    taught = []
     if data.source == ENCYCLOPEDIA:
         facts = load_facts()
         taught = taught_facts(facts, data.facts)
         texts = [article.text for article in write_articles(taught, data.max_articles, dict(data.boost), seed)]
-        tokenizer = load_tokenizer(vocabulary_texts(facts), vocab_size)
+        tokenizer = tokenizer or load_tokenizer(vocabulary_texts(facts), vocab_size)
     else:
-        taught = []
         texts = read_texts(data.source, data.max_articles)
-        tokenizer = load_tokenizer(texts, vocab_size)
+        tokenizer = tokenizer or load_tokenizer(texts, vocab_size)
     rows = pack(texts, tokenizer, data.sequence_length, seed)
     return Dataset(tokenizer, rows, _manifest(data, seed, texts, taught, tokenizer, rows), taught)
 

@@ -57,15 +57,15 @@ def without_repeats(texts: Iterable[str]) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[str]:
     """Texts as they stand in the source."""
     if path.is_dir():
-        yield from (_read_text(file) for file in sorted(path.iterdir()) if file.match("*.txt"))
+        yield from (_read_text(file) for file in sorted(path.iterdir()) if file.match("*.txt") and file.is_file())
     elif path.suffix == ".txt" and path.is_file():
         yield from re.split(r"\n\s*\n", _read_text(path))
     elif path.suffix == ".jsonl" and path.is_file():
         yield from _read_jsonl(path)
     else:
         raise UserError(
-            f"data.source: expected '{ENCYCLOPEDIA}', an existing .txt or .jsonl file, "
-            f"or a folder of .txt files, got '{path}'"
+            f"data.source: expected '{ENCYCLOPEDIA}', an existing .txt or .jsonl file, or a folder of .txt files (by its whole"
+            f" name, or as seen from {Path.cwd()}), got '{path}'"
         )
 
 

@@ -61,6 +61,22 @@ def load_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError unless `tokenizer` is one that `train_tokenizer` could have made: with the specials where dsfast looks for
+    them, and no token that a model of `vocab_size` does not know."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
+    found = tuple(tokenizer.id_to_token(number) for number in range(len(SPECIAL_TOKENS)))
+    if found != SPECIAL_TOKENS:
+        raise UserError(
+            f"tokenizer: expected {', '.join(SPECIAL_TOKENS)} as its first tokens, as dsfast trains them, got {found}"
+        )
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"tokenizer: expected at most {vocab_size} tokens (model.vocab_size), got {tokenizer.get_vocab_size()}"
+        )
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's JSON form."""
     return _sha256(tokenizer.to_str())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from dsfast.command import CommandParser, run_command
@@ -14,7 +15,8 @@ from dsfast.evaluate.probes import ask, check_lengths
 from dsfast.evaluate.recall import as_json, check_taught, measure_taught
 from dsfast.files import check_output_file, os_errors_as, write_json
 from dsfast.train import load_checkpoint
-from dsfast.train.checkpoint import is_checkpoint
+from dsfast.train.checkpoint import checkpoints, is_checkpoint
+from dsfast.train.run_folder import RUN_FILES
 from dsfast.train.runtime import answering
 
 
@@ -23,8 +25,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     path = check_output_file(arguments.json, "--json") if arguments.json else None
-    if path is not None and is_checkpoint(path.parent):
-        raise UserError(f"--json {path}: expected a file that is not in a checkpoint")
+    if path is not None:
+        _check_not_a_runs_own(path, arguments.prompts)
     model, tokenizer, config = load_checkpoint(arguments.checkpoint)
     asked = [*prompts.fast, *prompts.full]
     check_lengths(tokenizer, asked, config.model.max_position_embeddings)
@@ -45,6 +47,16 @@ def main(argv: list[str]) -> int:
         with os_errors_as(f"--json {path}: cannot be written"):
             write_json(path, result)
     return 0
+
+
+def _check_not_a_runs_own(path: Path, prompts: str | None) -> None:
+    """Raise UserError where the results would take the place of what was read, or of what a run has written."""
+    if is_checkpoint(path.parent):
+        raise UserError(f"--json {path}: expected a file that is not in a checkpoint")
+    if path.name in RUN_FILES and checkpoints(path.parent):
+        raise UserError(f"--json {path}: expected another file than the run's own")
+    if prompts is not None and path.exists() and path.samefile(prompts):
+        raise UserError(f"--json {path}: expected another file than the prompts")
 
 
 def _parser() -> CommandParser:

@@ -14,7 +14,7 @@ from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
 from dsfast.model.deepseek_v3 import DeepseekV3
 
-NOT_FINITE = "the model's logits are not finite: there is nothing to sample from"
+NOT_FINITE = "the model's logits are not finite: there is no next token to choose"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def next_logits(model: DeepseekV3, cache: LatentCache, chosen: Tensor) -> Tensor
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens [B], whether [B] there was something to sample from) by logits [B, V] and uniform numbers [B], float64.
+    """(tokens [B], what all tokens weigh together [B], not finite where logits are not) by logits [B, V] and uniform numbers [B],
+    float64.
 
     The first token whose probability, added to those before it, exceeds the uniform number.
     """
@@ -63,7 +64,7 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     reached = (below_best / temperature).exp().cumsum(-1)
     total = reached[:, -1:]
     chosen = (reached <= uniform[:, None] * total).sum(-1).clamp(max=logits.size(-1) - 1)
-    return chosen, total.isfinite().squeeze(1)
+    return chosen, total.squeeze(1)
 
 
 class OperatorDecoder:
@@ -71,7 +72,7 @@ class OperatorDecoder:
 
     `start` fills the cache with the prompts, each `step` appends `chosen` [B], the tokens chosen last. Both return the next
     choice, made from `logits` [B, V]: with temperature 0 the likeliest token, the lowest of equals; above, as `sample` does,
-    with one uniform number drawn for each sequence at each step. They raise UserError where there is nothing to sample from.
+    with one uniform number drawn for each sequence at each step. They raise UserError where logits are not finite.
     A sequence that has filled its `capacity` overwrites its last place.
     """
 
@@ -89,10 +90,10 @@ class OperatorDecoder:
     def _choose(self, logits: Tensor) -> list[int]:
         self.logits = logits
         if self._temperature == 0:
-            self.chosen = logits.argmax(-1)
+            weight, self.chosen = logits.max(-1)
         else:
             uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=self._generator)
-            self.chosen, finite = sample(logits, self._temperature, uniform)
-            if not finite.all():
-                raise UserError(NOT_FINITE)
+            self.chosen, weight = sample(logits, self._temperature, uniform)
+        if not weight.isfinite().all():
+            raise UserError(NOT_FINITE)
         return self.chosen.tolist()

@@ -25,14 +25,15 @@ BLOCK = 16
 LEAST_PLACES = 256
 """The smallest cache, in tokens, or the whole context where that is shorter: answers of different lengths share one recording."""
 NOTHING = -1
-"""What is said in place of a token where there is nothing to sample from."""
+"""What is said in place of a token where there is none to choose."""
 
 
 class DecodeStep:
     """One token more for each of `batch` sequences of `model`, chosen as OperatorDecoder does.
 
     A call takes the tokens `chosen` [B] last and the uniform numbers at `place` of `uniforms` [BLOCK, B], and leaves its choice
-    in `chosen` and at `place` of `tokens` [BLOCK, B], there NOTHING where it has none; `place` [1] moves on.
+    in `chosen` and at `place` of `tokens` [BLOCK, B]; `place` [1] moves on. There `weights` [BLOCK, B] is what it was chosen by:
+    the largest logit, or what all tokens weigh together; not finite where logits are not.
     """
 
     name = "decode_step"
@@ -44,6 +45,9 @@ class DecodeStep:
         self.chosen = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.tokens = torch.zeros(BLOCK, batch, dtype=torch.int64, device=weight.device)
         self.uniforms = torch.zeros(BLOCK, batch, dtype=torch.float64, device=weight.device)
+        self.largest = torch.zeros(batch, dtype=weight.dtype, device=weight.device)
+        wide = torch.float64 if temperature > 0 else weight.dtype
+        self.weights = torch.zeros(BLOCK, batch, dtype=wide, device=weight.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.user: object = None
         """Whoever began last: the memory is one generation's at a time."""
@@ -64,22 +68,22 @@ class DecodeStep:
                 uniform.uniform_(generator=generator)
 
     def read(self, count: int) -> list[list[int]]:
-        """What the last `count` choices were; waits for them."""
-        return self.tokens[:count].tolist()
+        """What the last `count` choices were, NOTHING where there was none; waits for them."""
+        return self.tokens[:count].masked_fill(~self.weights[:count].isfinite(), NOTHING).tolist()
 
     def state(self) -> list[Tensor]:
         """But for the cache: nothing is read there that was not written after `lengths` said so."""
-        return [self.cache.lengths, self.chosen, self.tokens, self.place]
+        return [self.cache.lengths, self.chosen, self.largest, self.tokens, self.weights, self.place]
 
     def _choose(self, logits: Tensor) -> None:
         if self.temperature == 0:
-            said = torch.argmax(logits, -1, out=self.chosen)
+            weight, _ = torch.max(logits, -1, out=(self.largest, self.chosen))
         else:
             uniform = self.uniforms.index_select(0, self.place).squeeze(0)
-            chosen, finite = sample(logits, self.temperature, uniform)
+            chosen, weight = sample(logits, self.temperature, uniform)
             self.chosen.copy_(chosen)
-            said = chosen.masked_fill(~finite, NOTHING)
-        self.tokens.index_copy_(0, self.place, said[None])
+        self.tokens.index_copy_(0, self.place, self.chosen[None])
+        self.weights.index_copy_(0, self.place, weight[None])
         self.place.add_(1)
 
 

@@ -32,8 +32,10 @@ def generate(
 
     Temperature 0 takes the likeliest token; above 0 it samples, repeatably by `seed`.
     Raises UserError for a prompt longer than the context or not encodable as UTF-8, max_new_tokens < 1, a negative
-    temperature or a seed outside 0 .. 2**63 - 1.
+    temperature, a seed outside 0 .. 2**63 - 1, and a model whose logits are not finite.
     """
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}")
     _check_text(prompt)
     ids = [special_id(tokenizer, BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
     [new] = generate_ids(model, [ids], max_new_tokens, temperature, seed, special_id(tokenizer, EOS))
@@ -120,6 +122,8 @@ def _check_text(prompt: str) -> None:
 
 
 def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
+    if not isinstance(model, DeepseekV3):
+        raise UserError(f"model: expected a DeepseekV3, got {type(model).__name__}")
     limit = model.config.max_position_embeddings
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")

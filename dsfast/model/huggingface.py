@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsfast.config import load_config
 from dsfast.errors import UserError
-from dsfast.files import os_errors_as, write_json
+from dsfast.files import os_errors_as, write_json, write_text
 from dsfast.huggingface_config import FIXED
 from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
@@ -190,7 +190,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, bos_id: int, context: i
     """The tokenizer, set to put <|bos|> before every text, as `generate` does."""
     own = Tokenizer.from_str(tokenizer.to_str())
     own.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos_id)])
-    own.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", own.to_str(pretty=True))  # not `save`, whose errors are bare exceptions
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

@@ -19,7 +19,7 @@ from dsfast import info
 from dsfast.command import CommandParser, run_command
 from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
-from dsfast.errors import GpuError, UserError
+from dsfast.errors import FileError, GpuError, UserError
 from dsfast.files import check_output_folder, os_errors_as
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.phases import (
@@ -30,7 +30,7 @@ from dsfast.suite.phases import (
     compare,
     fast_plan,
     full_plan,
-    gpu_failure,
+    line_of,
     run_test,
     set_up,
     skipped_test,
@@ -45,8 +45,8 @@ TITLES = {"cpu": "Test 1: fast CPU training", "gpu": "Test 2: fast GPU training"
 
 
 def main(argv: list[str]) -> int:
-    """Run the suite; 0 passed, 1 failed. Raises UserError where it cannot run, before anything is trained, and GpuError after the
-    results are written where a GPU failed."""
+    """Run the suite; 0 passed, 1 failed. Raises UserError where it cannot run, before anything is trained; and after the results
+    are written FileError where another file could not be, as on a full disk, and GpuError where a GPU failed."""
     arguments = _parser().parse_args(argv)
     prompts = load_prompts(arguments.prompts)
     configs, skipped = choose_configs(arguments)
@@ -70,8 +70,9 @@ def main(argv: list[str]) -> int:
         path = write_results(folder, results, now)
     finally:
         reporter.summary(results, path)
-    if failure := next(filter(None, map(gpu_failure, results["tests"].values())), None):
-        raise GpuError(f"{failure}; what was found until then is in {path}")
+    for kind, error in (("gpu_failed", GpuError), ("file_failed", FileError)):
+        if line := next(filter(None, (line_of(test, kind) for test in results["tests"].values())), None):
+            raise error(f"{line}; what was found until then is in {path}")
     return 0 if results["verdict"]["passed"] else 1
 
 
@@ -158,7 +159,7 @@ def run(
     tests = {name: skipped_test(TITLES[name], reason) for name, reason in skipped.items()}
     checks, errors = [], []
     for plan in plans:
-        if plan.device == "gpu" and any(map(gpu_failure, tests.values())):
+        if plan.device == "gpu" and any(line_of(test, "gpu_failed") for test in tests.values()):
             tests[plan.name] = skipped_test(plan.title, "the GPU failed in the test before")
             continue
         tests[plan.name], found, wrong = run_test(plan, folder, reporter)

@@ -23,7 +23,7 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
-from dsfast.errors import GpuError
+from dsfast.errors import FileError, GpuError
 from dsfast.evaluate import ProbeResult, ask, check_lengths, check_taught, measure_taught
 from dsfast.evaluate.recall import as_json
 from dsfast.model import DeepseekV3, parameter_counts
@@ -253,7 +253,7 @@ def run_test(plan: Plan, folder: Path, reporter: Reporter) -> tuple[dict[str, An
 def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[dict[str, Any], list[Check]]:
     """Time one phase and hold it to its limits; an exception makes its status "error".
 
-    gpu_failed is in the phase of a GPU that failed: the one line that says so.
+    gpu_failed is in the phase of a GPU that failed, file_failed in that of a file that cannot be read or written: one line each.
     """
     start = time.perf_counter()
     try:
@@ -263,6 +263,8 @@ def run_phase(name: str, function: Callable[[], Details], test: str) -> tuple[di
         phase = {"name": name, "status": "error", "seconds": time.perf_counter() - start}
         if isinstance(error, GpuError):
             phase["gpu_failed"] = str(error)
+        elif isinstance(error, FileError):
+            phase["file_failed"] = str(error)
         return {**phase, "reason": f"{type(error).__name__}: {error}", "stack_trace": traceback.format_exc()}, []
     seconds = time.perf_counter() - start
     checks = judge_phase(test, name, details)
@@ -288,9 +290,9 @@ def _test_entry(plan: Plan, status: str, phases: list[dict[str, Any]]) -> dict[s
     }
 
 
-def gpu_failure(test: dict[str, Any]) -> str | None:
-    """The line that says how the GPU failed in a test's entry; None where it did not."""
-    return next((phase["gpu_failed"] for phase in test["phases"] if "gpu_failed" in phase), None)
+def line_of(test: dict[str, Any], kind: str) -> str | None:
+    """The line `kind`, "gpu_failed" or "file_failed", of a test's entry; None where it has none."""
+    return next((phase[kind] for phase in test["phases"] if kind in phase), None)
 
 
 def skipped_test(title: str, reason: str) -> dict[str, Any]:

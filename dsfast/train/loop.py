@@ -11,11 +11,12 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from dsfast import ops
 from dsfast.config import Config
-from dsfast.data import Batch, Dataset, build_dataset
+from dsfast.data import Batch, Dataset, build_dataset, check_tokenizer
 from dsfast.errors import Interrupted, UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.model.gpu import gpu_errors_while
@@ -77,10 +78,12 @@ class Trainer:
     """Trains `DeepseekV3(config.model)`, whose initial weights follow from config.seed alone, or a `model` of one's own.
 
     model: a DeepseekV3 of config.model in float32, trained on from its weights; it moves to the config's device.
+    tokenizer: what makes the text's tokens, as a model that is trained on knows them; None trains one on the text.
     output_dir: where train() writes config.json, metrics.jsonl and checkpoints; None writes nothing.
     dataset: in place of the config's; that one is built when it is first needed, so `step` alone needs no data.
     Sets torch's thread count for the process; its steps run with the kernels that config.runtime names.
-    Raises UserError for a device or a kernel that is not there, and for another model than the config's.
+    Raises UserError for a device or a kernel that is not there, for another model than the config's or a tokenizer with other
+    tokens, and for a model that this machine's memory cannot hold.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Trainer:
         output_dir: str | Path | None = None,
         dataset: Dataset | None = None,
         model: DeepseekV3 | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         if not isinstance(config, Config):
             raise UserError(f"config: expected a Config, as load_config returns, got {type(config).__name__}")
@@ -96,6 +100,9 @@ class Trainer:
             _check_model(model, config)
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
+        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, config.model.vocab_size)
         if dataset is not None:
             self.dataset = dataset
         self.steps_done = 0
@@ -119,7 +126,7 @@ class Trainer:
 
     @cached_property
     def dataset(self) -> Dataset:
-        return build_dataset(self.config.data, self.config.model.vocab_size, self.config.seed)
+        return build_dataset(self.config.data, self.config.model.vocab_size, self.config.seed, self._tokenizer)
 
     def train(self, resume: str | Path | None = None, quiet: bool = False) -> TrainResult:
         """Train up to config.train.steps; `resume` names a checkpoint, or a run folder whose newest one is continued.
@@ -135,7 +142,10 @@ class Trainer:
             with gpu_errors(self):
                 self._resume(resumed)
         if self.steps_done >= train.steps:
-            raise UserError(f"train.steps: expected more than the {self.steps_done} done already, got {train.steps}")
+            where = f"{resumed}: " if resumed else ""
+            raise UserError(
+                f"{where}train.steps: expected more than the {self.steps_done} done already, got {train.steps}"
+            )
         rows.batch(self.steps_done, train.batch_size)  # too little data is noticed before anything is written
         folder = nullcontext()
         if self.output_dir is not None:
@@ -155,6 +165,9 @@ class Trainer:
 
         input_ids, labels [B, T] int64, labels as in DeepseekV3.loss. Counts as a step of the schedule. UserError without a token.
         """
+        for name, given in (("input_ids", input_ids), ("labels", labels)):
+            if not isinstance(given, Tensor):
+                raise UserError(f"{name}: expected a tensor [B, T] of int64, got {type(given).__name__}")
         if not input_ids.numel():
             raise UserError(f"input_ids: expected at least one token, got {list(input_ids.shape)}")
         return self.train_batch(Batch(input_ids, labels, None, None)).loss

@@ -14,7 +14,9 @@ from dsfast.errors import UserError
 from dsfast.files import for_one_run, os_errors_as, write_json
 from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest
 
-METRICS = "metrics.jsonl"
+METRICS, CONFIG = "metrics.jsonl", "config.json"
+RUN_FILES = (METRICS, CONFIG)
+"""What a run writes beside its checkpoints."""
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def _begin(folder: Path, config: Config, step: int, resumed: Path | None) -> Non
                 f"{folder}: holds {later[-1]}, later than step {step} to resume from; "
                 f"expected another output folder, or later checkpoints removed"
             )
-        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / CONFIG, config.to_dict())
 
 
 def check_same_run(checkpoint: Path, config: Config, data_manifest: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ How steps are carried out on each device is in dsfast.train.steps; the kernels' 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def prepare(config: Config) -> torch.device:
     """Apply config.runtime to the process; returns the device. Raises UserError for what is not there."""
     runtime = config.runtime
+    _check_memory(config)
     if runtime.device == "cuda":
         with gpu.gpu_errors_while("being asked what it can do"):
             _check_gpu(config)
@@ -73,6 +75,19 @@ def answering(model: DeepseekV3, config: Config, asked: str | None) -> Iterator[
         model.to(device)
     with ops.configured(kernels, device):
         yield
+
+
+def _check_memory(config: Config) -> None:
+    """Raise UserError where the weights, and on a CPU their gradients and a moment, cannot fit: a process that asks for more
+    memory than there is may get it, and be killed when it is used."""
+    model, copies = config.model, 3 if config.runtime.device == "cpu" else 1
+    needed = 4 * (copies * model.matrix_elements + model.max_position_embeddings * model.qk_rope_head_dim)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"model: {model.matrix_elements:,} parameters and {model.max_position_embeddings:,} positions take at least"
+            f" {needed / 1e9:,.1f} GB to train; this machine has {there / 1e9:,.1f}"
+        )
 
 
 def _check_gpu(config: Config) -> None:
