@@ -170,6 +170,16 @@ def test_export_refuses_scores_that_transformers_would_make_otherwise(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_export_refuses_groups_of_one_expert(tmp_path, tokenizer):
+    sizes = {"n_routed_experts": 4, "n_group": 4, "topk_group": 2}
+    with pytest.raises(
+        UserError, match=r"adds the two best scores of a group, .* 4 each has one \(model.n_group\); it cannot be"
+    ):
+        export_huggingface(random_model(**sizes), tokenizer, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    export_huggingface(random_model(**sizes, first_k_dense_replace=2), tokenizer, tmp_path / "model")
+
+
 def test_export_fills_an_empty_folder(tmp_path, tokenizer):
     export_huggingface(random_model(), tokenizer, tmp_path)
     assert (tmp_path / "model.safetensors").exists()

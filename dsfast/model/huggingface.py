@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from dsfast.config import load_config
+from dsfast.config import ModelConfig, load_config
 from dsfast.errors import UserError
 from dsfast.files import os_errors_as, write_json, write_text
 from dsfast.huggingface_config import FIXED
@@ -39,13 +39,10 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
     The folder appears whole or not at all. Raises UserError if `out_dir` is not new or empty, or cannot be written, and for a
-    model whose routers' scores are not sigmoids: transformers would load it and compute something else.
+    model that transformers would load and compute something else with, or nothing.
     """
-    if model.config.scoring_func != "sigmoid":
-        raise UserError(
-            f"{out_dir}: transformers' DeepseekV3ForCausalLM makes the routers' scores by sigmoid only, this model by "
-            f"{model.config.scoring_func} (model.scoring_func); it cannot be exported"
-        )
+    if reason := _why_not_exported(model.config):
+        raise UserError(f"{out_dir}: transformers' DeepseekV3ForCausalLM {reason}; it cannot be exported")
     with os_errors_as(f"{out_dir}: cannot be written", RuntimeError):  # a loop of links, a working folder that is gone
         out, here = Path(out_dir).resolve(), Path.cwd()
     if out in (here, Path(out.anchor)):
@@ -66,6 +63,15 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
             os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _why_not_exported(config: ModelConfig) -> str:
+    """What transformers' model does otherwise than one of `config`, or ""."""
+    if config.scoring_func != "sigmoid":
+        return f"makes the routers' scores by sigmoid only, this model by {config.scoring_func} (model.scoring_func)"
+    if config.first_k_dense_replace < config.num_hidden_layers and config.n_routed_experts == config.n_group:
+        return f"adds the two best scores of a group, of this model's {config.n_group} each has one (model.n_group)"
+    return ""
 
 
 def import_huggingface(folder: str | Path) -> DeepseekV3:
