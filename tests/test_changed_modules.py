@@ -167,11 +167,13 @@ def test_an_adapter_gives_the_tokens_of_the_merged_weights():
     assert found != generate_ids(random_model(), [[3, 4, 5], [6]], max_new_tokens=12)
 
 
-def test_keys_and_values_with_a_bias_cannot_be_decoded():
+@pytest.mark.parametrize("bias", [False, True])
+def test_keys_and_values_that_are_not_linear_cannot_be_decoded(bias):
     model = random_model()
     attention = model.layers[0].self_attn
-    attention.kv_b_proj = nn.Linear(attention.kv_b_proj.in_features, attention.kv_b_proj.out_features)
-    with pytest.raises(UserError, match=r"^kv_b_proj: .*expected a linear module without bias$"):
+    added = nn.Linear(attention.kv_b_proj.out_features, attention.kv_b_proj.out_features) if bias else nn.Tanh()
+    attention.kv_b_proj = nn.Sequential(attention.kv_b_proj, added)
+    with pytest.raises(UserError, match=r"^kv_b_proj: .* must be linear, without a bias$"):
         generate_ids(model, [[3, 4, 5]], max_new_tokens=3)
 
 

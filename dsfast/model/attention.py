@@ -71,14 +71,13 @@ class MultiHeadLatentAttention(nn.Module):
         return queries.unflatten(-1, (self.heads, -1))
 
     def _absorbed(self, latent: Tensor) -> Tensor:
-        """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]. A module in its place has to be linear: it is asked for what it makes
-        of unit vectors like `latent` [N, R]. Raises UserError where it has a bias."""
+        """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]: its weight, or what a module in its place makes of unit vectors. Raises
+        UserError where that says not what it makes of `latent` [N, R]."""
         proj = self.kv_b_proj
         if is_plain(proj):
             return proj.weight.unflatten(0, (self.heads, -1))
-        if getattr(proj, "bias", None) is not None:
-            raise UserError(
-                "kv_b_proj: decoding takes what it multiplies by alone; expected a linear module without bias"
-            )
-        units = torch.eye(latent.size(1), dtype=latent.dtype, device=latent.device)
-        return proj(units).T.contiguous().unflatten(0, (self.heads, -1))
+        weight = proj(torch.eye(latent.size(1), dtype=latent.dtype, device=latent.device)).T.contiguous()
+        expected = proj(latent)
+        if (latent @ weight.T - expected).norm() > torch.finfo(latent.dtype).eps ** 0.5 * expected.norm():
+            raise UserError("kv_b_proj: decoding multiplies by it, so what replaces it must be linear, without a bias")
+        return weight.unflatten(0, (self.heads, -1))
