@@ -190,6 +190,31 @@ def test_what_takes_a_weight_does_not_stand_for_a_module_with_hooks(register):
         assert is_plain(module)
 
 
+@pytest.mark.parametrize(
+    ("at_once", "passed_by"),
+    [
+        (
+            "projects_at_once",
+            ["self_attn", *(f"self_attn.{x}" for x in ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))],
+        ),
+        ("projects_at_once", ["input_layernorm"]),
+        ("outputs_at_once", ["self_attn.o_proj", "post_attention_layernorm"]),
+    ],
+)
+def test_a_launch_for_several_modules_is_not_asked_for_where_one_has_hooks(at_once, passed_by, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, at_once, lambda *_: bool(asked.append(at_once)))
+    model = random_model(num_hidden_layers=1)
+    model(torch.tensor([[1, 2]]))
+    assert asked == [at_once]
+    for name in passed_by:
+        asked.clear()
+        handle = model.layers[0].get_submodule(name).register_forward_hook(lambda *_: None)
+        model(torch.tensor([[1, 2]]))
+        assert not asked, name
+        handle.remove()
+
+
 def test_what_takes_a_weight_stands_for_nothing_else():
     assert not is_plain(nn.Linear(2, 3))
     assert not is_plain(nn.RMSNorm(2))

@@ -71,8 +71,10 @@ class MultiHeadLatentAttention(nn.Module):
         return queries.unflatten(-1, (self.heads, -1))
 
     def _absorbed(self, latent: Tensor) -> Tensor:
-        """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]: its weight, or what a module in its place makes of unit vectors. Raises
-        UserError where that says not what it makes of `latent` [N, R]."""
+        """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]: its weight, or what a module in its place makes of unit vectors.
+
+        Raises UserError where that does not tell what it makes of `latent` [N, R].
+        """
         proj = self.kv_b_proj
         if is_plain(proj):
             return proj.weight.unflatten(0, (self.heads, -1))

@@ -12,9 +12,11 @@ from dsfast import ops
 from dsfast.config import ModelConfig
 from dsfast.model.attention import MultiHeadLatentAttention
 from dsfast.model.cache import LatentCache
-from dsfast.model.layers import RMSNorm, StreamNorm, is_plain
+from dsfast.model.layers import RMSNorm, StreamNorm, is_plain, is_unchanged
 from dsfast.model.moe import DeepseekMoE, SwiGLU
 from dsfast.model.rope import Tables
+
+_ATTENTION = frozenset({MultiHeadLatentAttention})
 
 
 class DecoderLayer(nn.Module):
@@ -59,7 +61,7 @@ class DecoderLayer(nn.Module):
 
     def _projects_at_once(self, delta: Tensor, rope: Tables) -> bool:
         attn = self.self_attn
-        if type(attn) is not MultiHeadLatentAttention or not hasattr(attn, "q_proj"):
+        if not is_unchanged(attn, _ATTENTION) or not hasattr(attn, "q_proj"):
             return False
         own = attn.q_proj, attn.kv_a_proj_with_mqa, attn.kv_a_layernorm, attn.kv_b_proj, self.input_layernorm
         return all(map(is_plain, own)) and ops.projects_at_once(
