@@ -109,7 +109,7 @@ class HeadWeight {
   // To be filled; with_grads: as a second factor, too.
   HeadWeight(const float* numbers, int64_t V, int64_t R, bool with_grads, Carver& c) : numbers(numbers), V(V), R(R) {
     if (!narrow()) return;
-    if (PER_TERM<BuildTerm> > 1) terms = c.of<BuildTerm>(V * terms_of<BuildTerm>(R));
+    if (PER_TERM<BuildTerm> > 1) terms = c.of<BuildTerm>(packed_a_size(V, R));
     if (with_grads) packed = c.of<BuildTerm>(chunks() * packed_size<BuildTerm>(R, NARROW));
   }
   void fill(int threads) const;

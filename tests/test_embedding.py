@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 import torch.utils.checkpoint
 from operator_cases import OperatorContract, bad, drawn, edges, needs_native
@@ -54,3 +55,13 @@ def test_may_be_checkpointed():
         leaves = [x.clone().requires_grad_() for x in (table, projection)]
         found.append(torch.autograd.grad(call(ids, *leaves).sum(), leaves))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(("r", "d"), [(3, 0), (0, 4), (0, 0)])
+def test_an_empty_projection_is_left_to_the_reference(r, d):
+    table, projection = torch.randn(7, r, requires_grad=True), torch.randn(r, d, requires_grad=True)
+    with pytest.warns(ops.FallbackWarning, match="the kernels take no empty projection"):
+        y = ops.embedding(torch.tensor([1, 2, 1]), table, projection)
+    assert torch.equal(y, torch.zeros(3, d))
+    gradients = torch.autograd.grad(y, (table, projection), torch.ones_like(y))
+    assert [x.tolist() for x in gradients] == [torch.zeros_like(x).tolist() for x in (table, projection)]

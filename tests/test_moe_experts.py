@@ -54,6 +54,14 @@ class TestMoeExperts(OperatorContract):
         return torch.einsum("ne,end->nd", share, every)
 
 
+def test_no_expert_for_a_token_is_refused():
+    tokens, experts = torch.randn(5, 64), (torch.randn(3, 8, 64), torch.randn(3, 64, 4))
+    with pytest.raises(
+        ValueError, match=r"moe_experts: expected at least one expert for each token, got weights \[N, 0\]"
+    ):
+        ops.moe_experts(tokens, torch.randn(5, 0), torch.zeros(5, 0, dtype=torch.int64), *experts)
+
+
 def test_weights_of_an_expert_without_tokens_are_not_read():
     needs_native()
     case = moe_experts_case("two unused", 19, 5, 1, 4, 3, used=(0, 2))

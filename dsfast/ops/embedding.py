@@ -63,7 +63,8 @@ def _choose(input_ids: Tensor, table: Tensor, projection: Tensor | None) -> str:
         expect_shape("embedding", "projection", projection, table.size(1), "D")
     expect_dtype("embedding", torch.int64, table.device, input_ids=input_ids)
     expect_dtype("embedding", table.dtype, table.device, projection=projection)
-    chosen = choose("embedding", table)
+    refused = "the kernels take no empty projection" if projection is not None and not projection.numel() else ""
+    chosen = choose("embedding", table, not_native=refused, not_triton=refused)
     if chosen == "reference":
         expect_range("embedding", "input_ids", input_ids, table.size(0))
     return chosen

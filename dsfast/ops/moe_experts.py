@@ -36,12 +36,14 @@ def moe_experts(
     where there is one.
 
     slots: order [N K] and offsets [E + 1] int32, as `moe_route` gave them with these indices, which then are not looked at;
-    without them the indices are sorted here. Raises ValueError for other shapes, and on a CPU for an index out of range or slots
-    that are none of these sizes; TypeError for mixed dtypes or devices.
+    without them the indices are sorted here. Raises ValueError for other shapes or K = 0, and on a CPU for an index out of range
+    or slots that are none of these sizes; TypeError for mixed dtypes or devices.
     """
     expect_shape("moe_experts", "x", x, "N", "D")
     expect_shape("moe_experts", "weights", weights, x.size(0), "K")
     expect_shape("moe_experts", "indices", indices, *weights.shape)
+    if not weights.size(1):
+        raise ValueError("moe_experts: expected at least one expert for each token, got weights [N, 0]")
     expect_shape("moe_experts", "down", down, "E", x.size(1), "I")
     expect_shape("moe_experts", "gate_up", gate_up, down.size(0), 2 * down.size(2), x.size(1))
     expect_dtype("moe_experts", x.dtype, x.device, weights=weights, gate_up=gate_up, down=down, base=base)
