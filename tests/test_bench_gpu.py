@@ -655,7 +655,7 @@ def parts_run(monkeypatch):
     """What was run, for how long; every part takes 30 seconds of a clock of its own."""
     now, asked = [0.0], []
 
-    def run_part(part, bounds, rehearsal, seconds, watch):
+    def run_part(child, part, bounds, rehearsal, seconds, watch):
         asked.append((part, seconds))
         now[0] += 30.0
         if part == "bounds":
@@ -663,6 +663,7 @@ def parts_run(monkeypatch):
         return {"status": "done", "seconds": 30.0}, [{"part": part, "case": "a", "status": "done"}], f"{part} said\n"
 
     monkeypatch.setattr(run, "run_part", run_part)
+    monkeypatch.setattr(run, "Child", lambda: SimpleNamespace(end=lambda: ""))
     monkeypatch.setattr(run, "compile_parts", lambda parts, rehearsal, seconds: dict.fromkeys(parts, "done"))
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
@@ -706,12 +707,13 @@ def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
     """Each waits for the other two here."""
     meet, asked = threading.Barrier(3), []
 
-    def in_a_process(command, request, seconds, look):
-        asked.append((json.loads(request), seconds))
-        meet.wait(timeout=30)
-        return (run.OUT_OF_TIME if "muon" in request else "done"), ""
+    class Child:
+        def run(self, request, seconds, look):
+            asked.append((json.loads(request), seconds))
+            meet.wait(timeout=30)
+            return (run.OUT_OF_TIME if "muon" in request else "done"), ""
 
-    monkeypatch.setattr(run, "_in_a_process", in_a_process)
+    monkeypatch.setattr(run, "Child", Child)
     assert run.compile_parts(["norm", "muon", "step"], True, 7.0) == {
         "norm": "done", "muon": "not ready in time", "step": "done"
     }  # fmt: skip
@@ -751,10 +753,10 @@ def test_rows_are_kept_as_they_come_in(parts_run, monkeypatch):
     """What a part that hangs, or a command that is ended, had found until then."""
     kept, inner = [], run.run_part
 
-    def run_part(part, bounds, rehearsal, seconds, watch):
+    def run_part(child, part, bounds, rehearsal, seconds, watch):
         for count in (1, 2, 2) if part == "norm" else ():
             watch([{"part": part, "case": str(i)} for i in range(count)])
-        return inner(part, bounds, rehearsal, seconds, watch)
+        return inner(child, part, bounds, rehearsal, seconds, watch)
 
     monkeypatch.setattr(run, "run_part", run_part)
     run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: kept.append(len(found["rows"])))
@@ -788,20 +790,37 @@ def test_what_was_not_asked_for_is_said(parts_run):
 def test_a_part_that_hangs_is_ended_and_one_that_dies_is_named():
     begin = time.perf_counter()
     hangs = "import sys, time; print('so far', file=sys.stderr, flush=True); time.sleep(60)"
-    assert run._in_a_process([sys.executable, "-c", hangs], "", 3) == (run.OUT_OF_TIME, "so far\n")
+    assert run.Child([sys.executable, "-c", hangs]).run("", 3) == (run.OUT_OF_TIME, "so far\n")
     assert time.perf_counter() - begin < 30
-    assert run._in_a_process([sys.executable, "-c", "raise SystemExit('a\\nb')"], "", 30) == ("failed: b", "a\nb\n")
-    assert run._in_a_process([sys.executable, "-c", "pass"], "", 30) == ("done", "")
+    assert run.Child([sys.executable, "-c", "raise SystemExit('a\\nb')"]).run("", 30) == ("failed: b", "a\nb\n")
+    assert run.Child([sys.executable, "-c", "pass"]).run("", 30) == ("done", "")
 
 
-def test_rows_written_before_a_part_was_cut_are_kept(monkeypatch):
-    def cut(command, request, seconds, look):
+def test_the_next_part_gets_ready_while_one_runs_and_the_last_that_waits_is_ended(monkeypatch, tmp_path):
+    code = "import os, sys; open(sys.argv[1] + str(os.getpid()), 'w'); sys.stdin.read()"
+    monkeypatch.setattr(run, "_CHILD", [sys.executable, "-c", code, f"{tmp_path}/"])
+
+    def ready(count: int) -> list[Path]:
+        while len(found := list(tmp_path.iterdir())) < count:
+            time.sleep(0.01)
+        return found
+
+    with run.Children() as children:
+        ready(1)
+        child = children.take()
+        ready(2)  # though the first has no request yet
+        assert child.run("", 30) == ("done", "")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert not [path for path in ready(2) if Path(f"/proc/{path.name}").exists()]
+
+
+def test_rows_written_before_a_part_was_cut_are_kept():
+    def cut(request, seconds, look):
         rows = '{"part": "norm", "case": "V3"}\n{"part": "norm", "case": "V3", "passes": {}}\n{"part": "no'
         Path(json.loads(request)["file"]).write_text(rows, encoding="utf-8")
         return run.OUT_OF_TIME, "said"
 
-    monkeypatch.setattr(run, "_in_a_process", cut)
-    state, rows, said = run.run_part("norm", None, False, 20.0)
+    state, rows, said = run.run_part(SimpleNamespace(run=cut), "norm", None, False, 20.0)
     assert said == "said"
     assert rows == [{"part": "norm", "case": "V3", "passes": {}}]
     assert state["status"] == "cut: out of time, the rest is not measured"

@@ -379,7 +379,7 @@ def cases_run(monkeypatch):
     """What was run, for how long; every case takes 30 seconds of a clock of its own, and has rows of two entries."""
     now, asked = [0.0], []
 
-    def run_part(part, bounds, rehearsal, seconds, watch, tiles_of, planned):
+    def run_part(child, part, bounds, rehearsal, seconds, watch, tiles_of, planned):
         asked.append((part, tiles_of, seconds))
         now[0] += 30.0
         rows = [{"part": part, "case": tiles_of, "entry": entry, "status": "timed"} for entry in ("a", "b")]
@@ -388,6 +388,7 @@ def cases_run(monkeypatch):
         return {"status": "done", "seconds": 30.0}, rows, f"{part} said\n"
 
     monkeypatch.setattr(tiles, "run_part", run_part)
+    monkeypatch.setattr(run, "Child", lambda: SimpleNamespace(end=lambda: ""))
     monkeypatch.setattr(tiles, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
     return asked
@@ -422,11 +423,11 @@ def test_rows_are_looked_at_while_a_process_runs(monkeypatch):
     monkeypatch.setattr(run, "LOOK", 0.05)
     looks = []
     slow = "import sys, time; sys.stdin.read(); time.sleep(0.5); print('said', file=sys.stderr)"
-    assert run._in_a_process([sys.executable, "-c", slow], "x", 30, lambda: looks.append(1)) == ("done", "said\n")
+    assert run.Child([sys.executable, "-c", slow]).run("x", 30, lambda: looks.append(1)) == ("done", "said\n")
     assert looks
     begin = time.perf_counter()
     hangs = "import time; time.sleep(60)"
-    assert run._in_a_process([sys.executable, "-c", hangs], "", 1, lambda: None) == (run.OUT_OF_TIME, "")
+    assert run.Child([sys.executable, "-c", hangs]).run("", 1, lambda: None) == (run.OUT_OF_TIME, "")
     assert time.perf_counter() - begin < 30
 
 

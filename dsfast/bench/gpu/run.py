@@ -103,22 +103,23 @@ def run_gpu(
         found["figures"] = figures([] if rehearsal else found["rows"])
         keep(found, said)
 
-    progress("compiling, all parts at once")
-    found["compilation"] = compile_parts(
-        [part for part in parts if part in COMPILED], rehearsal, min(COMPILING, seconds / 4)
-    )
-    for part in ("bounds", *(part for part in PARTS if part in parts)):
-        left = end - time.perf_counter()
-        if part != "tests" and "tests" in parts:
-            left -= min(RESERVED, seconds / 4)
-        if part != "bounds" and left < LEAST:
-            states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
-            continue
-        progress(f"{part}, {left:.0f} s left")
-        noted = partial(note, part, found["rows"])
-        share = left if part == "tests" else min(SHARES.get(part, SHARE), left)
-        states[part], rows, said = run_part(part, found["bounds"], rehearsal, share, noted)
-        noted(rows, said)
+    with Children() as children:
+        progress("compiling, all parts at once")
+        found["compilation"] = compile_parts(
+            [part for part in parts if part in COMPILED], rehearsal, min(COMPILING, seconds / 4)
+        )
+        for part in ("bounds", *(part for part in PARTS if part in parts)):
+            left = end - time.perf_counter()
+            if part != "tests" and "tests" in parts:
+                left -= min(RESERVED, seconds / 4)
+            if part != "bounds" and left < LEAST:
+                states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
+                continue
+            progress(f"{part}, {left:.0f} s left")
+            noted = partial(note, part, found["rows"])
+            share = left if part == "tests" else min(SHARES.get(part, SHARE), left)
+            states[part], rows, said = run_part(children.take(), part, found["bounds"], rehearsal, share, noted)
+            noted(rows, said)
     keep(found, "")  # what was not begun too
     return found
 
@@ -135,7 +136,7 @@ def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json
             raise KeyboardInterrupt
 
     def run(part: str) -> str:
-        return _in_a_process(_CHILD, json.dumps({"part": part, "rehearsal": rehearsal}), seconds, look)[0]
+        return Child().run(json.dumps({"part": part, "rehearsal": rehearsal}), seconds, look)[0]
 
     with ThreadPoolExecutor(max(1, len(parts))) as pool:
         try:
@@ -147,10 +148,10 @@ def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json
 
 
 def run_part(
-    part: str, bounds: Json | None, rehearsal: bool, seconds: float, watch: Callable[[list[Json]], object] = lambda rows: None,
-    **request: Any,
+    child: Child, part: str, bounds: Json | None, rehearsal: bool, seconds: float,
+    watch: Callable[[list[Json]], object] = lambda rows: None, **request: Any,
 ) -> tuple[Json, list[Json], str]:  # fmt: skip
-    """(status and seconds, the rows that its process wrote before it ended or its time was up, what it said on the way).
+    """(status and seconds, the rows that `child` wrote before it ended or its time was up, what it said on the way).
 
     watch: is given the rows so far, every few seconds. request: what else `child.rows_of` takes.
     """
@@ -159,7 +160,7 @@ def run_part(
         file = Path(folder) / "rows"
         own = max(seconds - GRACE, seconds / 2)
         request |= {"part": part, "rehearsal": rehearsal, "bounds": bounds, "seconds": own, "file": str(file)}
-        status, said = _in_a_process(_CHILD, json.dumps(request), seconds, lambda: watch(_rows_in(file)))
+        status, said = child.run(json.dumps(request), seconds, lambda: watch(_rows_in(file)))
         rows = _rows_in(file)
     if status == OUT_OF_TIME and rows:
         status = "cut: out of time, the rest is not measured"
@@ -173,43 +174,58 @@ def _rows_in(file: Path) -> list[Json]:
     return list({tuple(row.get(key) for key in ("part", "case", "entry")): row for row in rows}.values())
 
 
-def _in_a_process(
-    command: list[str], request: str, seconds: float, look: Callable[[], object] = lambda: None
-) -> tuple[str, str]:
-    """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said), with a `look` now and then."""
-    end = time.perf_counter() + seconds
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        said = None
-        while said is None:
-            try:
-                _, said = child.communicate(request, timeout=min(LOOK, end - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                if end <= time.perf_counter():
-                    return OUT_OF_TIME, _end(child)
-                look()
-                request = None  # it has it
-    finally:
-        if child.poll() is None:
-            _end(child)
-    if child.returncode == 0:
-        return "done", said
-    lines = said.strip().splitlines() or [f"exit status {child.returncode}"]
-    return f"failed: {lines[-1]}", said
+class Child:
+    """A process that is given its request when its time has come; until then it imports what it needs.
+
+    command: None is dsfast.bench.gpu.child.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(
+            command or _CHILD, **pipes, text=True, errors="replace", start_new_session=True
+        )
+
+    def run(self, request: str, seconds: float, look: Callable[[], object] = lambda: None) -> tuple[str, str]:
+        """("done", OUT_OF_TIME, or "failed: " and the last line of what it said; all that it said); now and then a `look`."""
+        end = time.perf_counter() + seconds
+        try:
+            said = None
+            while said is None:
+                try:
+                    _, said = self._process.communicate(request, timeout=min(LOOK, end - time.perf_counter()))
+                except subprocess.TimeoutExpired:
+                    if end <= time.perf_counter():
+                        return OUT_OF_TIME, self.end()
+                    look()
+                    request = None  # it has it
+        finally:
+            if self._process.poll() is None:
+                self.end()
+        if self._process.returncode == 0:
+            return "done", said
+        lines = said.strip().splitlines() or [f"exit status {self._process.returncode}"]
+        return f"failed: {lines[-1]}", said
+
+    def end(self) -> str:
+        """End it and what it has started, compilers and pytest; what it said before."""
+        os.killpg(self._process.pid, 9)
+        return self._process.communicate()[1]
 
 
-def _end(child: subprocess.Popen) -> str:
-    """End it and what it has started, compilers and pytest; what it said before."""
-    os.killpg(child.pid, 9)
-    return child.communicate()[1]
+class Children:
+    """Processes for one part after the other, each of which gets ready while the one before works; inside `with`."""
+
+    def __enter__(self) -> Children:
+        self._next = Child()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._next.end()
+
+    def take(self) -> Child:
+        child, self._next = self._next, Child()
+        return child
 
 
 def where(rehearsal: bool) -> Json:

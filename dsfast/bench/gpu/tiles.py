@@ -9,7 +9,17 @@ from typing import Any
 from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
 from dsfast.bench.gpu.figures import OUT_OF_TIME
-from dsfast.bench.gpu.run import LEAST, NOT_YET, SHARE, check_gpu, choose_parts, nothing_measured, run_part, where
+from dsfast.bench.gpu.run import (
+    LEAST,
+    NOT_YET,
+    SHARE,
+    Children,
+    check_gpu,
+    choose_parts,
+    nothing_measured,
+    run_part,
+    where,
+)
 from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
 from dsfast.errors import UserError, choices, expect_known
 from dsfast.ops import triton
@@ -60,24 +70,32 @@ def run_tiles(
     if planned:
         found["measured_on"] = f"nothing (compiled for {PLANNED_FOR})"
     found["parts"] = {f"{part} {name}": {"status": NOT_YET, "seconds": 0.0} for part, name in cases}
-    for part, name in cases:
-        done, left, state = found["rows"], end - time.perf_counter(), found["parts"][f"{part} {name}"]
-        if left < LEAST:
-            state["status"] = OUT_OF_TIME
-            continue
-        progress(f"{part} {name}, {left:.0f} s left")
+    with Children() as children:
+        for part, name in cases:
+            done, left, state = found["rows"], end - time.perf_counter(), found["parts"][f"{part} {name}"]
+            if left < LEAST:
+                state["status"] = OUT_OF_TIME
+                continue
+            progress(f"{part} {name}, {left:.0f} s left")
 
-        def watch(rows: list[Json], done: list[Json] = done) -> None:
-            if done + rows != found["rows"]:
-                found["rows"] = done + rows
-                keep(found, "")
+            def watch(rows: list[Json], done: list[Json] = done) -> None:
+                if done + rows != found["rows"]:
+                    found["rows"] = done + rows
+                    keep(found, "")
 
-        ended, rows, said = run_part(
-            part, None, rehearsal, left if planned else min(SHARE, left), watch, tiles_of=name, planned=planned
-        )
-        state |= ended
-        found["rows"] = done + rows
-        keep(found, said)
+            ended, rows, said = run_part(
+                children.take(),
+                part,
+                None,
+                rehearsal,
+                left if planned else min(SHARE, left),
+                watch,
+                tiles_of=name,
+                planned=planned,
+            )
+            state |= ended
+            found["rows"] = done + rows
+            keep(found, said)
     keep(found, "")
     return found
 
