@@ -15,6 +15,9 @@ from typing import Any
 
 from dsfast.errors import FileError, UserError
 
+_PROBE = 2**16
+"""Bytes that have to fit where something is to be written."""
+
 
 @contextmanager
 def os_errors_as(message: str, *others: type[Exception]) -> Iterator[None]:
@@ -34,8 +37,7 @@ def check_output_file(path: str, argument: str) -> Path:
             raise UserError(f"{argument} {path}: expected a file, this is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{argument} {path}: expected a file, this is a device or a pipe")
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        _try_out(target.parent)
         if target.is_file():
             target.open("ab").close()
     return target
@@ -50,12 +52,19 @@ def check_output_folder(path: str, argument: str) -> Path:
             raise UserError(
                 f"{argument} {path}: expected a folder, this is {'a file' if folder.exists() else 'a broken link'}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        for created in absent:
-            created.rmdir()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _try_out(folder)
+        finally:
+            for created in filter(Path.exists, absent):
+                created.rmdir()
     return folder
+
+
+def _try_out(folder: Path) -> None:
+    """Raise OSError where nothing can be written into `folder`, also where its disk is full."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(_PROBE))
 
 
 @contextmanager

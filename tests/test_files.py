@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_no_home_folder_is_one_line(monkeypatch):
     monkeypatch.setattr(Path, "home", home)
     with pytest.raises(UserError, match="no home folder is known to keep a cache in; set DSFAST_CACHE"):
         cache_folder()
+
+
+def test_a_disk_that_is_full_is_noticed_before_the_work_begins(tmp_path):
+    """A file as large as it may be stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^--output-dir .*/a/b: cannot be written to: File too large$"):
+            check_output_folder(str(tmp_path / "a" / "b"), "--output-dir")
+        with pytest.raises(UserError, match=r"^--json .*/c\.json: cannot be written: File too large$"):
+            check_output_file(str(tmp_path / "c.json"), "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_output_folder_is_tried_and_left_alone(tmp_path, monkeypatch):
