@@ -21,7 +21,7 @@ class GpuError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal. `exit_code` is 128 + the signal: 130 or 143."""
+    """Stopped by a signal. `exit_code` is 128 + the signal: 129, 130 or 143."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
