@@ -234,6 +234,7 @@ def test_a_gpu_records_no_step_of_them(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_does_not_replay_what_was_recorded_before_a_hook():
     sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
     model = random_model(**sizes).to("cuda", torch.bfloat16)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import YARN, next_tokens, random_ids, random_model, tiny_config
+from operator_cases import needs_native
+from tiny_models import VARIANTS, YARN, next_tokens, random_ids, random_model, tiny_config
 
 from dsfast import ops
 from dsfast.config import load_config
@@ -121,6 +122,17 @@ def test_loss_is_the_cross_entropy_of_the_logits():
         labels[0, 3] = -100
         expected = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
         torch.testing.assert_close(model.loss(ids, labels), expected)
+
+
+@pytest.mark.parametrize("variant", ["q_lora", "all at once"])
+def test_torch_compile_follows_the_model_in_one_graph(variant):
+    needs_native()
+    torch._dynamo.reset()
+    model = random_model(**VARIANTS[variant])
+    ids = random_ids(model, 2, 7)
+    for function, arguments in ((model, (ids,)), (model.loss, (ids, next_tokens(ids)))):
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close(found, function(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient():

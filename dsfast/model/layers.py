@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dsfast import ops
-
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Float32Buffers(nn.Module):
@@ -60,6 +56,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_unchanged(module: nn.Module, kinds: frozenset[type]) -> bool:
     """Whether `module` is one of `kinds` and does what they do: no forward of its own, no hooks, no bias in a linear layer."""
-    if type(module) not in kinds or "forward" in vars(module) or any(_HOOKS(module)):
+    m = module  # torch.compile follows this where it would not follow attrgetter or vars
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return False
-    return type(module) is not nn.Linear or module.bias is None
+    return type(m) in kinds and "forward" not in m.__dict__ and (type(m) is not nn.Linear or m.bias is None)
