@@ -70,7 +70,7 @@ def no_gpu() -> str:
 
 
 def no_liger() -> str:
-    return "" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    return ("" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed") or no_gpu()
 
 
 def reference(operator: str, function: Callable) -> Callable:
