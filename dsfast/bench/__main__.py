@@ -257,11 +257,16 @@ def _learning(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
     return {"seeds": arguments.seeds, **_named(config)}, run_learning(config, range(arguments.seeds), reporter.progress)
 
 
-def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
-    asked, size, seeds = arguments.operators, arguments.size or "500k", arguments.seeds or 1
-    for name in ("steps", "seeds") if asked else ("size",):
+def _refuse_idle(arguments: Namespace) -> None:
+    """Raise UserError for a flag of `against` that would change nothing, with --operators or without."""
+    for name in ("steps", "seeds") if arguments.operators else ("size",):
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name} is {'for whole runs, without' if asked else 'of'} --operators")
+            raise UserError(f"--{name} is {'for whole runs, without' if arguments.operators else 'of'} --operators")
+
+
+def _against(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
+    _refuse_idle(arguments)
+    asked, size, seeds = arguments.operators, arguments.size or "500k", arguments.seeds or 1
     names = cases.operators([] if asked == ["all"] else asked) if asked else []
     commit, config = resolve(arguments.revision), _config(arguments)
     changes = {"train.steps": arguments.steps or config.train.steps}
