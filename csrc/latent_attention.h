@@ -80,6 +80,7 @@ DSFAST_INLINE void add_part(Part part, int64_t count, const float* q, int64_t gr
     }
   };
   int64_t d = 0;
+  // Not repeat_four itself, of which GCC has no address where it does not optimise.
   for (; d + 4 <= part.width; d += 4) add_four(d, [](const float* key) { return repeat_four(key); });
   if (d < part.width) add_four(d, [&](const float* key) { return repeat_part(key, part.width - d); });
 }

@@ -101,10 +101,10 @@ def _complain(message: str) -> int:
 def _finish(outputs: list[_Output], quiet: bool = False) -> int:
     """Write what standard output still holds. 0, or the status of an output that took no more; `quiet`: nothing is said of it."""
     sys.stdout.flush()
-    full = [output.full for output in outputs if output.full]
-    if full and not quiet:
-        _complain(f"standard output cannot be written: {full[0]}; what it did not take is lost, all else is done")
-    return EXIT_USER_ERROR if full else EXIT_BROKEN_PIPE if any(output.abandoned for output in outputs) else 0
+    failed = [output.failed for output in outputs if output.failed]
+    if failed and not quiet:
+        _complain(f"standard output cannot be written: {failed[0]}; what it did not take is lost, all else is done")
+    return EXIT_USER_ERROR if failed else EXIT_BROKEN_PIPE if any(output.abandoned for output in outputs) else 0
 
 
 def _discard(file: int) -> None:
@@ -116,10 +116,10 @@ def _discard(file: int) -> None:
 
 class _Output(io.FileIO):
     """Standard output or error that outlasts its reader: `| head` may read as much as it wants, a terminal be closed, or the disk
-    of a file be full, and no run is lost for it."""
+    of a file be full or fail, and no run is lost for it."""
 
     abandoned = False
-    full: str | None = None
+    failed: str | None = None
     """Why it took no more, other than that nobody read it."""
 
     def __init__(self, file: int):
@@ -130,12 +130,10 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno in _NO_ROOM:
-                self.full = error.strerror
-            elif error.errno in self._gone:
+            if error.errno in self._gone:
                 self.abandoned = True
             else:
-                raise
+                self.failed = error.strerror
             _discard(self.fileno())
             return super().write(data)
 

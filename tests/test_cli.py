@@ -187,6 +187,15 @@ sys.exit(run_command(main))
     assert (tmp_path / "done").exists()
 
 
+def test_an_output_that_cannot_be_written_at_all_is_one_line_and_2():
+    code = "import sys; from dsfast.command import run_command as run; sys.exit(run(lambda a: print('x'), []))"
+    streams = {"stderr": subprocess.PIPE, "text": True}
+    with open(os.devnull) as readable:
+        child = subprocess.run([sys.executable, "-c", code], stdout=readable, cwd=ROOT, **streams)
+    assert child.returncode == 2
+    assert re.fullmatch(r"error: standard output cannot be written: Bad file descriptor; .*\n", child.stderr)
+
+
 def test_text_that_the_output_cannot_hold_is_written_as_escapes():
     code = "from dsfast.command import run_command as run; import sys; sys.exit(run(lambda a: print('\u00e9'), []))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -83,16 +83,8 @@ def run_tiles(
                     found["rows"] = done + rows
                     keep(found, "")
 
-            ended, rows, said = run_part(
-                children.take(),
-                part,
-                None,
-                rehearsal,
-                left if planned else min(SHARE, left),
-                watch,
-                tiles_of=name,
-                planned=planned,
-            )
+            share, child = left if planned else min(SHARE, left), children.take()
+            ended, rows, said = run_part(child, part, None, rehearsal, share, watch, tiles_of=name, planned=planned)
             state |= ended
             found["rows"] = done + rows
             keep(found, said)
