@@ -192,8 +192,8 @@ def weights_kernel(
     store_weight(parts, b_part, H, HP, Dr, DRP, Dn + Dr, Dn, D, DP)
     p_kv_a = parts + H * (Dn + Dr) * D
     b_dy = _key_backward(dk_rope, b_cos, b_sin, start, N, H, Dr, DRP, BN)
-    b_part = tl.dot(tl.trans(b_x), b_dy, input_precision="ieee")  # [DP, DRP]
-    store_weight(p_kv_a, tl.trans(b_part), 1, 1, Dr, DRP, R + Dr, R, D, DP)
+    b_part = tl.dot(tl.trans(b_dy), b_x, input_precision="ieee")  # [DRP, DP]
+    store_weight(p_kv_a, b_part, 1, 1, Dr, DRP, R + Dr, R, D, DP)
 
     b_l, b_dl, b_da, _ = _latent_backward(
         dk_nope, dv, b_x, kv_a, latent_norm, kv_b, latent_eps, start, N, H, HP, D, DP, R, RP, Dn, DNP, Dr, Dv, DVP, BN
