@@ -664,7 +664,7 @@ def parts_run(monkeypatch):
 
     monkeypatch.setattr(run, "run_part", run_part)
     monkeypatch.setattr(run, "Child", lambda: SimpleNamespace(end=lambda: ""))
-    monkeypatch.setattr(run, "COMPILED", ())
+    monkeypatch.setattr(run, "compile_parts", lambda parts, rehearsal, seconds: dict.fromkeys(parts, "done"))
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(run, "gpu_facts", lambda: {"name": "G", "memory_gb": 1, "driver": "1", "cuda": "13"})
     return asked
@@ -687,11 +687,9 @@ def test_parts_run_in_their_order_until_the_time_is_up(parts_run):
     assert run.sound(found)
 
 
-def test_the_tests_run_before_anything_is_timed(parts_run):
-    found = run.run_gpu(run.PARTS, 120, False, lambda text: None, lambda found, said: None)
-    assert parts_run == [("tests", 48.0), ("bounds", 90.0), ("norm", 60.0), ("rope", 30.0)]
-    assert [row["part"] for row in found["rows"]] == ["tests", "norm", "rope"]
-    assert found["parts"]["tests"]["status"] == "done"
+def test_some_of_the_time_is_the_tests(parts_run):
+    found = run.run_gpu(run.PARTS, 130, False, lambda text: None, lambda found, said: None)
+    assert parts_run == [("bounds", 97.5), ("norm", 67.5), ("rope", 37.5), ("tests", 40.0)]
     assert found["parts"]["adamw"]["status"] == run.OUT_OF_TIME
 
 
@@ -705,9 +703,9 @@ def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):
     assert not kernels & set(suite.NOT_ON_A_GPU)
 
 
-def test_all_parts_compile_at_once_while_the_tests_run(monkeypatch):
-    """Each waits for the other three here."""
-    meet, asked = threading.Barrier(4), []
+def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
+    """Each waits for the other two here."""
+    meet, asked = threading.Barrier(3), []
 
     class Child:
         def run(self, request, seconds, look):
@@ -716,13 +714,12 @@ def test_all_parts_compile_at_once_while_the_tests_run(monkeypatch):
             return (run.OUT_OF_TIME if "muon" in request else "done"), ""
 
     monkeypatch.setattr(run, "Child", Child)
-    compiled, (tested, rows, _) = run.prepare(["norm", "muon", "step", "tests"], True, 7.0, 11.0)
-    assert compiled == {"norm": "done", "muon": "not ready in time", "step": "done"}
-    assert (tested["status"], rows) == ("done", [])
-    compiling = {request["part"]: seconds for request, seconds in asked if set(request) == {"part", "rehearsal"}}
-    assert compiling == {"muon": 7.0, "norm": 7.0, "step": 7.0}
-    assert [seconds for request, seconds in asked if request["part"] == "tests"] == [11.0]
-    assert run.prepare(["recall"], True, 7.0, 11.0) == ({}, None)
+    assert run.compile_parts(["norm", "muon", "step"], True, 7.0) == {
+        "norm": "done", "muon": "not ready in time", "step": "done"
+    }  # fmt: skip
+    assert sorted(request["part"] for request, _ in asked) == ["muon", "norm", "step"]
+    assert all(set(request) == {"part", "rehearsal"} and seconds == 7.0 for request, seconds in asked)
+    assert run.compile_parts([], True, 7.0) == {}
     assert set(run.PARTS) - set(run.COMPILED) == {"training", "recall", "tests"}
 
 
@@ -772,7 +769,7 @@ def test_what_is_ended_ends_what_it_has_started(tmp_path):
     code = (
         "import sys; from dsfast.bench.gpu import run; from dsfast.command import run_command;"
         f" run._CHILD, run.LOOK = [sys.executable, '-c', {lasting!r}, sys.argv[1]], 0.1;"
-        " sys.exit(run_command(lambda argv: run.prepare(['norm', 'tests'], True, 600.0, 600.0)))"
+        " sys.exit(run_command(lambda argv: run.compile_parts(['norm', 'rope'], True, 600.0)))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path}/"], stderr=subprocess.PIPE, text=True)
     while len(children := list(tmp_path.iterdir())) < 2:

@@ -26,19 +26,17 @@ PARTS = (
     "muon", "newton_schulz", "mlp", "embedding", "project", "output", "recall", "tests",
 )  # fmt: skip
 """Those that figures are asked of first, and of these what gives most of them in a second: on an H200 attention took 65 s with
-its peers, experts over 75, decode 22. "bounds" comes before them all. The tests run while parts compile."""
+its peers, experts over 75, decode 22. "bounds" comes before them all. The tests take what is left, RESERVED at least."""
 BUDGET = 450
 """Seconds: with what starting and writing take, below 8 minutes."""
 LEAST = 10.0  # seconds below which no part is started
-SHARE = 100.0  # seconds that one part may take
+RESERVED = 120.0  # seconds of a budget that are the tests', where they are asked for
+SHARE = 100.0  # seconds that one part may take, but for the tests
 SHARES = {"recall": 580.0}
 """In place of it: of whole runs on the CPU."""
 ON_REQUEST = ("recall",)
 """Parts that the 8 minutes of all have no room for."""
-COMPILING, TESTING = (
-    90.0,
-    150.0,
-)  # seconds at most, before anything is timed, in which all parts compile at once and tests run
+COMPILING = 90.0  # seconds at most, before anything is timed, in which all parts compile at once
 COMPILED = tuple(part for part in PARTS if part not in ("training", "recall", "tests"))
 """What compiles then: training has caches of its own."""
 GRACE = 15.0  # seconds between a part's own end and its process's
@@ -49,8 +47,6 @@ _CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 
 Json = dict[str, Any]
-Ended = tuple[Json, list[Json], str]
-"""A part's state, its rows, and what its process said (see run_part)."""
 
 
 def choose_parts(names: Sequence[str] | None, known: Sequence[str] = PARTS, bench: str = "gpu") -> tuple[str, ...]:
@@ -91,7 +87,7 @@ def run_gpu(
     """Run `parts`, each in a process of its own, for `seconds` in all; `progress` is told what comes next.
 
     Returns measured_on ("GPU", or "CPU (rehearsal)": then nothing is a figure), gpu, environment, compilation (see
-    prepare), bounds, parts (name -> status, seconds), rows and figures. keep(as much of that as there is, what its process
+    compile_parts), bounds, parts (name -> status, seconds), rows and figures. keep(as much of that as there is, what its process
     said) after each part, and within it with "" as rows come in.
     """
     end = time.perf_counter() + seconds
@@ -108,60 +104,53 @@ def run_gpu(
         keep(found, said)
 
     with Children() as children:
-        progress("compiling, all parts at once" + (", and testing" if "tests" in parts else ""))
-        limits = min(COMPILING, seconds / 4), min(TESTING, 0.4 * seconds)
-        found["compilation"], tested = prepare(parts, rehearsal, *limits)
-        if tested:
-            states["tests"], rows, said = tested
-            note("tests", [], rows, said)
-        for part in ("bounds", *(part for part in PARTS if part in parts and part != "tests")):
+        progress("compiling, all parts at once")
+        found["compilation"] = compile_parts(
+            [part for part in parts if part in COMPILED], rehearsal, min(COMPILING, seconds / 4)
+        )
+        for part in ("bounds", *(part for part in PARTS if part in parts)):
             left = end - time.perf_counter()
+            if part != "tests" and "tests" in parts:
+                left -= min(RESERVED, seconds / 4)
             if part != "bounds" and left < LEAST:
                 states[part] = {"status": OUT_OF_TIME, "seconds": 0.0}
                 continue
             progress(f"{part}, {left:.0f} s left")
             noted = partial(note, part, found["rows"])
-            share = min(SHARES.get(part, SHARE), left)
+            share = left if part == "tests" else min(SHARES.get(part, SHARE), left)
             states[part], rows, said = run_part(children.take(), part, found["bounds"], rehearsal, share, noted)
             noted(rows, said)
     keep(found, "")  # what was not begun too
     return found
 
 
-def prepare(parts: Sequence[str], rehearsal: bool, compiling: float, testing: float) -> tuple[Json, Ended | None]:
-    """Let each part compile what it will run, all of them at once, while the tests run: each takes a processor or two, a GPU's
-    host has many, and nothing is timed yet. compiling, testing: seconds at most.
+def compile_parts(parts: Sequence[str], rehearsal: bool, seconds: float) -> Json:
+    """Let each part compile what it will run, all of them at once: one takes a processor or two, and a GPU's host has many.
 
-    Returns part -> "done", "failed: ..." or that it was not ready in time: what is missing in the caches is compiled later; and
-    what `run_part` does of the tests, None where they are not among `parts`.
+    Returns part -> "done", "failed: ..." or that it was not ready in time: what is missing in the caches is compiled later.
     """
     broken_off = threading.Event()
 
-    def look(*_: object) -> None:
+    def look() -> None:
         if broken_off.is_set():
             raise KeyboardInterrupt
 
-    def compile_part(part: str) -> str:
-        return Child().run(json.dumps({"part": part, "rehearsal": rehearsal}), compiling, look)[0]
+    def run(part: str) -> str:
+        return Child().run(json.dumps({"part": part, "rehearsal": rehearsal}), seconds, look)[0]
 
-    compiled = [part for part in parts if part in COMPILED]
-    with ThreadPoolExecutor(len(compiled) + 1) as pool:
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
         try:
-            tests = (
-                pool.submit(run_part, Child(), "tests", None, rehearsal, testing, look) if "tests" in parts else None
-            )
-            ended = dict(zip(compiled, pool.map(compile_part, compiled), strict=True))
-            tested = tests and tests.result()
+            ended = dict(zip(parts, pool.map(run, parts), strict=True))
         except BaseException:
             broken_off.set()  # the pool waits for its threads, and they for their processes
             raise
-    return {part: "not ready in time" if status == OUT_OF_TIME else status for part, status in ended.items()}, tested
+    return {part: "not ready in time" if status == OUT_OF_TIME else status for part, status in ended.items()}
 
 
 def run_part(
     child: Child, part: str, bounds: Json | None, rehearsal: bool, seconds: float,
     watch: Callable[[list[Json]], object] = lambda rows: None, **request: Any,
-) -> Ended:  # fmt: skip
+) -> tuple[Json, list[Json], str]:  # fmt: skip
     """(status and seconds, the rows that `child` wrote before it ended or its time was up, what it said on the way).
 
     watch: is given the rows so far, every few seconds. request: what else `child.rows_of` takes.
