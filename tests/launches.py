@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from fake_driver import FAKED
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsfast.bench.gpu.whole import trainer_on
@@ -36,6 +37,25 @@ def training_step(config: Config, batch: int, length: int, dtype: torch.dtype = 
     return step
 
 
+class _Called(TorchFunctionMode):
+    """Writes down what is called in Python and fills or makes a tensor, but for memory that is only taken. A launcher is called
+    where modes of dispatch are off."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        places = [x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)]
+        made = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in places
+        if isinstance(func, torch._ops.OpOverloadPacket):  # an operator of dsfast's, in which modes of dispatch are on
+            return result
+        if (made and "empty" not in name) or (name.endswith("_") and not name.startswith("__")):
+            self.found.append(f"torch {name} {[list(x.shape) for x in args if isinstance(x, torch.Tensor)]}")
+        return result
+
+
 class _Recording(TorchDispatchMode):
     """Writes down each operator that launches something; inside one of dsfast's, what that itself calls."""
 
@@ -46,7 +66,7 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "dsfast":
-            with self:
+            with _Called(self.found):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         from dsfast.triton_kernels.branches import launches_something
 

@@ -39,9 +39,11 @@ def test_what_counts():
         x.view(16, 2).add_(torch.empty_like(y))
         ops.rms_norm(y.double().float().t()[:, ::2].repeat(1, 2)[:1], weight, 1e-6)
         ops.rms_norm(x[:0], weight, 1e-6)
+        ops.rms_norm(torch.ones_like(y).t(), weight, 1e-6)
 
     expected = "add_ [[16, 2], [16, 2]]", "_to_copy [[16, 2]]", "_to_copy [[16, 2]]", "repeat [[2, 8]]"
-    assert launches_of(step) == [*(f"torch {row}" for row in expected), "triton rms_norm.forward_kernel"]
+    strided = ["torch ones_like [[16, 2]]", "torch contiguous [[2, 16]]", "triton rms_norm.forward_kernel"]
+    assert launches_of(step) == [*(f"torch {row}" for row in expected), "triton rms_norm.forward_kernel", *strided]
 
 
 @on_the_fake_gpu

@@ -219,14 +219,6 @@ def order(launch) -> str:
     return "".join(event for event, _ in groupby(found))
 
 
-def test_scores_of_the_next_block_are_under_way_beside_the_softmax_of_this_one():
-    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)["forward_kernel"]
-    assert launch.arguments["AHEAD"]
-    assert "ME" in order(launch).replace("C", "")
-    launch.arguments["AHEAD"] = False
-    assert "ME" not in order(launch).replace("C", "")
-
-
 def test_scores_of_the_next_queries_are_under_way_beside_the_exponentials_of_these():
     launches = mla_attention_kept.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)
     assert "ME" in order(launches["scores_kernel"]).replace("C", "")

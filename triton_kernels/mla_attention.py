@@ -19,10 +19,6 @@ parts are products apart. Triton takes two products for a chain unless the first
 chain it gives both warp groups the same 64 rows of scores: all of them would be computed twice. Where s < N does not hold,
 behind the last token, there is nothing to add. Triton 3.6 cannot pipeline such loops of the backward pass: there are none in it.
 
-AHEAD, for 8 warps on sm_90: a warp group's softmax and its products take about as long as each other, and one after the other
-would leave the matrix units idle half of the time. So the forward pass asks for the scores of the next block before it makes the
-softmax of this one, as FlashAttention-3 does (arXiv 2407.08608).
-
 The loops without a mask stand under a condition that they have a round at all. Else sums that were never begun would meet those
 of the loop's last products, which are still under way there, and ptxas would make every product wait for the one before it.
 """
@@ -144,95 +140,12 @@ def _attend_tile(
     return b_o, b_m, b_l
 
 
-@triton.jit
-def _scores_apart(
-    b_q_nope, b_q_rope, k_nope, k_rope, s, k_nope_n, k_rope_n, N,
-    Dn: tl.constexpr, Dr: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """q . k with the BS keys from token s on, [BT, BS], of the part without position and of the rope part."""
-    b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, True)  # [BS, DN]
-    b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, True)  # [BS, DR]
-    b_s_nope = tl.dot(b_q_nope, tl.trans(b_k_nope), input_precision=PRECISION)
-    return b_s_nope, tl.dot(b_q_rope, tl.trans(b_k_rope), input_precision=PRECISION)
-
-
-@triton.jit
-def _attend_ahead(
-    b_o, b_m, b_l, b_p, decay, b_s_nope, b_s_rope, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, before, s, following,
-    k_nope_n, k_rope_n, v_n, b_factor, N,
-    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """`_attend` in another order: the block of keys before, from token `before` on, is mixed by its probabilities b_p; that of
-    token s, whose scores have come, gets its softmax; those of the block from token `following` on are asked for in between.
-
-    Triton and ptxas leave them under way only so: what is waited for, the product with the values, comes first; scores are two
-    products, as one that adds to the other would wait for it; they have been multiplied and masked when the next ones, which get
-    the same registers, are asked for, by an addition that the subtraction of the maximum cannot be fused with.
-    """
-    b_v = load_tile(v, v_n, before, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
-    b_o = tl.dot(b_p.to(v.dtype.element_ty), b_v, b_o * decay[:, None], input_precision=PRECISION)
-    b_s = tl.fma(b_s_rope, b_factor, b_s_nope * b_factor)
-    if MASKED:
-        j = s + tl.arange(0, BS)
-        b_s = tl.where(within(j[None, :], begin[:, None], i[:, None] + 1), b_s, float("-inf"))
-    b_s_nope, b_s_rope = _scores_apart(
-        b_q_nope, b_q_rope, k_nope, k_rope, following, k_nope_n, k_rope_n, N, Dn, Dr, DN, DR, BS, PRECISION
-    )
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_m_new[:, None])
-    decay = tl.exp2(b_m - b_m_new)
-    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1), b_p, decay, b_s_nope, b_s_rope
-
-
-@triton.jit
-def _attend_tile_ahead(
-    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
-    Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`_attend_tile` with the scores of a block asked for before the softmax of the one before."""
-    b_p = tl.zeros([BT, BS], tl.float32)  # in 16 bits it would be handed on through shared memory
-    decay = tl.full([BT], 1.0, tl.float32)
-    b_factor = tl.full([BT, BS], 1.0, tl.float32) * factor
-    whole = tl.cdiv(first, BS) * BS
-    b_s_nope, b_s_rope = _scores_apart(
-        b_q_nope, b_q_rope, k_nope, k_rope, tl.minimum(whole, t), k_nope_n, k_rope_n, N, Dn, Dr, DN, DR, BS, PRECISION
-    )
-    if whole < t:
-        for s in range(whole, t, BS):
-            b_o, b_m, b_l, b_p, decay, b_s_nope, b_s_rope = _attend_ahead(
-                b_o, b_m, b_l, b_p, decay, b_s_nope, b_s_rope, b_q_nope, b_q_rope, k_nope, k_rope, v, None, None,
-                tl.maximum(s - BS, whole), s, s + BS,
-                k_nope_n, k_rope_n, v_n, b_factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, False,
-            )  # fmt: skip
-    own = begin == first
-    b_o, b_m, b_l = _kept_where(own, b_o, b_m, b_l)
-    b_p = tl.where(own[:, None], b_p, 0.0)
-    decay = tl.where(own, decay, 1.0)
-    # The tile's own keys, then the block the first document begins in, where it begins inside one before the tile.
-    i = opaque(t, N) + tl.arange(0, BT)  # not kept in registers over the loop
-    head = first // BS * BS
-    heads = tl.where((head < first) & (head < t), 1, 0)
-    last = tl.where(whole < t, t - BS, t)  # where there is none, one of keys that are seen, for probabilities of 0
-    for n in range(BT // BS + heads):
-        b_o, b_m, b_l, b_p, decay, b_s_nope, b_s_rope = _attend_ahead(
-            b_o, b_m, b_l, b_p, decay, b_s_nope, b_s_rope, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin,
-            tl.where(n > 0, t + (n - 1) * BS, last), tl.where(n < BT // BS, t + n * BS, head),
-            tl.where(n + 1 < BT // BS, t + (n + 1) * BS, head),
-            k_nope_n, k_rope_n, v_n, b_factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, True,
-        )  # fmt: skip
-    b_v = load_tile(v, v_n, tl.where(heads > 0, head, t + BT - BS), 0, N, Dv, BS, DV, True)  # [BS, DV]
-    return tl.dot(b_p.to(v.dtype.element_ty), b_v, b_o * decay[:, None], input_precision=PRECISION), b_m, b_l
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     after_others()
@@ -252,16 +165,10 @@ def forward_kernel(
     b_o = tl.zeros([BT, DV], tl.float32)
     b_m = tl.full([BT], UNSEEN, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
-    if AHEAD:
-        b_o, b_m, b_l = _attend_tile_ahead(
-            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
-            Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION,
-        )  # fmt: skip
-    else:
-        b_o, b_m, b_l = _attend_tile(
-            b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
-            Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART,
-        )  # fmt: skip
+    b_o, b_m, b_l = _attend_tile(
+        b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+        Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART,
+    )  # fmt: skip
 
     store_rows(o + h * Dv, H * Dv, t, N, b_o * (1.0 / b_l)[:, None], BT, Dv, DV)
     p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
@@ -471,13 +378,12 @@ def backward_kernel(
 
 
 class Tiles(NamedTuple):
-    """BT queries by BS keys. Queries' kernels want BS to divide BT, the keys' kernel the other way round. `ahead` as AHEAD."""
+    """BT queries by BS keys. Queries' kernels want BS to divide BT, the keys' kernel the other way round."""
 
     bt: int
     bs: int
     warps: int
     stages: int
-    ahead: bool = False
 
 
 _NARROW = 80  # `measure` up to which one kernel makes all gradients
@@ -494,8 +400,8 @@ _FLOAT32 = {
 _LARGE = {
     "forward": {
         96: Tiles(64, 64, 4, 3),
-        192: Tiles(128, 64, 8, 3, ahead=True),
-        320: Tiles(128, 64, 8, 3, ahead=True),
+        192: Tiles(128, 64, 8, 3),
+        320: Tiles(128, 64, 8, 3),
         576: Tiles(64, 32, 8, 2) if _CAN_PART else Tiles(128, 32, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
@@ -516,7 +422,7 @@ _LARGE = {
 # Where sums lie in tensor memory there is room for 128 keys, half as many of which its instruction takes no faster; and a thread
 # of 8 warps may get 128 registers and no more.
 _SM_100 = {
-    "forward": _LARGE["forward"] | {192: Tiles(128, 64, 8, 3), 320: Tiles(128, 64, 8, 3), 576: Tiles(64, 32, 8, 3)},
+    "forward": _LARGE["forward"] | {576: Tiles(64, 32, 8, 3)},
     "backward_q": _LARGE["backward_q"] | {80: Tiles(64, 64, 4, 3), 320: Tiles(128, 32, 8, 2), 576: Tiles(64, 32, 8, 2)},
     "backward_kv": _LARGE["backward_kv"] | {320: Tiles(32, 128, 8, 2)},
 }
@@ -623,7 +529,7 @@ def _check(q_nope, q_rope, v, cu_seqlens, scale) -> None:
 
 
 def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
-    bt, bs, warps, stages, ahead = tiles(name, arguments["v"].dtype, widths_of(arguments), large)
+    bt, bs, warps, stages = tiles(name, arguments["v"].dtype, widths_of(arguments), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = arguments["v"].dtype.itemsize
     # Below 64 rows a gradient no wider than it is high would make Triton give all products to the warps by rows, of which there
@@ -631,7 +537,7 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
-    tiling = {"BT": bt, "BS": bs, "STAGES": stages, "PRECISION": "ieee", "APART": apart, "AHEAD": ahead}
+    tiling = {"BT": bt, "BS": bs, "STAGES": stages, "PRECISION": "ieee", "APART": apart}
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)
     return Launch(kernel, grid, arguments | widths | tiling, options(warps, stages), itemsize, tile)
 

@@ -303,10 +303,12 @@ def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[La
     to dweights; tensors may lie on the meta device."""
     (dh, *others), (n, d) = gradients, h.shape
     dh = None if dh is None else rows(dh)[0]
-    names = "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv"
-    arguments = _arguments(shared) | {"h": h, "N": n}
-    arguments |= {name: gradient.contiguous() for name, gradient in zip(names, others, strict=True)}
-    arguments["dk_rope"] = others[3].transpose(0, 1).contiguous()  # by heads, as `mla_attention` leaves it
+    dq_nope, dq_rope, dk_nope, dk_rope, dv = others
+    given = {"dq_nope": dq_nope, "dq_rope": dq_rope, "dk_nope": dk_nope, "dv": dv}
+    given["dk_rope"] = dk_rope.transpose(0, 1)  # by heads, as `mla_attention` leaves it
+    arguments = (
+        _arguments(shared) | {name: gradient.contiguous() for name, gradient in given.items()} | {"h": h, "N": n}
+    )
 
     bn, warps, groups = _BACKWARD if large else _SMALL
     of_norm = h.new_empty(triton.cdiv(n, bn), d, dtype=torch.float32)
