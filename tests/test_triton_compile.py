@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
-from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel
+from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel, unset
 from dsfast.triton_kernels.launch import Launch, compiling, during, pdl
 from dsfast.triton_kernels.limits import CHIPS
 from dsfast.triton_kernels.pieces import after_others, options
@@ -168,7 +168,8 @@ def test_limits_find_what_breaks_them():
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)(
-        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True, waits=False
+        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True, waits=False,
+        unset=("UMOV UR4, UR5",),
     )  # fmt: skip
     assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == [
         "8",
@@ -178,7 +179,29 @@ def test_limits_find_what_breaks_them():
         "products",
         "each",
         "memory",
+        "ptxas",
     ]
+
+
+SASS = """
+        /*0000*/                   UMOV UR14, 0x840 ;                        /* 0x0000084000057882 */
+        /*0010*/                   ULDC.64 UR6, c[0x0][0x208] ;              /* 0x0000820000067ab9 */
+        /*0020*/                   UMOV UR10, UR14 ;                         /* 0x0000000e000a7c82 */
+        /*0030*/                   UMOV UR11, 0x80000020 ;                   /* 0x80000020000b7882 */
+        /*0040*/                   HGMMA.64x32x16.F32.BF16 R24, R96, gdesc[UR8].tnspB, RZ, !UPT ;
+        /*0050*/              @!P0 LDG.E.128 R52, desc[UR6][R148.64] ;       /* 0x0000000694348981 */
+        /*0060*/                   UIADD3 UR14, UP0, UR{base}, 0x40, URZ ;   /* 0x00000040050e7890 */
+        /*0070*/                   UIADD3.X UR15, URZ, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*0080*/                   HGMMA.64x32x16.F32.BF16 R24, R100, gdesc[UR12].tnspB, R24 ;
+"""
+
+
+@pytest.mark.parametrize(("base", "found"), [("14", ()), ("5", ("UIADD3 UR14, UP0, UR5, 0x40, URZ",))])
+def test_registers_that_nothing_has_set_are_found(base, found):
+    """As ptxas 12.8 made it of a product of mla_project's; of its own operands in shared memory a descriptor has all four."""
+    assert unset(SASS.format(base=base)) == found
+    shared = SASS.format(base=base).replace("R24, R100, gdesc[UR12].tnspB", "R24, gdesc[UR12].tnspA.tnspB")
+    assert unset(shared) == (*found, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR12].tnspA.tnspB, R24")
 
 
 @pytest.mark.parametrize("kernel", ["backward_kernel", "backward_kernel, 3 uses"])
