@@ -454,10 +454,17 @@ class TestTheStep:
         assert found["preparation_seconds"] > 0
         assert found["passes"]["step"]["variants"]["dsfast"]["seconds"]["count"] == 1
 
-    def test_is_held_against_the_models_loss(self, monkeypatch):
-        monkeypatch.setattr(whole, "loss_in", lambda *arguments: torch.tensor(1.0))
+    @pytest.mark.parametrize(("what", "at"), [("loss", 0), ("gradient norm", 1)])
+    def test_is_held_against_plain_pytorch(self, what, at, monkeypatch):
+        step = whole.DeviceStep.__call__
+
+        def wrong(self):
+            step(self)
+            self.measured[:, at] *= 1.05
+
+        monkeypatch.setattr(whole.DeviceStep, "__call__", wrong)
         check = step_rows()[0]["check"]
-        assert re.fullmatch(r"the recorded step's loss is \d\.\d{6}, the model's 1\.000000", check)
+        assert re.fullmatch(rf"the recorded step's {what} is \d\.\d{{6}}, plain PyTorch's \d\.\d{{6}}", check)
 
 
 def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monkeypatch):
@@ -779,6 +786,21 @@ def test_what_is_ended_ends_what_it_has_started(tmp_path):
     assert parent.communicate(timeout=60)[1] == "terminated\n"
     assert parent.returncode == 143
     assert not [path for path in children if Path(f"/proc/{path.name}").exists()]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_peers_need_is_imported_before_a_gpu_is_waited_for(gpu, monkeypatch):
+    """And one that is not there costs nothing else."""
+    imported = []
+
+    def import_module(name):
+        imported.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(child, "importlib", SimpleNamespace(import_module=import_module))
+    child.import_peers()
+    assert imported == (["torch._inductor.compile_fx", *child.IMPORTED] if gpu else [])
 
 
 def test_what_was_not_asked_for_is_said(parts_run):

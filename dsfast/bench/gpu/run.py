@@ -44,6 +44,8 @@ LOOK = 2.0  # seconds from one look at a process's rows to the next
 NOT_YET = f"{NOT_MEASURED}: the command ended before"
 NOT_ASKED = f"{NOT_MEASURED}: not asked for (--only)"
 _CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
+_ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""torch.compile has else a process for each processor, and each of the parts that compile at once so many."""
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
 
 Json = dict[str, Any]
@@ -183,7 +185,7 @@ class Child:
     def __init__(self, command: Sequence[str] | None = None):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(
-            command or _CHILD, **pipes, text=True, errors="replace", start_new_session=True
+            command or _CHILD, **pipes, env=_ALONE | os.environ, text=True, errors="replace", start_new_session=True
         )
 
     def run(self, request: str, seconds: float, look: Callable[[], object] = lambda: None) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from dsfast.bench.timing import repeat, spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
-from dsfast.model import DeepseekV3, generate_ids, loss_in, precision_of
+from dsfast.model import DeepseekV3, generate_ids, precision_of
 from dsfast.model.capture import record, unchanged
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
@@ -44,8 +44,8 @@ WAYS = {
 trainer takes the faster of the first two."""
 WARM_CALLS = 5
 """Untimed: CUDA graphs are recorded on the way."""
-AGREEMENT = 1e-3
-"""How far apart, relatively, the losses of the recorded step and of the model may be: the same kernels, in bfloat16."""
+AGREEMENT = {"loss": 1e-3, "gradient norm": 3e-2}
+"""How far apart, relatively, those of the recorded step, in bfloat16, and of the plain PyTorch path, in float32, may be."""
 _COMPILED = ("compile", "reduce-overhead")
 _SMALL = {
     "model.vocab_size": 48, "model.embedding_rank": 16, "model.hidden_size": 32, "model.num_hidden_layers": 1,
@@ -158,16 +158,18 @@ def trainer_on(config: Config, input_ids: Tensor, labels: Tensor, steps: int) ->
 
 
 def recorded_steps(trainer: Trainer, rows: list[Tensor], on_gpu: bool) -> tuple[DeviceSteps, str]:
-    """The trainer's steps, ready, the first of them done, and how its loss is wrong, "" if it is the model's."""
+    """The trainer's steps, ready, the first of them done, and how its loss or its gradient is wrong, "" if they are right."""
     steps = trainer.steps() if on_gpu else DeviceSteps(trainer, lambda step: step)
     steps.prepare()
-    with torch.no_grad():
-        expected = loss_in(trainer.precision.tensors, trainer.model, trainer.config.train.mtp_loss_weight, *rows).item()
+    with ops.use("reference"):
+        loss = trainer.model.loss(*rows, mtp_loss_weight=trainer.config.train.mtp_loss_weight)
+        gradients = torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True)
+    expected = loss.item(), torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
     steps.call()
-    found = steps.step.measured[0, 0].item()
-    if abs(found - expected) <= AGREEMENT * abs(expected):
-        return steps, ""
-    return steps, f"the recorded step's loss is {found:.6f}, the model's {expected:.6f}"
+    for (name, apart), right, found in zip(AGREEMENT.items(), expected, steps.step.measured[0].tolist(), strict=False):
+        if not abs(found - right) <= apart * abs(right):
+            return steps, f"the recorded step's {name} is {found:.6f}, plain PyTorch's {right:.6f}"
+    return steps, ""
 
 
 def run_generation(clock: Any, rehearsal: bool, rounds: int) -> Iterator[Json]:
