@@ -31,7 +31,7 @@ from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, capture, generate_ids
 from dsfast.model.capture import captured
 from dsfast.model.decode import OperatorDecoder, Prompts
-from dsfast.model.device_decode import BLOCK, LEAST_PLACES, DecodeStep, DeviceDecoder
+from dsfast.model.device_decode import BLOCK, LEAST_PLACES, STEPWISE, DecodeStep, DeviceDecoder
 from dsfast.model.generate import _own_decoder
 from dsfast.ops import triton
 
@@ -83,6 +83,20 @@ class TestTheSameTokens:
         assert found == by_device(model, prompts, steps, temperature, seed=7)
         assert temperature < 0.1 or found != by_device(model, prompts, steps, temperature, seed=8)
 
+    @pytest.mark.parametrize("length", [1, 2, STEPWISE, STEPWISE + 1])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_short_prompts_of_one_length_are_taken_by_recorded_steps(self, temperature, length):
+        """Again and again, after longer ones."""
+        model, launches, steps = random_model(), [], BLOCK + 2
+        decoder = partial(DeviceDecoder, launch=counted(launches))
+        for seed in range(3):
+            prompts = [random_ids(model, length, seed=10 * seed + s).tolist() for s in range(3)]
+            for batch in ([prompts_of(model)[2]] * 3, prompts):
+                launches.clear()
+                found = generate_ids(model, batch, steps, temperature, seed=seed, decoder_type=decoder)
+                assert found == by_operators(model, batch, steps, temperature, seed=seed)
+            assert len(launches) == (length if length <= STEPWISE else 0) + steps - 1
+
 
 class TestWhereItEnds:
     def test_eos_at_every_step(self):
@@ -95,7 +109,7 @@ class TestWhereItEnds:
             decoder = partial(DeviceDecoder, launch=counted(launches))
             found = generate_ids(model, prompts, steps, 1.0, eos_id=eos, decoder_type=decoder)
             assert found == [free[:at]]
-            assert len(launches) == min(-(-at // BLOCK) * BLOCK, steps - 1)
+            assert len(launches) == len(prompts[0]) + min(-(-at // BLOCK) * BLOCK, steps - 1)
 
     def test_eos_ends_one_row_and_not_the_others(self):
         model = random_model()
@@ -112,7 +126,7 @@ class TestWhereItEnds:
         decoder = partial(DeviceDecoder, launch=counted(launches))
         found = generate_ids(random_model(), [[3, 4], [5, 6]], steps, decoder_type=decoder)
         assert [len(row) for row in found] == [steps, steps]
-        assert len(launches) == steps - 1
+        assert len(launches) == 2 + steps - 1  # the prompts' tokens too
 
     def test_the_context_is_full(self):
         model = random_model(max_position_embeddings=20)

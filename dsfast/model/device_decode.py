@@ -24,6 +24,9 @@ BLOCK = 16
 """Steps between two looks of the host: a look waits for the device, and steps of a block behind the last <|eos|> are in vain."""
 LEAST_PLACES = 256
 """The smallest cache, in tokens, or the whole context where that is shorter: answers of different lengths share one recording."""
+STEPWISE = 12
+"""Tokens of a prompt, at most, that are taken one by one by the recorded step: on an H200 a step takes 0.16 ms (0.27 for 256
+sequences), a prompt of any length 3.5 ms, as its operators are launched one after the other."""
 NOTHING = -1
 """What is said in place of a token where there is none to choose."""
 
@@ -54,8 +57,13 @@ class DecodeStep:
 
     def start(self, prompts: Prompts) -> None:
         """The first choice, after `prompts`; what earlier sequences left is forgotten."""
-        self.cache.lengths.zero_()
+        self.begin()
         self._choose(prompt_logits(self.model, self.cache, prompts.to(self.place.device)))
+
+    def begin(self) -> None:
+        """What earlier sequences left is forgotten; the next choice is at place 0."""
+        self.cache.lengths.zero_()
+        self.place.zero_()
 
     def __call__(self) -> None:
         self._choose(next_logits(self.model, self.cache, self.chosen))
@@ -114,8 +122,12 @@ class DeviceDecoder:
         """The first choice after `prompts`, which lie on the CPU."""
         self._check_user()
         self._left = self._capacity - int(prompts.lengths.min())  # steps until the longest answer is full
-        self._step.draw(1, self._generator)
-        self._step.start(prompts)
+        lengths = set(prompts.lengths.tolist())
+        if self._call is not self._step and len(lengths) == 1 and max(lengths) <= STEPWISE:
+            self._take_by_steps(prompts.ids.view(len(prompts.lengths), -1))
+        else:
+            self._step.draw(1, self._generator)
+            self._step.start(prompts)
         self._unread = self._step.read(1)
         return self._next()
 
@@ -130,6 +142,19 @@ class DeviceDecoder:
                 self._call()
             self._unread = self._step.read(count)[::-1]
         return self._next()
+
+    def _take_by_steps(self, ids: Tensor) -> None:
+        """The first choice after prompts ids [B, T]: each of their tokens as if it had been chosen, of what follows the last choice
+        counts."""
+        step = self._step
+        *others, last = ids.T.to(step.chosen.device).unbind()
+        step.begin()
+        for tokens in others:
+            step.chosen.copy_(tokens)
+            self._call()
+        step.chosen.copy_(last)
+        step.draw(1, self._generator)
+        self._call()
 
     def _next(self) -> list[int]:
         chosen = self._unread.pop()
