@@ -11,13 +11,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-import triton.language as tl
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel, unset
-from dsfast.triton_kernels.launch import Launch, compiling, during, pdl
 from dsfast.triton_kernels.limits import CHIPS
-from dsfast.triton_kernels.pieces import after_others, options
 
 from dsfast.bench.compile import DTYPES, compile_example, examples, kernels_of, operators
 
@@ -168,7 +165,7 @@ def test_limits_find_what_breaks_them():
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)(
-        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True, waits=False,
+        "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True,
         unset=("UMOV UR4, UR5",),
     )  # fmt: skip
     assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == [
@@ -178,7 +175,6 @@ def test_limits_find_what_breaks_them():
         "the",
         "products",
         "each",
-        "memory",
         "ptxas",
     ]
 
@@ -261,62 +257,6 @@ def test_the_next_places_of_a_cache_are_on_their_way_beside_both_products():
     assert "DCM" in order(launch)
     launch.arguments["AHEAD"] = None
     assert "DCM" not in order(launch)
-
-
-@pytest.mark.parametrize(("chip", "waits"), [("sm_80", None), ("sm_90", True), ("sm_100", True), ("gfx942", None)])
-def test_kernels_wait_where_they_are_let_in_early(chip, waits):
-    """And one that does not, or does so too late, is found out."""
-    launch = rms_norm.example_launches("500K", torch.bfloat16, CHIPS[chip].large)["forward_kernel"]
-    assert compile_launch(launch, chip).waits is waits
-    late = Launch(_late_kernel, (1,), {"x": torch.empty(1, device="meta")}, options(1), 4, 0)
-    assert compile_launch(late, chip).waits is (waits and False)
-
-
-@triton.jit
-def _late_kernel(x):
-    number = tl.load(x)
-    after_others()
-    tl.store(x, number + 1)
-
-
-class Noted:
-    """Stands for a kernel: keeps the options that it is started with."""
-
-    arg_names = ()
-
-    def __init__(self):
-        self.options: list[dict] = []
-
-    def __getitem__(self, grid):
-        return lambda **options: self.options.append(options)
-
-    def warmup(self, grid, **options):
-        self.options.append(options)
-
-
-@pytest.mark.parametrize("can", [False, True])
-def test_launches_ask_to_be_let_in_early_where_the_chip_can(can, monkeypatch):
-    monkeypatch.setattr(launch_module, "_devices_with_pdl", lambda: [1] if can else [])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    kernel = Noted()
-    launch = Launch(kernel, (1,), {}, {"num_warps": 4}, 4, 0)
-    launch.run()
-    with during(compiling, True):
-        launch.run()
-    with during(pdl, False):
-        launch.run()
-    plain = {"num_warps": 4}
-    assert kernel.options == [*[plain | ({"launch_pdl": True} if can else {})] * 2, plain]
-
-
-@pytest.mark.parametrize(("interpreted", "asked", "expected"), [("0", "1", [0, 2]), ("0", "0", []), ("1", "1", [])])
-def test_which_gpus_let_kernels_in_early(interpreted, asked, expected, monkeypatch):
-    chips = [(9, 0), (8, 9), (10, 0), (12, 0)]
-    monkeypatch.setenv("DSFAST_PDL", asked)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", chips.__getitem__)
-    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    assert launch_module._devices_with_pdl.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("value", ["1", "true", "True", "on", "y", "0", "false", "", "2", "no"])

@@ -139,7 +139,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("branched", [False, True])
     def test_recorded_it_leaves_the_bits_of_launches_that_are_waited_for(self, branched, monkeypatch):
-        """The 500K model: whatever runs beside others there, or is let in while the kernel before it runs."""
+        """The 500K model: whatever runs beside others there."""
         trainer = Trainer(default_config("gpu").replace(**{"train.steps": self.STEPS}))
         steps = DeviceSteps(trainer, eager)
         steps.prepare()

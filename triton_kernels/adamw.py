@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, dtype_name, multiprocessors, on_meta
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import after_others, options
+from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
 
@@ -59,7 +59,6 @@ def adamw_kernel(
     log2_beta1, beta2, rest2, log2_beta2, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Updates one block in place. A device_step replaces both corrections, the other device_... the number of that name."""
-    after_others()
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     count, lr, decay = tl.load(row), as_float(tl.load(row + 6)), as_float(tl.load(row + 7))
     if device_lr_scale is not None:
@@ -93,7 +92,6 @@ def norm_kernel(
 
     The table's last row is of no tensor: in the place of an address it counts the programs of all launches that are done.
     """
-    after_others()
     p, programs = tl.program_id(0), tl.num_programs(0)
     b_sum = tl.zeros([BLOCK], tl.float64)
     for t in range(tl.cdiv(B - p, programs)):

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, on_meta
-from dsfast.triton_kernels.pieces import after_others, options
+from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, is_finite, table_of
 from torch import Tensor
 
@@ -19,7 +19,6 @@ COPIED = 1024  # numbers of the loads at a time
 @triton.jit
 def bias_kernel(table, loads, device_clip_scale, clip_scale, speed, E, COLUMNS: tl.constexpr, EP: tl.constexpr):
     """The bias of one router, in place: its row of loads [L, E]."""
-    after_others()
     router = tl.program_id(0).to(tl.int64)
     if device_clip_scale is not None:
         clip_scale = tl.load(device_clip_scale)
@@ -37,7 +36,6 @@ def record_kernel(
     place, update, measured, loads, loss, norm, lr_scale, clip_scale, load, P, COUNT, BLOCK: tl.constexpr
 ):
     """One program. COUNT: loads of a step."""
-    after_others()
     p, number = tl.load(place), tl.load(update)
     good = is_finite(tl.load(clip_scale))
     known = (p >= 0) & (p < P)

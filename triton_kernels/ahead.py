@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 import triton
-from dsfast.triton_kernels.launch import Launch, during
+from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
-from dsfast.triton_kernels.pieces import compiled_for
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -40,7 +39,6 @@ class Compiled:
         float | None
     )  # work of the warp groups' matrix instructions over that of the source's products; None without them
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
-    waits: bool | None  # for the kernels before it, first of all; None on chips that start none before those end
     unset: tuple[
         str, ...
     ] = ()  # instructions beside warp groups' products that read uniform registers which nothing has written
@@ -61,8 +59,6 @@ class Compiled:
             found.append(f"products are computed {self.repeated:g} times")
         if self.serialized:
             found.append("each matrix instruction waits for the one before it (ptxas calls them serialized)")
-        if self.waits is False:
-            found.append("memory is read or written before the kernels before it are waited for")
         found += [f"ptxas has left out what sets a register: {instruction}" for instruction in self.unset]
         return [f"{self.kernel} on {self.chip}: {fault}" for fault in found]
 
@@ -71,8 +67,7 @@ def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    with during(compiled_for, gpu):
-        return triton.compile(_source(launch), target=gpu, options=launch.options)
+    return triton.compile(_source(launch), target=gpu, options=launch.options)
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
@@ -86,7 +81,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     return Compiled(
         launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies,
         _repeated(kernel, launch.options["num_warps"]) if groups else None, _serialized(kernel, target.arch) if groups else None,
-        _waits(assembly) if cuda and target.arch >= 90 else None, unset(_dumped(kernel, "-sass")) if groups else (),
+        unset(_dumped(kernel, "-sass")) if groups else (),
     )  # fmt: skip
 
 
@@ -123,12 +118,6 @@ def _read_uniform(operands: list[str]) -> set[int]:
 def _uniform_width(name: str) -> int:
     """How many registers an instruction writes."""
     return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
-
-
-def _waits(ptx: str) -> bool:
-    """As in Compiled."""
-    found = re.search(r"\bgriddepcontrol\.wait\b|\b(?:ld|st|atom|red)\.\S*global|\bcp\.async", ptx)
-    return found is not None and found[0].startswith("griddepcontrol")
 
 
 def _serialized(kernel, arch: int) -> bool:

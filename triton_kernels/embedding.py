@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import after_others, load_tile, options, splits, sum_launch
+from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
 BLOCK = 64  # sorted tokens in a block, where there is no projection
@@ -48,7 +48,6 @@ def _gather(table, table_v, input_ids, n, r, N, V, R: tl.constexpr, BN: tl.const
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def copy_kernel(input_ids, table, y, table_v, N, V, R: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
     """One tile of y [N, R], without a projection."""
-    after_others()
     n, r = tl.program_id(0) * BN, tl.program_id(1) * BR
     b_y, known = _gather(table, table_v, input_ids, n, r, N, V, R, BN, BR)
     b_y = tl.where(known[:, None], b_y, float("nan"))
@@ -62,7 +61,6 @@ def forward_kernel(
     BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [N, D]."""
-    after_others()
     n, d = tl.program_id(0) * BN, tl.program_id(1) * BD
     i = n + tl.arange(0, BN)
     w = tl.load(input_ids + i, mask=i < N, other=-1)
@@ -93,7 +91,6 @@ def taken_kernel(
     BLOCK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [N, R] = dy projection^T in the sorted order, and of blocks [N // BLOCK, R], as blocks_kernel's."""
-    after_others()
     first, r = tl.program_id(0) * BLOCK, tl.program_id(1) * BR
     place, col = first + tl.arange(0, BLOCK), r + tl.arange(0, BR)
     i = tl.load(order + place, mask=place < N, other=0)[:, None]
@@ -114,7 +111,6 @@ def dprojection_kernel(
     BR: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of dprojection_parts [S, R, D] = taken^T dy over one of S shares of the tokens, STEPS tiles of them."""
-    after_others()
     r, d, s = tl.program_id(0) * BR, tl.program_id(1) * BD, tl.program_id(2)
     b_dp = tl.zeros([BR, BD], tl.float32)
     for tile in range(s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(N, BN))):
@@ -139,7 +135,6 @@ def _key(input_ids, i, N, V):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def keys_kernel(input_ids, keys, N, V, KEYS: tl.constexpr):
     """keys [N], in the tokens' order."""
-    after_others()
     i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     tl.store(keys + i, _key(input_ids, i, N, V).to(keys.dtype.element_ty), mask=i < N)
 
@@ -147,7 +142,6 @@ def keys_kernel(input_ids, keys, N, V, KEYS: tl.constexpr):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def sort_kernel(input_ids, keys, order, N, V, BN: tl.constexpr, BM: tl.constexpr):
     """Put BN tokens at their places in keys and order [N]: as many as come before them. V N < 2^31."""
-    after_others()
     i = tl.program_id(0) * BN + tl.arange(0, BN)
     key = _key(input_ids, i, N, V)
     rank = (key.to(tl.int32) * N + i)[:, None]
@@ -175,7 +169,6 @@ def _starts(keys, w, N, BITS):
 @triton.jit(do_not_specialize=("N", "BITS"))
 def starts_kernel(keys, starts, N, BITS, V, KEYS: tl.constexpr):
     """starts [V + 1], of each word."""
-    after_others()
     w = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     tl.store(starts + w, _starts(keys, w, N, BITS), mask=w <= V)
 
@@ -185,7 +178,6 @@ def blocks_kernel(
     x, keys, order, blocks, x_n, N, V, R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):
     """One tile of blocks [N // BLOCK, R]: the sum of x over a block of sorted tokens, if they are one word; else nothing."""
-    after_others()
     first, r = tl.program_id(0) * BLOCK, tl.program_id(1) * BR
     if _are_one_word(keys, first, N, V, BLOCK):
         col = r + tl.arange(0, BR)[None, :]
@@ -203,7 +195,6 @@ def words_kernel(
 ):  # fmt: skip
     """One tile of dtable [V, R]: one word, head_dtable added where there is one. x [N, R]: of the tokens, or where no order is
     given of the sorted ones."""
-    after_others()
     w, r = tl.program_id(0), tl.program_id(1) * BR
     begin, end = tl.load(starts + w), tl.load(starts + w + 1)
     first = tl.cdiv(begin, BLOCK)

@@ -26,10 +26,6 @@ INTERPRETED_AS = 9
 compiling: ContextVar[bool] = ContextVar("dsfast_launch_compiling", default=False)
 """Where it is True kernels are compiled and not started: what they should write keeps the values it had."""
 
-pdl: ContextVar[bool] = ContextVar("dsfast_launch_pdl", default=True)
-"""Programmatic dependent launch: whether a kernel's programs may come on to the chip before the kernels before it are done, and
-wait there. Each calls `after_others` of dsfast.triton_kernels.pieces first."""
-
 branches: ContextVar[Branches | None] = ContextVar("dsfast_branches", default=None)
 """Where they are, `aside` starts launches beside those that follow."""
 
@@ -53,13 +49,11 @@ class Launch:
         """Start it, if there is a program to start; only compile it where `compiling` says so."""
         if 0 in self.grid:
             return
-        arguments, options = (self.arguments[name] for name in self.kernel.arg_names), self.options
-        if pdl.get() and (those := _devices_with_pdl()) and torch.cuda.current_device() in those:
-            options = options | {"launch_pdl": True}
+        arguments = (self.arguments[name] for name in self.kernel.arg_names)
         if compiling.get():
-            self.kernel.warmup(*arguments, grid=self.grid, **options)
+            self.kernel.warmup(*arguments, grid=self.grid, **self.options)
         else:
-            self.kernel[self.grid](*arguments, **options)
+            self.kernel[self.grid](*arguments, **self.options)
 
 
 def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = False) -> None:
@@ -122,15 +116,6 @@ def large_tiles(device: torch.device) -> int:
         return INTERPRETED_AS
     major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
     return major if major in (9, 10) else 0
-
-
-@cache
-def _devices_with_pdl() -> list[int]:
-    """The data-centre GPUs that have programmatic dependent launch; none where kernels are interpreted, or where DSFAST_PDL is 0,
-    as for a driver whose graphs cannot hold it."""
-    if interpreted() or torch.version.hip or os.environ.get("DSFAST_PDL") == "0":
-        return []
-    return [n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(n)[0] in (9, 10)]
 
 
 @cache

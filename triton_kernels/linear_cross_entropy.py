@@ -33,7 +33,7 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.narrow import outer_launches
-from dsfast.triton_kernels.pieces import LN2, LOG2E, after_others, load_tile, options, splits, sum_launch
+from dsfast.triton_kernels.pieces import LN2, LOG2E, load_tile, options, splits, sum_launch
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
@@ -77,7 +77,6 @@ def _of_token(m, l, z_label, word, z_loss):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def count_kernel(labels, count, N, ignore_index, BLOCK: tl.constexpr):
     """count [1], float32: the tokens that count, at least 1. One program."""
-    after_others()
     b_count = tl.zeros([BLOCK], tl.int32)
     for k in range(tl.cdiv(N, BLOCK)):
         i = k * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +87,6 @@ def count_kernel(labels, count, N, ignore_index, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
     """loss, a scalar: the sum of losses [N] over count. One program."""
-    after_others()
     b_loss = tl.zeros([BLOCK], tl.float32)
     for k in range(tl.cdiv(N, BLOCK)):
         i = k * BLOCK + tl.arange(0, BLOCK)
@@ -99,7 +97,6 @@ def loss_kernel(losses, count, loss, N, BLOCK: tl.constexpr):
 @triton.jit
 def scale_kernel(x, dloss, y, SIZE, BLOCK: tl.constexpr):
     """y [SIZE] = x dloss, in float32."""
-    after_others()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + i, mask=i < SIZE, other=0.0).to(tl.float32)
     tl.store(y + i, (b_x * tl.load(dloss)).to(y.dtype.element_ty), mask=i < SIZE)
@@ -111,7 +108,6 @@ def project_kernel(
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """y [N, R] = x dloss, rounded, and dhidden [N, D] = y projection, for one tile of tokens."""
-    after_others()
     t = tl.program_id(0) * BT
     b_y = (load_tile(x, R, t, 0, N, R, BT, RP, True) * tl.load(dloss)).to(y.dtype.element_ty)  # [BT, RP]
     b_p = load_tile(projection, D, 0, 0, R, D, RP, DP, True)  # [RP, DP]
@@ -149,7 +145,6 @@ def forward_kernel(
     """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
     words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32. Where
     there is a projection [R, D], hidden [N, R] is made too, x [N, D] projection^T."""
-    after_others()
     t, s = tl.program_id(0) * BT, tl.program_id(1)
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     i = t + tl.arange(0, BT)  # [BT]
@@ -196,7 +191,6 @@ def combine_kernel(
 
     The label's row of the weight is subtracted last: where it is infinite the result is NaN and eager's may be infinite.
     """
-    after_others()
     i = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     b_word = _words(labels, i, N, V, ignore_index)
@@ -268,7 +262,6 @@ def dweight_kernel(
     R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """dweight_parts [S, V, R], times dloss, for one tile of words and one of S shares of the tokens, STEPS tiles of them."""
-    after_others()
     v, s = tl.program_id(0) * BV, tl.program_id(1)
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     word = v + tl.arange(0, BV)  # [BV]
@@ -312,7 +305,6 @@ def softmax_kernel(
 ):
     """losses of one token; softmax [3, N] (m, factor, 1 / count) if there is one; where GRADS the gradient in place of its
     logits. One maximum a block, one sum at the end."""
-    after_others()
     i = tl.program_id(0)
     z = logits + tl.cast(i, tl.int64) * logits_n
     word = _words(labels, i, i + 1, V, ignore_index)
@@ -343,7 +335,6 @@ def softmax_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def gradient_kernel(logits, labels, softmax, dloss, dlogits, logits_n, N, V, ignore_index, BLOCK: tl.constexpr):
     """dlogits [N, V], with the strides of logits, for one block of words of one token."""
-    after_others()
     i, v = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     word = _words(labels, i, N, V, ignore_index)
     m, factor, scale = tl.load(softmax + i), tl.load(softmax + N + i), tl.load(softmax + 2 * N + i)

@@ -54,7 +54,6 @@ from dsfast.triton_kernels.limits import ATTENTION_WIDEST
 from dsfast.triton_kernels.pieces import (
     LOG2E,
     UNSEEN,
-    after_others,
     load_tile,
     opaque,
     options,
@@ -148,7 +147,6 @@ def forward_kernel(
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
-    after_others()
     tiles = tl.cdiv(N, BT)
     h, tile = swizzle(H, tiles, G)
     h = h.to(tl.int64)
@@ -215,7 +213,6 @@ def backward_q_kernel(
 ):  # fmt: skip
     """For one tile and head, this program's or those of that `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, where delta is
     not None, delta [H, PITCH]."""
-    after_others()
     tiles = tl.cdiv(N, BT)
     h, tile = swizzle(H, tiles, G, number)
     h = h.to(tl.int64)
@@ -305,7 +302,6 @@ def backward_kv_kernel(
 ):  # fmt: skip
     """For one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the
     head's shares [H, N, Dr] of dk_rope. Where o is not None delta is made of it."""
-    after_others()
     h, tile = swizzle(H, tl.cdiv(N, BS), G, number)
     h = h.to(tl.int64)
     t = tile * BS  # the first tile of a document is the longest
@@ -360,7 +356,6 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients of narrow heads: first a program for each tile of keys and head of queries, by blocks of KT and KS, which
     makes delta itself, then one for each tile of queries and head, by QT and QS. None waits for another."""
-    after_others()  # as both of these do: the second time there is nothing to wait for
     of_keys = tl.cdiv(N, KS) * H
     number = tl.program_id(0)
     if number < of_keys:

@@ -32,7 +32,7 @@ from dsfast.triton_kernels.attention_pieces import (
     within,
 )
 from dsfast.triton_kernels.launch import Launch
-from dsfast.triton_kernels.pieces import LOG2E, after_others, load_tile, opaque, options, store_rows, swizzle
+from dsfast.triton_kernels.pieces import LOG2E, load_tile, opaque, options, store_rows, swizzle
 from torch import Tensor
 
 KEPT = 2**31
@@ -53,7 +53,6 @@ def delta_kernel(
     do, o, delta, do_n, do_h, PITCH, N, H, Dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr
 ):
     """delta [H, PITCH] = sum of do o, for ROWS queries of one head."""
-    after_others()
     h, tile = swizzle(H, tl.cdiv(N, ROWS), G)
     h, t = h.to(tl.int64), tile * ROWS
     b_do = load_tile(do + h * do_h, do_n, t, 0, N, Dv, ROWS, DV, True)  # [ROWS, DV]
@@ -136,7 +135,6 @@ def scores_kernel(
     BT: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """dv [N, H, Dv] and ds of HEADS heads from FIRST on, for one tile of keys and one head of queries."""
-    after_others()
     head, tile = swizzle(HEADS, tl.cdiv(N, SIDE), G)
     ds += head.to(tl.int64) * ds_h
     h = (FIRST + head).to(tl.int64)
@@ -183,7 +181,6 @@ def product_kernel(
 ):  # fmt: skip
     """y = scale ds x for two tiles of keys (x are the queries) or of queries (x are the keys), BT of x at a time, and one of
     HEADS heads from FIRST on. Two, as the L2 cache is what bounds it: one would read as much of x for half the products."""
-    after_others()
     ROWS: tl.constexpr = 2 * SIDE
     tiles = tl.cdiv(N, ROWS)
     head, tile = swizzle(HEADS, tiles, G)

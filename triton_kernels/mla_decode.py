@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, dtype_name, expect_dtype, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import LOG2E, UNSEEN, after_others, opaque, options
+from dsfast.triton_kernels.pieces import LOG2E, UNSEEN, opaque, options
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
@@ -160,7 +160,6 @@ def attend_kernel(
     values [B, H, Dv]. PAGE is 0 for a cache [B, C, ...]: then a sequence is its only page. AHEAD: None, or the stages of a loop
     that has the next tile on its way during both products and not the second alone; they read it in shared memory.
     """
-    after_others()
     blocks = tl.cdiv(H, BH)
     pid = tl.program_id(0)
     block, split, b = pid % blocks, pid // blocks % SPLITS, pid // blocks // SPLITS
@@ -249,7 +248,6 @@ def combine_kernel(
 ):  # fmt: skip
     """The splits of one head of one sequence put together, BR columns of them, BS splits at a time: to the mixed latents
     [B, H, R], where ABSORB (and BR = RP) the values [B, H, Dv]. What a split without places would have written is not read."""
-    after_others()
     chunks: tl.constexpr = (RP + BR - 1) // BR
     pid = tl.program_id(0)
     chunk, h, b = pid % chunks, pid // chunks % H, pid // chunks // H

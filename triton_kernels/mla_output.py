@@ -27,7 +27,7 @@ from dsfast.triton_kernels.narrow import (
     outer_launches,
     store_tokens,
 )
-from dsfast.triton_kernels.pieces import after_others, gradients_read, options, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
 from torch import Tensor
 
 
@@ -37,7 +37,6 @@ def forward_kernel(
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """y and h of one tile of tokens. What the separate operators round is rounded."""
-    after_others()
     start = tl.program_id(0) * BN
     dtype = h.dtype.element_ty
     b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
@@ -55,7 +54,6 @@ def backward_kernel(
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], dvalues [N, C], and in a row of parts [tiles, D] what a tile adds to the gradient of norm."""
-    after_others()
     tile = tl.program_id(0)
     start = tile * BN
     b_dy = load_tokens(dy, start, dy_n, N, BN, 1, 1, D, DP).to(tl.float32)  # [BN, DP]

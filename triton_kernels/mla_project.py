@@ -32,7 +32,7 @@ from dsfast.triton_kernels.narrow import (
     store_tokens,
     store_weight,
 )
-from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch
+from dsfast.triton_kernels.pieces import opaque, options, sum_launch
 from torch import Tensor
 
 
@@ -74,7 +74,6 @@ def forward_kernel(
 ):  # fmt: skip
     """h, q_nope, q_rope, k_nope, k_rope and v. Two programs for each tile of tokens, the second for keys and values. What the
     separate operators round is rounded."""
-    after_others()
     start = tl.program_id(0) // 2 * BN
     b_h = load_tokens(delta, start, delta_n, N, BN, 1, 1, D, DP)  # [BN, DP]
     if residual is not None:
@@ -141,7 +140,6 @@ def backward_kernel(
     BN: tl.constexpr, HG: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], and in a row of parts [tiles, D] what a tile adds to the gradient of norm. q_nope: HG heads at a time."""
-    after_others()
     tile = tl.program_id(0)
     start = tile * BN
     b_x = _normed(load_tokens(h, start, D, N, BN, 1, 1, D, DP), norm, start, N, eps, BN, D, DP)  # [BN, DP]
@@ -178,7 +176,6 @@ def weights_kernel(
     TOTAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A row of parts [tiles, TOTAL]: what a tile adds to the gradients of q, kv_a, kv_b and latent_norm, in this order."""
-    after_others()
     tile = tl.program_id(0)
     start = tile * BN
     parts += tl.cast(tile, tl.int64) * TOTAL

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import after_others, opaque, options, sum_launch, swizzle
+from dsfast.triton_kernels.pieces import opaque, options, sum_launch, swizzle
 from torch import Tensor
 
 TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after block of columns: for the L2 cache
@@ -120,7 +120,6 @@ def up_kernel(
 
     FUSED, where the BN columns are all: the tile goes on to out [R, D] by slot, on top of base, and there is no h.
     """
-    after_others()
     blocks = tl.cdiv(I, BN)
     tile, block = swizzle(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
@@ -173,7 +172,6 @@ def project_kernel(
     that of base where there is one.
     With GATHER a row of a [N, DEPTH] by token becomes one of out [R, WIDTH] by place.
     """
-    after_others()
     blocks = tl.cdiv(WIDTH, BN)
     tile, block = swizzle(tl.num_programs(0) // blocks, blocks, G)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
@@ -213,7 +211,6 @@ def swiglu_backward_kernel(
     I: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """dgu [R, 2I] and dweights by slot, for BM places; dh [R, I] = dy down becomes the weight times h."""
-    after_others()
     r = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     m_r = r < R
     r_64 = r.to(tl.int64)
@@ -275,7 +272,6 @@ def matrix_kernel(
 
     Strides of out_e out_p and out_q. Each of SPLITS programs takes an equal share of the places, out is then [SPLITS, E, ...].
     """
-    after_others()
     pid = tl.program_id(0)
     split, pid = pid % SPLITS, pid // SPLITS
     block_q, pid = pid % tl.cdiv(Q, BN), pid // tl.cdiv(Q, BN)
@@ -333,7 +329,6 @@ def narrow_backward_kernel(
 
     All programs of a tile make dgu, from BK columns of dy at a time.
     """
-    after_others()
     columns: tl.constexpr = (D + BN - 1) // BN
     tile, block = tl.program_id(0) // columns, tl.program_id(0) % columns
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
@@ -363,7 +358,6 @@ def narrow_matrix_kernel(
 ):  # fmt: skip
     """A row of parts: what one tile of places adds to dgate_up [2I, D] and ddown [D, I], BN columns of D at a time; letters as
     in narrow_backward_kernel, and dgu made as there: nothing of it needs to be waited for."""
-    after_others()
     tile = tl.program_id(0)
     e, first, m, slot, m_r = _tile(order, offsets, tile, R, E, EP, BM, ROUTED)
     if e == E:
@@ -403,7 +397,6 @@ def add_tiles_kernel(
 ):  # fmt: skip
     """BN elements of one expert's dgate_up and ddown, as in narrow_matrix_kernel: the sum over its tiles of BM places, BT of
     them at a time, always in the same order."""
-    after_others()
     blocks: tl.constexpr = (3 * I * D + BN - 1) // BN
     e, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, tiles = 0, tl.cdiv(R, BM)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, dtype_name, expect_dtype, on_meta, padded, rows
-from dsfast.triton_kernels.pieces import LN2, LOG2E, after_others, options, splits, sum_launch
+from dsfast.triton_kernels.pieces import LN2, LOG2E, options, splits, sum_launch
 from torch import Tensor
 
 LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
@@ -133,7 +133,6 @@ def forward_kernel(
 
     Where there are x and w, from them, and logits [N, E] as well.
     """
-    after_others()
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
     place = tl.arange(0, GP * SP)[None, :]
     e = place // SP * S + place % SP  # [1, GP SP]
@@ -219,7 +218,6 @@ def backward_kernel(
     BN: tl.constexpr,
 ):  # fmt: skip
     """dlogits [N, E] of one tile of tokens."""
-    after_others()
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
     e, k = tl.arange(0, EP)[None, :], tl.arange(0, KP)[None, :]
     b_others, b_chosen, b_dlogits = _gradient(
@@ -238,7 +236,6 @@ def tokens_backward_kernel(
     norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BD columns of dx [N, D] for STEPS tiles of tokens, and their part of the gradient of w: one of parts [P, E, D]."""
-    after_others()
     share, block = tl.program_id(0) // tl.cdiv(D, BD), tl.program_id(0) % tl.cdiv(D, BD)
     d = (block * BD + tl.arange(0, BD))[None, :]
     e = tl.arange(0, EP)[:, None]
@@ -271,7 +268,6 @@ def _load_bins(indices, slot, m_slot, E):
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def histogram_kernel(indices, parts, SLOTS, E, EP: tl.constexpr, BS: tl.constexpr):
     """Slots of each bin in one tile: a row of parts [B, EP]."""
-    after_others()
     tile = tl.program_id(0)
     slot = tile * BS + tl.arange(0, BS)
     b_e = _load_bins(indices, slot, slot < SLOTS, E)
@@ -283,7 +279,6 @@ def scan_kernel(
     parts, before, B, BINS: tl.constexpr, EP: tl.constexpr, TILES: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr
 ):
     """For BE bins before [B / TILES + 1, EP], the sums of the rows of parts [B, BINS] before each block, and of all of them."""
-    after_others()
     e = tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
     b = tl.arange(0, BB)[:, None]
     b_before = tl.zeros([1, BE], tl.int32)
@@ -306,7 +301,6 @@ def scatter_kernel(
     What stands before a block comes from `before`, what scan_kernel left; where that is None from parts [B <= ROWS, BINS], the
     counts of all tiles; where that is None too there is but this block.
     """
-    after_others()
     block = tl.program_id(0)
     bins, i = tl.arange(0, EP), tl.arange(0, BS)
     slot = block * PER + i

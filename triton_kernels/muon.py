@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, dtype_name, on_meta
-from dsfast.triton_kernels.pieces import after_others, options
+from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, NOWHERE, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
 
@@ -41,7 +41,6 @@ def momentum_kernel(
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of momenta, in place, and of `update`, what is to be orthogonalised. rest: 1 - momentum."""
-    after_others()
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     count, at, clip_scale = _begin(row, device_clip_scale, clip_scale, BLOCK)
     first, grad, i = tl.load(row + 1), tl.load(row + 3), tl.arange(0, BLOCK)
@@ -60,7 +59,6 @@ def apply_kernel(
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of parameters, in place. device_lr_scale replaces lr_scale."""
-    after_others()
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     count, at, _ = _begin(row, device_clip_scale, 1.0, BLOCK)
     mask = tl.arange(0, BLOCK) < count

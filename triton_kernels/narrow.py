@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, padded, rows
-from dsfast.triton_kernels.pieces import after_others, options, sum_launch
+from dsfast.triton_kernels.pieces import options, sum_launch
 from torch import Tensor
 
 # Of an outer product: tokens of a tile, tiles of a part, warps. Starting values: nobody has measured them.
@@ -96,7 +96,6 @@ def outer_kernel(
     A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One of parts [..., A, B]: the sum over TILES tiles of tokens of a [N, A]^T b [N, B]."""
-    after_others()
     part = tl.program_id(0)
     b_part = tl.zeros([AP, BP], tl.float32)
     for tile in range(TILES):

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
-from dsfast.triton_kernels.pieces import after_others, options
+from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
@@ -120,7 +120,6 @@ def newton_schulz_kernel(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """STACKS: COUNT times number of the first matrix, its begin in x, R and C. WHOLE: none has more than BC columns."""
-    after_others()
     pid = tl.program_id(0)
     # Chosen among constants only, R and C stay known to be multiples of 16 where all are: memory is read 16 bytes at a time.
     R, C, begin = STACKS[2], STACKS[3], tl.cast(pid, tl.int64) * (STACKS[2] * STACKS[3])

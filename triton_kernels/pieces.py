@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, interpreted, rows
+from dsfast.triton_kernels.launch import Launch, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.language.target_info import current_target
 
 PROGRAMS = 4 * MULTIPROCESSORS  # at most, that a launch is split into where its tiles are fewer
-compiled_for: ContextVar[GPUTarget | None] = ContextVar("dsfast_compiled_for", default=None)
-"""The chip that kernels are compiled for, where it is not the one that is here."""
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
@@ -34,32 +27,6 @@ def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, in
     """
     per = triton.cdiv(steps, min(steps, max(1, (programs or PROGRAMS) // tiles)))
     return triton.cdiv(steps, per), per
-
-
-def _target_has_pdl() -> bool:
-    """Whether the chip that a kernel is compiled for has programmatic dependent launch."""
-    target = None if interpreted() else compiled_for.get() or current_target()
-    return target is not None and target.backend == "cuda" and target.arch >= 90
-
-
-# What it reads is no part of a kernel's source: the chip has a place of its own in the key that kernels are kept by.
-_target_has_pdl.__triton_builtin__ = True
-
-
-@triton.constexpr_function
-def _has_pdl():
-    return _target_has_pdl()
-
-
-@triton.jit
-def after_others():
-    """First in every kernel: wait until the kernels before are done, and let the next one's programs come on to the chip.
-
-    A GPU from sm_90 on has these waiting there (`Launch.run`) when the last one is done, instead of beginning to launch them.
-    """
-    if _has_pdl():
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -115,7 +82,6 @@ def store_rows(x, stride, start, N, b_x, ROWS: tl.constexpr, D: tl.constexpr, DP
 def sum_kernel(parts, base, y, parts_s, parts_r, S, R, D, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """y [R, D] = sum over s of parts [S, R, D], which have the strides parts_s, parts_r and 1, plus base [R, D] where there is
     one. In float32, BS of them at a time, always in the same order."""
-    after_others()
     blocks = tl.cdiv(D, BN)
     r = (tl.program_id(0) // blocks).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
     d = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)[None, :]

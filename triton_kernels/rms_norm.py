@@ -32,7 +32,7 @@ from dsfast.triton_kernels.launch import (
     rows,
 )
 from dsfast.triton_kernels.limits import MULTIPROCESSORS, NORM_WIDEST
-from dsfast.triton_kernels.pieces import after_others, gradients_read, load_tile, options, store_rows, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, load_tile, options, store_rows, sum_launch
 from torch import Tensor
 
 
@@ -41,7 +41,6 @@ def forward_kernel(
     x, residual, weight, y, h, rstd, eps, x_n, residual_n, N, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):
     """y [N, D], rstd [N] and, where there is a residual, h [N, D], for one tile of rows."""
-    after_others()
     start = tl.program_id(0) * BN
     d = tl.arange(0, BD)
     b_h = load_tile(x, x_n, start, 0, N, D, BN, BD, True)  # [BN, BD]
@@ -63,7 +62,6 @@ def backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D], and this program's part of dweight [P, D]: tiles p, p + P, p + 2 P ..."""
-    after_others()
     p, programs = tl.program_id(0), tl.num_programs(0)
     d = tl.arange(0, BD)
     b_weight = tl.load(weight + d, mask=d < D, other=0.0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, expect_dtype, on_meta, rows
 from dsfast.triton_kernels.limits import ROPE_WIDEST
-from dsfast.triton_kernels.pieces import after_others, options
+from dsfast.triton_kernels.pieces import options
 from torch import Tensor
 
 ELEMENTS = 2048  # of a tile, for four warps
@@ -61,7 +61,6 @@ def rope_kernel(
     Dr: tl.constexpr, DR: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """y [N, H, Dr] for one tile of tokens and heads."""
-    after_others()
     tile = tl.program_id(0)
     _turn(x, x_n, x_h, x, 0, 0, cos, sin, positions, y, y_n, y_h, tile, N, H, P, Dr, DR, 0, 1, BT, BH, INVERSE)
 
@@ -74,7 +73,6 @@ def pair_kernel(
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """q_out [N, H, Dq + Dr] and k_out [N, Dk + Dr], a tile of one of them: BT tokens and BH heads of q, or BK tokens of k."""
-    after_others()
     tile, queries = tl.program_id(0), tl.cdiv(N, BT) * tl.cdiv(H, BH)
     if tile < queries:
         _turn(

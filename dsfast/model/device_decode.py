@@ -144,8 +144,8 @@ class DeviceDecoder:
         return self._next()
 
     def _take_by_steps(self, ids: Tensor) -> None:
-        """The first choice after prompts ids [B, T], whose tokens are taken as if they had been chosen: of the choices only the last
-        one counts."""
+        """The first choice after prompts ids [B, T], whose tokens are taken as if they had been chosen: of what they lead to only
+        the last counts."""
         step = self._step
         *others, last = ids.T.to(step.chosen.device).unbind()
         step.begin()

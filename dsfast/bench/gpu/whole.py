@@ -25,23 +25,17 @@ from dsfast.model import DeepseekV3, generate_ids, precision_of
 from dsfast.model.capture import record, unchanged
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.device_decode import DecodeStep, DeviceDecoder, places_for
-from dsfast.ops import triton
 from dsfast.train import Trainer
 from dsfast.train.device_step import DeviceStep
 from dsfast.train.steps import DeviceSteps
-from dsfast.triton_kernels.launch import dtype_name, during, pdl
+from dsfast.triton_kernels.launch import dtype_name
 
 Json = dict[str, Any]
 
 NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
 UNCAPTURED = "dsfast, uncaptured"
-WAYS = {
-    "dsfast, one chain": (False, True),
-    "dsfast, branches": (True, True),
-    "dsfast, one chain, in turn": (False, False),
-}
-"""Of recording a step: with branches or without, and whether kernels are let in before the ones before them are done. The
-trainer takes the faster of the first two."""
+WAYS = {"dsfast, one chain": False, "dsfast, branches": True}
+"""Of recording a step: with branches or without. The trainer takes the faster."""
 WARM_CALLS = 5
 """Untimed: CUDA graphs are recorded on the way."""
 AGREEMENT = {"loss": 1e-3, "gradient norm": 3e-2}
@@ -110,9 +104,8 @@ def run_step(
 def _recordings(step: DeviceStep) -> dict[str, Callable[[], object]]:
     """What replays the step, recorded in each of WAYS that does not fail."""
     found = {}
-    for name, (branched, let_in) in WAYS.items():
-        with during(pdl, let_in), unchanged(step.state()):
-            triton.compile_together(step)
+    for name, branched in WAYS.items():
+        with unchanged(step.state()):
             recording, _ = attempt(partial(record, step, branched))
         if recording is not None:
             found[name] = recording.replay
