@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,8 +310,8 @@ def test_short_calls_are_also_timed_in_a_graph():
                 raise RuntimeError("capture: waits for the host")
             return 2e-6
 
-        def launches(self, call):
-            return 1
+        def kernels(self, call):
+            return [{"name": call(), "begin": 0.0, "time": 1.0}]
 
     makes = {
         "dsfast": lambda: lambda: "fine",
@@ -325,10 +326,27 @@ def test_short_calls_are_also_timed_in_a_graph():
     for found in (passes[name]["variants"] for name in passes):
         assert found["dsfast"]["graph_seconds"] == 2e-6
         assert found["dsfast"]["launches"] == 1
+        assert found["dsfast"]["kernels"][0]["name"] == "fine"
         assert found["other"]["graph_reason"] == "RuntimeError: capture: waits for the host"
-        assert "launches" not in found["other"]
+        assert not {"launches", "kernels"} & (set(found["other"]) | set(found["long"]))
         assert not {"graph_seconds", "graph_reason"} & set(found["long"])
         assert found["broken"] == {"failed": "ZeroDivisionError: division by zero"}
+
+
+def test_what_a_call_starts_is_in_the_order_in_which_it_begins(monkeypatch):
+    def event(name, begin, end, device=torch.autograd.DeviceType.CUDA):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=begin, end=end), device_type=device)
+
+    events = [event("b", 12.5, 14.0), event("host", 0.0, 1.0, torch.autograd.DeviceType.CPU), event("a", 10.0, 13.0)]
+    profile = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = GpuClock(event=lambda: None, flush=lambda: None, wait=lambda: None)
+    assert clock.kernels(lambda: None) == [
+        {"name": "a", "begin": 0.0, "time": 3.0}, {"name": "b", "begin": 2.5, "time": 1.5}
+    ]  # fmt: skip
+    events.clear()
+    assert clock.kernels(lambda: None) == []
 
 
 # figures
@@ -364,8 +382,8 @@ def test_a_step_is_also_timed_in_a_graph_and_its_launches_counted():
             call()
             return 1e-4
 
-        def launches(self, call):
-            return 40
+        def kernels(self, call):
+            return [{}] * 40
 
     row = next(whole.run_generation(Clock(), True, 1))
     variant = row["passes"]["one step"]["variants"]["dsfast"]

@@ -6,11 +6,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from dsfast.bench.timing import Call, seconds
 from dsfast.model.capture import record
+
+Json = dict[str, Any]
 
 FLUSH_BYTES = 2**28
 """Written before each timed call: several times any L2."""
@@ -61,13 +64,16 @@ class GpuClock:
         replay()
         return statistics.median(self.seconds(replay) for _ in range(REPLAYS)) / GRAPH_CALLS
 
-    def launches(self, call: Call) -> int:
-        """Kernels and copies that `call` starts."""
+    def kernels(self, call: Call) -> list[Json]:
+        """The kernels and copies that `call` starts, in the order in which they begin: name, and in microseconds `begin`, since the
+        first one's, and `time`, from its own to its end."""
         activity = torch.profiler.ProfilerActivity.CUDA
         with torch.profiler.profile(activities=[activity]) as profile:
             call()
             torch.cuda.synchronize()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+        return [{"name": name, "begin": begin - spans[0][0], "time": end - begin} for begin, end, name in spans]
 
 
 class HostClock:

@@ -209,13 +209,18 @@ def time_pass(
 
 
 def time_in_graphs(passes: Json, calls: dict[str, dict[str, Call]], clock: Any) -> None:
-    """Add to the variants of `passes` (name -> see `time_pass`), of those that are short, what `in_a_graph` finds; `calls`: those
-    of each pass. The passes of one variant after the other, dsfast's first: a capture that fails lets none succeed after it."""
+    """Add to the variants of `passes` (name -> see `time_pass`), of those that are short, what `in_a_graph` finds, and to dsfast's
+    what `kernels_of` does; `calls`: those of each pass. The passes of one variant after the other, dsfast's first: a capture that
+    fails lets none succeed after it."""
     for variant in dict.fromkeys(name for of_pass in calls.values() for name in of_pass):
         for name, of_pass in calls.items():
+            if variant not in of_pass:
+                continue
             timed = passes[name]["variants"][variant]
-            if variant in of_pass and timed["seconds"]["median"] < GRAPHED:
-                timed |= in_a_graph(clock, variant, of_pass[variant])
+            if timed["seconds"]["median"] < GRAPHED:
+                timed |= in_a_graph(clock, of_pass[variant])
+            if variant == "dsfast":
+                timed |= kernels_of(clock, of_pass[variant])
 
 
 def rates(work: Work, dtype: torch.dtype, seconds: float, ideal: float | None) -> Json:
@@ -242,11 +247,13 @@ def _warm(make: Callable[[], Call]) -> Call:
     return call
 
 
-def in_a_graph(clock: Any, name: str, call: Call) -> Json:
-    """graph_seconds, or graph_reason where `call` cannot be captured; for dsfast also launches."""
+def in_a_graph(clock: Any, call: Call) -> Json:
+    """graph_seconds, or graph_reason where `call` cannot be captured."""
     seconds, problem = attempt(partial(clock.graph_seconds, call))
-    found = {"graph_reason": problem} if problem else {"graph_seconds": seconds}
-    if name == "dsfast":
-        launches, problem = attempt(partial(clock.launches, call))
-        found |= {} if problem else {"launches": launches}
-    return found
+    return {"graph_reason": problem} if problem else {"graph_seconds": seconds}
+
+
+def kernels_of(clock: Any, call: Call) -> Json:
+    """kernels, as `GpuClock.kernels` has them, and launches, how many there are; nothing where the profiler fails."""
+    kernels, problem = attempt(partial(clock.kernels, call))
+    return {} if problem else {"launches": len(kernels), "kernels": kernels}

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsfast import ops
 from dsfast.bench.generation import run_generate
 from dsfast.bench.gpu.bounds import Bounds
-from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, related
+from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, kernels_of, related
 from dsfast.bench.gpu.peers.peer import no_gpu
 from dsfast.bench.peers import GPU_PEERS
 from dsfast.bench.step import FirstSteps, attempt
@@ -85,6 +85,7 @@ def run_step(
             "preparation_seconds": steps.preparation_seconds, "dtype": dtype_name(dtype),
             "peers": {name: {"what": GPU_PEERS[name].what, **SKIPPED} for name in missing},
             "passes": {"step": _time_step(calls, clock, flops, dtype, bounds, rounds)}, "fallbacks": ops.fallbacks(),
+            "recordings": {name: kernels_of(clock, call) for name, call in calls.items()} if clock.on_gpu else {},
         }  # fmt: skip
         yield row
         for name in missing:
@@ -212,7 +213,7 @@ def _one_step(clock: Any, model: DeepseekV3, batch: int, tokens: int, rounds: in
     call()
     median = spread([seconds for (seconds,) in repeat((call,), rounds, BUDGET, clock.seconds)])
     variant = {"seconds": asdict(median), "tokens_per_second": batch / median.median}
-    return _pass({"dsfast": variant | (in_a_graph(clock, "dsfast", call) if clock.on_gpu else {})})
+    return _pass({"dsfast": variant | (in_a_graph(clock, call) | kernels_of(clock, call) if clock.on_gpu else {})})
 
 
 def _pass(variants: Json) -> Json:

@@ -53,12 +53,14 @@ def _eager_muon(params: list, *arguments) -> None:
 
 
 def adamw_peers(clip: bool) -> dict[str, GpuPeer]:
-    """clip: for the update with the gradients' norm before it."""
-    fused = "total norm, foreach scaling, torch._fused_adamw_" if clip else "torch._fused_adamw_"
+    """clip: for the update with the gradients' norm before it, which only one of them has."""
+    fused = partial(_fused_adamw, clip)
+    if clip:
+        return {"torch fused": GpuPeer("total norm, foreach scaling, torch._fused_adamw_", fused)}
     return {
-        "torch fused": GpuPeer(fused, partial(_fused_adamw, clip)),
-        "eager": plain("tensor by tensor, no clip", _eager_adamw),
-        "compile": compiled_by("torch.compile of torch.optim.AdamW(foreach=True).step, no clip", _compiled_adamw),
+        "torch fused": GpuPeer("torch._fused_adamw_", fused),
+        "eager": plain("tensor by tensor", _eager_adamw),
+        "compile": compiled_by("torch.compile of torch.optim.AdamW(foreach=True).step", _compiled_adamw),
     }
 
 
