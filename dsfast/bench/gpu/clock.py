@@ -65,8 +65,8 @@ class GpuClock:
         return statistics.median(self.seconds(replay) for _ in range(REPLAYS)) / GRAPH_CALLS
 
     def kernels(self, call: Call) -> list[Json]:
-        """The kernels and copies that `call` starts, in the order in which they begin: name, and in microseconds `begin`, since the
-        first one's, and `time`, from its own to its end."""
+        """The kernels and copies that `call` starts, in the order in which they begin: name, and in microseconds `begin`, since
+        the first one's, and `time`, from its own to its end."""
         activity = torch.profiler.ProfilerActivity.CUDA
         with torch.profiler.profile(activities=[activity]) as profile:
             call()

@@ -209,9 +209,9 @@ def time_pass(
 
 
 def time_in_graphs(passes: Json, calls: dict[str, dict[str, Call]], clock: Any) -> None:
-    """Add to the variants of `passes` (name -> see `time_pass`), of those that are short, what `in_a_graph` finds, and to dsfast's
-    what `kernels_of` does; `calls`: those of each pass. The passes of one variant after the other, dsfast's first: a capture that
-    fails lets none succeed after it."""
+    """Add to the variants of `passes` (name -> see `time_pass`), of those that are short, what `in_a_graph` finds, and to
+    dsfast's what `kernels_of` does; `calls`: those of each pass. The passes of one variant after the other, dsfast's first: a
+    capture that fails lets none succeed after it."""
     for variant in dict.fromkeys(name for of_pass in calls.values() for name in of_pass):
         for name, of_pass in calls.items():
             if variant not in of_pass:
