@@ -188,3 +188,44 @@ def test_no_kernel_searches_for_its_tiles(operator):
     found = vars(module).values()
     assert operator == "swiglu_mlp" or any(isinstance(value, JITFunction) for value in found)
     assert not any(isinstance(value, Autotuner | Heuristics | Config) for value in found)
+
+
+def with_products():
+    """A kernel whose warp groups multiply, compiled for a chip that is not here."""
+    from dsfast.triton_kernels import mla_project
+    from dsfast.triton_kernels.ahead import compiled_kernel
+
+    launch = mla_project.example_launches("500K", torch.bfloat16, True)["forward_kernel"]
+    with kept_kernels():
+        return compiled_kernel(launch, "sm_90")
+
+
+@needs_triton
+@pytest.mark.parametrize(("ptxas", "looks"), [((12, 8), 1), ((12, 9), 0), ((13, 0), 0)])
+def test_code_of_a_ptxas_that_errs_is_looked_at_once_for_all_processes(monkeypatch, tmp_path, ptxas, looks):
+    from dsfast.triton_kernels import machine_code
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, seen = with_products(), []
+    monkeypatch.setattr(machine_code, "_ptxas", lambda arch: ptxas)
+    monkeypatch.setattr(machine_code, "dumped", lambda kernel, what: seen.append(what) or "")
+    for _ in range(2):
+        monkeypatch.setattr(machine_code, "_sound", set())  # as in a new process
+        machine_code.expect_sound(kernel)
+        machine_code.expect_sound(kernel)
+    assert seen == ["-sass"] * looks
+
+
+@needs_triton
+def test_wrong_code_is_refused_each_time_in_one_line(monkeypatch, tmp_path):
+    from dsfast.triton_kernels import machine_code
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = with_products()
+    monkeypatch.setattr(machine_code, "_ptxas", lambda arch: (12, 8))
+    monkeypatch.setattr(machine_code, "dumped", lambda kernel, what: "        /*0010*/    UMOV UR4, UR5 ;\n")
+    wrong = r"ptxas 12\.8 compiles forward_kernel wrongly at these sizes \(UMOV UR4, UR5 .*TRITON_PTXAS_PATH"
+    for _ in range(2):
+        with pytest.raises(UserError, match=wrong) as raised, kept_kernels():
+            machine_code.expect_sound(kernel)
+        assert "\n" not in str(raised.value)
