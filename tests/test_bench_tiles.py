@@ -319,7 +319,7 @@ def fake_compiler(monkeypatch, faults) -> list:
         asked.append((name, chip))
         warps = launch.options["num_warps"]
         registers = 255 if launch.rows >= 256 else 128
-        return Compiled(name, chip, registers, 0, 1024 * launch.options["num_stages"], 1, 1, 1.0, False, True), faults(
+        return Compiled(name, chip, registers, 0, 1024 * launch.options["num_stages"], 1, 1, 1.0, False, ()), faults(
             launch, warps
         )
 

@@ -17,7 +17,7 @@ def test_candidates_are_compiled_together_before_one_is_started(monkeypatch):
     from dsfast.triton_kernels.ahead import Compiled
 
     def compile_named(launch, chip, name):
-        return Compiled(name, chip, 128, 0, 1024, 1, 1, 1.0, False, True), []
+        return Compiled(name, chip, 128, 0, 1024, 1, 1, 1.0, False, ()), []
 
     monkeypatch.setattr(tuning, "compile_named", compile_named)
     compiler, compiled = InstantCompiler(), []

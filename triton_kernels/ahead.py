@@ -12,7 +12,7 @@ import torch
 import triton
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
-from dsfast.triton_kernels.machine_code import dumped, unset
+from dsfast.triton_kernels.machine_code import by_warp_groups, dumped, unset
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -40,9 +40,7 @@ class Compiled:
         float | None
     )  # work of the warp groups' matrix instructions over that of the source's products; None without them
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
-    unset: tuple[
-        str, ...
-    ] = ()  # instructions beside warp groups' products that read uniform registers which nothing has written
+    unset: tuple[str, ...]  # instructions that read uniform registers which nothing has set; () without them
 
     def faults(self, launch: Launch) -> list[str]:
         """How it breaks the limits of its chip (dsfast.triton_kernels.limits); empty if it keeps them."""
@@ -78,7 +76,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
     copies = len(re.findall(r"\bcp\.async\.c[ag]\b", assembly)) if cuda else None
-    groups = "wgmma.mma_async" in kernel.asm.get("ptx", "")
+    groups = by_warp_groups(kernel)
     return Compiled(
         launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies,
         _repeated(kernel, launch.options["num_warps"]) if groups else None, _serialized(kernel, target.arch) if groups else None,

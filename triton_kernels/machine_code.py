@@ -37,7 +37,7 @@ def expect_sound(kernel: Any) -> None:
 
 
 def _look_at(kernel: Any) -> None:
-    if "wgmma" not in kernel.asm.get("ptx", "") or (version := _ptxas(kernel.metadata.target.arch)) >= RIGHT:
+    if not by_warp_groups(kernel) or (version := _ptxas(kernel.metadata.target.arch)) >= RIGHT:
         return
     from triton.runtime.cache import get_cache_manager
 
@@ -52,12 +52,17 @@ def _look_at(kernel: Any) -> None:
     kept.put("", _FILE, binary=False)
 
 
+def by_warp_groups(kernel: Any) -> bool:
+    """Whether a compiled kernel has products of warp groups, which sm_90 alone knows."""
+    return "wgmma.mma_async" in kernel.asm.get("ptx", "")
+
+
 @cache
 def _ptxas(arch: int) -> tuple[int, ...]:
     """Its version, the first two numbers."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    return numbers(get_ptxas(arch).version)[:2]
+    return numbers(get_ptxas(arch).version)
 
 
 def dumped(kernel: Any, what: str) -> str:
