@@ -150,22 +150,6 @@ def test_a_cache_without_room_is_one_line_as_at_a_launch(monkeypatch, tmp_path):
 
 
 @on_the_fake_gpu
-def test_a_kernel_compiled_wrongly_is_refused_before_anything_is_started(monkeypatch):
-    from dsfast.triton_kernels import machine_code
-
-    def look_at(kernel):
-        raise machine_code.MiscompiledError("ptxas 12.8 compiles it wrongly")
-
-    monkeypatch.setattr(machine_code, "_sound", set())
-    monkeypatch.setattr(machine_code, "_look_at", look_at)
-    monkeypatch.setattr(triton, "INTERPRETED", False)
-    with fake_gpu(InstantCompiler()) as driver:
-        with pytest.raises(UserError, match=r"ptxas 12\.8 compiles it wrongly; install a newer triton"):
-            triton.compile_together(training_step("muon"))
-        assert driver.started == []
-
-
-@on_the_fake_gpu
 @pytest.mark.parametrize("run", ["muon", "greedy"])
 def test_an_operator_in_plain_pytorch_is_not_given_what_no_kernel_has_written(run, monkeypatch):
     """What comes before it is compiled, what comes after it when it is called."""

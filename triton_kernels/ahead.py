@@ -13,6 +13,7 @@ import triton
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
 from dsfast.triton_kernels.machine_code import by_warp_groups, dumped, unset
+from dsfast.triton_kernels.ptxas import use_right_ptxas
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -66,6 +67,7 @@ def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    use_right_ptxas()
     return triton.compile(_source(launch), target=gpu, options=launch.options)
 
 

@@ -1,68 +1,17 @@
-"""What ptxas makes of a kernel is looked at where it is known to be wrong at times, before anyone relies on it.
-
-ptxas 12.8, which triton 3.6 brings, computes the descriptors of some warp groups' products on sm_90 from a uniform register
-that it has given no value: the PTX is right, and on an H200 the product is garbage, without a word. Of some 700 kernels of
-narrow models of many widths it is eleven; of the same PTX 12.9 makes right code.
-"""
+"""The machine code of a compiled kernel, looked at for what ptxas has been seen to leave out (dsfast.triton_kernels.ptxas)."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from dsfast.triton_kernels.version import numbers
-
-RIGHT = (12, 9)
-"""The first ptxas whose code need not be looked at."""
-_FILE = "dsfast-sound"
-"""Beside a kernel in Triton's cache, where its code has been looked at and is right."""
-_sound: set[str | None] = {None}
-"""Hashes of kernels of this process; what is interpreted has none."""
-
-
-class MiscompiledError(RuntimeError):
-    """ptxas made wrong code of a kernel; says of which."""
-
-
-def expect_sound(kernel: Any) -> None:
-    """Raise MiscompiledError if the machine code of a compiled kernel, as Triton returns it, is known to be wrong."""
-    name = getattr(kernel, "hash", None)
-    if name not in _sound:
-        _look_at(kernel)
-        _sound.add(name)
-
-
-def _look_at(kernel: Any) -> None:
-    if not by_warp_groups(kernel) or (version := _ptxas(kernel.metadata.target.arch)) >= RIGHT:
-        return
-    from triton.runtime.cache import get_cache_manager
-
-    kept = get_cache_manager(kernel.hash)
-    if kept.get_file(_FILE):
-        return
-    if found := unset(dumped(kernel, "-sass")):
-        raise MiscompiledError(
-            f"ptxas {'.'.join(map(str, version))} compiles {kernel.metadata.name} wrongly at these sizes ({found[0]} reads"
-            " registers that nothing has set)"
-        )
-    kept.put("", _FILE, binary=False)
 
 
 def by_warp_groups(kernel: Any) -> bool:
     """Whether a compiled kernel has products of warp groups, which sm_90 alone knows."""
     return "wgmma.mma_async" in kernel.asm.get("ptx", "")
-
-
-@cache
-def _ptxas(arch: int) -> tuple[int, ...]:
-    """Its version, the first two numbers."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    return numbers(get_ptxas(arch).version)
 
 
 def dumped(kernel: Any, what: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dsfast.errors import UserError, first_line
 from dsfast.files import cache_folder
 from dsfast.triton_kernels.launch import interpreted
-from dsfast.triton_kernels.machine_code import MiscompiledError
+from dsfast.triton_kernels.ptxas import PtxasError, use_right_ptxas
 from dsfast.triton_kernels.version import numbers
 
 OLDEST = (3, 6)  # version of triton
@@ -138,7 +138,7 @@ def kept_kernels() -> Iterator[None]:
     """Inside, kernels are compiled into `kernel_cache()`, or read from it.
 
     A folder that cannot be written to gives a warning, once, and kernels are kept until the process ends. One that fills up, or
-    holds a kernel that cannot be read back, raises UserError, and so does a kernel that ptxas made wrong code of. What a
+    holds a kernel that cannot be read back, raises UserError, and so does a ptxas that compiles some kernels wrongly. What a
     compilation that was cut off left behind is compiled anew.
     """
     if INTERPRETED:
@@ -146,12 +146,10 @@ def kept_kernels() -> Iterator[None]:
         return
     use_kernel_cache()
     try:
+        use_right_ptxas()
         yield
-    except MiscompiledError as error:
-        raise UserError(
-            f"{error}; install a newer triton, set TRITON_PTXAS_PATH to a ptxas 12.9 or newer, or have runtime.kernels name the"
-            " reference for this operator"
-        ) from error
+    except PtxasError as error:
+        raise UserError(str(error)) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
         if not _is_of_the_cache(error):
             raise
