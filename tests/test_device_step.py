@@ -6,9 +6,12 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +59,17 @@ def device_trainer(output_dir=None, launch=eager, **changes) -> Trainer:
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors = {**trainer.model.state_dict(), **trainer.optimizer.state_dict()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_a_process_that_trains_does_not_import_sympy():
+    """It takes a third of a second, and torch.autograd.grad does for a gradient that it is given."""
+    code = (
+        "import sys, test_device_step; test_device_step.device_trainer().train(quiet=True);"
+        " sys.exit('sympy' in sys.modules)"
+    )
+    folder = Path(__file__).parent
+    child = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
 
 
 def prepared(trainer: Trainer) -> DeviceSteps | HostSteps:

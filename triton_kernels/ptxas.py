@@ -32,9 +32,10 @@ def use_right_ptxas() -> None:
         return
     from triton import knobs
 
-    own, newer = knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell
+    own = knobs.nvidia.ptxas
     if numbers(own.version) >= RIGHT:
         return
+    newer = knobs.nvidia.ptxas_blackwell
     if os.environ.get("TRITON_PTXAS_PATH") or numbers(newer.version) < RIGHT:
         raise PtxasError(
             f"{own.path} is ptxas {own.version}, which compiles some kernels wrongly; set TRITON_PTXAS_PATH to a ptxas"

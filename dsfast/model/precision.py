@@ -85,6 +85,23 @@ def _in_pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.detach().view(-1).split(PIECE) for x in tensors), strict=True))
 
 
+class _Begin(torch.autograd.Function):
+    """Where a backward pass begins: `gradient` is that of `loss`, and lies on its device.
+
+    torch.autograd.grad makes the gradient of what this returns, on the CPU, where it is no launch; one that it is given has it
+    import sympy, which takes a third of a second.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.new_empty((), device="cpu")
+
+    @staticmethod
+    def backward(ctx, _) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
 class FixedWeights:
     """The loss of flat tokens with the parameters cast to `dtype` in copies that keep their addresses.
 
@@ -114,4 +131,4 @@ class FixedWeights:
             with torch.no_grad():
                 copy_all(weights, self.parameters)
             loss = torch.func.functional_call(self._loss, self.cast, (*flat, mtp_loss_weight))
-        return loss.detach(), torch.autograd.grad(loss, weights, self._one, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(_Begin.apply(loss, self._one), weights, allow_unused=True)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -94,6 +95,13 @@ def launcher(operator: str, function: str) -> Callable:
             return getattr(importlib.import_module(f"dsfast.triton_kernels.{operator}"), function)(*arguments)
 
     return launch
+
+
+def get_ready() -> None:
+    """Have a thread hash Triton itself, which is part of a kernel's name in its cache: a third of a second without Python's lock,
+    for which the first kernel would wait."""
+    if not missing():
+        threading.Thread(target=importlib.import_module("triton.runtime.cache").triton_key, daemon=True).start()
 
 
 class NotCompiledError(RuntimeError):

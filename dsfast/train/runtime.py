@@ -18,7 +18,7 @@ from dsfast import ops
 from dsfast.config import Config
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, any_native_products, gpu, gpu_has_bfloat16, precision_of
-from dsfast.ops import native
+from dsfast.ops import native, triton
 
 if TYPE_CHECKING:
     from dsfast.train.loop import Trainer
@@ -31,6 +31,7 @@ def prepare(config: Config) -> torch.device:
     if runtime.device == "cuda":
         with gpu.gpu_errors_while("being asked what it can do"):
             _check_gpu(config)
+        triton.get_ready()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     products = precision_of(runtime).products

@@ -15,6 +15,7 @@ from typing import Any
 
 from dsfast.bench.gpu.training import command_of, not_run, run_process, trainer_for
 from dsfast.bench.step import attempt
+from dsfast.command import run_command
 from dsfast.config import default_config
 from dsfast.evaluate import measure_taught
 from dsfast.evaluate.recall import as_json
@@ -64,6 +65,10 @@ def seeded(device: str, seed: int, rehearsal: bool) -> Trainer:
     return trainer_for(device, 1, True) if rehearsal else Trainer(default_config(device).replace(seed=seed))
 
 
-if __name__ == "__main__":
-    device, seed, *rest = sys.argv[1:]
+def main(argv: list[str]) -> None:
+    device, seed, *rest = argv
     print(json.dumps(recall(seeded(device, int(seed), bool(rest)))))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -23,6 +23,7 @@ from dsfast.bench.gpu.whole import trainer_on, whole_config
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread
 from dsfast.bench.workload import random_batch
+from dsfast.command import run_command
 from dsfast.config import default_config
 from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
@@ -106,6 +107,10 @@ def trainer_for(device: str, steps: int, rehearsal: bool) -> Trainer:
     return Trainer(default_config(device).replace(**{"train.steps": steps}))
 
 
-if __name__ == "__main__":
-    device, steps, *rest = sys.argv[1:]
+def main(argv: list[str]) -> None:
+    device, steps, *rest = argv
     print(json.dumps(train(trainer_for(device, int(steps), bool(rest)))))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
