@@ -18,11 +18,11 @@ from dsfast import ops
 from dsfast.errors import first_line
 from dsfast.ops import triton
 
-WARM_UP = 3
-"""Calls before a capture: kernels are compiled, libraries allocate their working memory."""
+WARM_UP = 1
+"""Calls before a capture, beside the one that `record` makes: libraries allocate their working memory."""
 COMPARED, CONSECUTIVE, COMPARED_BYTES = 16, 4, 2**30
 """How often two recordings are compared, by how many replays, and the most state of a step that this is done for: it is copied
-twice."""
+three times."""
 
 
 class Step(Protocol):
@@ -92,15 +92,16 @@ def _compared(step: Step, *recordings: CUDAGraph) -> list[float] | None:
 
     One alone would tell little: memory holds what the replay before left, of the same state, and what is read too early is right.
     """
-    state, expected = step.state(), []
+    state, expected = step.state(), None
     taken: list[list[float]] = [[] for _ in recordings]
     with unchanged(state) as restore:
         for _ in range(COMPARED):
             for recording, seconds in zip(recordings, taken, strict=True):
                 restore()
                 seconds.append(_seconds(recording.replay, min(step.consecutive, CONSECUTIVE)))
-                expected = expected or [x.clone() for x in state]
-                if not all(map(_same_bits, state, expected)):
+                left = _bits(state)
+                expected = left if expected is None else expected
+                if not torch.equal(left, expected):
                     return None
     return [median(seconds) for seconds in taken]
 
@@ -116,8 +117,9 @@ def _seconds(call: Callable[[], None], times: int) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _same_bits(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(*(z.detach().reshape(-1).view(torch.uint8) for z in (x, y)))
+def _bits(tensors: list[Tensor]) -> Tensor:
+    """All of them as one tensor of bytes: each comparison has the host wait."""
+    return torch.cat([x.detach().reshape(-1).view(torch.uint8) for x in tensors])
 
 
 def _cause(error: RuntimeError) -> BaseException:
@@ -132,8 +134,7 @@ def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
 
     def restore() -> None:
         with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
+            torch._foreach_copy_(tensors, before)
 
     try:
         yield restore
