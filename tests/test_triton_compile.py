@@ -266,6 +266,14 @@ def test_what_asks_for_the_interpreter_is_what_triton_takes_for_it(value, monkey
     assert launch_module.interpreted() is triton.knobs.runtime.interpret
 
 
+@pytest.mark.parametrize("operator", [name for name in operators() if hasattr(kernels_of(name), "opaque")])
+def test_grids_of_kernels_with_opaque_starts_have_no_third_dimension(operator):
+    """Else pieces.opaque would change them."""
+    module = kernels_of(operator)
+    launches = [x for size in module.EXAMPLES for x in module.example_launches(size, torch.bfloat16, True).values()]
+    assert max(len(launch.grid) for launch in launches) < 3
+
+
 def test_blocks_divide_tiles():
     """What mla_attention's loops rest on: blocks of keys fill a tile of queries, blocks of queries a tile of keys."""
     for table in (mla_attention._FLOAT32, mla_attention._LARGE, mla_attention._SM_100, mla_attention._SMALL):

@@ -55,7 +55,6 @@ from dsfast.triton_kernels.pieces import (
     LOG2E,
     UNSEEN,
     load_tile,
-    opaque,
     options,
     store_rows,
     sum_launch,
@@ -266,7 +265,6 @@ def _attend_dkv(
     BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
-    s = tl.multiple_of(opaque(s, N + BS), BT)  # a block of the keys' own tile may lie behind the last token
     b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, MASKED, True)  # [BT, DN]
     b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, MASKED, True)  # [BT, DR]
     b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, MASKED, True)  # [BT, DV]
@@ -409,7 +407,7 @@ _LARGE = {
     },
     "backward_kv": {
         96: Tiles(32, 64, 4, 1),
-        192: Tiles(64, 128, 8, 3),
+        192: Tiles(32, 128, 8, 3),
         320: Tiles(64, 64, 8, 3) if _CAN_PART else Tiles(32, 128, 8, 2),
         _REST: Tiles(16, 32, 8, 2),
     },

@@ -76,7 +76,7 @@ def _attend_dv(
     BT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradient of a tile of values, [SIDE, DV], and store their part of ds."""
-    s = tl.multiple_of(opaque(s, N + SIDE), BT)  # a block of the last tile may lie behind the last token
+    s = tl.multiple_of(opaque(s), BT)  # a block of the last tile may lie behind the last token
     b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, True, True)  # [BT, DN]
     b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, True, True)  # [BT, DR]
     b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, True, True)  # [BT, DV]
@@ -108,7 +108,7 @@ def _attend_dv_ahead(
     b_factor = tl.full([SIDE, BT], 1.0, tl.float32) * factor
     b_s_nope = tl.zeros([SIDE, BT], tl.float32)
     for start in range(begin - BT, end, BT):
-        s = tl.multiple_of(opaque(start, N + SIDE), BT)
+        s = tl.multiple_of(opaque(start), BT)
         b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, False, True)  # [BT, DV]
         i = s + tl.arange(0, BT)
         b_m = load_queries(softmax, h, i, N, PITCH, False)
@@ -117,7 +117,7 @@ def _attend_dv_ahead(
         b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
         b_s = tl.dot(b_k_rope, tl.trans(b_q_rope), b_s_nope)
         b_s = tl.fma(b_s, b_factor, tl.where(start < begin, float("-inf"), -b_m)[None, :])
-        following = opaque(tl.minimum(start + BT, end - BT), N + SIDE)
+        following = opaque(tl.minimum(start + BT, end - BT))
         b_q_nope = load_tile(q_nope, q_nope_n, following, 0, N, Dn, BT, DN, False, True)  # [BT, DN]
         b_s_nope = tl.dot(b_k_nope, tl.trans(b_q_nope))
         b_p = tl.exp2(b_s)
@@ -158,7 +158,7 @@ def scores_kernel(
             b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, ds, softmax, delta, t + SIDE, whole, t, h,
             do_n, q_nope_n, q_rope_n, PITCH, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, SIDE,
         )  # fmt: skip
-    t = opaque(t, N)  # so that nothing of what follows is kept in registers from before the loop
+    t = opaque(t)  # so that nothing of what follows is kept in registers from before the loop
     j = t + tl.arange(0, SIDE)  # [SIDE]
     _, end = documents_of(cu_seqlens, tl.minimum(j, N - 1), S, STEPS)
     behind = tl.maximum(tl.cdiv(last, SIDE) * SIDE - whole, 0)

@@ -168,7 +168,7 @@ def attend_kernel(
     begin = split * share
     end = tl.minimum(begin + share, length)
     if SPLIT:  # noqa: SIM102  (a constant of the compilation, the other condition is not)
-        if opaque(split, SPLITS) * share >= length:
+        if opaque(split) * share >= length:
             return
     b = b.to(tl.int64)
     h = block * BH + tl.arange(0, BH)  # [BH]
@@ -186,7 +186,7 @@ def attend_kernel(
 
     if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
         for start in tl.range(begin, end, BN, num_stages=AHEAD):
-            s = opaque(start, C)
+            s = opaque(start)
             j = s + tl.arange(0, BN)  # [BN]
             m_j = j < length
             page, place, m_c = b, j, m_j
@@ -224,7 +224,7 @@ def attend_kernel(
                 b_m = b_m_new
 
     out += b * out_b
-    h = opaque(block, H) * BH + tl.arange(0, BH)
+    h = opaque(block) * BH + tl.arange(0, BH)
     if SPLIT:
         p_sums = sums + b * sums_b + split * H + h
         tl.store(p_sums, b_m, mask=h < H)

@@ -158,7 +158,7 @@ def backward_kernel(
         b_dx = tl.dot(b_dy, b_w, b_dx, input_precision="ieee")
 
     # x anew, and from addresses made anew: kept they would take registers all the way.
-    start, d = opaque(start, N), tl.arange(0, DP)
+    start, d = opaque(start), tl.arange(0, DP)
     b_x, b_rstd = normalised(load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32), start, N, eps, BN, D)
     tl.store(parts + tl.cast(tile, tl.int64) * D + d, tl.sum(b_dx * b_x, 0), mask=d < D)
     b_dx = norm_backward(b_dx, b_x, b_rstd, load_vector(norm, D, DP), D)

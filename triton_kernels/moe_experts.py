@@ -142,7 +142,7 @@ def up_kernel(
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
     # Made again: kept over the loop they are registers that sm_90 lacks.
-    i = (opaque(block, blocks) * BN + tl.arange(0, BN))[None, :]
+    i = (opaque(block) * BN + tl.arange(0, BN))[None, :]
     m_out = m_r[:, None] & (i < I)
     b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
     if FUSED:
@@ -193,7 +193,7 @@ def project_kernel(
             b_b = _load(p_b + k * BK * b_k, k * BK + d[:, None], DEPTH, BK, n, WIDTH, BN)  # [BK, BN]
             b_out = tl.dot(b_a, b_b, b_out, input_precision="ieee")
     if ROUTED and not GATHER:  # read again: kept over the loop they are registers that sm_90 lacks
-        slot = tl.load(order + opaque(first.to(tl.int32), R) + m, mask=m_r, other=0).to(tl.int64)
+        slot = tl.load(order + opaque(first.to(tl.int32)) + m, mask=m_r, other=0).to(tl.int64)
     _scatter(out, weights, base, slot, m_r, n, WIDTH, b_out, WEIGHTED)
 
 

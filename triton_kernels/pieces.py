@@ -41,13 +41,13 @@ def swizzle(A, B, G: tl.constexpr, number=None):
 
 
 @triton.jit
-def opaque(x, bound):
-    """x itself, where it lies in 0 .. bound - 1, in a way that the compiler does not see through.
+def opaque(x):
+    """x itself, where the grid has no third dimension, in a way that the compiler does not see through: one instruction.
 
     LLVM else keeps a pointer and a bound in registers for each row a thread copies, and addresses from before the loop for
     after it: some 80 registers beside the sums of a wide tile, which spill.
     """
-    return x % bound
+    return x & -tl.num_programs(2)
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def load_tile(
 ):  # fmt: skip
     """x[start : start + ROWS, d : d + COLS], 0 from column D on, and where MASKED from row N on.
 
-    ANEW, with a start from `opaque`: addresses are computed in each round of a loop, by 64-bit offsets, not kept in registers.
+    ANEW: by 64-bit offsets, so that addresses are computed in each round of a loop and not kept in registers; where they are all
+    the same, a start from `opaque` prevents it.
     """
     row, col = tl.arange(0, ROWS)[:, None], d + tl.arange(0, COLS)[None, :]
     p_x = x + tl.cast(start, tl.int64) * stride + (row * stride + col)
