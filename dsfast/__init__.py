@@ -14,15 +14,16 @@ if (_TREE / "triton_kernels" / "__init__.py").exists():
     # In a source tree `triton_kernels` and `configs` lie beside, also where nothing installed it.
     __path__.append(str(_TREE))
 
-from dsfast import ops
-from dsfast.config import Config, load_config
-from dsfast.errors import UserError
-from dsfast.generate import generate
-from dsfast.model import DeepseekV3, import_huggingface
-from dsfast.train import Trainer, load_checkpoint
-
-if _COLLECTED:
-    gc.enable()
+try:
+    from dsfast import ops
+    from dsfast.config import Config, load_config
+    from dsfast.errors import UserError
+    from dsfast.generate import generate
+    from dsfast.model import DeepseekV3, import_huggingface
+    from dsfast.train import Trainer, load_checkpoint
+finally:
+    if _COLLECTED:
+        gc.enable()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -135,6 +135,16 @@ class TestWaiting:
             assert now.log == ["start x", "start y", "wait for x"]
         assert now.log[3:] == ["wait for y"]
 
+    def test_of_all_that_fill_parts_of_a_tensor(self):
+        x = torch.zeros(4)
+        with Scripted() as now:
+            aside(([fill("first half", x)], [x]))
+            aside(([fill("second half", x)], [x]))
+            _ = x[:2] + 1
+            assert now.log[2:] == ["wait for first half", "wait for second half"]
+            _ = x + 1
+        assert now.log[4:] == [], "once each"
+
     def test_where_much_is_kept(self, monkeypatch):
         monkeypatch.setattr(module, "HELD", 100)
         x, y = torch.zeros(20), torch.zeros(10)

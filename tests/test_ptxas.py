@@ -19,11 +19,19 @@ pytestmark = pytest.mark.skipif(bool(triton.missing()), reason="needs triton")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """As in a new process, in which nobody has chosen one."""
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
-    monkeypatch.delenv("TRITON_PTXAS_PATH")
-    use_right_ptxas.cache_clear()
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    _forget()
     yield
-    use_right_ptxas.cache_clear()
+    _forget()
+
+
+def _forget():
+    from triton.backends.nvidia import compiler
+
+    for remembered in (use_right_ptxas, triton._have_right_ptxas, compiler.get_ptxas_version):
+        remembered.cache_clear()
 
 
 @pytest.fixture
@@ -47,53 +55,80 @@ def ptxas(path, version: str) -> str:
     return str(path)
 
 
-def test_this_triton_ships_one_that_is_right():
+ARCH = 90
+
+
+@pytest.fixture
+def of_old_tritons(monkeypatch):
+    """Have Triton take `ptxas`, and not the one for newer chips, as up to 3.6."""
     from triton import knobs
+    from triton.backends.nvidia import compiler
 
-    use_right_ptxas()
-    assert numbers(knobs.nvidia.ptxas.version) >= RIGHT
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: knobs.nvidia.ptxas)
 
 
-def test_a_right_one_is_left_alone(shipped):
+def test_this_triton_ships_one_that_is_right():
+    from triton.backends.nvidia import compiler
+
+    use_right_ptxas(ARCH)
+    assert numbers(compiler.get_ptxas(ARCH).version) >= RIGHT
+
+
+def test_a_right_one_is_left_alone(shipped, of_old_tritons):
     shipped(ptxas="12.9", ptxas_blackwell="13.4")
-    use_right_ptxas()
+    use_right_ptxas(ARCH)
     assert "TRITON_PTXAS_PATH" not in os.environ
 
 
-def test_instead_of_an_old_one_triton_takes_the_other_that_it_ships(shipped):
-    """In this process, and in one started by it."""
-    from triton import knobs
+def test_instead_of_an_old_one_triton_takes_the_other_that_it_ships(shipped, of_old_tritons):
+    """In this process, though it had asked the old one's version before, and in one started by it."""
+    from triton.backends.nvidia import compiler
 
     paths = shipped(ptxas="12.8", ptxas_blackwell="12.9")
-    use_right_ptxas()
-    assert knobs.nvidia.ptxas.path == paths["ptxas_blackwell"]
-    assert knobs.nvidia.ptxas.version == "12.9"
+    assert "12.8" in compiler.get_ptxas_version(ARCH)
+    use_right_ptxas(ARCH)
+    assert compiler.get_ptxas(ARCH).path == paths["ptxas_blackwell"]
+    assert "12.9" in compiler.get_ptxas_version(ARCH), "of which a kernel's name in the cache is made"
     child = subprocess.run('"$TRITON_PTXAS_PATH"', shell=True, capture_output=True, text=True, check=True)
     assert "release 12.9" in child.stdout
 
 
 @pytest.mark.parametrize("named", ["12.4", "12.8"])
-def test_an_old_one_that_the_user_names_is_refused_in_one_line(shipped, monkeypatch, tmp_path, named):
+def test_an_old_one_that_the_user_names_is_refused_in_one_line(shipped, of_old_tritons, monkeypatch, tmp_path, named):
     shipped(ptxas="12.9", ptxas_blackwell="12.9")
     path = ptxas(tmp_path / "mine", named)
     monkeypatch.setenv("TRITON_PTXAS_PATH", path)
     for _ in range(2):
-        with pytest.raises(PtxasError, match=rf"{path} is ptxas {named}, .*; set TRITON_PTXAS_PATH to a ptxas 12\.9"):
-            use_right_ptxas()
+        with pytest.raises(PtxasError, match=rf"{path} is ptxas {named}, .*needs a ptxas 12\.9 or newer: name one"):
+            use_right_ptxas(ARCH)
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(UserError, match="compiles some kernels wrongly") as raised, triton.kept_kernels():
         pytest.fail("kernels are compiled by it")
     assert "\n" not in str(raised.value)
 
 
-def test_none_that_is_right_is_refused(shipped):
+def test_none_that_is_right_is_refused(shipped, of_old_tritons):
     shipped(ptxas="12.8", ptxas_blackwell="12.8")
     with pytest.raises(PtxasError, match=r"is ptxas 12\.8, .* install a newer triton"):
-        use_right_ptxas()
+        use_right_ptxas(ARCH)
 
 
-def test_an_amd_gpu_needs_none(shipped, monkeypatch):
+@pytest.mark.parametrize("gone", ["ptxas", "ptxas_blackwell"])
+def test_one_that_is_not_there_is_refused(shipped, of_old_tritons, gone):
+    paths = shipped(ptxas="12.8", ptxas_blackwell="12.9")
+    os.remove(paths[gone])
+    with pytest.raises(PtxasError, match=r"Cannot find ptxas.*; for this GPU Triton needs a ptxas 12\.9"):
+        use_right_ptxas(ARCH)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_100", "an AMD GPU"])
+def test_other_chips_may_have_any(shipped, of_old_tritons, monkeypatch, chip):
     shipped(ptxas="12.8", ptxas_blackwell="12.8")
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    use_right_ptxas()
+    arch = {"sm_80": 80, "sm_100": 100}.get(chip, ARCH)
+    if arch == ARCH:
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    use_right_ptxas(arch)
+    assert "TRITON_PTXAS_PATH" not in os.environ

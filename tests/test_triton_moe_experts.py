@@ -180,6 +180,29 @@ def test_sums_over_many_places_are_split(monkeypatch, dtype):
 
 
 @on_device
+@pytest.mark.parametrize(
+    "case",
+    [
+        moe_experts_case("the 500K model's widths; no token for the last", 75, 128, 1, 3, 64, used=(0, 1)),
+        moe_experts_case("no power of two, two slots a token", 49, 100, 2, 3, 50),
+    ],
+    ids=str,
+)
+def test_tiles_where_places_are_few(monkeypatch, case):
+    """Of the 500K model on a GPU: 32 rows forward and for dx, 128 for the matrices' gradients."""
+    from dsfast.triton_kernels import moe_experts as kernels
+
+    rows, launch = {}, kernels._Launches.launch
+    monkeypatch.setattr(
+        kernels._Launches, "launch", lambda self, kernel, programs, tiles, arguments: (
+            rows.setdefault(kernel.__name__, tiles.bm), launch(self, kernel, programs, tiles, arguments))[1],
+    )  # fmt: skip
+    assert_passed(compare(case, ["triton"], DEVICE, torch.float16, draws=1))
+    few = {"up_kernel": 32, "narrow_backward_kernel": 32, "narrow_matrix_kernel": 128}
+    assert few.items() <= rows.items() or not kernels.large_tiles(torch.device(DEVICE))
+
+
+@on_device
 @pytest.mark.parametrize("k", [1, 2])
 def test_in_two_products_as_in_one(monkeypatch, k):
     """A narrow I goes through both products in one program. The other way gives the same, a slot of no expert included."""

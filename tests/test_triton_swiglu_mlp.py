@@ -19,7 +19,7 @@ from triton_contract import (
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import swiglu_mlp_case
-from dsfast.ops.checks import check
+from dsfast.ops.checks import check, compare
 
 
 class TestSwigluMlp(TritonContract):
@@ -31,6 +31,13 @@ class TestSwigluMlp(TritonContract):
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     registered = ("swiglu_mlp", "swiglu_mlp_backward")
+
+
+@on_device
+def test_tiles_where_places_are_few():
+    """Of the 500K model on a GPU, as in tests/test_triton_moe_experts.py."""
+    case = swiglu_mlp_case("the 500K model's widths", 70, 128, 64)
+    assert_passed(compare(case, ["triton"], DEVICE, torch.float16, draws=1))
 
 
 class TestNarrow(TritonContract):

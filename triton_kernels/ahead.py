@@ -67,7 +67,8 @@ def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    use_right_ptxas()
+    if target.backend == "cuda":
+        use_right_ptxas(target.arch)
     return triton.compile(_source(launch), target=gpu, options=launch.options)
 
 

@@ -45,8 +45,8 @@ class Branches(TorchDispatchMode):
         self._used: set[torch.cuda.Stream] = set()
         self._open: dict[object, dict[int, Tensor]] = {}
         """The end of each stage that nobody has waited for, and its tensors, one of each storage."""
-        self._filled: dict[int, object] = {}
-        """Where a storage that a stage fills lies, and the end of that stage."""
+        self._filled: dict[int, list[object]] = {}
+        """Where a storage that stages fill lies, and the ends of these."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,7 +71,8 @@ class Branches(TorchDispatchMode):
         stages = [(launches, results) for given, results in stages if (launches := list(given))]
         for end, (launches, results) in zip(self._beside(stages, urgent), stages, strict=True):
             self._open[end] = {_place(x): x for launch in launches for x in launch.tensors()}
-            self._filled |= {_place(x): end for x in results}
+            for place in {_place(x) for x in results}:
+                self._filled.setdefault(place, []).append(end)
         while self.held() > HELD:
             self._wait(next(iter(self._open)))
 
@@ -84,8 +85,9 @@ class Branches(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._filled and (launches_something(func) or _is_composite(func)):
             for x in tree_leaves((args, kwargs)):
-                if isinstance(x, Tensor) and _place(x) in self._filled:
-                    self._wait(self._filled[_place(x)])
+                if isinstance(x, Tensor):
+                    for end in list(self._filled.get(_place(x), ())):
+                        self._wait(end)
         return func(*args, **kwargs)
 
     def _wait_for_all(self) -> None:
@@ -95,7 +97,8 @@ class Branches(TorchDispatchMode):
     def _wait(self, end: object) -> None:
         self._join(end)
         del self._open[end]
-        self._filled = {place: other for place, other in self._filled.items() if other is not end}
+        left = {place: [other for other in ends if other is not end] for place, ends in self._filled.items()}
+        self._filled = {place: ends for place, ends in left.items() if ends}
 
     def _beside(self, stages: Sequence[Stage], urgent: bool) -> list[object]:
         """Start them behind all that was started so far; what tells when each is done."""

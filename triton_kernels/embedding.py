@@ -202,6 +202,10 @@ def words_kernel(
     single = end - begin - whole * BLOCK
     col = r + tl.arange(0, BR)[None, :]
     row = tl.arange(0, BN)
+    b_head = tl.zeros([BR], tl.float32)
+    if head_dtable is not None:  # here, so that it is not waited for after all else
+        d = r + tl.arange(0, BR)
+        b_head = tl.load(head_dtable + w.to(tl.int64) * R + d, mask=d < R, other=0.0).to(tl.float32)
     b_sum = tl.zeros([BN, BR], tl.float32)
     for k in range(tl.cdiv(whole, BN)):
         block = k * BN + row
@@ -217,9 +221,7 @@ def words_kernel(
         b_x = tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0)
         b_sum += b_x.to(tl.float32)
     col = r + tl.arange(0, BR)
-    b_dtable = tl.sum(b_sum, 0)
-    if head_dtable is not None:
-        b_dtable += tl.load(head_dtable + w.to(tl.int64) * R + col, mask=col < R, other=0.0).to(tl.float32)
+    b_dtable = tl.sum(b_sum, 0) + b_head
     tl.store(dtable + w.to(tl.int64) * R + col, b_dtable.to(dtable.dtype.element_ty), mask=col < R)
 
 
@@ -264,7 +266,7 @@ def backward(
     with torch.cuda.device_of(table):
         if projection is not None:
             of_projection = dprojection_launches(dy, input_ids, table, head_dprojection, dprojection, large)
-            aside((of_projection.values(), [dprojection]))
+            aside((of_projection.values(), [dprojection]), urgent=True)  # else behind all programs of words_kernel
         for launch in dtable_launches(dy, projection, keys, order, starts, head_dtable, dtable, large).values():
             launch.run()
     return dtable, dprojection

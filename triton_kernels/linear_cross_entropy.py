@@ -371,7 +371,7 @@ _SMALL = {
     "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 2)},
     "dweight": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 1), 256: Tiles(16, 32, 4, 1)},
 }
-_COMBINED = 2048  # elements of dhidden in a program of combine_kernel
+_COMBINED = 512  # elements of dhidden in a program of combine_kernel
 _TOKENS = 4096  # labels and losses in a step of count_kernel and loss_kernel
 _SCALED = 2048  # elements in a program of scale_kernel
 _PROJECTED = 64  # tokens in a program of project_kernel

@@ -55,6 +55,7 @@ from dsfast.triton_kernels.pieces import (
     LOG2E,
     UNSEEN,
     load_tile,
+    opaque,
     options,
     store_rows,
     sum_launch,
@@ -262,9 +263,11 @@ def _attend_dkv(
     b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end, s,
     h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, OPAQUE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
+    if OPAQUE:
+        s = tl.multiple_of(opaque(s), BT)
     b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, MASKED, True)  # [BT, DN]
     b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, MASKED, True)  # [BT, DR]
     b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, MASKED, True)  # [BT, DV]
@@ -296,7 +299,7 @@ def backward_kv_kernel(
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     """For one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the
     head's shares [H, N, Dr] of dk_rope. Where o is not None delta is made of it."""
@@ -325,7 +328,8 @@ def backward_kv_kernel(
         for s in tl.range(t + BS, tail, BT, num_stages=STAGES):
             b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
                 b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
-                s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+                s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, OPAQUE,
+                False,
             )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
     b_dk_nope = tl.where(own, b_dk_nope, 0.0)
@@ -336,7 +340,7 @@ def backward_kv_kernel(
         s = tl.where(n < BS // BT, t + n * BT, tail)
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
             b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
+            s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, OPAQUE, True,
         )  # fmt: skip
 
     store_rows(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
@@ -350,7 +354,7 @@ def backward_kernel(
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     QT: tl.constexpr, QS: tl.constexpr, KT: tl.constexpr, KS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr,
-    Q_STAGES: tl.constexpr, K_STAGES: tl.constexpr,
+    Q_STAGES: tl.constexpr, K_STAGES: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     """All gradients of narrow heads: first a program for each tile of keys and head of queries, by blocks of KT and KS, which
     makes delta itself, then one for each tile of queries and head, by QT and QS. None waits for another."""
@@ -360,7 +364,7 @@ def backward_kernel(
         backward_kv_kernel(
             do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, None, dk_nope, shares, dv, scale, number,
             do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-            Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, "ieee", False, K_STAGES,
+            Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, "ieee", False, K_STAGES, OPAQUE,
         )  # fmt: skip
     else:
         backward_q_kernel(
@@ -530,9 +534,22 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
     apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
-    tiling = {"BT": bt, "BS": bs, "STAGES": stages, "PRECISION": "ieee", "APART": apart}
+    tiling = {
+        "BT": bt,
+        "BS": bs,
+        "STAGES": stages,
+        "PRECISION": "ieee",
+        "APART": apart,
+        "OPAQUE": _opaque(itemsize, large),
+    }
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)
     return Launch(kernel, grid, arguments | widths | tiling, options(warps, stages), itemsize, tile)
+
+
+def _opaque(itemsize: int, large: int) -> bool:
+    """Whether the keys' kernel would spill without starts from pieces.opaque. Elsewhere they cost: loads know less of their
+    addresses."""
+    return itemsize == 4 or not large
 
 
 def _both(arguments: dict, large: int) -> Launch:
@@ -540,7 +557,7 @@ def _both(arguments: dict, large: int) -> Launch:
     dtype, widths = arguments["v"].dtype, widths_of(arguments)
     of_queries, of_keys = (tiles(name, dtype, widths, large) for name in ("backward_q", "backward_kv"))
     tiling = {"QT": of_queries.bt, "QS": of_queries.bs, "KT": of_keys.bt, "KS": of_keys.bs}
-    tiling |= {"Q_STAGES": of_queries.stages, "K_STAGES": of_keys.stages}
+    tiling |= {"Q_STAGES": of_queries.stages, "K_STAGES": of_keys.stages, "OPAQUE": _opaque(2, large)}
     grid = ((triton.cdiv(arguments["N"], of_queries.bt) + triton.cdiv(arguments["N"], of_keys.bs)) * arguments["H"],)
     how = options(of_keys.warps, max(of_queries.stages, of_keys.stages))
     return Launch(backward_kernel, grid, arguments | tiling, how, 2, min(of_queries.bt, of_keys.bs))

@@ -185,8 +185,7 @@ def attend_kernel(
     ONE: tl.constexpr = PAGE == 0 or PAGE % BN == 0
 
     if begin < end:  # else ptxas makes every product wait for the one before it, see mla_attention
-        for start in tl.range(begin, end, BN, num_stages=AHEAD):
-            s = opaque(start)
+        for s in tl.range(begin, end, BN, num_stages=AHEAD):
             j = s + tl.arange(0, BN)  # [BN]
             m_j = j < length
             page, place, m_c = b, j, m_j
@@ -200,7 +199,7 @@ def attend_kernel(
             if AHEAD:
                 b_k = tl.trans(_load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE))  # [DR, BN]
             # Always so. Triton puts loads for the next round behind this one's products, but before those under a condition.
-            if not AHEAD or start < end:
+            if not AHEAD or s < end:
                 b_s_latent = _scores(
                     q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
                 )
@@ -315,13 +314,13 @@ _LARGE = {
     },
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
-_SM_100 = _LARGE | {64: _LARGE[64] | {576: Tiles(32, 8, 2, 0, 1)}}
+_SM_100 = _LARGE | {64: _LARGE[64] | {192: Tiles(64, 4, 2, 0, 2), 576: Tiles(32, 8, 2, 0, 1)}}
 _SMALL = {
     16: {
         96: Tiles(64, 4, 2, 0, 3),
         192: Tiles(32, 4, 2, 0, 3),
         576: Tiles(32, 4, 2, 0, 1),
-        1152: Tiles(16, 4, 1, 128, 1),
+        1152: Tiles(16, 8, 1, 128, 1),
     },
     32: {96: Tiles(64, 4, 2, 0, 3), 192: Tiles(32, 4, 2, 0, 3), 576: Tiles(16, 8, 2, 0, 1)},
 }

@@ -217,8 +217,8 @@ class Tiles(NamedTuple):
 
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-# Without warp groups' instructions a product's operands lie in registers, all at once: hence the two halves.
-_FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(64, 4, 1), Tiles(128, 8, 1)
+# Without warp groups' instructions a product's operands lie in registers, all at once: hence few tokens, or two halves.
+_FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(32, 8, 1), Tiles(128, 8, 1)
 _SMALL = Tiles(64, 8, 2)  # of all three, on other chips than sm_90 and sm_100
 
 
@@ -277,9 +277,10 @@ def backward(
         return dx, dweights.zero_()
     gradients = dh, dq_nope, dq_rope, dk_nope, dk_rope, dv
     with torch.cuda.device_of(h):
-        backward, *of_weights = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
+        *of_weights, backward, of_norm = backward_launches(gradients, h, shared, dx, dweights, large_tiles(h.device))
+        aside((of_weights, [dweights]))  # first: at the end of a step little is left to hide them behind
         backward.run()
-        aside((of_weights, [dweights]))
+        aside(([of_norm], [dweights]))
     return dx, dweights
 
 
@@ -296,8 +297,8 @@ def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
 
 
 def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[Launch]:
-    """The kernel that fills dx and parts of norm's gradient, the one that fills parts of the others, and those that add them up
-    to dweights; tensors may lie on the meta device."""
+    """The kernel that fills parts of the weights' gradients and the one that adds them up to dweights; the one that fills dx and
+    parts of norm's gradient, and the one that adds these up. Tensors may lie on the meta device."""
     (dh, *others), (n, d) = gradients, h.shape
     dh = None if dh is None else rows(dh)[0]
     dq_nope, dq_rope, dk_nope, dk_rope, dv = others
@@ -319,7 +320,7 @@ def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[La
     of_others = h.new_empty(triton.cdiv(n, bn), dweights.numel() - d, dtype=torch.float32)
     others = arguments | {"parts": of_others, "TOTAL": of_others.size(1), "BN": bn}
     weights = Launch(weights_kernel, (len(of_others),), others, options(warps), h.itemsize, bn)
-    return [backward, weights, sum_launch(of_others, dweights[:-d]), sum_launch(of_norm, dweights[-d:])]
+    return [weights, sum_launch(of_others, dweights[:-d]), backward, sum_launch(of_norm, dweights[-d:])]
 
 
 def _arguments(shared) -> dict[str, Any]:
@@ -354,6 +355,6 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     return {
         "forward_kernel": forward_launch(x, x, shared, outputs, large),
         "forward_kernel, no residual": forward_launch(x, None, shared, outputs, large),
-        **dict(zip(("backward_kernel", "weights_kernel", "sum_kernel", "sum_kernel, norm"), launches, strict=True)),
-        "backward_kernel, no gradient of h": backward_launches([None, *parts], x, shared, x, dweights, large)[0],
+        **dict(zip(("weights_kernel", "sum_kernel", "backward_kernel", "sum_kernel, norm"), launches, strict=True)),
+        "backward_kernel, no gradient of h": backward_launches([None, *parts], x, shared, x, dweights, large)[2],
     }

@@ -40,6 +40,7 @@ TILES_TOGETHER = 8  # tiles of rows whose programs run side by side, block after
 FULL = 2 * MULTIPROCESSORS  # programs
 FUSED = 64  # widest I at which a program goes on to y with its tile of h: a launch less, and h is not written
 NARROW = 128  # widest D at which, where I is no wider than FUSED too, the backward pass is that of narrow experts
+FEW = 32  # rows of narrow experts' tiles where there are no more of 64 than multiprocessors
 ADDED = 64  # tiles whose parts of the matrices' gradients are added up at once
 SHARE = 256  # places of an expert from which on the sum over them is split
 _UNSPECIALIZED = ("R",)  # changes from batch to batch and must not cause a new compilation
@@ -434,10 +435,15 @@ _FLOAT32 = {
     "matrix": {64: Tiles(32, 32, 16, 4, 1)},
 }
 _LARGE = {
-    "up": {16: Tiles(16, 64, 128, 4, 3), 64: Tiles(64, 128, 64, 8, 3), 128: Tiles(128, 128, 64, 8, 3)},
+    "up": {
+        16: Tiles(16, 64, 128, 4, 3),
+        FEW: Tiles(32, 64, 64, 8, 3),
+        64: Tiles(64, 128, 64, 8, 3),
+        128: Tiles(128, 128, 64, 8, 3),
+    },
     "project": {16: Tiles(16, 128, 128, 4, 3), 64: Tiles(64, 128, 64, 4, 4), 128: Tiles(128, 256, 64, 8, 4)},
     "matrix": {64: Tiles(64, 64, 64, 4, 3), 128: Tiles(128, 256, 64, 8, 3)},
-    "narrow": {128: Tiles(128, 64, 128, 8, 1)},
+    "narrow": {FEW: Tiles(32, 128, 128, 8, 1), 128: Tiles(128, 64, 128, 8, 1)},
 }
 _SMALL = {
     "up": {16: Tiles(16, 64, 64, 4, 2), 64: Tiles(64, 64, 32, 4, 2)},
@@ -559,7 +565,8 @@ class _Launches:
         return Launch(kernel, (programs,), arguments, compiler, self.x.element_size(), rows_in_products)
 
     def tiles(self, name: str, width: int, depth: int) -> Tiles:
-        return _tiles(name, self.x.dtype, self.large, _size(self.places, self.e, width), width, depth)
+        size = FEW if name == "up" and self.few() else _size(self.places, self.e, width)
+        return _tiles(name, self.x.dtype, self.large, size, width, depth)
 
     def rows(self, name: str, kernel, width: int, depth: int, **arguments) -> Launch:
         """A kernel whose programs have a tile of places each."""
@@ -588,6 +595,12 @@ class _Launches:
         """The sum over each token's slots, and base; none where a slot is its token."""
         return [sum_launch(slots.view(len(out), self.k, self.d).transpose(0, 1), out, base)] if self.k != 1 else []
 
+    def few(self) -> bool:
+        """Whether narrow experts have no more tiles of 64 places than there are multiprocessors. A program alone on one waits for
+        each of its own loads and products: then the fewer instructions a warp has, the less time it takes."""
+        known = self.narrow() and FEW in _table(self.x.dtype, self.large)["narrow"]
+        return known and 24 * self.e <= self.places <= 64 * MULTIPROCESSORS
+
     def narrow(self) -> bool:
         """Whether experts are narrow enough for dgu to stay in the programs of the backward pass.
 
@@ -596,8 +609,10 @@ class _Launches:
         return self.d <= NARROW and self.i <= FUSED and "narrow" in _table(self.x.dtype, self.large)
 
     def narrow_backward(self, dy, x, gu, out, dweights, dgate_up, ddown) -> list[Launch]:
-        tiles = _tiles("narrow", self.x.dtype, self.large, 128, self.d, self.d)
-        most, blocks, size = self.tiles_of(tiles.bm), triton.cdiv(self.d, tiles.bn), 3 * self.i * self.d
+        sizes = FEW if self.few() else 128, 128
+        of_x, tiles = (_tiles("narrow", self.x.dtype, self.large, size, self.d, self.d) for size in sizes)
+        programs = self.tiles_of(of_x.bm) * triton.cdiv(self.d, of_x.bn)
+        most, size = self.tiles_of(tiles.bm), 3 * self.i * self.d
         arguments = {
             "dy": dy, "dy_n": dy.stride(0), "x": x, "x_n": x.stride(0), "gu": gu, "out": out, "dweights": dweights,
             "parts": x.new_empty(most, size, dtype=torch.float32), "dgate_up": dgate_up, "ddown": ddown,
@@ -605,7 +620,7 @@ class _Launches:
         }  # fmt: skip
         added = Tiles(tiles.bm, 64, 0, 4, 1)
         return [
-            self.launch(narrow_backward_kernel, most * blocks, tiles, arguments),
+            self.launch(narrow_backward_kernel, programs, of_x, arguments),
             self.launch(narrow_matrix_kernel, most, tiles, arguments),
             self.launch(add_tiles_kernel, self.e * triton.cdiv(size, added.bn), added, arguments),
         ]
@@ -640,6 +655,7 @@ class _Launches:
 
 EXAMPLES = {
     "500K": (8192, 128, 1, 2, 64),
+    "500K, many tokens": (16384, 128, 1, 2, 64),
     "DeepSeek-V3": (4096, 7168, 8, 256, 2048),
     "Qwen-like": (32768, 2048, 8, 128, 768),
     "two wide experts, top 1": (8192, 1024, 1, 2, 512),

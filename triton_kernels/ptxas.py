@@ -1,8 +1,8 @@
-"""Which ptxas makes machine code of what Triton compiles.
+"""Which ptxas makes machine code for sm_90 of what Triton compiles.
 
 ptxas 12.8, which triton 3.6 takes, leaves out at times what sets a uniform register: on sm_90 the descriptors of a product of
 warp groups are then made from garbage, without a word, though the PTX is right. It does so in kernels of the 500K model. triton
-3.6 brings 12.9 as well, for newer chips, which makes right code of the same PTX for all.
+3.6 brings 12.9 as well, for newer chips, which makes right code of the same PTX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dsfast.triton_kernels.version import numbers
 
 RIGHT = (12, 9)
 """The first version known to be right."""
+_NAMING = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 class PtxasError(RuntimeError):
@@ -22,23 +23,29 @@ class PtxasError(RuntimeError):
 
 
 @cache
-def use_right_ptxas() -> None:
-    """Have Triton take a ptxas of version RIGHT or newer: its own, else the one that it brings for newer chips; in processes that
-    are started later too. Call it before Triton compiles or looks for a kernel: the version is part of a kernel's key.
+def use_right_ptxas(arch: int) -> None:
+    """Where `arch`, ten times a compute capability, is sm_90's, have Triton take a ptxas of version RIGHT or newer: its own, else
+    the one that it brings for newer chips; in processes that are started later too.
 
-    Raises PtxasError where $TRITON_PTXAS_PATH names an older one, and where Triton brings none.
+    Raises PtxasError where the user names an older one in the environment, and where Triton brings none.
     """
-    if torch.version.hip:
+    if torch.version.hip or arch // 10 != 9:
         return
     from triton import knobs
+    from triton.backends.nvidia import compiler
 
-    own = knobs.nvidia.ptxas
-    if numbers(own.version) >= RIGHT:
-        return
-    newer = knobs.nvidia.ptxas_blackwell
-    if os.environ.get("TRITON_PTXAS_PATH") or numbers(newer.version) < RIGHT:
+    try:
+        own = compiler.get_ptxas(arch)
+        if numbers(own.version) >= RIGHT:
+            return
+        reason = f"{own.path} is ptxas {own.version}, which compiles some kernels wrongly"
+        newer = None if any(map(os.environ.get, _NAMING)) else knobs.nvidia.ptxas_blackwell
+    except RuntimeError as error:  # Triton finds no such file
+        reason, newer = str(error), None
+    if newer is None or numbers(newer.version) < RIGHT:
         raise PtxasError(
-            f"{own.path} is ptxas {own.version}, which compiles some kernels wrongly; set TRITON_PTXAS_PATH to a ptxas"
-            f" {'.'.join(map(str, RIGHT))} or newer, or install a newer triton and leave it unset"
+            f"{reason}; for this GPU Triton needs a ptxas {'.'.join(map(str, RIGHT))} or newer: name one in"
+            f" {_NAMING[0]}, or install a newer triton and leave {' and '.join(_NAMING)} unset"
         )
-    os.environ["TRITON_PTXAS_PATH"] = newer.path
+    os.environ[_NAMING[0]] = newer.path
+    compiler.get_ptxas_version.cache_clear()  # the version is part of a kernel's name in Triton's cache

@@ -166,7 +166,7 @@ def backward_launches(dys, dh, h, weight, rstd, dx, dweight, parts, large: int) 
     arguments |= gradients_read(dys, dh)
     # What is on its way must fit into shared memory, of which some chips have 99 KB: float32's widest rows are not.
     fits = (len(dys) + (dh is not None) + 1) * bn * bd * h.element_size() <= ON_ITS_WAY
-    stages = 1 + bool(large) + fits
+    stages = 1 + bool(large) + fits if programs < triton.cdiv(n, bn) else 1  # of one tile nothing else is on its way
     arguments |= {"BD": bd, "BN": bn, "STAGES": stages}
     return [
         Launch(backward_kernel, (programs,), arguments, options(warps, stages), h.dtype.itemsize, 0),
@@ -178,7 +178,8 @@ EXAMPLES = {
     "500K": (8192, 128),
     "DeepSeek-V3": (4096, 7168),
     "DeepSeek-V3 latent": (4096, 512),
-    "widest": (64, NORM_WIDEST),
+    "widest": (4096, NORM_WIDEST),
+    "many narrow": (65536, 128),
 }
 """N and D that are compiled ahead, with residual and without."""
 

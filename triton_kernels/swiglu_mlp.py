@@ -39,6 +39,7 @@ def backward(dy, x, gate_up, down, gu) -> tuple[Tensor, Tensor, Tensor]:
 
 EXAMPLES = {
     "500K": (8192, 128, 64),
+    "500K, many tokens": (16384, 128, 64),
     "5M": (8192, 256, 128),
     "DeepSeek-V3": (4096, 7168, 2048),
     "DeepSeek-V3, dense layer": (4096, 7168, 18432),

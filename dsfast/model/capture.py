@@ -99,9 +99,9 @@ def _compared(step: Step, *recordings: CUDAGraph) -> list[float] | None:
             for recording, seconds in zip(recordings, taken, strict=True):
                 restore()
                 seconds.append(_seconds(recording.replay, min(step.consecutive, CONSECUTIVE)))
-                left = _bits(state)
-                expected = left if expected is None else expected
-                if not torch.equal(left, expected):
+                if expected is None:
+                    expected = _bits(state)
+                elif not torch.equal(_bits(state), expected):
                     return None
     return [median(seconds) for seconds in taken]
 
@@ -134,7 +134,8 @@ def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
 
     def restore() -> None:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, before)
+            for dtype in {x.dtype for x in tensors}:  # of several at once PyTorch would copy one after the other
+                torch._foreach_copy_(*([x for x in side if x.dtype == dtype] for side in (tensors, before)))
 
     try:
         yield restore

@@ -154,7 +154,7 @@ def kept_kernels() -> Iterator[None]:
         return
     use_kernel_cache()
     try:
-        use_right_ptxas()
+        _have_right_ptxas()
         yield
     except PtxasError as error:
         raise UserError(str(error)) from error
@@ -165,6 +165,14 @@ def kept_kernels() -> Iterator[None]:
             f"{kernel_cache()}: a compiled kernel could not be written or read back ({first_line(error)}); make room, or remove"
             " the folder: kernels are then compiled anew"
         ) from error
+
+
+@cache
+def _have_right_ptxas() -> None:
+    """For the GPU that is here. Raises PtxasError."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        use_right_ptxas(10 * major + minor)
 
 
 @cache
