@@ -57,10 +57,8 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     takes no more the work goes on, and what would be 0 is 141 if its reader has gone, else 2, with a line. Any other exception is
     a defect and keeps its traceback.
     """
-    if (
-        argv is None
-    ):  # the process is for this command: what it has imported stays, and no collection need look at it again
-        gc.freeze()
+    if argv is None:
+        gc.freeze()  # the process is this command's: what it has imported stays, and no collection need look at it again
     outputs = _prepare_output()
     warnings.formatwarning = _format_warning
     try:
