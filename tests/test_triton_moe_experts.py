@@ -186,7 +186,7 @@ def test_sums_over_many_places_are_split(monkeypatch, dtype):
         moe_experts_case("the 500K model's widths; no token for the last", 75, 128, 1, 3, 64, used=(0, 1)),
         moe_experts_case("no power of two, two slots a token", 49, 100, 2, 3, 50),
     ],
-    ids=str,
+    ids=lambda case: case.name,
 )
 def test_tiles_where_places_are_few(monkeypatch, case):
     """Of the 500K model on a GPU: 32 rows forward and for dx, 128 for the matrices' gradients."""
