@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
@@ -17,3 +18,13 @@ def no_fallbacks_yet(monkeypatch):
     """The list of fall-backs is the process's: each test begins with an empty one, and leaves none to others."""
     if dispatch := sys.modules.get("dsfast.ops.dispatch"):  # which tests/fake_driver.py has to import first
         monkeypatch.setattr(dispatch, "_fallbacks", {})
+
+
+@pytest.fixture
+def terminal():
+    """Signals as a terminal leaves them: under nohup SIGHUP is ignored, and SIGINT in what a shell runs in the background."""
+    own = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    former = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)

@@ -202,6 +202,7 @@ class TestTheLoop:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state(rest).items())
         assert rest.optimizer.updates == 10
 
+    @pytest.mark.usefixtures("terminal")
     @pytest.mark.parametrize(("at", "last"), [(1, 4), (3, 4), (5, 6), (10, 10)])
     def test_a_signal_ends_it_after_what_is_launched(self, tmp_path, at, last):
         """Blocks of two: in the first, and in the first ahead, it is noticed when the first is read; then one after the other."""

@@ -229,14 +229,6 @@ class SignallingRows(PackedRows):
         return super().batch(step, batch_size)
 
 
-@pytest.fixture
-def terminal():
-    """SIGHUP as a terminal leaves it; where the tests run under nohup it is ignored."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, former)
-
-
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, number, code):
