@@ -314,7 +314,7 @@ _LARGE = {
     },
 }
 # sm_100 keeps three tiles of latents in shared memory where sm_90 keeps two: of 64 places they are too many.
-_SM_100 = _LARGE | {64: _LARGE[64] | {192: Tiles(64, 4, 2, 0, 2), 576: Tiles(32, 8, 2, 0, 1)}}
+_SM_100 = _LARGE | {64: _LARGE[64] | {192: Tiles(32, 4, 2, 0, 3), 576: Tiles(32, 8, 2, 0, 1)}}
 _SMALL = {
     16: {
         96: Tiles(64, 4, 2, 0, 3),
