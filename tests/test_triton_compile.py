@@ -13,9 +13,8 @@ pytest.importorskip("triton")
 import triton
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels import mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
-from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel
+from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel, unset
 from dsfast.triton_kernels.limits import CHIPS
-from dsfast.triton_kernels.machine_code import unset
 
 from dsfast.bench.compile import DTYPES, compile_example, examples, kernels_of, operators
 

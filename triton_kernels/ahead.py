@@ -12,7 +12,6 @@ import torch
 import triton
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
-from dsfast.triton_kernels.machine_code import by_warp_groups, dumped, unset
 from dsfast.triton_kernels.ptxas import use_right_ptxas
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -79,12 +78,44 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     cuda = target.backend == "cuda"
     registers, spills = (_read_cuda if cuda else _read_hip)(kernel)
     copies = len(re.findall(r"\bcp\.async\.c[ag]\b", assembly)) if cuda else None
-    groups = by_warp_groups(kernel)
+    groups = "wgmma.mma_async" in kernel.asm.get("ptx", "")
     return Compiled(
         launch.kernel.__name__, chip, registers, spills, kernel.metadata.shared, assembly.count(target.matrix), copies,
         _repeated(kernel, launch.options["num_warps"]) if groups else None, _serialized(kernel, target.arch) if groups else None,
-        unset(dumped(kernel, "-sass")) if groups else (),
+        unset(_dumped(kernel, "-sass")) if groups else (),
     )  # fmt: skip
+
+
+def unset(sass: str) -> tuple[str, ...]:
+    """Instructions that read uniform registers before anything has been written to them, of a listing in the order of its text.
+    Where a product's operands begin stands in such registers."""
+    written, found = set(), []
+    for text in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass, re.MULTILINE):
+        name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+        first, *others = (operand.strip() for operand in operands.split(","))
+        target = re.fullmatch(r"UR(\d+)", first)
+        if not _read_uniform(others if target else [first, *others]) <= written:
+            found.append(text)
+        if target:
+            written |= set(range(int(target[1]), int(target[1]) + _uniform_width(name)))
+    return tuple(found)
+
+
+def _read_uniform(operands: list[str]) -> set[int]:
+    """Numbers of uniform registers. A descriptor of memory has two, those of a product's operands have two each, one after the
+    other, of which the left one's are not read where that operand lies in registers."""
+    found = set()
+    for place, operand in enumerate(operands):
+        for kind, number in re.findall(r"(gdesc\[|desc\[|\b)UR(\d+)", operand):
+            left = 0 if kind != "gdesc[" or not re.fullmatch(r"R\d+", operands[place - 1]) or place < 2 else 2
+            width = {"gdesc[": 4, "desc[": 2}.get(kind, 1)
+            found |= set(range(int(number) + left, int(number) + width))
+    return found
+
+
+def _uniform_width(name: str) -> int:
+    """How many registers an instruction writes."""
+    return 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
 
 
 def _serialized(kernel, arch: int) -> bool:
@@ -130,9 +161,18 @@ def _source(launch: Launch) -> ASTSource:
 
 def _read_cuda(kernel) -> tuple[int, int]:
     """(registers, spilled bytes)."""
-    usage = dumped(kernel, "-res-usage")
+    usage = _dumped(kernel, "-res-usage")
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _dumped(kernel, what: str) -> str:
+    """What the cuobjdump that Triton ships says of a kernel."""
+    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([dump, what, cubin.name], check=True, capture_output=True, text=True).stdout
 
 
 def _read_hip(kernel) -> tuple[int, int]:

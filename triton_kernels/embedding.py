@@ -202,9 +202,9 @@ def words_kernel(
     single = end - begin - whole * BLOCK
     col = r + tl.arange(0, BR)[None, :]
     row = tl.arange(0, BN)
+    d = r + tl.arange(0, BR)
     b_head = tl.zeros([BR], tl.float32)
     if head_dtable is not None:  # here, so that it is not waited for after all else
-        d = r + tl.arange(0, BR)
         b_head = tl.load(head_dtable + w.to(tl.int64) * R + d, mask=d < R, other=0.0).to(tl.float32)
     b_sum = tl.zeros([BN, BR], tl.float32)
     for k in range(tl.cdiv(whole, BN)):
@@ -220,9 +220,8 @@ def words_kernel(
         i = place.to(tl.int64) if order is None else tl.load(order + place, mask=token < single, other=0)
         b_x = tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0)
         b_sum += b_x.to(tl.float32)
-    col = r + tl.arange(0, BR)
     b_dtable = tl.sum(b_sum, 0) + b_head
-    tl.store(dtable + w.to(tl.int64) * R + col, b_dtable.to(dtable.dtype.element_ty), mask=col < R)
+    tl.store(dtable + w.to(tl.int64) * R + d, b_dtable.to(dtable.dtype.element_ty), mask=d < R)
 
 
 def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -76,7 +76,7 @@ def _attend_dv(
     BT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradient of a tile of values, [SIDE, DV], and store their part of ds."""
-    s = tl.multiple_of(opaque(s), BT)  # a block of the last tile may lie behind the last token
+    s = tl.multiple_of(opaque(s), BT)
     b_q_nope = load_tile(q_nope, q_nope_n, s, 0, N, Dn, BT, DN, True, True)  # [BT, DN]
     b_q_rope = load_tile(q_rope, q_rope_n, s, 0, N, Dr, BT, DR, True, True)  # [BT, DR]
     b_do = load_tile(do, do_n, s, 0, N, Dv, BT, DV, True, True)  # [BT, DV]
