@@ -12,7 +12,7 @@ EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 def set_up_interpreter() -> None:
     """For the rest of the process."""
     interpreter.InterpreterBuilder.create_dot = _dot
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _expect_no_overflow
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _expect_no_overflow
     interpreter._patch_lang_tensor = _patch_tensor
     interpreter._patch_lang = _patch_once
 
@@ -28,7 +28,7 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
 
-def _expect_no_overflow(lhs, rhs, binary_op) -> None:
+def _expect_no_overflow(self, lhs, rhs, binary_op) -> None:
     """The interpreter computes this with a dozen operations of its own, nearly half of all time, and then does not look at it."""
     kind = lhs.type.scalar
     if kind.int_bitwidth >= 64:

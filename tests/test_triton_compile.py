@@ -208,6 +208,7 @@ def test_widest_norm_fits_chips_with_less_shared_memory(kernel, dtype):
     assert compiled.shared <= 101_376
 
 
+@pytest.mark.skipif(not mla_attention._CAN_PART, reason="by triton 3.6 no kernel has 8 warps for 64 rows")
 def test_products_computed_twice_are_found():
     """The keys' kernel at DeepSeek-V3's widths has 8 warps for 64 rows: as a chain its products are laid out so that both warp
     groups compute the same scores, 104 instructions instead of 64."""

@@ -33,6 +33,7 @@ from dsfast.triton_kernels.attention_pieces import (
 )
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.pieces import LOG2E, load_tile, opaque, options, store_rows, swizzle
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 KEPT = 2**31
@@ -236,8 +237,11 @@ class Block(NamedTuple):
 _NARROWEST = 192  # `measure` up to which making scores anew takes few enough registers
 # Kernel -> largest `measure` that a row serves -> block. Starting values: they keep the limits, nobody has measured them.
 _LARGE = {"scores": {320: Block(64, 8, 3)}, "product": {320: Block(64, 16, 3)}}
-# Sums lie in tensor memory; a thread of 16 warps has too few registers for the rest.
-_SM_100 = _LARGE | {"product": {320: Block(64, 8, 3)}}
+# Sums lie in tensor memory; a thread of 16 warps has too few registers for the rest. Triton 3.6 spills with 64 queries.
+_SM_100 = {
+    "scores": {320: Block(32 if numbers(triton.__version__) == (3, 6) else 64, 8, 3)},
+    "product": {320: Block(64, 8, 3)},
+}
 
 
 def heads_at_once(arguments: dict, large: int) -> int:
