@@ -12,7 +12,8 @@ EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 def set_up_interpreter() -> None:
     """For the rest of the process."""
     interpreter.InterpreterBuilder.create_dot = _dot
-    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = _expect_no_overflow
+    interpreter.TritonSemantic = _Semantic  # of which triton 3.6 makes one for each function
+    interpreter.interpreter_semantic = _Semantic(interpreter.interpreter_builder)
     interpreter._patch_lang_tensor = _patch_tensor
     interpreter._patch_lang = _patch_once
 
@@ -28,14 +29,17 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
 
-def _expect_no_overflow(self, lhs, rhs, binary_op) -> None:
-    """The interpreter computes this with a dozen operations of its own, nearly half of all time, and then does not look at it."""
-    kind = lhs.type.scalar
-    if kind.int_bitwidth >= 64:
-        return
-    exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-    if exact.size and not (kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()):
-        raise OverflowError(f"{kind} overflows in {binary_op.__name__}")
+class _Semantic(interpreter.TritonSemantic):
+    """The interpreter's, Triton's own that compiles being left as it is."""
+
+    def binary_op_sanitize_overflow_impl(self, lhs, rhs, binary_op) -> None:
+        """Computed by a dozen operations of its own, nearly half of all time, and then not looked at."""
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        if exact.size and not (kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()):
+            raise OverflowError(f"{kind} overflows in {binary_op.__name__}")
 
 
 def _patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor) -> None:

@@ -218,7 +218,7 @@ class Tiles(NamedTuple):
 
 # Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
 # Without warp groups' instructions a product's operands lie in registers, all at once: hence few tokens, or two halves.
-_FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(32, 8, 1), Tiles(128, 8, 1)
+_FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(32, 8, 2), Tiles(128, 8, 1)
 _SMALL = Tiles(64, 8, 2)  # of all three, on other chips than sm_90 and sm_100
 
 

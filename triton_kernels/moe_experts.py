@@ -136,7 +136,7 @@ def up_kernel(
     p_gate = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i * D + d[:, None]
     b_gate = tl.zeros([BM, BN], tl.float32)
     b_up = tl.zeros([BM, BN], tl.float32)
-    for k in range(tl.cdiv(D, BK)):
+    for k in range(_steps(D, BK, R)):
         b_x = _load(p_x + k * BK, k * BK + d[None, :], D, BK, 0, 1, 1)  # [BM, BK]
         b_w = _load(p_gate + k * BK, k * BK + d[:, None], D, BK, i, I, BN)  # [BK, BN]
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")

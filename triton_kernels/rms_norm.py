@@ -76,9 +76,9 @@ def backward_kernel(
             b_dy += load_tile(dy_3, dy_3_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         b_rstd = tl.load(rstd + n, mask=n < N, other=0.0)[:, None]
         b_x = load_tile(h, h_n, start, 0, N, D, BN, BD, True).to(tl.float32) * b_rstd  # [BN, BD], normalised
-        b_dweight += b_dy * b_x
         b_g = b_dy * b_weight.to(tl.float32)[None, :]
         b_dx = b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / D)[:, None])
+        b_dweight += b_dy * b_x
         if dh is not None:
             b_dx += load_tile(dh, dh_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         store_rows(dx, D, start, N, b_dx, BN, D, BD)
