@@ -712,6 +712,57 @@ class TestCapture:
         monkeypatch.setattr(capture, "record", lambda step: chain)
         assert captured(doubling, branched=True) is chain.replay
 
+    def test_a_recording_is_made_on_the_device_of_the_step(self, doubling, monkeypatch):
+        """On the current one, another, it would be empty: no error, and tokens that nobody chose."""
+        entered = []
+
+        @contextmanager
+        def device_of(x):
+            entered.append(x)
+            yield
+            entered.append(None)
+
+        def record(step):
+            assert entered[-1] is not None
+            return SimpleNamespace(replay=step.__call__)
+
+        monkeypatch.setattr(torch.cuda, "device_of", device_of)
+        monkeypatch.setattr(capture, "record", record)
+        captured(doubling)
+        assert [x is doubling.state()[0] for x in entered] == [True, False]
+
+    @pytest.mark.parametrize(("most", "copied_to_the_host"), [(8, False), (7, True)])
+    def test_much_state_waits_in_the_hosts_memory(self, doubling, most, copied_to_the_host, monkeypatch):
+        """A copy in the GPU's would be one more of all weights and averages."""
+        monkeypatch.setattr(capture, "COMPARED_BYTES", most)
+        copied, to = [], torch.Tensor.to
+        monkeypatch.setattr(
+            torch.Tensor, "to", lambda x, *how, **named: (copied.append((how, named)), to(x, *how, **named))[1]
+        )
+        with capture.unchanged(doubling.state()) as restore:
+            doubling()
+            restore()
+            assert doubling.state()[0] == 1
+            doubling()
+        assert doubling.state()[0] == 1
+        assert copied == [(("cpu",), {"copy": True})] * copied_to_the_host
+
+    @pytest.mark.parametrize("branched", [False, True])
+    def test_ctrl_c_during_a_capture_that_cannot_be_ended_is_ctrl_c(self, doubling, branched, monkeypatch):
+        def record(step, branched=False, beside=None):
+            if branched or not also_branched:
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    raise RuntimeError("the capture could not be ended")
+            return SimpleNamespace(replay=step.__call__)
+
+        also_branched = branched
+        monkeypatch.setattr(capture, "record", record)
+        with pytest.raises(KeyboardInterrupt):
+            captured(doubling, branched=branched)
+        assert doubling.state()[0] == 1
+
     @pytest.mark.parametrize("on_top", [False, True])
     def test_out_of_memory_is_no_reason_for_another_way(self, on_top, monkeypatch):
         def record(step):

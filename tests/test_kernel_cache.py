@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -188,3 +189,42 @@ def test_no_kernel_searches_for_its_tiles(operator):
     found = vars(module).values()
     assert operator == "swiglu_mlp" or any(isinstance(value, JITFunction) for value in found)
     assert not any(isinstance(value, Autotuner | Heuristics | Config) for value in found)
+
+
+@pytest.mark.parametrize(
+    ("have", "reason"),
+    [
+        ("gcc and headers", ""),
+        ("CC and headers", ""),
+        ("headers", "needs a C compiler .* install gcc, or set CC$"),
+        ("gcc", r"needs Python's headers .*nowhere/Python\.h is not there; install python3-dev$"),
+    ],
+)
+def test_what_makes_launchers_is_looked_for(have, reason, monkeypatch, tmp_path):
+    """A C compiler and Python's headers, whatever triton's version: every one compiles something at the first launch."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "mycc" if "CC" in have else "")
+    monkeypatch.setattr(
+        triton.shutil, "which", lambda name: "/usr/bin/gcc" if "gcc" in have and name == "gcc" else None
+    )
+    folder = tmp_path if "headers" in have else tmp_path / "nowhere"
+    monkeypatch.setattr(triton.sysconfig, "get_path", lambda name: str(folder))
+    found = triton._no_launcher()
+    assert re.search(reason, found) if reason else found == ""
+
+
+@needs_triton
+def test_a_c_compiler_that_fails_is_told_in_one_line(monkeypatch, tmp_path):
+    """Triton's own call of it."""
+    from triton.runtime.build import compile_module_from_src
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with (
+        pytest.raises(
+            UserError, match=r"^false could not compile what starts GPU kernels \(exit status 1\); mend it"
+        ) as caught,
+        kept_kernels(),
+    ):
+        compile_module_from_src("int f;", "launcher")
+    assert "\n" not in str(caught.value)

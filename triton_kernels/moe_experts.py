@@ -136,14 +136,14 @@ def up_kernel(
     p_gate = gate_up + tl.cast(e, tl.int64) * (2 * I * D) + i * D + d[:, None]
     b_gate = tl.zeros([BM, BN], tl.float32)
     b_up = tl.zeros([BM, BN], tl.float32)
-    for k in range(_steps(D, BK, R)):
+    for k in range(tl.cdiv(D, BK)):
         b_x = _load(p_x + k * BK, k * BK + d[None, :], D, BK, 0, 1, 1)  # [BM, BK]
         b_w = _load(p_gate + k * BK, k * BK + d[:, None], D, BK, i, I, BN)  # [BK, BN]
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
         b_w = _load(p_gate + I * D + k * BK, k * BK + d[:, None], D, BK, i, I, BN)
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
-    # Made again: kept over the loop they are registers that sm_90 lacks.
-    i = (opaque(block) * BN + tl.arange(0, BN))[None, :]
+    # Made again: kept over the loop they are registers that sm_90 lacks. With `opaque` 8 bytes spill by triton 3.9.
+    i = (block % blocks * BN + tl.arange(0, BN))[None, :]
     m_out = m_r[:, None] & (i < I)
     b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(gu.dtype.element_ty)
     if FUSED:

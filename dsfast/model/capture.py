@@ -18,11 +18,9 @@ from dsfast import ops
 from dsfast.errors import first_line
 from dsfast.ops import triton
 
-WARM_UP = 1
-"""Calls before a capture, beside the one that `record` makes: libraries allocate their working memory."""
 COMPARED, CONSECUTIVE, COMPARED_BYTES = 16, 4, 2**30
 """How often two recordings are compared, by how many replays, and the most state of a step that this is done for: it is copied
-three times."""
+three times, in the memory of the GPU."""
 
 
 class Step(Protocol):
@@ -50,12 +48,17 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
     changed.
     """
     gc.collect()  # an earlier recording may hold memory until then
+    with torch.cuda.device_of(step.state()[0]):
+        return _captured(step, branched)
+
+
+def _captured(step: Step, branched: bool) -> Callable[[], None]:
+    """`captured` on the current device: what a step launches on another one a capture would leave out without a word."""
     with unchanged(step.state()) as restore, _side_stream():
         triton.compile_together(step)
         restore()
-        for _ in range(WARM_UP):
-            step()
-            restore()
+        step()  # libraries allocate their working memory
+        restore()
     with unchanged(step.state()):
         try:
             chain = record(step)
@@ -65,8 +68,7 @@ def captured(step: Step, branched: bool = False) -> Callable[[], None]:
             reason = f"capture as a CUDA graph failed: {first_line(cause)}"
             ops.note_fallback(step.name, "cuda", "is launched operator by operator", reason)
             return step
-    small = sum(x.nbytes for x in step.state()) <= COMPARED_BYTES
-    if branched and small and step.consecutive > 1:
+    if branched and _is_small(step.state()) and step.consecutive > 1:
         return _chain_or_branches(step, chain).replay
     return chain.replay
 
@@ -122,15 +124,27 @@ def _bits(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().reshape(-1).view(torch.uint8) for x in tensors])
 
 
-def _cause(error: RuntimeError) -> BaseException:
-    """What went wrong in a capture, not that the capture could not be ended, which is raised on top of it."""
-    return error.__context__ or error
+def _cause(error: RuntimeError) -> Exception:
+    """What went wrong in a capture, not that the capture could not be ended, which is raised on top of it. Raises it where it is
+    no error: Ctrl-C."""
+    cause = error.__context__ or error
+    if not isinstance(cause, Exception):
+        raise cause
+    return cause
+
+
+def _is_small(state: list[Tensor]) -> bool:
+    return sum(x.nbytes for x in state) <= COMPARED_BYTES
 
 
 @contextmanager
 def unchanged(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts back the tensors' present values; it is called at the end in any case."""
-    before = [tensor.clone() for tensor in tensors]
+    """Yields a function that puts back the tensors' present values; it is called at the end in any case.
+
+    Where they are large the values wait in the host's memory: a model that just fits into the GPU's is not to fail for a copy.
+    """
+    small = _is_small(tensors)
+    before = [tensor.clone() if small else tensor.to("cpu", copy=True) for tensor in tensors]
 
     def restore() -> None:
         with torch.no_grad():

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sysconfig
 import tempfile
 import threading
 import warnings
@@ -58,11 +60,12 @@ def cannot_interpret() -> str:
 
 
 def _no_launcher() -> str:
-    """Why this triton cannot start kernels on a GPU: up to 3.6 a C compiler makes what does."""
-    version = importlib.import_module("triton").__version__
-    if numbers(version) > (3, 6) or os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc"))):
-        return ""
-    return f"triton {version} needs a C compiler to start kernels and finds none; install gcc, or set CC"
+    """Why triton cannot start kernels on a GPU: a C compiler makes what does, at the first launch."""
+    if not (os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc")))):
+        return "triton needs a C compiler to start kernels and finds none; install gcc, or set CC"
+    if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
+        return f"triton needs Python's headers to start kernels, and {header} is not there; install python3-dev"
+    return ""
 
 
 @cache
@@ -146,8 +149,8 @@ def kept_kernels() -> Iterator[None]:
     """Inside, kernels are compiled into `kernel_cache()`, or read from it.
 
     A folder that cannot be written to gives a warning, once, and kernels are kept until the process ends. One that fills up, or
-    holds a kernel that cannot be read back, raises UserError, and so does a ptxas that compiles some kernels wrongly. What a
-    compilation that was cut off left behind is compiled anew.
+    holds a kernel that cannot be read back, raises UserError, and so does a ptxas that compiles some kernels wrongly, or a C
+    compiler that fails. What a compilation that was cut off left behind is compiled anew.
     """
     if INTERPRETED:
         yield
@@ -158,6 +161,11 @@ def kept_kernels() -> Iterator[None]:
         yield
     except PtxasError as error:
         raise UserError(str(error)) from error
+    except subprocess.CalledProcessError as error:
+        raise UserError(
+            f"{error.cmd[0]} could not compile what starts GPU kernels (exit status {error.returncode}); mend it, or name another"
+            " C compiler in CC"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
         if not _is_of_the_cache(error):
             raise
@@ -169,9 +177,9 @@ def kept_kernels() -> Iterator[None]:
 
 @cache
 def _have_right_ptxas() -> None:
-    """For the GPU that is here. Raises PtxasError."""
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
+    """For every GPU that is here. Raises PtxasError."""
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
         use_right_ptxas(10 * major + minor)
 
 
