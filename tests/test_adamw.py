@@ -235,6 +235,22 @@ class TestNumbersOnTheDevice:
             with pytest.raises(ValueError, match=r"grad_clip: loss must have shape \[\], got \[1\]"):
                 ops.grad_clip(grads, 0.5, torch.ones(1))
 
+    @pytest.mark.parametrize(
+        ("other", "got"),
+        [
+            (torch.ones(4, dtype=torch.float64), "torch.float64 on cpu"),
+            (torch.ones(8).bfloat16(), "torch.bfloat16 on cpu"),
+            (torch.ones(4, device="meta"), "torch.float32 on meta"),
+        ],
+        ids=str,
+    )
+    def test_gradients_of_several_kinds_are_refused(self, implementation, other, got):
+        self.prepared(implementation)
+        with ops.use(implementation):
+            for function in (ops.grad_norm, lambda grads: ops.grad_clip(grads, 1.0)):
+                with pytest.raises(TypeError, match=f"grad_clip: grads must be torch.float32 on cpu, got {got}$"):
+                    function([torch.ones(4), other])
+
     def test_factor_of_no_gradients_is_one(self, implementation):
         self.prepared(implementation)
         with ops.use(implementation):

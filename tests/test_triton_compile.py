@@ -136,7 +136,7 @@ def launched_by(module):
     return {
         launch.kernel.__name__
         for size in module.EXAMPLES
-        for launch in module.example_launches(size, torch.bfloat16, large=True).values()
+        for launch in module.example_launches(size, torch.bfloat16, CHIPS["sm_90"].large).values()
     }
 
 
@@ -161,7 +161,7 @@ def test_every_entry_of_a_table_is_compiled(operator):
 
 
 def test_limits_find_what_breaks_them():
-    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, large=True)["forward_kernel"]
+    launch = mla_attention.example_launches("DeepSeek-V3", torch.bfloat16, CHIPS["sm_90"].large)["forward_kernel"]
     kept = compile_launch(launch, "sm_90")
     assert kept.matrix > 0
     broken = type(kept)(
@@ -208,7 +208,7 @@ def test_widest_norm_fits_chips_with_less_shared_memory(kernel, dtype):
     assert compiled.shared <= 101_376
 
 
-@pytest.mark.skipif(not mla_attention._CAN_PART, reason="by triton 3.6 no kernel has 8 warps for 64 rows")
+@pytest.mark.skipif(pieces.BY_3_6, reason="by triton 3.6 no kernel has 8 warps for 64 rows")
 def test_products_computed_twice_are_found():
     """The keys' kernel at DeepSeek-V3's widths has 8 warps for 64 rows: as a chain its products are laid out so that both warp
     groups compute the same scores, 104 instructions instead of 64."""
@@ -269,8 +269,8 @@ def test_what_asks_for_the_interpreter_is_what_triton_takes_for_it(value, monkey
 @pytest.mark.parametrize("operator", [name for name in operators() if hasattr(kernels_of(name), "opaque")])
 def test_grids_of_kernels_with_opaque_starts_have_no_third_dimension(operator):
     """Else pieces.opaque would change them."""
-    module = kernels_of(operator)
-    launches = [x for size in module.EXAMPLES for x in module.example_launches(size, torch.bfloat16, True).values()]
+    module, large = kernels_of(operator), CHIPS["sm_90"].large
+    launches = [x for size in module.EXAMPLES for x in module.example_launches(size, torch.bfloat16, large).values()]
     assert max(len(launch.grid) for launch in launches) < 3
 
 

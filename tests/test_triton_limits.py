@@ -28,7 +28,7 @@ BEYOND = {
     "attention, wide": (mla_attention_case("", (5,), 1, 256, 128, 256), SINGLE, "up to 576, got 640"),
     "attention, wider": (mla_attention_case("", (5,), 1, 256, 64, 320), HALF, "up to 576, got 832"),
     "attention without rope": (mla_attention_case("", (5,), 1, 8, 0, 8), SINGLE, "Dn, Dr and Dv from 1 on, got 0"),
-    "decode": (mla_decode_case("", (2, 3), 3, 1, 1536, 16, 64, 16), HALF, "up to 1152 in float16, got 2112"),
+    "decode": (mla_decode_case("", (2, 3), 3, 1, 1536, 16, 64, 16), HALF, "up to 1152, got 2112"),
     "norm": (rms_norm_case("", 2, 8193), SINGLE, "take D from 1 to 8192, got 8193"),
     "rope": (rope_case("", 2, 1, 4098, 3), SINGLE, "takes Dr up to 4096, got 4098"),
     "both": (split_and_turn_case("", 2, 1, 3, 5, 4098, 3), SINGLE, "takes Dr up to 4096, got 4098"),

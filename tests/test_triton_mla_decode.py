@@ -216,20 +216,6 @@ def test_backward_pass_is_refused_not_silently_zero():
             o.sum().backward()
 
 
-@on_device
-@pytest.mark.parametrize(
-    ("dtype", "r", "kind", "message"),
-    [
-        (torch.float64, 32, TypeError, "take float32, float16, bfloat16, got float64"),
-        (torch.float16, 1025, ValueError, "up to 1152 in float16, got 2064"),
-    ],
-    ids=str,
-)
-def test_refused_before_launch(dtype, r, kind, message):
-    with pytest.raises(kind, match=message):
-        run(draw((4,), 4, {**SMALL, "r": r}, dtype))
-
-
 class TestPlan:
     """What is launched, from sizes alone; 132 multiprocessors as on an H200."""
 

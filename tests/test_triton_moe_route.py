@@ -206,6 +206,9 @@ def test_other_dtypes_are_refused():
         ops.use("triton"),
     ):
         ops.moe_route(torch.ones(2, 4).half().to(DEVICE), torch.ones(4).half().to(DEVICE), 1, 1, 1, False, 1.0)
+    x, w = (torch.ones(n, 3, dtype=torch.float64, device=DEVICE) for n in (2, 4))
+    with pytest.raises(UserError, match=r"moe_route: .* take tokens in float32, .*, got float64"), ops.use("triton"):
+        ops.route_tokens(x, w, torch.ones(4, device=DEVICE), 1, 1, 1, False, 1.0)
 
 
 def sort(indices, experts):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, dtype_name, multiprocessors, on_meta
+from dsfast.triton_kernels.launch import Launch, multiprocessors, on_meta
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, as_float, elements, float_bits, is_finite, table_of
@@ -122,9 +122,8 @@ def adamw(
 ) -> None:  # fmt: skip
     """As dsfast.ops.adamw: a device_... that is not None stands for the number before it.
 
-    Raises TypeError unless all tensors are float32, and during the capture of a CUDA graph RuntimeError as `DeviceCache.get`.
+    Raises RuntimeError as `DeviceCache.get` during the capture of a CUDA graph.
     """
-    _check(params)
     grads = [g.contiguous() for g in grads]
     with torch.cuda.device_of(params[0]):
         table, aligned = table_of(
@@ -151,7 +150,6 @@ def grad_clip(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None) -> 
 
     Not for the same gradients in two streams at once: both would count in one place, and their norms could be wrong.
     """
-    _check(grads)
     grads, device = [g.contiguous() for g in grads], grads[0].device
     norm, scale = grads[0].new_empty((), dtype=torch.float64), grads[0].new_empty(())
     with torch.cuda.device_of(norm):
@@ -176,20 +174,12 @@ def adamw_launch(
 
 
 def grad_clip_launch(table, aligned, max_norm: float, loss, parts, norm, scale) -> Launch:
-    """The launch that fills norm and scale, by a program for each of parts; table [B + 1, COLUMNS]; any device."""
+    """The launch that fills norm and scale, by a program for each of parts; table [B + 1, NORM_COLUMNS]; any device."""
     arguments = {
         "table": table, "parts": parts, "loss": loss, "norm": norm, "scale": scale, "max_norm": float(max_norm),
         "B": table.size(0) - 1, "COLUMNS": NORM_COLUMNS, "BLOCK": BLOCK, "ALIGNED": aligned, "BP": MOST_PARTS,
     }  # fmt: skip
     return Launch(norm_kernel, (parts.size(0),), arguments, options(4), 4, 0)
-
-
-def _check(tensors: Sequence[Tensor]) -> None:
-    for x in tensors:
-        if x.dtype != torch.float32 or x.device != tensors[0].device:
-            raise TypeError(
-                f"adamw: the Triton kernels take float32 on one device, got {dtype_name(x.dtype)} on {x.device}"
-            )
 
 
 def _log2(beta: float) -> float:
@@ -209,12 +199,12 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     empty = on_meta(torch.float32)
     sizes, aligned = EXAMPLES[size]
     blocks, settings = sum(triton.cdiv(n, BLOCK) for n in sizes), (0.9, 0.95, 1e-8)
-    table = empty(blocks, COLUMNS, dtype=torch.int64)
+    table, of_norm = (empty(*size, dtype=torch.int64) for size in ((blocks, COLUMNS), (blocks + 1, NORM_COLUMNS)))
     parts, number = empty(min(blocks, 8 * MULTIPROCESSORS), dtype=torch.float64), empty((), dtype=torch.float64)
     numbers = adamw_launch(table, aligned, *settings, 0.5, None, 3, None, 0.7, None)
     tensors = adamw_launch(table, aligned, *settings, 1.0, number, 1, empty((), dtype=torch.int64), 1.0, empty(()))
     return {
         "adamw_kernel": numbers,
         "adamw_kernel, scale, step and clip on the device": tensors,
-        "norm_kernel": grad_clip_launch(table, aligned, 1.0, empty(()), parts, number, empty(())),
+        "norm_kernel": grad_clip_launch(of_norm, aligned, 1.0, empty(()), parts, number, empty(())),
     }

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, on_meta
 from dsfast.triton_kernels.pieces import options
-from dsfast.triton_kernels.tables import BLOCK, is_finite, table_of
+from dsfast.triton_kernels.tables import is_finite, table_of
 from torch import Tensor
 
 COLUMNS = 3  # of the biases' table: elements, first, bias
@@ -56,11 +56,8 @@ def record_kernel(
 def update_bias(
     biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float, device_clip_scale: Tensor | None
 ) -> None:
-    """As dsfast.ops.update_bias. Raises ValueError for more experts than a block of a table holds, and RuntimeError as
-    `tables.DeviceCache.get` during the capture of a CUDA graph."""
+    """As dsfast.ops.update_bias. Raises RuntimeError as `tables.DeviceCache.get` during the capture of a CUDA graph."""
     experts = loads.size(1)
-    if experts > BLOCK:
-        raise ValueError(f"update_bias: the Triton kernel takes up to {BLOCK} experts, got {experts}")
     with torch.cuda.device_of(loads):
         table, _ = table_of((biases,), [experts] * len(biases), (), loads.device)
         aside(([bias_launch(table, loads, speed, clip_scale, device_clip_scale)], biases))

@@ -38,7 +38,7 @@ class Compiled:
     copies: int | None  # asynchronous copies into shared memory; None where the assembly does not tell
     repeated: (
         float | None
-    )  # work of the warp groups' matrix instructions over that of the source's products; None without them
+    )  # work of the warp groups' matrix instructions over that of the source's products; None without
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
     unset: tuple[str, ...]  # instructions that read uniform registers which nothing has set; () without them
 

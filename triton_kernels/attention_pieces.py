@@ -26,22 +26,21 @@ def documents_of(cu_seqlens, i, S, STEPS):
     high = low + S
     for _ in range(STEPS):
         middle = (low + high) // 2
-        reached = (
-            tl.load(cu_seqlens + middle) <= i
-        )  # true for the empty documents before it too, so they are passed over
+        # True for the empty documents before it too, so they are passed over.
+        reached = tl.load(cu_seqlens + middle) <= i
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
     return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
 
 
 @triton.jit
-def scores(a_nope, a_rope, b_nope, b_rope, PRECISION: tl.constexpr, APART: tl.constexpr):
+def scores(a_nope, a_rope, b_nope, b_rope, APART: tl.constexpr):
     """a . b over both parts: [A, DN], [A, DR], [B, DN], [B, DR] -> [A, B]."""
-    b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision=PRECISION)
+    b_s = tl.dot(a_nope, tl.trans(b_nope), input_precision="ieee")
     if APART:  # by fma: of a plain sum Triton makes a product that adds to the first one, a chain again
         one = tl.full([a_nope.shape[0], b_nope.shape[0]], 1.0, tl.float32)
-        return tl.fma(tl.dot(a_rope, tl.trans(b_rope), input_precision=PRECISION), one, b_s)
-    return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision=PRECISION)
+        return tl.fma(tl.dot(a_rope, tl.trans(b_rope), input_precision="ieee"), one, b_s)
+    return tl.dot(a_rope, tl.trans(b_rope), b_s, input_precision="ieee")
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import load_tile, options, splits, sum_launch
 from torch import Tensor
 
@@ -214,9 +214,8 @@ def words_kernel(
     for k in range(tl.cdiv(single, BN)):
         token = k * BN + row
         place = begin + token
-        place += tl.where(
-            place < first * BLOCK, 0, whole * BLOCK
-        )  # behind the whole blocks, of which there may be none
+        # Behind the whole blocks, of which there may be none.
+        place += tl.where(place < first * BLOCK, 0, whole * BLOCK)
         i = place.to(tl.int64) if order is None else tl.load(order + place, mask=token < single, other=0)
         b_x = tl.load(x + i[:, None] * x_n + col, mask=(token[:, None] < single) & (col < R), other=0.0)
         b_sum += b_x.to(tl.float32)
@@ -226,11 +225,7 @@ def words_kernel(
 
 def forward(input_ids, table, projection, with_grads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes as dsfast.ops.embedding -> y, and what `backward` needs, as `kept` has it. An id outside 0..V-1 gives a row of NaN:
-    the host does not wait to raise.
-
-    Raises TypeError for other dtypes than float32, float16 and bfloat16.
-    """
-    expect_dtype("embedding", table.dtype)
+    the host does not wait to raise."""
     n, v = input_ids.size(0), table.size(0)
     y = table.new_empty(n, table.size(1) if projection is None else projection.size(1))
     sorting = kept(input_ids, table, with_grads)
@@ -255,7 +250,6 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of table and projection ([0, 0] without one) from that of y, and what `forward` kept; those that a head found
     for them, unless None, are added. Deterministic: no atomics."""
-    expect_dtype("embedding", table.dtype)
     dtable = table.new_empty(table.shape)
     dprojection = table.new_empty((0, 0) if projection is None else projection.shape)
     if not (dy.numel() and table.numel()):
@@ -291,7 +285,7 @@ def key_dtype(v: int) -> torch.dtype:
 def _tiles(wanted: tuple[int, int, int], dtype: torch.dtype, large: int) -> tuple[int, int, int, int]:
     """(rows, columns, depth, warps) of a product's tile, not larger than needed for its sizes (rows, columns, depth).
 
-    Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+    Starting values: they keep the limits of tests/test_triton_compile.py and are not tuned.
     """
     most = (32, 32, 32) if dtype.itemsize == 4 else (64, 128, 64) if large else (64, 64, 32)
     return *(min(size, padded(want)) for size, want in zip(most, wanted, strict=True)), 4
@@ -358,7 +352,7 @@ def keys_launch(input_ids, keys, v: int) -> Launch:
 
 
 def sort_launch(input_ids, keys, order, v: int) -> Launch:
-    """The launch that fills keys and order; tensors may lie on the meta device. Starting values: nobody has measured them."""
+    """The launch that fills keys and order; tensors may lie on the meta device. Not tuned on a GPU."""
     n, bn, bm = keys.size(0), 32, 128
     arguments = {
         "input_ids": input_ids.contiguous(), "keys": keys, "order": order, "N": n, "V": v, "BN": bn, "BM": bm,

@@ -5,8 +5,7 @@ one."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -71,16 +70,6 @@ def aside(*stages: tuple[Iterable[Launch], Sequence[Tensor]], urgent: bool = Fal
             launch.run()
 
 
-@contextmanager
-def during(variable: ContextVar, value: Any) -> Iterator[None]:
-    """Inside, `variable` has `value`."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
 def interpreted() -> bool:
     """Whether Triton, asked in this process, takes its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -89,13 +78,6 @@ def interpreted() -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without "torch.": float32."""
     return str(dtype).removeprefix("torch.")
-
-
-def expect_dtype(operator: str, dtype: torch.dtype) -> None:
-    """Raise TypeError unless the Triton kernels compute in `dtype`."""
-    if dtype not in DTYPES:
-        known = ", ".join(map(dtype_name, DTYPES))
-        raise TypeError(f"{operator}: the Triton kernels take {known}, got {dtype_name(dtype)}")
 
 
 def rows(*tensors: Tensor) -> list[Tensor]:

@@ -49,9 +49,9 @@ from dsfast.triton_kernels.attention_pieces import (
     widths_of,
     within,
 )
-from dsfast.triton_kernels.launch import Launch, expect_dtype, large_tiles, padded
-from dsfast.triton_kernels.limits import ATTENTION_WIDEST
+from dsfast.triton_kernels.launch import Launch, large_tiles
 from dsfast.triton_kernels.pieces import (
+    BY_3_6,
     LOG2E,
     UNSEEN,
     load_tile,
@@ -61,10 +61,7 @@ from dsfast.triton_kernels.pieces import (
     sum_launch,
     swizzle,
 )
-from dsfast.triton_kernels.version import numbers
 from torch import Tensor
-
-_CAN_PART = numbers(triton.__version__) > (3, 6)  # whether loops may be APART
 
 
 @triton.jit
@@ -82,12 +79,12 @@ def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
 def _attend(
     b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
     b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, MASKED)  # [BS, DN]
     b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, MASKED)  # [BS, DR]
-    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, APART)  # [BT, BS]
     m_s = None
     if MASKED:
         j = s + tl.arange(0, BS)
@@ -100,7 +97,7 @@ def _attend(
         b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
     decay = tl.exp2(b_m - b_m_new)
     b_v = load_tile(v, v_n, s, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
-    b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision=PRECISION)
+    b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision="ieee")
     return b_o, b_m_new, b_l * decay + b_sum
 
 
@@ -114,7 +111,7 @@ def _kept_where(own, b_o, b_m, b_l):
 def _attend_tile(
     b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """All keys of the tile of queries from token t on, block by block, in the running softmax. begin [BT]: where the queries'
     documents do, first: the first of these."""
@@ -124,7 +121,7 @@ def _attend_tile(
         for s in range(whole, t, BS):
             b_o, b_m, b_l = _attend(
                 b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, False,
             )  # fmt: skip
     b_o, b_m, b_l = _kept_where(begin == first, b_o, b_m, b_l)
     # The block the first document begins in, where it begins inside one before the tile; then the tile's own keys.
@@ -134,7 +131,7 @@ def _attend_tile(
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_o, b_m, b_l = _attend(
             b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, True,
         )  # fmt: skip
     return b_o, b_m, b_l
 
@@ -144,7 +141,7 @@ def forward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, scale,
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
@@ -165,7 +162,7 @@ def forward_kernel(
     b_l = tl.zeros([BT], tl.float32)
     b_o, b_m, b_l = _attend_tile(
         b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
-        Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART,
+        Dn, Dr, Dv, DN, DR, DV, BT, BS, APART,
     )  # fmt: skip
 
     store_rows(o + h * Dv, H * Dv, t, N, b_o * (1.0 / b_l)[:, None], BT, Dv, DV)
@@ -182,13 +179,13 @@ def _attend_dq(
     b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
     k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys, from token s on, to the gradient of a tile of queries: [BT, DN] and [BT, DR]."""
     b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, MASKED)  # [BS, DN]
     b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, MASKED)  # [BS, DR]
     b_v = load_tile(v, v_n, s, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
-    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, PRECISION, APART)  # [BT, BS]
+    b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, APART)  # [BT, BS]
     # In this order: with dp or the mask made earlier not all fits the registers of sm_90.
     b_p, b_ds = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], b_v.dtype)
     if not APART or s < N:
@@ -196,11 +193,11 @@ def _attend_dq(
         if MASKED:
             j = s + tl.arange(0, BS)
             b_p = tl.where(within(j[None, :], begin[:, None], i[:, None] + 1), b_p, 0.0)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BS]
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BT, BS]
     if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
-    b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision=PRECISION)
-    return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision=PRECISION)
+    b_dq_nope = tl.dot(b_ds, b_k_nope, b_dq_nope, input_precision="ieee")
+    return b_dq_nope, tl.dot(b_ds, b_k_rope, b_dq_rope, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -208,7 +205,7 @@ def backward_q_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, delta, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """For one tile and head, this program's or those of that `number`: dq_nope [N, H, Dn], dq_rope [N, H, Dr] and, where delta is
@@ -240,7 +237,7 @@ def backward_q_kernel(
         for s in tl.range(whole, t, BS, num_stages=STAGES):
             b_dq_nope, b_dq_rope = _attend_dq(
                 b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, False,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, False,
             )  # fmt: skip
     own = (begin == first)[:, None]
     b_dq_nope = tl.where(own, b_dq_nope, 0.0)
@@ -251,7 +248,7 @@ def backward_q_kernel(
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_dq_nope, b_dq_rope = _attend_dq(
             b_dq_nope, b_dq_rope, b_q_nope, b_q_rope, b_do, b_m, b_log_l, b_delta, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, True,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, True,
         )  # fmt: skip
 
     store_rows(dq_nope + h * Dn, H * Dn, t, N, b_dq_nope * scale, BT, Dn, DN)
@@ -263,7 +260,7 @@ def _attend_dkv(
     b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end, s,
     h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, OPAQUE: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, OPAQUE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries, from token s on, to the gradients of a tile of keys and values: [BS, DN], [BS, DR], [BS, DV]."""
     if OPAQUE:
@@ -278,19 +275,19 @@ def _attend_dkv(
     else:
         b_o = load_tile(o, H * Dv, s, 0, N, Dv, BT, DV, MASKED, True)  # [BT, DV]
         b_delta = delta_of(b_do, b_o)
-    b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, PRECISION, APART)  # [BS, BT]
+    b_s = scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, APART)  # [BS, BT]
     b_p, b_left, b_ds = tl.zeros([BS, BT], tl.float32), tl.zeros([BS, BT], b_v.dtype), tl.zeros([BS, BT], b_v.dtype)
     if not APART or s < N:
         b_p = probabilities(b_s, b_m[None, :], b_log_l[None, :], factor, b_v.dtype == tl.float32)
         if MASKED:
             b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
         b_left = b_p.to(b_v.dtype)
-    b_dv = tl.dot(b_left, b_do, b_dv, input_precision=PRECISION)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BS, BT]
+    b_dv = tl.dot(b_left, b_do, b_dv, input_precision="ieee")
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BS, BT]
     if not APART or s < N:
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_v.dtype)
-    b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision=PRECISION)
-    return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision=PRECISION), b_dv
+    b_dk_nope = tl.dot(b_ds, b_q_nope, b_dk_nope, input_precision="ieee")
+    return b_dk_nope, tl.dot(b_ds, b_q_rope, b_dk_rope, input_precision="ieee"), b_dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -298,7 +295,7 @@ def backward_kv_kernel(
     do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, delta, dk_nope, shares, dv, scale, number,
     do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     """For one tile and head of queries, this program's or those of that `number`: dk_nope [N, H, Dn], dv [N, H, Dv] and the
@@ -328,7 +325,7 @@ def backward_kv_kernel(
         for s in tl.range(t + BS, tail, BT, num_stages=STAGES):
             b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
                 b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
-                s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, OPAQUE,
+                s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, OPAQUE,
                 False,
             )  # fmt: skip
     own = (end >= last)[:, None]  # later queries concern only the keys of the document that the tile ends in
@@ -340,7 +337,7 @@ def backward_kv_kernel(
         s = tl.where(n < BS // BT, t + n * BT, tail)
         b_dk_nope, b_dk_rope, b_dv = _attend_dkv(
             b_dk_nope, b_dk_rope, b_dv, b_k_nope, b_k_rope, b_v, do, q_nope, q_rope, o, softmax, delta, j, end,
-            s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, PRECISION, APART, OPAQUE, True,
+            s, h, do_n, q_nope_n, q_rope_n, PITCH, factor, N, H, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, OPAQUE, True,
         )  # fmt: skip
 
     store_rows(dk_nope + h * Dn, H * Dn, t, N, b_dk_nope * scale, BS, Dn, DN)
@@ -364,13 +361,13 @@ def backward_kernel(
         backward_kv_kernel(
             do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, None, dk_nope, shares, dv, scale, number,
             do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-            Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, "ieee", False, K_STAGES, OPAQUE,
+            Dn, Dr, Dv, DN, DR, DV, KT, KS, G, SHARED, False, K_STAGES, OPAQUE,
         )  # fmt: skip
     else:
         backward_q_kernel(
             do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, o, softmax, dq_nope, dq_rope, None, scale, number - of_keys,
             do_n, do_h, q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
-            Dn, Dr, Dv, DN, DR, DV, QT, QS, G, SHARED, "ieee", False, Q_STAGES,
+            Dn, Dr, Dv, DN, DR, DV, QT, QS, G, SHARED, False, Q_STAGES,
         )  # fmt: skip
 
 
@@ -386,8 +383,8 @@ class Tiles(NamedTuple):
 _NARROW = 80  # `measure` up to which one kernel makes all gradients
 _REST = 2048  # key of the row that serves all the rest
 # Kernel -> largest `measure` that a row serves -> tiles. Starting values: they keep the limits of
-# tests/test_triton_compile.py, nobody has measured them. Products of full float32 precision hold both operands in registers,
-# hence their small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones. Narrow heads' are as small as a
+# tests/test_triton_compile.py and are not tuned. Products of full float32 precision hold both operands in registers, hence their
+# small tiles on every chip; 16 bits have large ones (sm_90, sm_100) and small ones. Narrow heads' are as small as a
 # multiprocessor can hold four programs of: each waits for its loads, and does little between.
 _FLOAT32 = {
     "forward": {96: Tiles(32, 32, 4, 1), 320: Tiles(16, 16, 8, 1), _REST: Tiles(16, 16, 8, 2)},
@@ -399,20 +396,20 @@ _LARGE = {
         96: Tiles(64, 64, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
-        576: Tiles(64, 32, 8, 2) if _CAN_PART else Tiles(128, 32, 8, 2),
+        576: Tiles(128, 32, 8, 2) if BY_3_6 else Tiles(64, 32, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_q": {
         80: Tiles(64, 32, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
-        576: Tiles(64, 16, 8, 2) if _CAN_PART else Tiles(32, 32, 8, 2),
+        576: Tiles(32, 32, 8, 2) if BY_3_6 else Tiles(64, 16, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_kv": {
         96: Tiles(32, 64, 4, 1),
         192: Tiles(32, 128, 8, 3),
-        320: Tiles(64, 64, 8, 3) if _CAN_PART else Tiles(32, 128, 8, 2),
+        320: Tiles(32, 128, 8, 2) if BY_3_6 else Tiles(64, 64, 8, 3),
         _REST: Tiles(16, 32, 8, 2),
     },
 }
@@ -446,14 +443,8 @@ _SMALL = {
 
 
 def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: int) -> Tiles:
-    """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at widths Dn, Dr, Dv. ValueError if none serves them."""
+    """Tiles for `kernel` ("forward", "backward_q", "backward_kv") at widths Dn, Dr, Dv."""
     by_measure = (_FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL)[kernel]
-    width = sum(map(padded, widths))
-    if width > ATTENTION_WIDEST:
-        raise ValueError(
-            "mla_attention: the Triton kernels take Dn + Dr + Dv, each rounded up to a power of two,"
-            f" up to {ATTENTION_WIDEST}, got {width}"
-        )
     return row_of(by_measure, widths)
 
 
@@ -461,11 +452,10 @@ def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tenso
     """Shapes as dsfast.ops.mla_attention -> o [N, H, Dv] contiguous, and softmax float32, of `softmax_shape`: each query's
     largest score in units of log 2, and log2 of the sum of its exponentials relative to that; in 16 bits their sum.
 
-    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for widths that no tiles serve, a scale
-    that is not positive, or cu_seqlens without a document. That cu_seqlens rises from 0 to N is not checked: it lies on the
-    device, and looking would make the host wait.
+    Raises ValueError for cu_seqlens without a document. That it rises from 0 to N is not checked: it lies on the device, and
+    looking would make the host wait.
     """
-    _check(q_nope, q_rope, v, cu_seqlens, scale)
+    _expect_documents(q_nope, cu_seqlens)
     (n, h, _), dv = q_nope.shape, v.size(2)
     o, softmax = q_nope.new_empty(n, h, dv), q_nope.new_empty(softmax_shape(q_nope), dtype=torch.float32)
     if o.numel():
@@ -479,7 +469,7 @@ def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tenso
 def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax) -> tuple[Tensor, ...]:
     """The gradients of q_nope, q_rope, k_nope, k_rope, v from that of o, those of k_nope, v and a k_rope [N, H, Dr] for each
     head of queries [N, H, .]. Deterministic: no atomics. Errors as `forward`."""
-    _check(q_nope, q_rope, v, cu_seqlens, scale)
+    _expect_documents(q_nope, cu_seqlens)
     with torch.cuda.device_of(q_nope):
         arguments = backward_arguments(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax)
         for launch in backward_launches(arguments, large_tiles(o.device)):
@@ -490,7 +480,7 @@ def backward(do, q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softma
 def forward_launch(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale, o, softmax, large: int) -> Launch:
     """The launch that fills o and softmax; tensors may lie on the meta device."""
     arguments = shared_arguments(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale)
-    return _launch("forward", forward_kernel, large, arguments | {"o": o, "softmax": softmax})
+    return _launch(forward_kernel, large, arguments | {"o": o, "softmax": softmax})
 
 
 def backward_launches(arguments: dict, large: int) -> list[Launch]:
@@ -508,24 +498,20 @@ def _anew(arguments: dict, large: int) -> list[Launch]:
     if arguments["v"].dtype.itemsize == 2 and measure(*widths_of(arguments)) <= _NARROW:
         return [_both(arguments, large)]
     return [
-        _launch("backward_q", backward_q_kernel, large, arguments | {"number": None}),
-        _launch("backward_kv", backward_kv_kernel, large, arguments | {"number": None, "o": None}),
+        _launch(backward_q_kernel, large, arguments | {"number": None}),
+        _launch(backward_kv_kernel, large, arguments | {"number": None, "o": None}),
     ]
 
 
-def _check(q_nope, q_rope, v, cu_seqlens, scale) -> None:
-    expect_dtype("mla_attention", q_nope.dtype)
-    if 0 in (q_nope.size(2), q_rope.size(2), v.size(2)):
-        raise ValueError("mla_attention: the Triton kernels take Dn, Dr and Dv from 1 on, got 0")
-    if not scale > 0:
-        raise ValueError(f"mla_attention: the Triton kernels take a positive scale, got {scale}")
+def _expect_documents(q_nope, cu_seqlens) -> None:
     if q_nope.size(0) and cu_seqlens.size(0) < 2:
         raise ValueError(
             f"mla_attention: cu_seqlens must hold 0 and the end of each document, got {cu_seqlens.size(0)} numbers"
         )
 
 
-def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
+def _launch(kernel, large: int, arguments: dict) -> Launch:
+    name = kernel.__name__.removesuffix("_kernel")
     bt, bs, warps, stages = tiles(name, arguments["v"].dtype, widths_of(arguments), large)
     tile = bs if name == "backward_kv" else bt
     itemsize = arguments["v"].dtype.itemsize
@@ -533,12 +519,11 @@ def _launch(name: str, kernel, large: int, arguments: dict) -> Launch:
     # are too few: every warp would hold the same sums, whole rows, and spill.
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
-    apart = _CAN_PART and large == 9 and itemsize == 2 and warps == 8 and tile == 64
+    apart = not BY_3_6 and large == 9 and itemsize == 2 and warps == 8 and tile == 64
     tiling = {
         "BT": bt,
         "BS": bs,
         "STAGES": stages,
-        "PRECISION": "ieee",
         "APART": apart,
         "OPAQUE": _opaque(itemsize, large),
     }
@@ -581,7 +566,7 @@ def example_launches(size: str, dtype: torch.dtype, large: int) -> dict[str, Lau
     arguments = example_arguments(EXAMPLES[size], dtype)
     *makers, of_keys = _anew(arguments, large)
     launches = [
-        _launch("forward", forward_kernel, large, arguments), *makers, of_keys,
+        _launch(forward_kernel, large, arguments), *makers, of_keys,
         sum_launch(arguments["shares"], arguments["dk_rope"]),
     ]  # fmt: skip
     found = {launch.kernel.__name__: launch for launch in launches}

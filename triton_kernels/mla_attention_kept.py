@@ -32,8 +32,7 @@ from dsfast.triton_kernels.attention_pieces import (
     within,
 )
 from dsfast.triton_kernels.launch import Launch
-from dsfast.triton_kernels.pieces import LOG2E, load_tile, opaque, options, store_rows, swizzle
-from dsfast.triton_kernels.version import numbers
+from dsfast.triton_kernels.pieces import BY_3_6, LOG2E, load_tile, opaque, options, store_rows, swizzle
 from torch import Tensor
 
 KEPT = 2**31
@@ -84,7 +83,7 @@ def _attend_dv(
     i = s + tl.arange(0, BT)
     b_m = load_queries(softmax, h, i, N, PITCH, True)
     b_delta = load_queries(delta, h, i, N, PITCH, True)
-    b_p = tl.exp2(scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, "ieee", False) * factor - b_m[None, :])  # [SIDE, BT]
+    b_p = tl.exp2(scores(b_k_nope, b_k_rope, b_q_nope, b_q_rope, False) * factor - b_m[None, :])  # [SIDE, BT]
     b_p = tl.where(within(i[None, :], j[:, None], end[:, None]), b_p, 0.0)
     b_dv = tl.dot(b_p.to(b_v.dtype), b_do, b_dv)  # before dp is made: else not all fits the registers
     b_dp = tl.dot(b_v, tl.trans(b_do))  # [SIDE, BT]
@@ -235,11 +234,11 @@ class Block(NamedTuple):
 
 
 _NARROWEST = 192  # `measure` up to which making scores anew takes few enough registers
-# Kernel -> largest `measure` that a row serves -> block. Starting values: they keep the limits, nobody has measured them.
+# Kernel -> largest `measure` that a row serves -> block. Starting values: they keep the limits and are not tuned.
 _LARGE = {"scores": {320: Block(64, 8, 3)}, "product": {320: Block(64, 16, 3)}}
 # Sums lie in tensor memory; a thread of 16 warps has too few registers for the rest. Triton 3.6 spills with 64 queries.
 _SM_100 = {
-    "scores": {320: Block(32 if numbers(triton.__version__) == (3, 6) else 64, 8, 3)},
+    "scores": {320: Block(32 if BY_3_6 else 64, 8, 3)},
     "product": {320: Block(64, 8, 3)},
 }
 

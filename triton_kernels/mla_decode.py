@@ -22,13 +22,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, dtype_name, expect_dtype, large_tiles, multiprocessors, on_meta, padded
+from dsfast.triton_kernels.launch import Launch, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import LOG2E, UNSEEN, opaque, options
-from dsfast.triton_kernels.version import numbers
+from dsfast.triton_kernels.pieces import BY_3_6, LOG2E, UNSEEN, opaque, options
 from torch import Tensor
 
-_PREFETCHES_PAGES = numbers(triton.__version__) > (3, 6)  # 3.6 spills 40 bytes where places are AHEAD
 _UNSPECIALIZED = ("C", "SPLITS", "PAGES")  # change from batch to batch and must not cause a new compilation
 
 
@@ -112,18 +110,18 @@ def _store_values(
 @triton.jit
 def _add_scores(
     b_s, q, latent, q_h, page, place, latent_p, latent_c: tl.constexpr, h, H, m_j, D: tl.constexpr, SLICE: tl.constexpr,
-    ONE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """b_s and the first D <= SLICE columns of q . latent more."""
     b_q = _load_heads(q, q_h, h, H, D, SLICE)
     b_c = _load_places(latent, page, place, latent_p, latent_c, m_j, D, SLICE, ONE)
-    return tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+    return tl.dot(b_q, tl.trans(b_c), b_s, input_precision="ieee")
 
 
 @triton.jit
 def _scores(
     q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c: tl.constexpr, h, H, m_j, BN: tl.constexpr, R: tl.constexpr,
-    SLICE: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    SLICE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """q_latent . latent of a tile, [BH, BN]. Where SLICE is not 0, operands are read again, SLICE columns at a time."""
     if SLICE:
@@ -131,15 +129,15 @@ def _scores(
         whole: tl.constexpr = R // SLICE * SLICE
         for r in tl.range(0, whole, SLICE):  # unrolled, all slices would be loaded at once: too many registers
             b_s = _add_scores(
-                b_s, q + r, latent + r, q_h, page, place, latent_p, latent_c, h, H, m_j, SLICE, SLICE, ONE, PRECISION
+                b_s, q + r, latent + r, q_h, page, place, latent_p, latent_c, h, H, m_j, SLICE, SLICE, ONE
             )
         if whole < R:
             rest: tl.constexpr = R - whole
             b_s = _add_scores(
-                b_s, q + whole, latent + whole, q_h, page, place, latent_p, latent_c, h, H, m_j, rest, SLICE, ONE, PRECISION
+                b_s, q + whole, latent + whole, q_h, page, place, latent_p, latent_c, h, H, m_j, rest, SLICE, ONE
             )  # fmt: skip
     else:
-        b_s = tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION)
+        b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
     return b_s
 
 
@@ -151,7 +149,7 @@ def attend_kernel(
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DR: tl.constexpr,
     latent_c: tl.constexpr, k_rope_c: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, BU: tl.constexpr,
-    ABSORB: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    ABSORB: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BH heads of one sequence over its places, or one split of them.
 
@@ -201,11 +199,11 @@ def attend_kernel(
             # Always so. Triton puts loads for the next round behind this one's products, but before those under a condition.
             if not AHEAD or s < end:
                 b_s_latent = _scores(
-                    q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE, PRECISION
+                    q, latent, b_q, b_c, q_h, page, place, latent_p, latent_c, h, H, m_c, BN, R, SLICE, ONE
                 )
                 if not AHEAD:  # not before: there are chips on which it would spill
                     b_k = tl.trans(_load_places(k_rope, page, place, k_rope_p, k_rope_c, m_c, Dr, DR, ONE))  # [DR, BN]
-                b_s_rope = tl.dot(b_q_rope, b_k, input_precision=PRECISION)  # [BH, BN]
+                b_s_rope = tl.dot(b_q_rope, b_k, input_precision="ieee")  # [BH, BN]
                 b_s = b_s_latent * factor + b_s_rope * factor  # scaled apart: a plain sum would be made a chain
                 # Always so. Triton takes two products for a chain unless the first one's result passes a condition, and of a
                 # chain it gives both warp groups of sm_90 the same 64 rows of scores: all of them would be computed twice. The
@@ -219,7 +217,7 @@ def attend_kernel(
                 b_p = tl.exp2(b_s - b_m_new[:, None])
                 decay = tl.exp2(b_m - b_m_new)
                 b_l = b_l * decay + tl.sum(b_p, 1)
-                b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision=PRECISION)
+                b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o * decay[:, None], input_precision="ieee")
                 b_m = b_m_new
 
     out += b * out_b
@@ -289,7 +287,7 @@ class Tiles(NamedTuple):
 
 
 # Rows of heads -> widest RP + DR that a row serves -> tiles. Starting values: they keep the limits of
-# tests/test_triton_compile.py, nobody has measured them. With 16 heads the cache's bandwidth is the bound: few registers, several
+# tests/test_triton_compile.py and are not tuned. With 16 heads the cache's bandwidth is the bound: few registers, several
 # programs side by side. From 64 on it is the products: on sm_90 each warp group takes half of the keys in scores and half of
 # the latent in sums.
 _FLOAT32 = {16: {96: Tiles(32, 4, 1, 0, 2), 192: Tiles(32, 4, 1, 32, 2), 1152: Tiles(16, 8, 1, 32, 1)}}
@@ -344,24 +342,16 @@ def plan(
 ) -> Plan:  # fmt: skip
     """How b sequences with c places and h heads of `widths` (R, Dn, Dr, Dv) are shared out among `processors`; `page` is the
     places of a page, 0 if the cache is contiguous.
-
-    Raises ValueError for widths that no tiles serve.
     """
     r, dn, dr, dv = widths
     by_rows = _FLOAT32 if dtype.itemsize == 4 else _SM_100 if large == 10 else _LARGE if large else _SMALL
     width = padded(r) + padded(dr)
-    widest = max(max(by_width) for by_width in by_rows.values())
-    if width > widest:
-        raise ValueError(
-            f"mla_decode: the Triton kernels take R + Dr, each rounded up to a power of two, up to {widest} in "
-            f"{dtype_name(dtype)}, got {width}"
-        )
     fitting = [rows for rows, by_width in by_rows.items() if max(by_width) >= width]
     bh = min((rows for rows in fitting if rows >= h), default=max(fitting))
     tiles = by_rows[bh][min(w for w in by_rows[bh] if w >= width)]
     if page % tiles.bn and width > 192:  # addresses for each row: beside so many sums there are no registers for 64
         tiles = tiles._replace(bn=min(32, tiles.bn))
-    if page and not _PREFETCHES_PAGES:
+    if page and BY_3_6:  # 40 bytes spill where places are AHEAD
         tiles = tiles._replace(ahead=False)
     splits = _splits(b * triton.cdiv(h, bh), c, processors * tiles.resident)
     absorb = max(r, dn, dv) <= ABSORBED_WIDTH
@@ -385,10 +375,8 @@ def forward(q_nope, q_rope, latent, k_rope, lengths, up, scale, pages=None, spli
     """Shapes as dsfast.ops.mla_decode -> o [B, H, Dv], contiguous. `splits` in place of the number that `plan` chooses.
 
     Lengths and pages lie on the device, and looking would make the host wait: a sequence whose length is outside 0..C, or
-    that needs a page which is not there, gets NaN, and nothing outside the cache is read. Raises TypeError for other
-    dtypes than float32, float16 and bfloat16, ValueError for widths that no tiles serve.
+    that needs a page which is not there, gets NaN, and nothing outside the cache is read.
     """
-    expect_dtype("mla_decode", q_nope.dtype)
     (b, h, dn), r, dr, dv = q_nope.shape, latent.size(2), q_rope.size(2), up.size(1) - q_nope.size(2)
     page = 0 if pages is None else latent.size(1)
     c = page * pages.size(1) if page else latent.size(1)
@@ -434,7 +422,7 @@ def launches(chosen: Plan, q, q_rope, latent, k_rope, lengths, up, scale, pages,
         "q_rope_h": q_rope.stride(1), "latent": latent, "latent_p": latent.stride(0), "latent_c": latent.stride(1),
         "k_rope": k_rope, "k_rope_p": k_rope.stride(0), "k_rope_c": k_rope.stride(1), "pages": pages,
         "pages_b": pages.stride(0), "PAGES": latent.size(0), "PAGE": page, "scale": scale, "Dr": dr, "DR": padded(dr),
-        "BH": bh, "SLICE": tiles.slice, "BU": max(1, 8192 // (bh * rp)), "SPLIT": splits > 1, "PRECISION": "ieee",
+        "BH": bh, "SLICE": tiles.slice, "BU": max(1, 8192 // (bh * rp)), "SPLIT": splits > 1,
         "AHEAD": tiles.stages if tiles.ahead else None, "out": part, "out_b": part.stride(0), "out_h": part.stride(-2),
         "out_s": part.stride(1), "sums": sums,
     }  # fmt: skip

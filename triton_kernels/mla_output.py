@@ -82,7 +82,7 @@ class Tiles(NamedTuple):
     warps: int
 
 
-# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
+# Starting values: they keep the limits of tests/test_triton_compile.py and are not tuned.
 _FORWARD, _BACKWARD = Tiles(32, 8), Tiles(32, 8)
 
 

@@ -216,8 +216,9 @@ class Tiles(NamedTuple):
     groups: int
 
 
-# Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured them.
-# Without warp groups' instructions a product's operands lie in registers, all at once: hence few tokens, or two halves.
+# Starting values: they keep the limits of tests/test_triton_compile.py and are not tuned.
+# Without warp groups' instructions a product's operands lie in registers, all at once: hence few tokens. In the
+# backward pass two groups everywhere: of one by triton 3.9 some spill.
 _FORWARD, _BACKWARD, _WEIGHTS = Tiles(128, 8, 1), Tiles(32, 8, 2), Tiles(128, 8, 1)
 _SMALL = Tiles(64, 8, 2)  # of all three, on other chips than sm_90 and sm_100
 
@@ -299,9 +300,8 @@ def forward_launch(delta, residual, shared, outputs, large: int) -> Launch:
 def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[Launch]:
     """The kernel that fills parts of the weights' gradients and the one that adds them up to dweights; the one that fills dx and
     parts of norm's gradient, and the one that adds these up. Tensors may lie on the meta device."""
-    (dh, *others), (n, d) = gradients, h.shape
+    (dh, dq_nope, dq_rope, dk_nope, dk_rope, dv), (n, d) = gradients, h.shape
     dh = None if dh is None else rows(dh)[0]
-    dq_nope, dq_rope, dk_nope, dk_rope, dv = others
     given = {"dq_nope": dq_nope, "dq_rope": dq_rope, "dk_nope": dk_nope, "dv": dv}
     given["dk_rope"] = dk_rope.transpose(0, 1)  # by heads, as `mla_attention` leaves it
     arguments = (
@@ -317,10 +317,10 @@ def backward_launches(gradients, h, shared, dx, dweights, large: int) -> list[La
     backward = Launch(backward_kernel, (len(of_norm),), stream, options(warps), h.itemsize, bn)
 
     bn, warps, _ = _WEIGHTS if large else _SMALL
-    of_others = h.new_empty(triton.cdiv(n, bn), dweights.numel() - d, dtype=torch.float32)
-    others = arguments | {"parts": of_others, "TOTAL": of_others.size(1), "BN": bn}
-    weights = Launch(weights_kernel, (len(of_others),), others, options(warps), h.itemsize, bn)
-    return [weights, sum_launch(of_others, dweights[:-d]), backward, sum_launch(of_norm, dweights[-d:])]
+    parts = h.new_empty(triton.cdiv(n, bn), dweights.numel() - d, dtype=torch.float32)
+    of_weights = arguments | {"parts": parts, "TOTAL": parts.size(1), "BN": bn}
+    weights = Launch(weights_kernel, (len(parts),), of_weights, options(warps), h.itemsize, bn)
+    return [weights, sum_launch(parts, dweights[:-d]), backward, sum_launch(of_norm, dweights[-d:])]
 
 
 def _arguments(shared) -> dict[str, Any]:

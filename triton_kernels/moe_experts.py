@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.pieces import opaque, options, sum_launch, swizzle
 from torch import Tensor
@@ -426,8 +426,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Kernel -> rows of a tile -> tiles. Starting values: they keep the limits of tests/test_triton_compile.py, nobody has measured
-# them. Products of full float32 precision hold both operands in registers, hence their small tiles on every chip; 16 bits have
+# Kernel -> rows of a tile -> tiles. Starting values: they keep the limits of tests/test_triton_compile.py and are not
+# tuned. Products of full float32 precision hold both operands in registers, hence their small tiles on every chip; 16 bits have
 # large ones (sm_90, sm_100) and small ones.
 _FLOAT32 = {
     "up": {16: Tiles(16, 32, 16, 4, 1), 64: Tiles(32, 32, 16, 4, 1)},
@@ -478,9 +478,8 @@ def forward(x, weights, order, offsets, gate_up, down, base) -> tuple[Tensor, Te
     """Shapes as dsfast.ops.moe_experts -> y [N, D], gu [N K, 2I] by place.
 
     Slots from order[offsets[E]] on have no expert. That is no error here, where nobody waits for the device: y is NaN for their
-    tokens. Raises TypeError for other dtypes than float32, float16 and bfloat16.
+    tokens.
     """
-    expect_dtype("moe_experts", x.dtype)
     (n, d), k = x.shape, weights.size(1)
     y, gu = x.new_empty(n, d), x.new_empty(n * k, gate_up.size(1))
     with torch.cuda.device_of(x):
@@ -491,9 +490,7 @@ def forward(x, weights, order, offsets, gate_up, down, base) -> tuple[Tensor, Te
 
 def backward(dy, x, weights, gate_up, down, gu, order, offsets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weights, gate_up, down from that of y. Deterministic: no atomics. An expert without a token has zeros;
-    an index outside 0..E-1 makes its token's dx and its own dweights NaN. TypeError as `forward`.
-    """
-    expect_dtype("moe_experts", x.dtype)
+    an index outside 0..E-1 makes its token's dx and its own dweights NaN."""
     gradients = tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
     with torch.cuda.device_of(x):
         first, of_matrices = backward_launches(
@@ -529,7 +526,7 @@ def backward_launches(
     make = _Launches(x, weights, gate_up, down, order, offsets, large)
     slots = x.new_empty(make.places, make.d) if make.k != 1 else dx
     if make.narrow():
-        of_x, *of_matrices = make.narrow_backward(dy, x, gu, slots, dweights, dgate_up, ddown)
+        of_x, *of_matrices = make.narrow_backward(dy, gu, slots, dweights, dgate_up, ddown)
         return [of_x, *make.combine(slots, dx)], of_matrices
     dh, dgu = x.new_empty(make.places, make.i), torch.empty_like(gu)
     first = [
@@ -545,7 +542,7 @@ class _Launches:
     """Builds the launches of one call: sizes, and the arguments that kernels share."""
 
     def __init__(self, x, weights, gate_up, down, order, offsets, large: int):
-        self.x, self.large, self.order, self.offsets = x, large, order, offsets
+        self.x, self.large, self.order = x, large, order
         self.gate_up, self.down = gate_up.contiguous(), down.contiguous()
         self.weights = None if weights is None else weights.contiguous()
         (n, self.d), self.i = x.shape, down.size(-1)
@@ -608,14 +605,14 @@ class _Launches:
         """
         return self.d <= NARROW and self.i <= FUSED and "narrow" in _table(self.x.dtype, self.large)
 
-    def narrow_backward(self, dy, x, gu, out, dweights, dgate_up, ddown) -> list[Launch]:
+    def narrow_backward(self, dy, gu, out, dweights, dgate_up, ddown) -> list[Launch]:
         sizes = FEW if self.few() else 128, 128
         of_x, tiles = (_tiles("narrow", self.x.dtype, self.large, size, self.d, self.d) for size in sizes)
         programs = self.tiles_of(of_x.bm) * triton.cdiv(self.d, of_x.bn)
         most, size = self.tiles_of(tiles.bm), 3 * self.i * self.d
         arguments = {
-            "dy": dy, "dy_n": dy.stride(0), "x": x, "x_n": x.stride(0), "gu": gu, "out": out, "dweights": dweights,
-            "parts": x.new_empty(most, size, dtype=torch.float32), "dgate_up": dgate_up, "ddown": ddown,
+            "dy": dy, "dy_n": dy.stride(0), "x": self.x, "x_n": self.x.stride(0), "gu": gu, "out": out, "dweights": dweights,
+            "parts": self.x.new_empty(most, size, dtype=torch.float32), "dgate_up": dgate_up, "ddown": ddown,
             "IP": padded(self.i), "BT": ADDED,
         }  # fmt: skip
         added = Tiles(tiles.bm, 64, 0, 4, 1)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, aside, dtype_name, expect_dtype, on_meta, padded, rows
+from dsfast.triton_kernels.launch import Launch, aside, on_meta, padded, rows
 from dsfast.triton_kernels.pieces import LN2, LOG2E, options, splits, sum_launch
 from torch import Tensor
 
@@ -339,9 +339,7 @@ def forward(
     """logits [N, E], bias [E] float32 -> weights, indices, counts, order and offsets, as dsfast.ops.moe_route.Routing.
 
     A NaN counts as the largest value, so a broken router shows in the weights; the indices lie in 0..E-1 whatever the logits.
-    Raises TypeError for another dtype.
     """
-    _check(logits)
     choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
     return _forward(logits, None, bias, logits.dtype, *choice)
 
@@ -349,11 +347,7 @@ def forward(
 def forward_tokens(
     x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [N, D], weight [E, D], bias [E] float32 -> what `forward` returns, with weights in x's dtype, and logits [N, E] float32.
-
-    Raises TypeError for other dtypes than float32, float16 and bfloat16.
-    """
-    expect_dtype("moe_route", x.dtype)
+    """x [N, D], weight [E, D], bias [E] float32 -> what `forward` returns, weights in the dtype of x, and logits [N, E]."""
     few = _places(weight.size(0), n_group) <= FEW
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32) if few else _float32_product(x, weight)
     tokens = (x, weight) if few else None
@@ -387,8 +381,7 @@ def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(dweights, logits, indices, norm_topk_prob, scaling, scoring_func) -> Tensor:
-    """The gradient of the logits [N, E] from that of the weights [N, K]. TypeError for another dtype than float32."""
-    _check(logits)
+    """The gradient of the logits [N, E] from that of the weights [N, K]."""
     dlogits = logits.new_empty(logits.shape)
     with torch.cuda.device_of(logits):
         backward_launch(dweights, logits, indices, norm_topk_prob, scaling, scoring_func, dlogits).run()
@@ -398,11 +391,10 @@ def backward(dweights, logits, indices, norm_topk_prob, scaling, scoring_func) -
 def backward_tokens(
     dweights, x, weight, logits, indices, n_group, norm_topk_prob, scaling, scoring_func
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight from that of the weights [N, K]; TypeError as `forward_tokens`. Deterministic.
+    """The gradients of x and weight from that of the weights [N, K]. Deterministic.
 
     That of the logits is rounded to x's dtype.
     """
-    expect_dtype("moe_route", x.dtype)
     few = _places(weight.size(0), n_group) <= FEW
     with torch.cuda.device_of(x):
         if not few:
@@ -418,16 +410,8 @@ def backward_tokens(
     return dx, dweight
 
 
-def _check(logits) -> None:
-    if logits.dtype != torch.float32:
-        raise TypeError(
-            f"moe_route: the Triton kernels take float32, got {dtype_name(logits.dtype)}; near ties decide "
-            "the choice of experts"
-        )
-
-
 def _tile(places: int, together: int) -> int:
-    """Tokens in a tile of at most `together` places. Starting values, not measured. No more than 64: a count is one byte."""
+    """Tokens in a tile of at most `together` places. Not tuned on a GPU. No more than 64: a count is one byte."""
     return max(1, min(64, together // places))
 
 

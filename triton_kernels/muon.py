@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.launch import Launch, dtype_name, on_meta
+from dsfast.triton_kernels.launch import Launch, on_meta
 from dsfast.triton_kernels.pieces import options
 from dsfast.triton_kernels.tables import BLOCK, NOWHERE, as_float, elements, float_bits, is_finite, table_of
 from torch import Tensor
@@ -73,11 +73,9 @@ def apply_kernel(
 def table_for(params, grads, momenta, sizes, begins, lengths) -> tuple[Tensor, bool, int]:
     """Table [B, COLUMNS] of the parameters, whether all of them are aligned, and how many elements they have together.
 
-    sizes, begins, lengths: as dsfast.ops.muon.Layout. Raises TypeError for other dtypes than float32, and RuntimeError
-    as `tables.DeviceCache.get` during the capture of a CUDA graph.
+    sizes, begins, lengths: as dsfast.ops.muon.Layout. Raises RuntimeError as `tables.DeviceCache.get` during the capture
+    of a CUDA graph.
     """
-    if params[0].dtype != torch.float32:
-        raise TypeError(f"muon: the Triton kernels take float32, got {dtype_name(params[0].dtype)}")
     with torch.cuda.device_of(params[0]):
         counts = [w.numel() for w in params]
         columns = begins, [rows for _, rows, _ in sizes], [cols for _, _, cols in sizes], float_bits(lengths)

@@ -12,7 +12,7 @@ from dsfast.triton_kernels.launch import Launch, padded, rows
 from dsfast.triton_kernels.pieces import options, sum_launch
 from torch import Tensor
 
-# Of an outer product: tokens of a tile, tiles of a part, warps. Starting values: nobody has measured them.
+# Of an outer product: tokens of a tile, tiles of a part, warps. Not tuned on a GPU.
 _TILE, _TILES, _WARPS = 64, 4, 8
 
 

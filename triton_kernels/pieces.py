@@ -6,12 +6,17 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
+from dsfast.triton_kernels.version import numbers
 from torch import Tensor
 
 PROGRAMS = 4 * MULTIPROCESSORS  # at most, that a launch is split into where its tiles are fewer
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
+
+
+BY_3_6 = numbers(triton.__version__) == (3, 6)
+"""Whether this is the oldest triton that is taken, which cannot compile some kernels as the later ones do."""
 
 
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:

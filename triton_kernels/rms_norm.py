@@ -24,7 +24,6 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import (
     Launch,
     aside,
-    expect_dtype,
     large_tiles,
     multiprocessors,
     on_meta,
@@ -78,7 +77,7 @@ def backward_kernel(
         b_x = load_tile(h, h_n, start, 0, N, D, BN, BD, True).to(tl.float32) * b_rstd  # [BN, BD], normalised
         b_g = b_dy * b_weight.to(tl.float32)[None, :]
         b_dx = b_rstd * (b_g - b_x * (tl.sum(b_g * b_x, 1) / D)[:, None])
-        b_dweight += b_dy * b_x
+        b_dweight += b_dy * b_x  # last: before b_dx it spills by triton 3.9
         if dh is not None:
             b_dx += load_tile(dh, dh_n, start, 0, N, D, BN, BD, True).to(tl.float32)
         store_rows(dx, D, start, N, b_dx, BN, D, BD)
@@ -100,20 +99,13 @@ REGISTERS = 32768  # bytes of the tiles of the backward pass that a multiprocess
 
 
 def tiles(d: int) -> Tiles:
-    """Tiles for rows of `d` columns. Starting values: nobody has measured them. ValueError where no tile serves it."""
-    if not 0 < d <= NORM_WIDEST:
-        raise ValueError(f"rms_norm: the Triton kernels take D from 1 to {NORM_WIDEST}, got {d}")
+    """Tiles for rows of `d` columns. Not tuned on a GPU."""
     bd = padded(d)
     return Tiles(max(1, min(128, ELEMENTS // bd)), bd, max(4, bd // 1024), max(4, bd // 512))
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x and residual [N, D], weight [D] -> y [N, D], h [N, D] = x + residual (empty without one), rstd [N] in float32.
-
-    Raises TypeError for other dtypes than float32, float16 and bfloat16, ValueError for a wider D.
-    """
-    expect_dtype("rms_norm", x.dtype)
-    tiles(x.size(1))
+    """x and residual [N, D], weight [D] -> y [N, D], h [N, D] = x + residual (empty without one), rstd [N] in float32."""
     n, d = x.shape
     y, rstd = x.new_empty(n, d), x.new_empty(n, dtype=torch.float32)
     h = x.new_empty(0 if residual is None else n, d)
@@ -124,9 +116,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> t
 
 
 def backward(dys: list[Tensor], dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dx [N, D] and dweight [D] from the gradients of y, 1 to 3 to be added up, and of h. Deterministic on one chip. Errors as
-    `forward`."""
-    expect_dtype("rms_norm", h.dtype)
+    """dx [N, D] and dweight [D] from the gradients of y, 1 to 3 to be added up, and of h. Deterministic on one chip."""
     dx, dweight = h.new_empty(h.shape), weight.new_empty(weight.shape)
     programs = backward_programs(h, multiprocessors(h.device))
     parts = h.new_empty(programs, h.size(1), dtype=torch.float32)

@@ -6,16 +6,13 @@ Without a permutation a place is its token, so nothing is gathered, scattered, w
 from __future__ import annotations
 
 import torch
-from dsfast.triton_kernels.launch import Launch, aside, expect_dtype, large_tiles, on_meta
+from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta
 from dsfast.triton_kernels.moe_experts import backward_launches, forward_launches, named
 from torch import Tensor
 
 
 def forward(x, gate_up, down) -> tuple[Tensor, Tensor]:
-    """Shapes as dsfast.ops.swiglu_mlp -> y [N, D] and gu = x gate_up^T [N, 2I]. TypeError for other dtypes than float32, float16
-    and bfloat16.
-    """
-    expect_dtype("swiglu_mlp", x.dtype)
+    """Shapes as dsfast.ops.swiglu_mlp -> y [N, D] and gu = x gate_up^T [N, 2I]."""
     y, gu = x.new_empty(x.shape), x.new_empty(x.size(0), gate_up.size(0))
     with torch.cuda.device_of(x):
         for launch in forward_launches(x, None, gate_up, down, None, None, y, gu, large_tiles(x.device)):
@@ -24,8 +21,7 @@ def forward(x, gate_up, down) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy, x, gate_up, down, gu) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, gate_up and down from that of y. Deterministic: no atomics. TypeError as `forward`."""
-    expect_dtype("swiglu_mlp", x.dtype)
+    """The gradients of x, gate_up and down from that of y. Deterministic: no atomics."""
     dx, dgate_up, ddown = gradients = tuple(t.new_empty(t.shape) for t in (x, gate_up, down))
     with torch.cuda.device_of(x):
         first, of_matrices = backward_launches(

@@ -119,11 +119,13 @@ def grad_clip(grads: Sequence[Tensor], max_norm: float, loss: Tensor | None = No
 
     Both lie on the gradients' device, which is not waited for; without gradients they are 0 and 1 on the CPU. Where a
     gradient is not finite the norm is inf or nan and the clip_scale nan, with which `adamw` and `muon` update nothing; so it
-    is where `loss`, [] on that device, is not finite. On a GPU the gradients are float32, and two calls for the same gradients
-    must not run at once, in two streams; for the capture of a CUDA graph as in `adamw`.
+    is where `loss`, [] on that device, is not finite. On a GPU two calls for the same gradients must not run at once, in two
+    streams; for the capture of a CUDA graph as in `adamw`. Raises TypeError unless all gradients have one dtype and device.
     """
     if not grads:
         return torch.zeros((), dtype=torch.float64), torch.ones(())
+    for grad in grads:
+        expect_dtype("grad_clip", grads[0].dtype, grads[0].device, grads=grad)
     if loss is not None:
         expect_shape("grad_clip", "loss", loss)
         expect_dtype("grad_clip", loss.dtype, grads[0].device, loss=loss)

@@ -26,7 +26,7 @@ from dsfast.ops.library import (
     refuse_derivative,
     rows,
 )
-from dsfast.triton_kernels.launch import dtype_name, padded
+from dsfast.triton_kernels.launch import padded
 from dsfast.triton_kernels.limits import DECODE_WIDEST
 
 
@@ -82,8 +82,7 @@ def _not_triton(latent: Tensor, k_rope: Tensor) -> str:
     width = padded(latent.size(-1)) + padded(k_rope.size(-1))
     if width <= DECODE_WIDEST:
         return ""
-    dtype = dtype_name(latent.dtype)
-    return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {DECODE_WIDEST} in {dtype}, got {width}"
+    return f"the Triton kernels take R + Dr, each rounded up to a power of two, up to {DECODE_WIDEST}, got {width}"
 
 
 def _capacity(latent: Tensor, pages: Tensor | None) -> int:
