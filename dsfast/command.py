@@ -7,6 +7,7 @@ import errno
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,6 +43,28 @@ class CommandParser(argparse.ArgumentParser):
     def add_path(self, *names: str, **options) -> None:
         """`add_argument` for the name of a file or folder. An empty one is refused: to pathlib it is the working folder."""
         self.add_argument(*names, type=_path, **options)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 to 999999, as an argument's `type`: a slip of the keyboard ends here, not in an allocator."""
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text[:80]!r}")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """As an argument's `type`."""
+    if not re.fullmatch("[+-]?[0-9]{1,20}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:80]!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """As an argument's `type`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:80]!r}") from None
 
 
 def _path(text: str) -> str:

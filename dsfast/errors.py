@@ -34,8 +34,9 @@ def first_line(error: Exception) -> str:
 
 
 def choices(names) -> str:
-    """`names` as they stand in an error message: "known: a, b, c"."""
-    return "known: " + ", ".join(sorted(str(name) for name in names))
+    """`names` as they stand in an error message: "known: a, b, c"; quoted where one holds a comma."""
+    named = sorted(map(str, names))
+    return "known: " + ", ".join(map(repr, named) if any("," in name for name in named) else named)
 
 
 def expect_known(what: str, names: Iterable, known: Collection, where: str = "") -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from dsfast.errors import FileError, UserError
 
+Json = dict[str, Any]
+"""What a JSON file holds, or a part of it."""
 _PROBE = 2**16
 """Bytes that have to fit where something is to be written."""
 

@@ -135,6 +135,11 @@ def test_what_breaks_a_limit_is_marked_named_and_1(nothing_compiled, capsys):
         (["rope", "--chip", "sm_75"], "unknown chip 'sm_75'; known: gfx942, sm_100, sm_80, sm_90"),
         (["rope", "--dtype", "float64"], "unknown dtype 'float64'; known: bfloat16, float16, float32"),
         (["rope", "--size", "7M"], "unknown size '7M'; known: 500K, "),
+        (
+            ["newton_schulz", "--size", "7M"],
+            "unknown size '7M'; known: '16 rows, as many columns as stay in registers', '",
+        ),
+        (["mla_project", "--dtype", "float32"], "no kernel of mla_project in float32 at these sizes on these chips"),
         (["rope", "--chip"], "argument --chip: expected at least one argument"),
         (["rope", "--repeats", "3"], "unrecognized arguments: --repeats"),
         (["--json", "/no/such/folder/out.json"], "--json /no/such/folder/out.json: cannot be written"),

@@ -21,7 +21,8 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, child, operators, peers, recall, run, suite, training, whole
+from dsfast.bench.gpu import cases, child, operators, peers, recall, run, training, whole
+from dsfast.bench.gpu import tests as gpu_tests
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
 from dsfast.bench.gpu.clock import GpuClock, HostClock
@@ -716,12 +717,12 @@ def test_some_of_the_time_is_the_tests(parts_run):
 
 def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):
     asked = {}
-    monkeypatch.setattr(suite, "run_pytest", lambda name, arguments, seconds, root: asked.update({name: arguments}))
-    list(suite.run_tests(60))
-    assert [Path(path).name for path in asked["marked gpu"] if path.endswith(".py")][:2] == list(suite.FIRST)
+    monkeypatch.setattr(gpu_tests, "run_pytest", lambda name, arguments, seconds, root: asked.update({name: arguments}))
+    list(gpu_tests.run_tests(60))
+    assert [Path(path).name for path in asked["marked gpu"] if path.endswith(".py")][:2] == list(gpu_tests.FIRST)
     kernels = {Path(path).name for path in asked["kernels"] if path.endswith(".py")}
     assert {"test_triton_rope.py", "test_mla_project.py", "test_mla_output.py", "test_after_step.py"} <= kernels
-    assert not kernels & set(suite.NOT_ON_A_GPU)
+    assert not kernels & set(gpu_tests.NOT_ON_A_GPU)
 
 
 def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
@@ -880,7 +881,7 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
     timed = run_tiny("norm")
     timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
     timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
-    failing = suite._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
+    failing = gpu_tests._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
     timed["fallbacks"] = [{"operator": "decode_step", "device": "cuda", "reason": "capture failed"}]
     found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}}]
     shown = plain(document(found))
@@ -897,7 +898,7 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
 
 def test_tests_are_counted_and_failures_named(tmp_path):
     (tmp_path / "test_a.py").write_text("def test_good(): pass\n\ndef test_bad(): assert 1 == 2\n", encoding="utf-8")
-    found = suite.run_pytest("kernels", [str(tmp_path)], 60, tmp_path)
+    found = gpu_tests.run_pytest("kernels", [str(tmp_path)], 60, tmp_path)
     assert found["status"] == "failed"
     assert found["counts"] == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
     [failure] = found["failures"]
@@ -907,17 +908,17 @@ def test_tests_are_counted_and_failures_named(tmp_path):
 
 def test_tests_that_take_too_long_or_do_not_run_say_so(tmp_path):
     (tmp_path / "test_a.py").write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
-    stopped = suite.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)
+    stopped = gpu_tests.run_pytest("kernels", [str(tmp_path)], 0.5, tmp_path)
     assert (stopped["status"], stopped["reason"]) == ("not measured: out of time", "stopped after 0 s")
-    assert suite.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
-    assert next(suite.run_tests(60, tmp_path))["status"] == "missing"
+    assert gpu_tests.run_pytest("kernels", ["--no-such-flag"], 60, tmp_path)["status"] == "failed to run"
+    assert next(gpu_tests.run_tests(60, tmp_path))["status"] == "missing"
 
 
 @pytest.mark.parametrize("bad", [True, False])
 def test_tests_that_ran_before_the_time_was_up_are_counted(bad, tmp_path):
     tests = f"import time\ndef test_a(): assert {not bad}\ndef test_b(): pass\ndef test_c(): time.sleep(60)\n"
     (tmp_path / "test_a.py").write_text(tests, encoding="utf-8")
-    found = suite.run_pytest("kernels", [str(tmp_path)], 15, tmp_path)
+    found = gpu_tests.run_pytest("kernels", [str(tmp_path)], 15, tmp_path)
     assert found["status"] == ("failed" if bad else "not measured: out of time")
     assert found["reason"] == "stopped after 15 s"
     assert (found["counts"]["tests"], len(found["failures"])) == (2, int(bad))

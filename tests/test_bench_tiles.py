@@ -498,6 +498,7 @@ def test_a_run_cut_by_seconds_ends_in_order(tmp_path):
         (["head", "attn", "--out", "DIR"], "bench tiles: unknown part 'attn'; known: attention, decode, "),
         (["head", "--case", "V4", "--out", "DIR"], "bench tiles: unknown case 'V4'; known: 500K, V3"),
         (["head", "--out", "DIR", "--seconds", "0"], "expected a whole number"),
+        (["head", "output", "--case", "V3", "--out", "DIR"], "bench tiles: no case V3 of output; leave --case out or"),
         (["head", "--out", "DIR"], "bench tiles: torch finds no GPU; nothing is measured"),
         (
             ["head", "--out", "DIR", "--rehearse"],

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsfast import cli
-from dsfast.command import CommandParser, run_command
+from dsfast.command import CommandParser, number, positive, run_command, whole_number
 from dsfast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -222,9 +222,19 @@ def test_a_defect_keeps_its_traceback():
 
 def test_the_parser_complains_in_one_line():
     parser = CommandParser(prog="p")
-    parser.add_argument("--seed", type=int)
-    with pytest.raises(UserError, match="invalid int value: 'x'"):
-        parser.parse_args(["--seed", "x"])
+    parser.add_argument("--seed", type=whole_number)
+    parser.add_argument("--rate", type=number)
+    parser.add_argument("--steps", type=positive)
+    given = parser.parse_args(["--seed", "-7", "--rate", "1e-3", "--steps", "010"])
+    assert (given.seed, given.rate, given.steps) == (-7, 1e-3, 10)
+    for arguments, complaint in (
+        (["--seed", "x"], "argument --seed: expected a whole number, got 'x'"),
+        (["--seed", "1.5"], "argument --seed: expected a whole number, got '1.5'"),
+        (["--rate", "hot"], "argument --rate: expected a number, got 'hot'"),
+        (["--steps", "0"], "argument --steps: expected a whole number from 1 to 999999, got '0'"),
+    ):
+        with pytest.raises(UserError, match=f"^p: {complaint} "):
+            parser.parse_args(arguments)
 
 
 def test_dispatch_hands_on_the_arguments(monkeypatch):
@@ -278,7 +288,7 @@ def test_info_is_readable_text_too():
         (["--config", "{absent}"], "cannot be read"),
         (["--prompts", "{file}"], "prompts.json"),
         (["--seed", "-1"], "seed must be at least 0"),
-        (["--seed", "many"], "invalid int value"),
+        (["--seed", "many"], "argument --seed: expected a whole number, got 'many'"),
     ],
 )
 def test_the_suite_refuses_bad_input_before_it_starts(arguments, complaint, tmp_path, capsys):

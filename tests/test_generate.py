@@ -311,6 +311,8 @@ def test_generation_leaves_the_model_as_it_was(implementation):
     ("arguments", "message"),
     [
         ({"prompt": "A" * 20}, r"prompt: expected 1 .. 20 tokens, <\|bos\|> included .*, got 21"),
+        ({"max_new_tokens": "5"}, "max_new_tokens: expected a whole number of at least 1, got '5'"),
+        ({"max_new_tokens": True}, "max_new_tokens: expected a whole number of at least 1, got True"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
         ({"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
@@ -325,6 +327,12 @@ def test_bad_arguments_are_refused(tokenizer, arguments, message):
     model = random_model(max_position_embeddings=20)
     with pytest.raises(UserError, match=message):
         generate(model, tokenizer, **{"prompt": "A", **arguments})
+
+
+def test_of_several_prompts_the_bad_one_is_named():
+    model = random_model(max_position_embeddings=20)
+    with pytest.raises(UserError, match=r"^prompts\[1\]: expected 1 .. 20 tokens, .*, got 0$"):
+        generate_ids(model, [[1], []], max_new_tokens=1)
 
 
 def test_the_largest_seed_and_the_highest_temperature(implementation):

@@ -458,7 +458,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         main(["--config", str(config)])
     with pytest.raises(UserError, match=r"absent.json: cannot be read"):
         main(["--config", str(tmp_path / "absent.json"), "--output-dir", str(tmp_path / "other")])
-    with pytest.raises(UserError, match=r"train.steps must be above 0, got 0"):
+    with pytest.raises(UserError, match=rf"^{config} with --steps: train.steps must be above 0, got 0"):
         main([*arguments[:4], "--steps", "0"])
     assert not (tmp_path / "other").exists()
 

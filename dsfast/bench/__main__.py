@@ -4,15 +4,13 @@ kernels take of chips that are not here."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -33,11 +31,12 @@ from dsfast.bench.learning import run_learning
 from dsfast.bench.memory import check_measurable
 from dsfast.bench.report import Reporter, plain
 from dsfast.bench.step import choose_peers, run_step
-from dsfast.command import CommandParser, run_command
+from dsfast.command import CommandParser, positive, run_command
 from dsfast.config import Config, RuntimeConfig, default_config, load_config
 from dsfast.data.sources import ENCYCLOPEDIA
 from dsfast.errors import UserError
 from dsfast.files import (
+    Json,
     check_output_file,
     check_output_folder,
     for_one_run,
@@ -53,8 +52,6 @@ from dsfast.train import load_checkpoint
 from dsfast.triton_kernels.limits import CHIPS
 
 DTYPES = get_args(get_type_hints(RuntimeConfig)["dtype"])
-
-Json = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
@@ -96,14 +93,14 @@ def _parser() -> CommandParser:
         sub = commands.add_parser(name, help=purpose, description=purpose)
         sub.set_defaults(run=run, repeats=repeats)
         if repeats is not None:
-            sub.add_argument("--repeats", metavar="N", type=_positive, help=f"timed {timed} (default {repeats})")
+            sub.add_argument("--repeats", metavar="N", type=positive, help=f"timed {timed} (default {repeats})")
         sub.add_path("--json", metavar="FILE", help="write every figure, with machine, versions, commit and command")
         return sub
 
     step = command("step", _step, "one whole training step against peers, and split by operator", 20)
     step.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
-    step.add_argument("--batch", metavar="B", type=_positive, help="rows (default: train.batch_size)")
-    step.add_argument("--length", metavar="T", type=_positive, help="tokens of a row (default: data.sequence_length)")
+    step.add_argument("--batch", metavar="B", type=positive, help="rows (default: train.batch_size)")
+    step.add_argument("--length", metavar="T", type=positive, help="tokens of a row (default: data.sequence_length)")
     step.add_argument("--peers", metavar="A,B,...", type=_names, help="default: eager,compile,autocast,transformers")
     step.add_argument(
         "--dtype",
@@ -117,7 +114,7 @@ def _parser() -> CommandParser:
     generate = command("generate", _generate, "tokens per second against transformers' generate", 5)
     generate.add_path("--checkpoint", metavar="DIR", help="default: the untrained 500K model")
     generate.add_argument("--batch", metavar="B,...", type=_positives, default=[1, 32], help="default: 1,32")
-    generate.add_argument("--new-tokens", metavar="N", type=_positive, default=64, help="default: 64")
+    generate.add_argument("--new-tokens", metavar="N", type=positive, default=64, help="default: 64")
     growth = command("growth", _growth, "whether the step's time grows faster than its work", 7, "rounds")
     growth.add_path("--config", metavar="FILE", help="the model (default: the 500K model)")
     growth.add_argument("--series", metavar="A,B,...", type=_names, help="default: batch,length,experts")
@@ -134,7 +131,7 @@ def _parser() -> CommandParser:
 def _add_whole_runs(command: Callable[..., CommandParser]) -> None:
     learning = command("learning", _learning, "the loss and recall of whole runs beside plain PyTorch in float32", None)
     learning.add_path("--config", metavar="FILE", help="the run (default: the 500K model's)")
-    learning.add_argument("--seeds", metavar="N", type=_positive, default=5, help="seeds 0 .. N - 1 (default 5)")
+    learning.add_argument("--seeds", metavar="N", type=positive, default=5, help="seeds 0 .. N - 1 (default 5)")
     against = command(
         "against", _against, "this tree beside a commit of it: whether it learns as much, and how fast", None
     )
@@ -142,8 +139,8 @@ def _add_whole_runs(command: Callable[..., CommandParser]) -> None:
     against.add_argument("--operators", metavar="OP,...", type=_names, help="of a run these operators alone, or all")
     against.add_argument("--size", choices=cases.SIZE_NAMES, help="theirs (default: 500k)")
     against.add_path("--config", metavar="FILE", help="the run, of both (default: each tree's own of the 500K model)")
-    against.add_argument("--steps", metavar="N", type=_positive, help="default: train.steps")
-    against.add_argument("--seeds", metavar="N", type=_positive, help="seeds 0 .. N - 1 (default 1)")
+    against.add_argument("--steps", metavar="N", type=positive, help="default: train.steps")
+    against.add_argument("--seeds", metavar="N", type=positive, help="seeds 0 .. N - 1 (default 1)")
 
 
 def _add_gpu(commands) -> None:
@@ -157,7 +154,7 @@ def _add_gpu(commands) -> None:
     tiles.add_argument("--plan", action="store_true", help="only compile, for an H100: DIR/plan.json, .txt and .log")
     for command in (gpu, tiles):
         command.add_path("--out", metavar="DIR", required=True, help="where the results go: a folder without such ones")
-        command.add_argument("--seconds", metavar="N", type=_positive, default=BUDGET, help=f"default: {BUDGET}")
+        command.add_argument("--seconds", metavar="N", type=positive, default=BUDGET, help=f"default: {BUDGET}")
         command.add_argument(
             "--rehearse",
             action="store_true",
@@ -308,14 +305,8 @@ def _named(config: Config) -> Json:
     return {"config": config.to_dict(), "config_hash": config.hash()}
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):  # so that a slip of the keyboard ends here, not in an allocator
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text[:80]!r}")
-    return int(text)
-
-
 def _positives(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def _names(text: str) -> list[str]:

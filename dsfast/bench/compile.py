@@ -20,6 +20,7 @@ import torch
 
 from dsfast import ops
 from dsfast.errors import UserError, expect_known
+from dsfast.files import Json
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
 
@@ -28,8 +29,6 @@ PROCESSES = 4
 """At most: each holds torch and a compiler."""
 FEW = 8
 """So many kernels are compiled before other processes would have started."""
-
-Json = dict[str, Any]
 
 
 class Example(NamedTuple):
@@ -93,7 +92,13 @@ def plan(
     found = [size for operator in names for size in kernels_of(operator).EXAMPLES]
     sizes = _among("size", found if sizes is None else sizes, dict.fromkeys(found))
     chips = _among("chip", CHIPS if chips is None else chips, CHIPS)
-    return examples(names, chips, _among("dtype", dtypes, DTYPES), sizes.__contains__)
+    dtypes = _among("dtype", dtypes, DTYPES)
+    planned = examples(names, chips, dtypes, sizes.__contains__)
+    if not planned:
+        raise UserError(
+            f"bench compile: no kernel of {', '.join(names)} in {', '.join(dtypes)} at these sizes on these chips"
+        )
+    return planned
 
 
 def _among(what: str, names, known) -> list[str]:

@@ -14,13 +14,12 @@ from torch import Tensor
 from dsfast.bench.peers import huggingface
 from dsfast.bench.timing import compare
 from dsfast.errors import UserError
+from dsfast.files import Json
 from dsfast.model import DeepseekV3, generate_ids
 
 PROMPT_TOKENS = 8
 TOLERANCE = 1e-3
 """Of the largest logit: how far the two models may lie apart after the prompt."""
-
-Json = dict[str, Any]
 
 
 def run_generate(

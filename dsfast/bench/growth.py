@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 from dsfast.bench.ceilings import measure_bandwidth
 from dsfast.bench.timing import repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
 from dsfast.errors import expect_known
+from dsfast.files import Json
 from dsfast.train import Trainer
 
 TOLERANCE = 1.15
@@ -31,8 +31,6 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 EXPERTS = (2, 4, 8, 16, 32, 64)
 # In float32: the weights are read forward and backward, the gradient is written, then AdamW's eight (see cases.py).
 BYTES_PER_PARAMETER = 4 * (2 + 1 + 8)
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def plan(config: Config, names: Sequence[str] | None) -> dict[str, list[Row]]:
 
     Raises UserError for an unknown series and, as comparable does, for a config that the bench does not time.
     """
-    expect_known("series", names or (), SERIES)
+    expect_known("series", names or (), SERIES, "bench growth: ")
     config = comparable(config)
     return {name: SERIES[name](config) for name in (SERIES if names is None else dict.fromkeys(names))}
 

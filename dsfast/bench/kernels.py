@@ -12,14 +12,13 @@ from dsfast import ops
 from dsfast.bench.cases import UPDATES, BenchCase, Work, build_case
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.timing import Call, Spread, compare, gradients_call
+from dsfast.files import Json
 from dsfast.ops import checks, native
 from dsfast.ops.checks import ROUNDED
 
 EAGER_TOLERANCE = 1e-3
 """Of the largest value. Eager may not compute something else, but it may round: torch's float32 norm of 10^7 numbers is
 off by 3e-4."""
-
-Json = dict[str, Any]
 
 
 def run_kernels(names: Iterable[str], sizes: Iterable[str], repeats: int, progress: Callable[[str], None]) -> Json:

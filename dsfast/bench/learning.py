@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from statistics import fmean
-from typing import Any
 
 from dsfast.config import Config
 from dsfast.evaluate import check_taught, measure_taught
 from dsfast.evaluate.recall import as_json
+from dsfast.files import Json
 from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -17,8 +17,6 @@ TOLERANCE = 0.005
 """Relative, of the last step's loss."""
 LAST = 10
 """Steps over which the loss is also averaged: one step's is that of one batch."""
-
-Json = dict[str, Any]
 
 
 def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str], None]) -> Json:

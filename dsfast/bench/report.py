@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,13 +16,12 @@ from dsfast.bench.against.run import NOISE, WIDE
 from dsfast.bench.gpu.show import show_gpu, show_tiles
 from dsfast.bench.memory import IDLE
 from dsfast.console import make_console, make_table
+from dsfast.files import Json
 
 FILE_WIDTH = 150
 BAR = 12  # columns of the longest bar
 
 COMPILED = ("registers", "spills", "shared", "matrix")  # what `bench compile` shows of a kernel
-
-Json = dict[str, Any]
 
 
 class Reporter:

@@ -20,6 +20,7 @@ from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config
 from dsfast.errors import UserError, expect_known
+from dsfast.files import Json
 from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -29,7 +30,6 @@ ROUNDED = 1e-2
 
 _log = logging.getLogger(__name__)
 
-Json = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -39,7 +39,7 @@ def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
     missing = {name: peer.missing() for name, peer in PEERS.items()}
-    expect_known("peer", names or (), PEERS)
+    expect_known("peer", names or (), PEERS, "bench step: ")
     for name in names or ():
         if missing[name]:
             here = ", ".join(name for name, why in missing.items() if not why)

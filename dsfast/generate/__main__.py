@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dsfast.command import CommandParser, run_command
+from dsfast.command import CommandParser, number, positive, run_command, whole_number
 from dsfast.generate import generate
 from dsfast.train import load_checkpoint
 from dsfast.train.runtime import answering
@@ -28,9 +28,16 @@ def _parser() -> CommandParser:
         "--device", choices=["cpu", "cuda"], help="default: the one it was trained on, where that is here"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the config's suite.max_new_tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, above temperature 0")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="default: the config's suite.max_new_tokens; fewer where prompt and answer fill max_position_embeddings",
+    )
+    parser.add_argument("--temperature", type=number, default=0.0, metavar="X", help="0, the default, is greedy")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="of the sampling, above temperature 0"
+    )
     return parser
 
 

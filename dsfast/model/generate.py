@@ -125,16 +125,17 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
     if not isinstance(model, DeepseekV3):
         raise UserError(f"model: expected a DeepseekV3, got {type(model).__name__}")
     limit = model.config.max_position_embeddings
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens}")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
     if not isinstance(temperature, int | float) or not temperature >= 0:
         raise UserError(f"temperature: expected a number of at least 0, got {temperature!r}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UserError(f"seed: expected a whole number 0 .. {2**63 - 1}, got {seed!r}")
     if not prompts:
         raise UserError("prompts: expected at least one, got none")
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= limit:
+            which = "prompt" if len(prompts) == 1 else f"prompts[{number}]"
             raise UserError(
-                f"prompt: expected 1 .. {limit} tokens, <|bos|> included (max_position_embeddings), got {len(prompt)}"
+                f"{which}: expected 1 .. {limit} tokens, <|bos|> included (max_position_embeddings), got {len(prompt)}"
             )

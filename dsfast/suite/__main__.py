@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsfast import info
-from dsfast.command import CommandParser, run_command
+from dsfast.command import CommandParser, run_command, whole_number
 from dsfast.config import Config, default_config, load_config
 from dsfast.data import PromptSets, load_prompts
 from dsfast.errors import FileError, GpuError, UserError
@@ -102,7 +102,7 @@ def _parser() -> CommandParser:
     device.add_argument("--gpu-only", action="store_true", help="run the GPU test alone; there must be a GPU")
     parser.add_argument("--full-training", action="store_true", help="also train longer and ask all prompts (Test 3)")
     parser.add_path("--output-dir", metavar="DIR", default=".", help="where the results file goes (default: here)")
-    parser.add_argument("--seed", metavar="N", type=int, help="in place of the configs'")
+    parser.add_argument("--seed", metavar="N", type=whole_number, help="in place of the configs'")
     parser.add_path("--config", metavar="FILE", help="a config of your own; its runtime.device is the one tested")
     parser.add_path("--prompts", metavar="FILE", help="prompts of your own (format: docs/TESTS.md)")
     return parser

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dsfast.console import make_console, make_table
 from dsfast.data.prompts import PRIORITIES
+from dsfast.files import Json
 from dsfast.suite.verdict import PARTED, THRESHOLDS, Check, show
 
 SHOWN = 48  # characters of a generated answer in a table
@@ -20,8 +21,6 @@ BUSY = 0.5  # share of the steps' time from which a GPU is used well enough
 PASSED, FAILED = "✓ ALL TESTS PASSED", "✗ SOME TESTS FAILED"
 _MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "error": ("✗", "red"), "warning": ("⚠", "yellow")}
 _STATUS_STYLES = {"PASS": "green", "FAIL": "red", "SKIP": "yellow"}
-
-Json = dict[str, Any]
 
 
 class Reporter:

@@ -6,7 +6,7 @@ import sys
 from math import isfinite
 from pathlib import Path
 
-from dsfast.command import CommandParser, run_command
+from dsfast.command import CommandParser, run_command, whole_number
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
 from dsfast.files import check_output_folder
@@ -36,8 +36,8 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m dsfast.train", description="Train a model from a config.")
     parser.add_path("--config", metavar="FILE", help="what to train; with --resume the checkpoint's own if absent")
     parser.add_path("--output-dir", metavar="DIR", required=True, help="new or empty; with --resume the run's own")
-    parser.add_argument("--seed", metavar="N", type=int, help="in place of the config's")
-    parser.add_argument("--steps", metavar="N", type=int, help="in place of the config's train.steps")
+    parser.add_argument("--seed", metavar="N", type=whole_number, help="in place of the config's")
+    parser.add_argument("--steps", metavar="N", type=whole_number, help="in place of the config's train.steps")
     parser.add_path(
         "--resume", metavar="DIR", nargs="?", const=True,
         help="continue from a checkpoint, or from the newest in a run folder (default: --output-dir)",
@@ -50,7 +50,8 @@ def _config(path: str | None, resume: Path | None, changes: dict[str, int | None
         raise UserError("python -m dsfast.train: expected --config FILE, or --resume to take a checkpoint's own")
     path = path if path is not None else resume / "config.json"
     given = {name: value for name, value in changes.items() if value is not None}
-    return load_config(path).replace(where=f"{path} with --seed and --steps", **given)
+    flags = " and ".join(f"--{name.removeprefix('train.')}" for name in given)
+    return load_config(path).replace(where=f"{path} with {flags}" if flags else str(path), **given)
 
 
 def _summary(result: TrainResult) -> str:

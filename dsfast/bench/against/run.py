@@ -19,7 +19,7 @@ from dsfast.bench.learning import LAST
 from dsfast.bench.timing import BUDGET, FEWEST, summarise
 from dsfast.config import OPERATORS, Config
 from dsfast.errors import UserError
-from dsfast.files import read_json
+from dsfast.files import Json, read_json
 from dsfast.model import precision_of
 from dsfast.ops import check_all
 from dsfast.ops.checks import in_words
@@ -49,7 +49,6 @@ sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, "__module__", "")
 exec(compile(sys.argv[1], "side.py", "exec"))
 """
 
-Json = dict[str, Any]
 Progress = Callable[[str], None]
 Pairs = list[tuple[float, float]]
 

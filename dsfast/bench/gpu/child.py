@@ -23,16 +23,14 @@ from dsfast.bench.gpu.clock import GpuClock, HostClock
 from dsfast.bench.gpu.figures import OUT_OF_TIME
 from dsfast.bench.gpu.operators import ROUNDS, compile_case, run_case
 from dsfast.bench.gpu.recall import run_recall
-from dsfast.bench.gpu.suite import run_tests
+from dsfast.bench.gpu.tests import run_tests
 from dsfast.bench.gpu.training import run_training
 from dsfast.bench.gpu.tuning import tune
 from dsfast.bench.gpu.whole import run_generation, run_step
 from dsfast.bench.step import attempt
-from dsfast.files import finite
+from dsfast.files import Json, finite
 
 IMPORTED = "transformers.models.deepseek_v3.modeling_deepseek_v3", "liger_kernel.transformers"
-
-Json = dict[str, Any]
 
 
 def rows_of(

@@ -6,14 +6,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 from dsfast.bench.timing import Call, seconds
+from dsfast.files import Json
 from dsfast.model.capture import record
-
-Json = dict[str, Any]
 
 FLUSH_BYTES = 2**28
 """Written before each timed call: several times any L2."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Json = dict[str, Any]
+from dsfast.files import Json
+
 Rows = dict[tuple[str, str], Json]
 """(part, case) -> row."""
 
@@ -107,7 +108,7 @@ def _seconds(part: str, case: str, run: str, scale: float) -> Number:
     return Number(value, part, case, run)
 
 
-def _ratio(key: str, part: str, run: str, case: str, other: str) -> Number:
+def _ratio(part: str, case: str, run: str, key: str, other: str) -> Number:
     """`key` of dsfast in `case` over that in `other`."""
 
     def value(rows: Rows) -> float | None:
@@ -129,7 +130,7 @@ _GROUPED = ("grouped_mm", "compile", "transformers")
 _H16, _H128 = (("decode", f"V3 H{heads}", "forward") for heads in (16, 128))
 _ROUTE = ("route", "V3", "forward")
 _STEP, _COMPILED = ((part, "32 x 256", "step") for part in ("step", "compiled"))
-_MIXED_OVER_DENSE = _ratio("flops_per_second", "attention", _BOTH, "V3 mixed", "V3")
+_MIXED_OVER_DENSE = _ratio("attention", "V3 mixed", _BOTH, "flops_per_second", "V3")
 FIGURES = (
     Figure("mla_attention 192/128 over FlexAttention", "x", 1.2, 1.5, _over("attention", "V3", _BOTH, "FlexAttention")),
     Figure("mla_attention 192/128 over the fastest SDPA", "x", 0.9, 1.2, _over("attention", "V3", _BOTH, *_SDPA)),
@@ -157,7 +158,7 @@ FIGURES = (
     Figure("training, 200 steps", "s", 0.1, None, _seconds("training", "warm", "training", 1), at_most=True),
     Figure("training, whole process, empty caches", "s", 20, None, _seconds("training", "cold", "process", 1), at_most=True),
     Figure("training, whole process, warm caches", "s", 6, None, _seconds("training", "warm", "process", 1), at_most=True),
-    Figure("training over dsfast on the CPU", "x", 50, None, _ratio("tokens_per_second", "training", "training", "warm", "CPU")),
+    Figure("training over dsfast on the CPU", "x", 50, None, _ratio("training", "warm", "training", "tokens_per_second", "CPU")),
     Figure("recall as on the CPU, seeds", "of 5", 5, None, Number(_overlapping)),
     Figure("training, memory of the GPU", "GB", 1, None, _ours("training", "warm", "training", "memory_gb"), at_most=True),
     Figure("generation, one stream", "tokens/s", 5000, None, _ours("generate", "batch 1", "64 tokens", "tokens_per_second")),

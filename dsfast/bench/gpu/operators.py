@@ -19,6 +19,7 @@ from dsfast.bench.gpu.peers import peers_of
 from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, direct
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import Call, gradients_call, spread, take_turns
+from dsfast.files import Json
 from dsfast.ops import checks, triton
 from dsfast.ops.checks import as_tuple
 from dsfast.triton_kernels.launch import dtype_name
@@ -34,8 +35,6 @@ ITERATED = {"newton_schulz": 4}
 """So many times as much where steps enlarge the rounding of those before: five of them in bfloat16 make some 3e-2."""
 
 SKIPPED = {"status": "skipped", "reason": "out of time"}
-
-Json = dict[str, Any]
 
 
 def run_case(

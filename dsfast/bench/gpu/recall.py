@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from dsfast.bench.gpu.training import command_of, not_run, run_process, trainer_for
 from dsfast.bench.step import attempt
@@ -19,13 +18,11 @@ from dsfast.command import run_command
 from dsfast.config import default_config
 from dsfast.evaluate import measure_taught
 from dsfast.evaluate.recall import as_json
-from dsfast.files import cache_folder
+from dsfast.files import Json, cache_folder
 from dsfast.train import Trainer
 
 SEEDS = 5
 PHRASINGS = ("taught", "heldout")
-
-Json = dict[str, Any]
 
 
 def run_recall(rehearsal: bool, seconds: float) -> Iterator[Json]:

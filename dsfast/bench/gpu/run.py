@@ -19,6 +19,7 @@ import torch
 
 from dsfast.bench.gpu.figures import NOT_MEASURED, OUT_OF_TIME, figures
 from dsfast.errors import UserError, expect_known
+from dsfast.files import Json
 from dsfast.ops import triton
 
 PARTS = (
@@ -47,8 +48,6 @@ _CHILD = [sys.executable, "-m", "dsfast.bench.gpu.child"]
 _ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """torch.compile has else a process for each processor, and each of the parts that compile at once so many."""
 _ENVIRONMENT = ("CUDA", "DSFAST", "LIGER", "NVIDIA", "PYTORCH", "TORCH", "TRITON")
-
-Json = dict[str, Any]
 
 
 def choose_parts(names: Sequence[str] | None, known: Sequence[str] = PARTS, bench: str = "gpu") -> tuple[str, ...]:

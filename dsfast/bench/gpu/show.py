@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsfast.console import make_table
-
-Json = dict[str, Any]
+from dsfast.files import Json
 
 _COLUMNS = (
     "pass", "variant", "us", "quartiles", "in a graph", "launches", "TB/s", "TFLOP/s", "of bound", "tokens/s", "over dsfast",

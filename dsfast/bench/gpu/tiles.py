@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dsfast.bench.gpu.candidates import PARTS
 from dsfast.bench.gpu.cases import SIZES, TINY
@@ -22,13 +21,13 @@ from dsfast.bench.gpu.run import (
 )
 from dsfast.bench.gpu.tuning import PLANNED_FOR, this_chip
 from dsfast.errors import UserError, choices, expect_known
+from dsfast.files import Json
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS
 
 GROUPS = ("V3", "500K")
 _SAME_TILES = ("V3 mixed", "V3 H16 paged")  # cases that take the entries of another of their part
 
-Json = dict[str, Any]
 Case = tuple[str, str]
 
 
@@ -39,7 +38,10 @@ def choose_cases(names: Sequence[str], group: str | None, rehearsal: bool) -> li
     expect_known("case", () if group is None else [group], GROUPS, "bench tiles: ")
     parts = choose_parts(names, PARTS, "tiles")
     found = [(part, name) for part in parts for name in (TINY if rehearsal else SIZES)[part] if name not in _SAME_TILES]
-    return [(part, name) for part, name in found if rehearsal or group in (None, "500K" if name == "500K" else "V3")]
+    chosen = [(part, name) for part, name in found if rehearsal or group in (None, "500K" if name == "500K" else "V3")]
+    if without := [part for part in parts if part not in dict(chosen)]:
+        raise UserError(f"bench tiles: no case {group} of {', '.join(without)}; leave --case out or name other parts")
+    return chosen
 
 
 def check_can_try(rehearsal: bool, planned: bool) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from dsfast import ops
 from dsfast.bench.gpu.figures import OUT_OF_TIME
@@ -25,10 +24,9 @@ from dsfast.bench.timing import spread
 from dsfast.bench.workload import random_batch
 from dsfast.command import run_command
 from dsfast.config import default_config
+from dsfast.files import Json
 from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
-
-Json = dict[str, Any]
 
 
 def run_training(rehearsal: bool, seconds: float) -> Iterator[Json]:

@@ -29,6 +29,7 @@ from dsfast.bench.gpu.operators import BUDGET, GRAPHED, ROUNDS, WARMUP, check_ou
 from dsfast.bench.gpu.replaced import replaced
 from dsfast.bench.step import attempt
 from dsfast.bench.timing import spread, take_turns
+from dsfast.files import Json
 from dsfast.ops import triton
 from dsfast.triton_kernels.limits import CHIPS, MULTIPROCESSORS
 
@@ -41,7 +42,6 @@ COMPILED, TIMED = "compiled", "timed"
 SAME = "launches what others do: these sizes take no more of it"
 WARPS = 12  # of a multiprocessor, with which a kernel is thought to hide what it waits for
 
-Json = dict[str, Any]
 _log = logging.getLogger("dsfast.bench")
 
 

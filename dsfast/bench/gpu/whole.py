@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsfast import ops
+from dsfast.bench.cases import Work
 from dsfast.bench.generation import run_generate
 from dsfast.bench.gpu.bounds import Bounds
 from dsfast.bench.gpu.operators import BUDGET, SKIPPED, in_a_graph, kernels_of, related
@@ -21,6 +22,7 @@ from dsfast.bench.timing import repeat, spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.config import Config, default_config
 from dsfast.data import Batch, Dataset
+from dsfast.files import Json
 from dsfast.model import DeepseekV3, generate_ids, precision_of
 from dsfast.model.capture import record, unchanged
 from dsfast.model.decode import OperatorDecoder
@@ -29,8 +31,6 @@ from dsfast.train import Trainer
 from dsfast.train.device_step import DeviceStep
 from dsfast.train.steps import DeviceSteps
 from dsfast.triton_kernels.launch import dtype_name
-
-Json = dict[str, Any]
 
 NEW_TOKENS, BATCHES, REPEATS = 64, (1, 32, 256), 5
 UNCAPTURED = "dsfast, uncaptured"
@@ -117,7 +117,7 @@ def _time_step(
     calls: dict[str, Callable[[], object]], clock: Any, flops: int, dtype: torch.dtype, bounds: Bounds | None, rounds: int
 ) -> Json:  # fmt: skip
     """The pass in which `calls` take turns."""
-    ideal = bounds and flops / getattr(bounds, dtype_name(dtype))
+    ideal = bounds and bounds.ideal_seconds(Work(flops, 0), dtype)
     taken, variants = take_turns({name: (call,) for name, call in calls.items()}, rounds, BUDGET, clock.seconds), {}
     for name, samples in taken.items():
         seconds = spread([seconds for (seconds,) in samples])

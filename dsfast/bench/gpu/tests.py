@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from xml.etree import ElementTree
 
 from dsfast.bench.gpu.figures import OUT_OF_TIME
+from dsfast.files import Json
 from dsfast.info import ROOT
 
 NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
@@ -27,8 +27,6 @@ _PYTEST = (  # a shell's background jobs ignore what interrupts others, and so w
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path[:1] = ['.'];"
     " import pytest; sys.exit(pytest.main())"
 )
-
-Json = dict[str, Any]
 
 
 def run_tests(seconds: float, root: Path = ROOT) -> Iterator[Json]:
