@@ -33,7 +33,7 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.narrow import outer_launches
-from dsfast.triton_kernels.pieces import LN2, LOG2E, load_tile, options, splits, sum_launch
+from dsfast.triton_kernels.pieces import LN2, LOG2E, load_tile, options, splits, store_rows, sum_launch
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
@@ -111,11 +111,8 @@ def project_kernel(
     t = tl.program_id(0) * BT
     b_y = (load_tile(x, R, t, 0, N, R, BT, RP, True) * tl.load(dloss)).to(y.dtype.element_ty)  # [BT, RP]
     b_p = load_tile(projection, D, 0, 0, R, D, RP, DP, True)  # [RP, DP]
-    i = (t + tl.arange(0, BT)).to(tl.int64)[:, None]
-    r, d = tl.arange(0, RP)[None, :], tl.arange(0, DP)[None, :]
-    tl.store(y + i * R + r, b_y, mask=(i < N) & (r < R))
-    b_dhidden = tl.dot(b_y, b_p, input_precision="ieee")
-    tl.store(dhidden + i * D + d, b_dhidden.to(dhidden.dtype.element_ty), mask=(i < N) & (d < D))
+    store_rows(y, R, t, N, b_y, BT, R, RP)
+    store_rows(dhidden, D, t, N, tl.dot(b_y, b_p, input_precision="ieee"), BT, D, DP)
 
 
 @triton.jit
@@ -155,8 +152,7 @@ def forward_kernel(
         b_projection = load_tile(projection, D, 0, 0, R, D, RP, DP, True)  # [RP, DP]
         b_h = tl.dot(b_x, tl.trans(b_projection), input_precision="ieee").to(hidden.dtype.element_ty)  # [BT, RP]
         if s == 0:
-            row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
-            tl.store(hidden + row * hidden_n + d, b_h, mask=(row < N) & (d < R))
+            store_rows(hidden, hidden_n, t, N, b_h, BT, R, RP)
     b_o = tl.zeros([BT, RP], tl.float32)
     b_m = tl.full([BT], LOWEST, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
@@ -176,8 +172,7 @@ def forward_kernel(
     tl.store(p_softmax, b_m, mask=i < N)
     tl.store(p_softmax + every, b_l, mask=i < N)
     if GRADS:
-        d = tl.arange(0, RP)[None, :]
-        tl.store(o_parts + part * R + i.to(tl.int64)[:, None] * R + d, b_o, mask=(i[:, None] < N) & (d < R))
+        store_rows(o_parts + part * R, R, t, N, b_o, BT, R, RP)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -274,9 +269,7 @@ def dweight_kernel(
     if whole < end:  # the last tile of tokens is cut off
         b_dw = _add_tokens(b_dw, b_w, word, hidden, softmax, hidden_n, whole * BT, N, R, RP, BT, FOLDED, True)
     b_dw *= tl.load(dloss) / tl.load(softmax + 3 * N)
-    row, d = word.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
-    p_dw = dweight_parts + (tl.cast(s, tl.int64) * V + row) * R + d
-    tl.store(p_dw, b_dw.to(dweight_parts.dtype.element_ty), mask=(row < V) & (d < R))
+    store_rows(dweight_parts + tl.cast(s, tl.int64) * V * R, R, v, V, b_dw, BV, R, RP)
 
 
 @triton.jit

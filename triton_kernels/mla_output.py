@@ -19,15 +19,12 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, on_meta, padded, rows
 from dsfast.triton_kernels.narrow import (
-    load_tokens,
     load_vector,
-    load_weight,
     norm_backward,
     normalised,
     outer_launches,
-    store_tokens,
 )
-from dsfast.triton_kernels.pieces import gradients_read, options, sum_launch
+from dsfast.triton_kernels.pieces import gradients_read, load_tile, options, store_rows, sum_launch
 from torch import Tensor
 
 
@@ -39,13 +36,13 @@ def forward_kernel(
     """y and h of one tile of tokens. What the separate operators round is rounded."""
     start = tl.program_id(0) * BN
     dtype = h.dtype.element_ty
-    b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
-    b_v = load_tokens(values, start, values_n, N, BN, 1, 1, C, CP)  # [BN, CP]
+    b_o = load_tile(o, C, 0, 0, D, C, DP, CP, True)  # [DP, CP]
+    b_v = load_tile(values, values_n, start, 0, N, C, BN, CP, True)  # [BN, CP]
     b_h = tl.dot(b_v, tl.trans(b_o), input_precision="ieee").to(dtype).to(tl.float32)  # [BN, DP]
-    b_h = (b_h + load_tokens(residual, start, residual_n, N, BN, 1, 1, D, DP).to(tl.float32)).to(dtype)
-    store_tokens(h, b_h, start, N, BN, 1, 1, D, DP)
+    b_h = (b_h + load_tile(residual, residual_n, start, 0, N, D, BN, DP, True).to(tl.float32)).to(dtype)
+    store_rows(h, D, start, N, b_h, BN, D, DP)
     b_x, _ = normalised(b_h.to(tl.float32), start, N, eps, BN, D)
-    store_tokens(y, b_x * load_vector(norm, D, DP), start, N, BN, 1, 1, D, DP)
+    store_rows(y, D, start, N, b_x * load_vector(norm, D, DP), BN, D, DP)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -56,23 +53,23 @@ def backward_kernel(
     """dx [N, D], dvalues [N, C], and in a row of parts [tiles, D] what a tile adds to the gradient of norm."""
     tile = tl.program_id(0)
     start = tile * BN
-    b_dy = load_tokens(dy, start, dy_n, N, BN, 1, 1, D, DP).to(tl.float32)  # [BN, DP]
+    b_dy = load_tile(dy, dy_n, start, 0, N, D, BN, DP, True).to(tl.float32)  # [BN, DP]
     if dy_2 is not None:
-        b_dy += load_tokens(dy_2, start, dy_2_n, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_dy += load_tile(dy_2, dy_2_n, start, 0, N, D, BN, DP, True).to(tl.float32)
     if dy_3 is not None:
-        b_dy += load_tokens(dy_3, start, dy_3_n, N, BN, 1, 1, D, DP).to(tl.float32)
-    b_h = load_tokens(h, start, D, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_dy += load_tile(dy_3, dy_3_n, start, 0, N, D, BN, DP, True).to(tl.float32)
+    b_h = load_tile(h, D, start, 0, N, D, BN, DP, True).to(tl.float32)
     b_x, b_rstd = normalised(b_h, start, N, eps, BN, D)
     d = tl.arange(0, DP)
     tl.store(parts + tl.cast(tile, tl.int64) * D + d, tl.sum(b_dy * b_x, 0), mask=d < D)
     b_dx = norm_backward(b_dy, b_x, b_rstd, load_vector(norm, D, DP), D)
     if dh is not None:
-        b_dx += load_tokens(dh, start, dh_n, N, BN, 1, 1, D, DP).to(tl.float32)
+        b_dx += load_tile(dh, dh_n, start, 0, N, D, BN, DP, True).to(tl.float32)
     b_dx = b_dx.to(dx.dtype.element_ty)
-    store_tokens(dx, b_dx, start, N, BN, 1, 1, D, DP)
+    store_rows(dx, D, start, N, b_dx, BN, D, DP)
 
-    b_o = load_weight(o, 1, 1, D, DP, D, 0, C, CP)  # [DP, CP]
-    store_tokens(dvalues, tl.dot(b_dx, b_o, input_precision="ieee"), start, N, BN, 1, 1, C, CP)
+    b_o = load_tile(o, C, 0, 0, D, C, DP, CP, True)  # [DP, CP]
+    store_rows(dvalues, C, start, N, tl.dot(b_dx, b_o, input_precision="ieee"), BN, C, CP)
 
 
 class Tiles(NamedTuple):

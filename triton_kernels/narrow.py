@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, padded, rows
-from dsfast.triton_kernels.pieces import options, sum_launch
+from dsfast.triton_kernels.pieces import load_tile, options, store_rows, sum_launch
 from torch import Tensor
 
 # Of an outer product: tokens of a tile, tiles of a part, warps. Not tuned on a GPU.
@@ -100,10 +100,10 @@ def outer_kernel(
     b_part = tl.zeros([AP, BP], tl.float32)
     for tile in range(TILES):
         start = (part * TILES + tile) * BN
-        b_a = load_tokens(a, start, a_n, N, BN, 1, 1, A, AP)  # [BN, AP]
-        b_b = load_tokens(b, start, b_n, N, BN, 1, 1, B, BP)  # [BN, BP]
+        b_a = load_tile(a, a_n, start, 0, N, A, BN, AP, True)  # [BN, AP]
+        b_b = load_tile(b, b_n, start, 0, N, B, BN, BP, True)  # [BN, BP]
         b_part = tl.dot(tl.trans(b_a), b_b, b_part, input_precision="ieee")
-    store_weight(parts + tl.cast(part, tl.int64) * (A * B), b_part, 1, 1, A, AP, A, 0, B, BP)
+    store_rows(parts + tl.cast(part, tl.int64) * (A * B), B, 0, A, b_part, AP, B, BP)
 
 
 def outer_launches(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
