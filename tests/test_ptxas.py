@@ -104,6 +104,7 @@ def test_an_old_one_that_the_user_names_is_refused_in_one_line(shipped, of_old_t
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chips = (8, 0), (9, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
     monkeypatch.setattr(torch.cuda, "get_device_capability", chips.__getitem__)
     with pytest.raises(UserError, match="compiles some kernels wrongly") as raised, triton.kept_kernels():

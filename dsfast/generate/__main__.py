@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dsfast.command import CommandParser, number, positive, run_command, whole_number
+from dsfast.command import CommandParser, number, run_command, whole_number
 from dsfast.generate import generate
 from dsfast.train import load_checkpoint
 from dsfast.train.runtime import answering
@@ -30,7 +30,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument(
         "--max-new-tokens",
-        type=positive,
+        type=whole_number,
         metavar="N",
         help="default: the config's suite.max_new_tokens; fewer where prompt and answer fill max_position_embeddings",
     )

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 import threading
 import warnings
@@ -31,6 +30,7 @@ from dsfast.triton_kernels.version import numbers
 OLDEST = (3, 6)  # version of triton
 OLDEST_CHIP = (8, 0)  # compute capability: bfloat16 products and asynchronous copies
 BRANCHES, CHAIN = 4, -1  # streams of a capture beside its own; its own's priority, before that of branches
+_NO_COMPILER = "needs a C compiler to start kernels and finds none; install gcc, or set CC"
 INTERPRETED = interpreted()
 """Triton's interpreter runs the kernels on CPU tensors, slowly and one program after the other: to test them without a GPU. In
 such a process the CPU's own implementation of an operator is its Triton kernel, where it has one."""
@@ -60,12 +60,12 @@ def cannot_interpret() -> str:
 
 
 def _no_launcher() -> str:
-    """Why triton cannot start kernels on a GPU: a C compiler makes what does, at the first launch."""
-    if not (os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc")))):
-        return "triton needs a C compiler to start kernels and finds none; install gcc, or set CC"
-    if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
-        return f"triton needs Python's headers to start kernels, and {header} is not there; install python3-dev"
-    return ""
+    """Why this triton cannot start kernels on a GPU: up to 3.6 a C compiler makes what does, for each kind of kernel. Later ones
+    need it once, if what it made is not in the cache."""
+    version = importlib.import_module("triton").__version__
+    if numbers(version) > (3, 6) or os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc"))):
+        return ""
+    return f"triton {version} {_NO_COMPILER}"
 
 
 @cache
@@ -150,7 +150,7 @@ def kept_kernels() -> Iterator[None]:
 
     A folder that cannot be written to gives a warning, once, and kernels are kept until the process ends. One that fills up, or
     holds a kernel that cannot be read back, raises UserError, and so does a ptxas that compiles some kernels wrongly, or a C
-    compiler that fails. What a compilation that was cut off left behind is compiled anew.
+    compiler that is missing or fails. What a compilation that was cut off left behind is compiled anew.
     """
     if INTERPRETED:
         yield
@@ -162,11 +162,15 @@ def kept_kernels() -> Iterator[None]:
     except PtxasError as error:
         raise UserError(str(error)) from error
     except subprocess.CalledProcessError as error:
+        if "-shared" not in error.cmd:  # another of triton's tools
+            raise
         raise UserError(
-            f"{error.cmd[0]} could not compile what starts GPU kernels (exit status {error.returncode}); mend it, or name another"
-            " C compiler in CC"
+            f"{error.cmd[0]} could not compile what starts GPU kernels (exit status {error.returncode}); it needs Python's"
+            " headers (python3-dev); another C compiler may be named in CC"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RuntimeError, KeyError) as error:
+        if "Failed to find C compiler" in str(error):
+            raise UserError(f"triton {_NO_COMPILER}") from error
         if not _is_of_the_cache(error):
             raise
         raise UserError(
@@ -178,7 +182,7 @@ def kept_kernels() -> Iterator[None]:
 @cache
 def _have_right_ptxas() -> None:
     """For every GPU that is here. Raises PtxasError."""
-    for device in range(torch.cuda.device_count()):
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(device)
         use_right_ptxas(10 * major + minor)
 
