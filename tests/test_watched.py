@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dsfast.triton_kernels.version import numbers as numbers_of
+from dsfast.triton_kernels.pieces import BY_3_6
 from triton_contract import INTERPRETED, in_the_interpreter
 
 if INTERPRETED:
@@ -16,7 +16,6 @@ if INTERPRETED:
     from watched import LaunchError
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-TAKES_INTEGERS = numbers_of(triton.__version__) == (3, 6)
 N = 256  # two elements for each thread of four warps
 
 
@@ -171,9 +170,9 @@ def test_a_mask_of_integers_is_left_to_the_interpreter():
     """A comparison with a loop's number is one: taken for indices they are many gigabytes. Triton 3.6 takes it for a mask."""
     x, y = numbers(2 * N), torch.zeros(2 * N)
     refused = pytest.raises(InterpreterError, match="mask has unsupported dtype")
-    with nullcontext() if TAKES_INTEGERS else refused:
+    with nullcontext() if BY_3_6 else refused:
         copy_blocks_but_the_first_kernel[(1,)](x, y, N, 2 * N, N)
-    assert torch.equal(y, x * (x >= N) if TAKES_INTEGERS else torch.zeros(2 * N))
+    assert torch.equal(y, x * (x >= N) if BY_3_6 else torch.zeros(2 * N))
 
 
 @interpreted

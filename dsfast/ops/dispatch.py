@@ -7,7 +7,7 @@ fall-back warns once, with the reason, and is listed by `fallbacks()`. Asking fo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -144,11 +144,18 @@ def _resolve(
     raise UserError(f"{operator}: implementation {wanted!r} cannot run: {reason}")
 
 
+def only_in(known: Collection[torch.dtype], dtype: torch.dtype, what: str = "") -> str:
+    """Why the Triton kernels do not take `dtype`, `what` they take in `known` alone; empty where it is one of these."""
+    if dtype in known:
+        return ""
+    return f"the Triton kernels take {what}{', '.join(map(dtype_name, known))}, got {dtype_name(dtype)}"
+
+
 def _available(implementation: str, operator: str, dtype: torch.dtype) -> tuple[bool, str]:
     if implementation == "triton":
         known = (torch.float32,) if operator in IN_FLOAT32 else DTYPES
-        if dtype not in known:
-            return False, f"the Triton kernels take {', '.join(map(dtype_name, known))}, got {dtype_name(dtype)}"
+        if reason := only_in(known, dtype):
+            return False, reason
         return triton.available(operator)
     module, reason = native.status()
     if module is None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dsfast.ops import native, triton
-from dsfast.ops.dispatch import choose
+from dsfast.ops.dispatch import choose, only_in
 from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, raise_out_of_range, rows
-from dsfast.triton_kernels.launch import DTYPES, dtype_name
+from dsfast.triton_kernels.launch import DTYPES
 
 SCORING_FUNCS = ("sigmoid", "softmax")
 
@@ -115,20 +115,13 @@ def route_tokens(
     expect_dtype("moe_route", torch.float32, x.device, bias=bias)
     _check_choice(weight.size(0), top_k, n_group, topk_group, scoring_func)
     choice = top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func
-    implementation = choose("moe_route", bias, not_triton=_not_triton(x))
+    implementation = choose("moe_route", bias, not_triton=only_in(DTYPES, x.dtype, "tokens in "))
     if implementation == "reference":
         return route_tokens_reference(x, weight, bias, *choice)
     if implementation == "triton":
         return Routing(*torch.ops.dsfast.moe_route_tokens(x, weight, bias, *choice)[:5])
     weights, *found = moe_route(torch.nn.functional.linear(x.float(), weight.float()), bias, *choice)
     return Routing(weights.to(x.dtype), *found)
-
-
-def _not_triton(x: Tensor) -> str:
-    """Why the Triton kernels do not take the tokens; empty if they do."""
-    if x.dtype in DTYPES:
-        return ""
-    return f"the Triton kernels take tokens in {', '.join(map(dtype_name, DTYPES))}, got {dtype_name(x.dtype)}"
 
 
 def sort_slots(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
