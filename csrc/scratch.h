@@ -9,7 +9,10 @@ namespace dsfast {
 enum ScratchSlot { OF_PIECES, GRADIENTS, ACTIVATIONS, WEIGHTS, WORDS, FIRST_FACTORS, SECOND_FACTORS, SCRATCH_SLOTS };
 
 // At least `count` floats, 64-byte aligned, this thread's own; the content is whatever was left there. A second call
-// by the same thread for the same slot hands out the same memory again.
+// by the same thread for the same slot hands out the same memory again. Throws std::bad_alloc.
 float* scratch(int64_t count, ScratchSlot slot = OF_PIECES);
+
+// Throws std::bad_alloc, which becomes Python's MemoryError.
+[[noreturn]] void out_of_memory();
 
 }  // namespace dsfast

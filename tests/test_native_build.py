@@ -39,6 +39,37 @@ def fresh_status(monkeypatch):
     native.status.cache_clear()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_too_little_memory_for_a_kernel_is_a_memory_error_and_does_no_harm(threads):
+    needs_native()
+    code = f"""
+import resource, torch
+from pathlib import Path
+from dsfast.ops import native
+torch.set_num_threads({threads})
+def swiglu_backward(N, D, I):
+    x, gate_up, down, gu = (torch.ones(shape) for shape in ((N, D), (2 * I, D), (D, I), (N, 2 * I)))
+    grads = [torch.empty_like(t) for t in (x, gate_up, down)]
+    native.module().swiglu_mlp_backward(
+        x.data_ptr(), D, x.data_ptr(), D, gate_up.data_ptr(), down.data_ptr(), gu.data_ptr(),
+        *(g.data_ptr() for g in grads), N, D, I, torch.get_num_threads())
+    return grads
+expected = swiglu_backward(64, 16, 8)  # the threads are there now
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, resource.RLIM_INFINITY))
+for attempt in range(3):
+    try:
+        swiglu_backward(64, 16, 2**15)  # 40 MB, and 400 MB of working memory for each thread
+    except MemoryError:
+        print("too little")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for found, wanted in zip(swiglu_backward(64, 16, 8), expected):
+    assert torch.equal(found, wanted)
+"""
+    child = run_python("-c", code, OMP_NUM_THREADS=str(threads))
+    assert (child.returncode, child.stdout, child.stderr) == (0, "too little\n" * 3, "")
+
+
 class TestStaleAndMissing:
     def test_hash_changes_with_any_source(self, tmp_path):
         hash_of = runpy.run_path(str(native.SOURCES / "source_hash.py"))["source_hash"]
