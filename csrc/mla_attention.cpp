@@ -39,7 +39,7 @@ struct Block {
   // Writes `value` where the key comes after the query.
   DSFAST_INLINE void mask(float* scores, float value) const {
     for (int64_t j = 1; j < rows; ++j)
-      for (int64_t i = 0; i < j; ++i) scores[(first + j) * lanes + i] = value;
+      for_vectors(j, [&](int64_t i, int64_t n) { store_n(scores + (first + j) * lanes + i, splat(value), n); });
   }
 };
 

@@ -113,14 +113,13 @@ DSFAST_INLINE vfloat exp(vfloat x) {
 template <int DEGREE>
 DSFAST_INLINE vfloat exp2(vfloat x) {
 #if defined(__AVX512F__)
-  const vfloat clamped = maximum(splat(-150.0f), x);
-  const vfloat n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
+  const vfloat r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  const vfloat n = x - r;
 #else
   const vfloat clamped = minimum(splat(127.0f), maximum(splat(-126.0f), x));
   const vfloat shifted = clamped + 12583039.0f;  // as in exp
-  const vfloat n = shifted - 12583039.0f;
+  const vfloat r = clamped - (shifted - 12583039.0f);
 #endif
-  const vfloat r = clamped - n;
   vfloat power_of_r;
   if constexpr (DEGREE == 3) {
     power_of_r = ((r * 5.500894028e-2f + 2.422109604e-1f) * r + 6.93282925e-1f) * r + 1.0f;

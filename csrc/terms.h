@@ -58,58 +58,71 @@ DSFAST_INLINE vfloat multiply_add(vint a, vint b, vfloat sum) {
 #endif
 }
 
-#if !defined(__AVX512BF16__)
-// The nearest bfloat16, ties to even, in the high half; the low half is left as it comes. NaN stays NaN.
-DSFAST_INLINE vint rounded(vfloat x) {
-  const vint bits = (vint)x;
-  const vint nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
-  const vint number = x == x;
-  return (nearest & number) | (quiet & ~number);
+typedef int32_t vhalf __attribute__((vector_size(2 * W)));
+DSFAST_INLINE void store(Pair* p, vhalf x) {
+  typedef vhalf vhalf_unaligned __attribute__((aligned(4), may_alias));
+  *reinterpret_cast<vhalf_unaligned*>(p) = x;
 }
+
+// Two rows of W numbers in bfloat16, rounded to the nearest, ties to even; NaN stays NaN.
+#if defined(__AVX512BF16__)
+class TwoRows {
+  vint both;
+
+ public:
+  DSFAST_INLINE TwoRows(vfloat first, vfloat second) : both((vint)_mm512_cvtne2ps_pbh(second, first)) {}
+  // W / 2 pairs of neighbours of the first row, of the second, and the one behind the other.
+  DSFAST_INLINE vhalf along_first() const { return (vhalf)_mm512_castsi512_si256((__m512i)both); }
+  DSFAST_INLINE vhalf along_second() const { return (vhalf)_mm512_extracti64x4_epi64((__m512i)both, 1); }
+  DSFAST_INLINE vint along() const { return both; }
+  // W pairs of a number of the first and one of the second.
+  DSFAST_INLINE vint down() const {
+    typedef uint16_t places __attribute__((vector_size(4 * W)));
+    constexpr places TURNS = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vint)_mm512_permutexvar_epi16((__m512i)TURNS, (__m512i)both);
+  }
+};
+#else
+class TwoRows {
+  vint first, second;  // in the high halves; the low ones are left as they come
+
+  static DSFAST_INLINE vint rounded(vfloat x) {
+    const vint bits = (vint)x;
+    const vint nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+    const vint number = x == x;
+    return (nearest & number) | (quiet & ~number);
+  }
+  static DSFAST_INLINE vhalf neighbours(vint row) {
+    typedef uint64_t vlong __attribute__((vector_size(4 * W)));
+    const vlong two = (vlong)row;  // the first of two neighbours in the low half
+    return __builtin_convertvector(((two >> 16) & 0xffff) | ((two >> 32) & 0xffff0000), vhalf);
+  }
+
+ public:
+  DSFAST_INLINE TwoRows(vfloat first, vfloat second) : first(rounded(first)), second(rounded(second)) {}
+  DSFAST_INLINE vhalf along_first() const { return neighbours(first); }
+  DSFAST_INLINE vhalf along_second() const { return neighbours(second); }
+  DSFAST_INLINE vint along() const {
+    Pair both[W];
+    store(both, along_first());
+    store(both + W / 2, along_second());
+    return load(both);
+  }
+  DSFAST_INLINE vint down() const { return ((first >> 16) & 0xffff) | (second & HIGH_HALF); }
+};
 #endif
 
 // Pair i holds first[i] and second[i].
-DSFAST_INLINE vint pairs(vfloat first, vfloat second) {
-#if defined(__AVX512BF16__)
-  typedef uint16_t halves __attribute__((vector_size(4 * W)));
-  const halves one_after_the_other = (halves)_mm512_cvtne2ps_pbh(second, first);
-  constexpr halves TURNS = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return (vint)_mm512_permutexvar_epi16((__m512i)TURNS, (__m512i)one_after_the_other);
-#else
-  return ((rounded(first) >> 16) & 0xffff) | (rounded(second) & HIGH_HALF);
-#endif
-}
+DSFAST_INLINE vint pairs(vfloat first, vfloat second) { return TwoRows(first, second).down(); }
 
 // The terms of W PER_TERM neighbours, of which `count` are there; the others are zero. As bits of a vfloat.
 DSFAST_INLINE vfloat neighbours(const float* from, int64_t count, float) {
   return count >= W ? load(from) : load_part(from, largest(count, 0));
 }
 
-// W / 2 pairs of the W neighbours in x.
-DSFAST_INLINE void store_pairs(Pair* to, vfloat x) {
-  typedef int32_t half __attribute__((vector_size(2 * W)));
-  typedef half half_unaligned __attribute__((aligned(4), may_alias));
-#if defined(__AVX512BF16__)
-  *reinterpret_cast<half_unaligned*>(to) = (half)_mm512_cvtneps_pbh(x);
-#else
-  typedef uint64_t vlong __attribute__((vector_size(4 * W)));
-  const vlong two = (vlong)rounded(x);  // the first of two neighbours in the low half
-  const vlong pair = ((two >> 16) & 0xffff) | ((two >> 32) & 0xffff0000);
-  *reinterpret_cast<half_unaligned*>(to) = __builtin_convertvector(pair, half);
-#endif
-}
-
 DSFAST_INLINE vfloat neighbours(const float* from, int64_t count, Pair) {
-  const vfloat first = neighbours(from, count, 0.0f), second = neighbours(from + W, count - W, 0.0f);
-#if defined(__AVX512BF16__)
-  return (vfloat)_mm512_cvtne2ps_pbh(second, first);
-#else
-  Pair both[W];
-  store_pairs(both, first);
-  store_pairs(both + W / 2, second);
-  return (vfloat)load(both);
-#endif
+  return (vfloat)TwoRows(neighbours(from, count, 0.0f), neighbours(from + W, count - W, 0.0f)).along();
 }
 
 DSFAST_INLINE Pair pair(float first, float second) { return pairs(splat(first), splat(second))[0]; }
@@ -120,11 +133,12 @@ DSFAST_INLINE void store_terms(const vfloat (&rows)[1], float* along, int64_t, f
   store(along != nullptr ? along : down, rows[0]);
 }
 DSFAST_INLINE void store_terms(const vfloat (&rows)[2], Pair* along, int64_t row, Pair* down) {
+  const TwoRows rounded(rows[0], rows[1]);
   if (along != nullptr) {
-    store_pairs(along, rows[0]);
-    store_pairs(along + row, rows[1]);
+    store(along, rounded.along_first());
+    store(along + row, rounded.along_second());
   }
-  if (down != nullptr) store(down, pairs(rows[0], rows[1]));
+  if (down != nullptr) store(down, rounded.down());
 }
 
 }  // namespace DSFAST_ISA
