@@ -162,7 +162,7 @@ class TestWhereItEnds:
             by_device(model, [[2, 4]], 4, temperature)
 
     def test_ids_outside_the_vocabulary(self):
-        with pytest.raises(UserError, match=r"input_ids: expected 0 .. 60, got 61"):
+        with pytest.raises(UserError, match=r"prompt: expected token ids 0 .. 60, got 61"):
             by_device(random_model(), [[1, 61]], 1)
 
 

@@ -348,6 +348,18 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
         generate(random_model(), Tokenizer(models.BPE()), "A")
 
 
-def test_an_id_outside_the_vocabulary_is_refused(implementation):
-    with pytest.raises(UserError, match=r"input_ids: expected 0 .. 60, got 61"):
-        generate_ids(random_model(), [[1, 61]], max_new_tokens=1)
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1, 61]], r"^prompt: expected token ids 0 .. 60, got 61$"),
+        ([[1], [-1]], r"^prompts\[1\]: expected token ids 0 .. 60, got -1$"),
+        ([[2**70]], "^prompt: expected token ids 0 .. 60, got 1180591620717411303424$"),
+        ([[1.5]], "^prompt: expected token ids 0 .. 60, got 1.5$"),
+        ([[True]], "^prompt: expected token ids 0 .. 60, got True$"),
+        ([["a"]], "^prompt: expected token ids 0 .. 60, got 'a'$"),
+        ([5], "^prompt: expected a list of token ids, got int$"),
+    ],
+)
+def test_what_is_no_token_id_is_refused(implementation, prompts, message):
+    with pytest.raises(UserError, match=message):
+        generate_ids(random_model(), prompts, max_new_tokens=1)

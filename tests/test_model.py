@@ -298,3 +298,5 @@ def test_bad_labels_and_positions_are_refused():
             model.loss(ids, labels)
     with pytest.raises(UserError, match=r"positions: expected 0 .. 262, got 263"):
         model(ids, torch.full((2, 4), 263))
+    with pytest.raises(UserError, match=r"positions: expected the shape of input_ids \[2, 4\], of int64, got list"):
+        model(ids, [[0, 1, 2, 3]] * 2)

@@ -13,6 +13,8 @@ from tiny_models import MORE_VARIANTS, random_ids, random_model
 from torch import Tensor
 
 from dsfast import ops
+from dsfast.data import Batch
+from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, NativeStep
 from dsfast.model.native_step import MOST_UNEVEN, uneven
 from dsfast.ops.checks import judge
@@ -269,6 +271,26 @@ class TestGradients:
                 warnings.simplefilter("error")
                 losses.append([trainer.train_batch(tiny_dataset().rows.batch(i, 3)).loss for i in range(8)])
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4, atol=0)
+
+    def test_what_would_be_read_beyond_its_end_is_refused_after_the_first_batch_too(self):
+        trainer = Trainer(tiny_config(), dataset=tiny_dataset())
+        limit = trainer.config.model.max_position_embeddings
+        ids = random_ids(trainer.model, 2, limit)
+        shape = rf"the shape of input_ids \[2, {limit}\], of int64"
+        refused = {
+            rf"positions: expected {shape}, got \[1, 5\] of torch.int64": (torch.arange(5)[None], None),
+            rf"positions: expected {shape}, got \[2, {limit}\] of torch.int32": (torch.zeros_like(ids).int(), None),
+            rf"positions: expected 0 .. {limit - 1}, got {limit}": (torch.full_like(ids, limit), None),
+            rf"positions in the documents of cu_seqlens: expected 0 .. {limit - 1}, got {2 * limit - 1}": (
+                None, torch.tensor([0, 2 * limit]).int(),
+            ),
+        }  # fmt: skip
+        for _ in range(2):
+            for message, (positions, cu_seqlens) in refused.items():
+                with pytest.raises(UserError, match=f"^{message}$"):
+                    trainer.train_batch(Batch(ids, ids, positions, cu_seqlens))
+            trainer.train_batch(Batch(ids, ids, None, None))
+            assert trainer.gradients.in_one_call
 
     def test_nothing_is_taken_for_agreement_where_nothing_was_compared(self):
         model = random_model().train()

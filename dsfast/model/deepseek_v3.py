@@ -6,6 +6,8 @@ Inside the model the tokens of all rows stand in one line [N, D]; `cu_seqlens` s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,9 +88,7 @@ class DeepseekV3(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `loss` in one line: ids [N], labels [N], positions [N], cu_seqlens [S + 1]; checked, as it does."""
         ids, positions, cu_seqlens = self._checked_tokens(input_ids, positions, cu_seqlens)
-        if not isinstance(labels, Tensor) or labels.shape != input_ids.shape or labels.dtype != torch.int64:
-            found = f"{_shape(labels)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise UserError(f"labels: expected the shape of input_ids {_shape(input_ids)}, of int64, got {found}")
+        _expect_beside("labels", labels, input_ids)
         labels = labels.reshape(-1)
         _check_range("labels", labels.where(labels != IGNORED, 0) if labels.is_cpu else labels, self.config.vocab_size)
         return ids, labels, positions, cu_seqlens
@@ -115,10 +115,6 @@ class DeepseekV3(nn.Module):
         projection, weight = self.head_weights()
         reduced = hidden if projection is None else nn.functional.linear(hidden, projection)
         return nn.functional.linear(reduced, weight)
-
-    def check_ids(self, input_ids: Tensor) -> None:
-        """Raise UserError for a token id outside the vocabulary; on the CPU alone."""
-        _check_range("input_ids", input_ids, self.config.vocab_size)
 
     def routers(self) -> list[Router]:
         """Every router, in order, those of the MTP modules last. `load` is its tokens per expert in the last step."""
@@ -183,18 +179,20 @@ class DeepseekV3(nn.Module):
             raise UserError(
                 f"input_ids: rows of {length} tokens, at most {limit} are possible (max_position_embeddings)"
             )
-        self.check_ids(input_ids)
+        _check_range("input_ids", input_ids, self.config.vocab_size)
         device, n = input_ids.device, input_ids.numel()
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(0, n + 1, max(length, 1), dtype=torch.int32, device=device)
-            if positions is None:
-                positions = torch.arange(length, device=device).repeat(len(input_ids))
-        if positions is None:
+        if positions is not None:
+            _expect_beside("positions", positions, input_ids)
+            _check_range("positions", positions, limit)
+        elif cu_seqlens is None:
+            positions = torch.arange(length, device=device).repeat(len(input_ids))
+        else:
             place = torch.arange(n, dtype=torch.int32, device=device)
             segment = torch.searchsorted(cu_seqlens, place, right=True) - 1
             positions = (place - cu_seqlens[segment]).long()
-        else:
-            _check_range("positions", positions, limit)
+            _check_range("positions in the documents of cu_seqlens", positions, limit)
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, n + 1, max(length, 1), dtype=torch.int32, device=device)
         return input_ids.reshape(-1), positions.reshape(-1), cu_seqlens
 
 
@@ -216,6 +214,12 @@ def parameter_counts(model: DeepseekV3) -> dict[str, int]:
         "active": total - count(model.mtp) - idle,
         "embedding": count(model.embed_tokens) + count(model.lm_head),
     }
+
+
+def _expect_beside(name: str, values: Any, input_ids: Tensor) -> None:
+    if not isinstance(values, Tensor) or values.shape != input_ids.shape or values.dtype != torch.int64:
+        found = f"{_shape(values)} of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"{name}: expected the shape of input_ids {_shape(input_ids)}, of int64, got {found}")
 
 
 def _check_range(name: str, values: Tensor, limit: int) -> None:

@@ -60,7 +60,6 @@ def generate_ids(
     """
     _check(model, prompts, max_new_tokens, temperature, seed)
     packed = Prompts.pack(prompts)
-    model.check_ids(packed.ids)
     limit, batch = model.config.max_position_embeddings, len(prompts)
     room = [min(max_new_tokens, limit - len(prompt) + 1) for prompt in prompts]  # the last token is never read back
     capacity = max(len(prompt) + n - 1 for prompt, n in zip(prompts, room, strict=True))
@@ -134,8 +133,13 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
     if not prompts:
         raise UserError("prompts: expected at least one, got none")
     for number, prompt in enumerate(prompts):
+        which = "prompt" if len(prompts) == 1 else f"prompts[{number}]"
+        if not isinstance(prompt, list):
+            raise UserError(f"{which}: expected a list of token ids, got {type(prompt).__name__}")
+        for token in prompt:
+            if type(token) is not int or not 0 <= token < model.config.vocab_size:
+                raise UserError(f"{which}: expected token ids 0 .. {model.config.vocab_size - 1}, got {token!r}")
         if not 1 <= len(prompt) <= limit:
-            which = "prompt" if len(prompts) == 1 else f"prompts[{number}]"
             raise UserError(
                 f"{which}: expected 1 .. {limit} tokens, <|bos|> included (max_position_embeddings), got {len(prompt)}"
             )
