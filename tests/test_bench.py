@@ -444,7 +444,7 @@ def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch):
 def test_a_missing_peer_is_reported_and_by_name_an_error(monkeypatch, capsys):
     missing = dataclasses.replace(PEERS["transformers"], missing=lambda: huggingface.INSTALL)
     monkeypatch.setitem(PEERS, "transformers", missing)
-    chosen = step.choose_peers(None)
+    chosen = step.choose_peers(None, tiny.tiny_config().model)
     assert list(chosen) == list(PEERS)
     assert "pip install" in chosen["transformers"]
     found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"transformers": chosen["transformers"]}, False, quiet)
@@ -455,6 +455,32 @@ def test_a_missing_peer_is_reported_and_by_name_an_error(monkeypatch, capsys):
     assert captured.out == ""
     [line] = captured.err.splitlines()
     assert line.startswith(f"error: peer 'transformers': {huggingface.INSTALL}; available here: eager, ")
+
+
+def test_a_model_that_transformers_cannot_have_is_missing_there_and_nothing_broken(capsys, tmp_path):
+    config = tiny.tiny_config(**{"model.scoring_func": "softmax"})
+    chosen = step.choose_peers(None, config.model)
+    if not huggingface.missing():
+        assert chosen["transformers"].startswith(
+            "transformers' DeepseekV3ForCausalLM makes the routers' scores by sigmoid"
+        )
+    found = step.run_step(config, 2, 8, 1, {"transformers": chosen["transformers"]}, False, quiet)
+    assert found["peers"]["transformers"] | {"what": ""} == {
+        "what": "", "status": "missing", "reason": chosen["transformers"],
+    }  # fmt: skip
+    model = tiny_models.random_model(scoring_func="softmax")
+    found = run_generate(model, [1], 2, 1, quiet)
+    assert (found["status"], found["reason"]) == ("missing", chosen["transformers"])
+    assert bench.sound(found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"v_head_dim": 64}, {"n_routed_experts": 4, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 1}]
+)
+def test_the_eager_peer_has_values_wider_than_keys_and_groups_of_one_expert(changes):
+    config = tiny.tiny_config(**{f"model.{name}": value for name, value in changes.items()})
+    found = step.run_step(config, 2, 8, 1, {"eager": ""}, False, quiet)
+    assert found["peers"]["eager"]["status"] == "timed"
 
 
 def test_the_comparison_starts_with_no_weight_at_zero():

@@ -217,7 +217,7 @@ def _step(arguments: Namespace, reporter: Reporter) -> tuple[Json, Json]:
         config = config.replace(**{"runtime.dtype": arguments.dtype})
     batch = arguments.batch or config.train.batch_size
     length = arguments.length or config.data.sequence_length
-    peers = choose_peers(arguments.peers)
+    peers = choose_peers(arguments.peers, config.model)
     if arguments.memory:
         check_measurable()
     settings = {"batch": batch, "length": length, **_named(config), "dtype": config.runtime.dtype}

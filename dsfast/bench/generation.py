@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dsfast.bench.peers import huggingface
+from dsfast.bench.step import attempt
 from dsfast.bench.timing import compare
 from dsfast.errors import UserError
 from dsfast.files import Json
-from dsfast.model import DeepseekV3, generate_ids
+from dsfast.model import DeepseekV3, generate_ids, why_not_exported
 
 PROMPT_TOKENS = 8
 TOLERANCE = 1e-3
@@ -55,15 +56,19 @@ def run_generate(
 
 def _load_peer(model: DeepseekV3, prompts: Tensor) -> tuple[Any, str, str]:
     """(the model in transformers, or None where it cannot be timed; status; reason)."""
-    if huggingface.missing():
-        return None, "missing", huggingface.missing()
-    try:
+    if missing := huggingface.missing() or why_not_exported(model.config):
+        return None, "missing", missing
+
+    def tried() -> tuple[Any, str]:
         peer = huggingface.from_dsfast(model).eval().to(model.embed_tokens.weight.device)
         peer.generation_config.eos_token_id = None  # both sides go on to the last token
-        difference = _difference(model, peer, prompts)
         _generate_theirs(peer, prompts, 2)
-    except Exception as error:  # whatever stops the peer is its own; dsfast is still worth timing
-        return None, "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        return peer, _difference(model, peer, prompts)
+
+    found, problem = attempt(tried)
+    if problem:
+        return None, "failed", problem
+    peer, difference = found
     return (None, "wrong", difference) if difference else (peer, "timed", "")
 
 

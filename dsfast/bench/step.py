@@ -18,7 +18,7 @@ from dsfast.bench.peers import PEERS, Peer, PeerTraining
 from dsfast.bench.split import split_by_operator
 from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
-from dsfast.config import Config
+from dsfast.config import Config, ModelConfig
 from dsfast.errors import UserError, expect_known
 from dsfast.files import Json
 from dsfast.train import Trainer
@@ -33,12 +33,12 @@ _log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]
 
 
-def choose_peers(names: Sequence[str] | None) -> dict[str, str]:
-    """Peer -> why it is missing here, "" if it is not; all peers if `names` is None.
+def choose_peers(names: Sequence[str] | None, config: ModelConfig) -> dict[str, str]:
+    """Peer -> why it is missing here or for a model of `config`, "" if it is not; all peers if `names` is None.
 
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
-    missing = {name: peer.missing() for name, peer in PEERS.items()}
+    missing = {name: peer.missing() or peer.refuses(config) for name, peer in PEERS.items()}
     expect_known("peer", names or (), PEERS, "bench step: ")
     for name in names or ():
         if missing[name]:

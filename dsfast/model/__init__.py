@@ -3,7 +3,7 @@
 from dsfast.model.capture import captured
 from dsfast.model.deepseek_v3 import DeepseekV3, parameter_counts
 from dsfast.model.generate import generate, generate_ids
-from dsfast.model.huggingface import export_huggingface, import_huggingface
+from dsfast.model.huggingface import export_huggingface, import_huggingface, why_not_exported
 from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import (
     FixedWeights,
@@ -31,4 +31,5 @@ __all__ = [
     "loss_in",
     "parameter_counts",
     "precision_of",
+    "why_not_exported",
 ]

@@ -41,8 +41,8 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
     The folder appears whole or not at all. Raises UserError if `out_dir` is not new or empty, or cannot be written, and for a
     model that transformers would load and compute something else with, or nothing.
     """
-    if reason := _why_not_exported(model.config):
-        raise UserError(f"{out_dir}: transformers' DeepseekV3ForCausalLM {reason}; it cannot be exported")
+    if reason := why_not_exported(model.config):
+        raise UserError(f"{out_dir}: {reason}; it cannot be exported")
     with os_errors_as(f"{out_dir}: cannot be written", RuntimeError):  # a loop of links, a working folder that is gone
         out, here = Path(out_dir).resolve(), Path.cwd()
     if out in (here, Path(out.anchor)):
@@ -65,12 +65,15 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _why_not_exported(config: ModelConfig) -> str:
+def why_not_exported(config: ModelConfig) -> str:
     """What transformers' model does otherwise than one of `config`, or ""."""
+    does = "transformers' DeepseekV3ForCausalLM"
     if config.scoring_func != "sigmoid":
-        return f"makes the routers' scores by sigmoid only, this model by {config.scoring_func} (model.scoring_func)"
+        return f"{does} makes the routers' scores by sigmoid only, this model by {config.scoring_func} (model.scoring_func)"
     if config.first_k_dense_replace < config.num_hidden_layers and config.n_routed_experts == config.n_group:
-        return f"adds the two best scores of a group, of this model's {config.n_group} each has one (model.n_group)"
+        return (
+            f"{does} adds the two best scores of a group, of this model's {config.n_group} each has one (model.n_group)"
+        )
     return ""
 
 

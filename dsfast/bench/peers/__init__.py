@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dsfast.bench.peers import huggingface
 from dsfast.bench.peers.eager import EagerDeepseekV3, MoE
-from dsfast.config import TrainConfig
-from dsfast.model import DeepseekV3
+from dsfast.config import ModelConfig, TrainConfig
+from dsfast.model import DeepseekV3, why_not_exported
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,13 +23,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Peer:
     """`build(model)` copies the weights of a dsfast model: (module, its loss(input_ids, labels)).
 
-    what: the line in the table. missing(): why it cannot run here, "" if it can.
+    what: the line in the table. missing(): why it cannot run here, "" if it can; refuses(config): why no model of `config` can
+    be built.
     tolerance: of its first loss against dsfast's, relative.
     """
 
     what: str
     build: Callable[[DeepseekV3], tuple[nn.Module, Loss]]
     missing: Callable[[], str] = lambda: ""
+    refuses: Callable[[ModelConfig], str] = lambda config: ""
     tolerance: float = 1e-4
 
 
@@ -112,7 +114,9 @@ PEERS = {
     "eager": Peer("PyTorch module, float32", _eager),
     "compile": Peer("torch.compile of it, float32", _compiled, _no_compiler),
     "autocast": Peer("the module under bfloat16 autocast", _autocast, tolerance=1e-2),
-    "transformers": Peer("transformers DeepseekV3, full embedding, float32", _transformers, huggingface.missing),
+    "transformers": Peer(
+        "transformers DeepseekV3, full embedding, float32", _transformers, huggingface.missing, why_not_exported
+    ),
 }
 
 _ROUGH = 1e-2  # losses in bfloat16

@@ -41,8 +41,8 @@ def embedding(input_ids: Tensor, table: Tensor, projection: Tensor | None = None
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q and k [B, H, T, Dk], v [B, H, T, Dv] -> [B, H, T, Dv]."""
-    # Padded, v is as wide as the keys, which SDPA's fused CPU kernel asks for; unpadded it takes the slow path.
-    padded = functional.pad(v, (0, q.size(-1) - v.size(-1)))
+    # Padded, narrower v are as wide as the keys, which SDPA's fused CPU kernel asks for; unpadded it takes the slow path.
+    padded = functional.pad(v, (0, max(q.size(-1) - v.size(-1), 0)))
     return functional.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)[..., : v.size(-1)]
 
 
@@ -97,7 +97,7 @@ def choose_experts(logits, bias, top_k, n_group, topk_group, norm_topk_prob, sca
     biased = (scores + bias).detach()
     if n_group > 1:
         grouped = biased.unflatten(1, (n_group, -1))
-        best = grouped.topk(2, dim=2).values.sum(2).topk(topk_group, dim=1).indices
+        best = grouped.topk(min(2, grouped.size(2)), dim=2).values.sum(2).topk(topk_group, dim=1).indices
         dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
         biased = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
     indices = biased.topk(top_k, dim=1).indices
