@@ -27,6 +27,7 @@ from dsfast.data.tokenizer import tokenizer_hash
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.ops import native
+from dsfast.suite import __main__ as suite
 from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
 from dsfast.train.interrupt import StopSignals
@@ -506,6 +507,12 @@ def test_a_folder_whose_name_safetensors_could_not_read_is_refused(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     with pytest.raises(UserError, match="expected a name in UTF-8"):
         Trainer(tiny_config(), folder, tiny_dataset()).train(quiet=True)
+    assert not folder.exists()
+    config = write_text_run(tmp_path)
+    for command in (main, suite.main):
+        with pytest.raises(UserError, match="expected a name in UTF-8"):
+            command(["--config", str(config), "--output-dir", str(folder)])
+        assert not folder.exists()
 
 
 def test_a_kernel_that_does_not_run_here_is_refused_with_its_key():

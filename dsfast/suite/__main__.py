@@ -38,6 +38,7 @@ from dsfast.suite.phases import (
 from dsfast.suite.report import Reporter
 from dsfast.suite.results import SCHEMA_VERSION, write_results
 from dsfast.suite.verdict import judge_comparison, verdict
+from dsfast.train.run_folder import expect_utf8
 from dsfast.train.runtime import prepare
 
 DEVICES = {name: device for device, name in DEVICE_NAMES.items()}  # "cpu", "gpu" -> torch's names
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     prompts = load_prompts(arguments.prompts)
     configs, skipped = choose_configs(arguments)
     folder = check_output_folder(arguments.output_dir, "--output-dir")
+    expect_utf8(folder)
     plans = make_plans(configs, prompts, arguments.full_training)
     for plan in plans:  # a mistake in the second test's input must not come out after the first has trained
         with gpu_errors_while("setting up", REMEDY):

@@ -12,6 +12,7 @@ from dsfast.errors import UserError
 from dsfast.files import check_output_folder
 from dsfast.train.checkpoint import find_checkpoint
 from dsfast.train.loop import Trainer, TrainingError, TrainResult
+from dsfast.train.run_folder import expect_utf8
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     resume = arguments.output_dir if arguments.resume is True else arguments.resume
     resume = resume and find_checkpoint(resume)
     config = _config(arguments.config, resume, {"seed": arguments.seed, "train.steps": arguments.steps})
-    check_output_folder(arguments.output_dir, "--output-dir")
+    expect_utf8(check_output_folder(arguments.output_dir, "--output-dir"))
     result = Trainer(config, arguments.output_dir).train(resume)
     print(_summary(result))
     if result.skipped_steps == len(result.losses) or not isfinite(result.final_loss):

@@ -19,6 +19,17 @@ RUN_FILES = (METRICS, CONFIG)
 """What a run writes beside its checkpoints."""
 
 
+def expect_utf8(folder: Path) -> None:
+    """Raise UserError for a folder from which no checkpoint could be read again."""
+    with os_errors_as(f"{folder}: cannot be used as output folder", RuntimeError):  # RuntimeError: a loop of links
+        try:
+            os.fsencode(folder.resolve()).decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{folder}: expected a name in UTF-8; safetensors reads no checkpoint from another one"
+            ) from None
+
+
 @contextmanager
 def run_folder(folder: Path, config: Config, step: int, resumed: Path | None) -> Iterator[None]:
     """Create `folder` where it is absent and write config.json into it; inside, no other run may.
@@ -27,14 +38,9 @@ def run_folder(folder: Path, config: Config, step: int, resumed: Path | None) ->
     written, or is another run's at the time, when it is not empty and the checkpoint is not in it, or when it holds checkpoints
     of later steps, complete or not, which this run would come to write again.
     """
+    expect_utf8(folder)
     with os_errors_as(f"{folder}: cannot be used as output folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            os.fsencode(folder.resolve()).decode()
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{folder}: expected a name in UTF-8; safetensors reads no checkpoint from another one"
-            ) from None
     with for_one_run(folder):
         _begin(folder, config, step, resumed)
         yield
