@@ -35,6 +35,7 @@ from dsfast.model import generate_ids
 from dsfast.model.decode import OperatorDecoder
 from dsfast.ops import native
 from dsfast.train import Trainer
+from dsfast.train.gradients import Gradients
 
 # Small, and no two letters of an operator alike.
 SMALL = {
@@ -509,8 +510,22 @@ def test_the_split_names_dsfasts_operators_forward_and_backward(whole_step):
 def test_memory_is_that_of_a_process_for_each_variant():
     memory.check_measurable()
     found = memory.peak_memory(comparable(tiny.tiny_config()), 2, 8, [], quiet)
-    assert list(found) == [memory.IDLE, "dsfast"]
-    assert 10e6 < found[memory.IDLE] < found["dsfast"] < 2e9
+    assert found["memory_failed"] == {}
+    assert list(found["memory"]) == [memory.IDLE, "dsfast"]
+    assert 10e6 < found["memory"][memory.IDLE] < found["memory"]["dsfast"] < 2e9
+
+
+def test_a_variant_whose_process_fails_is_named_and_the_others_are_kept(capsys, monkeypatch):
+    memory.check_measurable()
+    monkeypatch.setattr(memory, "_TRAIN", "import os; os.write(2, b'a word\\nno room'); os._exit(9)")
+    found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"eager": ""}, True, quiet)
+    assert list(found["memory"]) == [memory.IDLE]
+    failed = "its process ended with status 9: no room"
+    assert found["memory_failed"] == {"dsfast": failed, "eager": failed}
+    assert found["peers"]["eager"]["status"] == "timed"
+    assert not bench.sound(found)
+    Reporter()._memory(found["memory"], found["memory_failed"])
+    assert f"✗ the memory of eager was not measured: {failed}" in " ".join(capsys.readouterr().out.split())
 
 
 # generate
@@ -855,3 +870,15 @@ def test_learning_that_falls_behind_is_an_error(loss, tmp_path: Path, capsys, mo
     config = tiny.write_text_run(tmp_path)
     assert run_command(bench.main, ["learning", "--seeds", "1", "--config", str(config)]) == 1
     assert "✗ seed 0: the last loss differs by" in capsys.readouterr().out
+
+
+def test_a_run_whose_losses_become_no_numbers_is_wrong_and_says_so(tmp_path: Path, capsys, monkeypatch):
+    config = tiny.write_text_run(tmp_path, **{"train.max_bad_steps": 2})
+    monkeypatch.setattr(Gradients, "__call__", lambda self, *batch: float("nan"))
+    arguments = ["learning", "--seeds", "1", "--config", str(config), "--json", str(tmp_path / "found.json")]
+    assert run_command(bench.main, arguments) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "✗ seed 0: dsfast: step 2: 2 steps in a row were not finite" in said
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert found["status"] == "wrong"
+    assert found["seeds"][0]["dsfast"]["loss"] is None

@@ -142,6 +142,19 @@ def test_a_tree_that_breaks_is_named_and_what_it_said_is_shown(repository: Path,
     assert found["results"]["status"] == "failed"
 
 
+def test_a_tree_whose_losses_become_no_numbers_is_named_and_1(repository: Path, tmp_path: Path):
+    change(
+        repository,
+        "dsfast/train/loop.py",
+        "        value = self.gradients(*self._inputs(batch))\n",
+        "        value = self.gradients(*self._inputs(batch)) * math.nan\n",
+    )
+    ended, found = against(repository, tmp_path)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert found["results"]["status"] == "failed"
+    assert "steps in a row were not finite" in found["results"]["reason"]
+
+
 def test_a_mistake_that_a_side_finds_is_one_line_and_2(repository: Path, tmp_path: Path):
     ended, found = against(repository, tmp_path, text="few words")
     assert ended.returncode == 2

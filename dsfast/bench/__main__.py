@@ -79,7 +79,7 @@ def sound(found: Json) -> bool:
     wrong = [problem for problem in problems if problem and not problem.startswith("not available")]
     faster = any(row["grows_faster"] for rows in found.get("series", {}).values() for row in rows)
     faulty = any(row["faults"] for row in found.get("kernels", []))
-    worse = found.get("problems") or found.get("wrong")
+    worse = found.get("problems") or found.get("wrong") or found.get("memory_failed")
     return not (wrong or faster or faulty or worse or {"failed", "wrong"} & set(states))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import nan
 from statistics import fmean
 
 from dsfast.config import Config
 from dsfast.evaluate import check_taught, measure_taught
 from dsfast.evaluate.recall import as_json
 from dsfast.files import Json
-from dsfast.train import Trainer
+from dsfast.train import Trainer, TrainingError
 from dsfast.triton_kernels.launch import dtype_name
 
 REFERENCE = {"runtime.dtype": "float32", "runtime.kernels": {"default": "reference"}}
@@ -37,16 +38,24 @@ def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str],
 
 
 def _run(config: Config) -> Json:
-    """Train once: `loss` of the last step, `mean_loss` of the LAST ones, `seconds` of training, `recall` of taught facts."""
+    """Train once: `loss` of the last step, `mean_loss` of the LAST ones, `seconds` of training, `recall` of taught facts.
+
+    Of a run whose losses became no numbers these are none either, and `failed` says why.
+    """
     trainer = Trainer(config)
     data = trainer.dataset
     check_taught(data.tokenizer, data.taught, config.model.max_position_embeddings)
-    result = trainer.train(quiet=True)
+    products = {"products": dtype_name(trainer.precision.products)}
+    try:
+        result = trainer.train(quiet=True)
+    except TrainingError as error:
+        recall = {"taught": None, "heldout": None}
+        return {"loss": nan, "mean_loss": nan, "seconds": nan, **products, "recall": recall, "failed": str(error)}
     recall = measure_taught(trainer.model, data.tokenizer, data.taught)
     return {
         "loss": result.final_loss,
         "mean_loss": fmean(result.losses[-LAST:]),
         "seconds": result.seconds,
-        "products": dtype_name(trainer.precision.products),
+        **products,
         "recall": as_json(recall),
     }

@@ -14,6 +14,7 @@ from dsfast.bench.peers import PEERS, PeerTraining
 from dsfast.bench.workload import random_batch
 from dsfast.config import Config
 from dsfast.errors import UserError
+from dsfast.files import Json
 from dsfast.model import DeepseekV3
 from dsfast.train import Trainer
 
@@ -35,14 +36,23 @@ def check_measurable() -> None:
 
 def peak_memory(
     config: Config, batch: int, length: int, variants: Iterable[str], progress: Callable[[str], None]
-) -> dict[str, int]:
-    """IDLE, "dsfast" and `variants` (peers) -> bytes; `progress` is told what comes next."""
+) -> Json:
+    """`memory`: IDLE, "dsfast" and `variants` (peers) -> bytes; `memory_failed`: those of them whose process failed -> why.
+    `progress` is told what comes next."""
     request = {"config": config.to_dict(), "batch": batch, "length": length}
-    found = {}
+    peaks, failed = {}, {}
     for variant in (IDLE, "dsfast", *variants):
         progress(f"memory of {variant}")
-        found[variant] = _peak_of(IDLE if variant == IDLE else _TRAIN, {**request, "variant": variant})
-    return found
+        program = IDLE if variant == IDLE else _TRAIN
+        command = [sys.executable, "-c", f"{program}; {_PRINT_PEAK}"]
+        asked = json.dumps({**request, "variant": variant})
+        child = subprocess.run(command, input=asked, capture_output=True, text=True)
+        if child.returncode:
+            said = child.stderr.strip().splitlines()
+            failed[variant] = f"its process ended with status {child.returncode}: {said[-1] if said else 'no word'}"
+        else:
+            peaks[variant] = int(child.stdout.split()[-1]) * 1024
+    return {"memory": peaks, "memory_failed": failed}
 
 
 def train_as_asked() -> None:
@@ -57,11 +67,3 @@ def train_as_asked() -> None:
     rows = random_batch(config, request["batch"], request["length"])
     for _ in range(STEPS):
         training.step(*rows)
-
-
-def _peak_of(program: str, request: dict) -> int:
-    command = [sys.executable, "-c", f"{program}; {_PRINT_PEAK}"]
-    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"measuring the memory of {request['variant']} failed:\n{child.stderr}")
-    return int(child.stdout.split()[-1]) * 1024

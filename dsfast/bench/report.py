@@ -71,7 +71,7 @@ class Reporter:
         self._work(results["work"], results["ceilings"], results["dsfast"]["products"])
         self._operators(results["operators"])
         if "memory" in results:
-            self._memory(results["memory"])
+            self._memory(results["memory"], results.get("memory_failed", {}))
 
     def _work(self, work: Json, ceilings: Json, products: str) -> None:
         shares = ", ".join(
@@ -92,13 +92,14 @@ class Reporter:
             table.add_row(row["operator"], *milliseconds, f"{row['share']:.1%}", _bar(row["share"], longest))
         self.console.print(table)
 
-    def _memory(self, peaks: dict[str, int]) -> None:
+    def _memory(self, peaks: dict[str, int], failed: dict[str, str]) -> None:
         table = _table("Peak resident memory, each in a process of its own", "variant", "MB", f"over {IDLE!r}", "")
         for name, peak in peaks.items():
-            table.add_row(
-                name, f"{peak / 1e6:,.0f}", f"{(peak - peaks[IDLE]) / 1e6:,.0f}", _bar(peak, max(peaks.values()))
-            )
+            over = f"{(peak - peaks[IDLE]) / 1e6:,.0f}" if IDLE in peaks else "-"
+            table.add_row(name, f"{peak / 1e6:,.0f}", over, _bar(peak, max(peaks.values())))
         self.console.print(table)
+        for name, reason in failed.items():
+            self._say(f"✗ the memory of {name} was not measured: {reason}", "red")
 
     def _kernels(self, found: Json) -> None:
         ceilings = found["results"]["ceilings"]
@@ -206,8 +207,10 @@ class Reporter:
             f" multiply {products}. Losses may differ by {results['tolerance']:.1%}."
         )
         for row in results["seeds"]:
+            failed = [f"{name}: {row[name]['failed']}" for name in ("dsfast", "reference") if "failed" in row[name]]
             if not row["right"]:
-                self._say(f"✗ seed {row['seed']}: the last loss differs by {row['difference']:+.2%}", "red")
+                what = "; ".join(failed) or f"the last loss differs by {row['difference']:+.2%}"
+                self._say(f"✗ seed {row['seed']}: {what}", "red")
 
     def _against(self, found: Json) -> None:
         settings, results = found["settings"], found["results"]

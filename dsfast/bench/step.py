@@ -54,8 +54,8 @@ def run_step(
     """Time `peers` (from `choose_peers`) against dsfast; `progress` is told what comes next.
 
     Returns `first_loss`, `dsfast` (seconds; what its products multiply), `peers` (name -> status "timed", "missing",
-    "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, `memory`
-    (see memory).
+    "failed" or "wrong", reason, comparison), `work`, `ceilings`, `operators` (see split) and, where asked for, what
+    `peak_memory` returns.
     """
     if config.runtime.device != "cpu":
         got = f"got {config.runtime.device!r}; a GPU is timed by `bench gpu`"
@@ -76,7 +76,7 @@ def run_step(
     progress("dsfast by operator")
     outcome["operators"] = split_by_operator(ours, PROFILED_STEPS, trainer.gradients.seconds)
     if memory:
-        outcome["memory"] = peak_memory(config, batch, length, trainings, progress)
+        outcome |= peak_memory(config, batch, length, trainings, progress)
     return outcome
 
 

@@ -33,7 +33,7 @@ from dsfast.suite.propagation import check_propagation
 from dsfast.suite.report import Reporter
 from dsfast.suite.verdict import PARTED, Check, judge_phase
 from dsfast.train import Trainer, TrainResult
-from dsfast.train.metrics import relative_differences
+from dsfast.train.metrics import largest_difference, relative_differences
 from dsfast.train.runtime import answering
 
 DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu"}
@@ -332,4 +332,4 @@ def compare_losses(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, 
         return None
     found = relative_differences(theirs, ours)
     parted = (step for step, difference in enumerate(found, 1) if not difference <= PARTED)
-    return {"largest": max(found), "at_step": 1 + found.index(max(found)), "part_at_step": next(parted, None)}
+    return {**largest_difference(found), "part_at_step": next(parted, None)}

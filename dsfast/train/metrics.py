@@ -69,3 +69,9 @@ def _relative_difference(a: float, b: float) -> float:
     if a == b or (isnan(a) and isnan(b)):
         return 0.0
     return abs(a / b - 1) if isfinite(a) and isfinite(b) and b else inf
+
+
+def largest_difference(differences: Sequence[float]) -> dict[str, float | int]:
+    """`largest` of the differences of all steps, and the step it is `at_step`, from 1."""
+    largest = max(differences)
+    return {"largest": largest, "at_step": differences.index(largest) + 1}

@@ -23,7 +23,7 @@ from dsfast.files import Json, read_json
 from dsfast.model import precision_of
 from dsfast.ops import check_all
 from dsfast.ops.checks import in_words
-from dsfast.train.metrics import relative_differences
+from dsfast.train.metrics import largest_difference, relative_differences
 
 SIDES = ("now", "before")
 TURNS = 20
@@ -67,7 +67,8 @@ class Side:
         self._child = subprocess.Popen(command, cwd=tree, start_new_session=True, **pipes)  # Ctrl-C is for the parent
 
     def ask(self, method: str, **arguments: Any) -> Json:
-        """What the method of `side.Run` returns. Raises UserError where it does, and SideFailedError where the process ends."""
+        """What the method of `side.Run` returns. Raises UserError where it does, and SideFailedError where the process ends or
+        losses or logits are not finite."""
         with suppress(BrokenPipeError):  # it has ended, as reading will tell
             print(json.dumps([method, arguments]), file=self._child.stdin, flush=True)
         line = self._child.stdout.readline()
@@ -75,8 +76,10 @@ class Side:
             raise SideFailedError(
                 f"{self.tree}: its run ended with status {self._child.wait()}; what it said, if anything, is above"
             )
-        if "user_error" in (answer := json.loads(line)):
-            raise UserError(f"{self.tree}: {answer['user_error']}")
+        answer = json.loads(line)
+        for kind, error in (("user_error", UserError), ("failed", SideFailedError)):
+            if kind in answer:
+                raise error(f"{self.tree}: {answer[kind]}")
         return answer
 
     def end(self) -> None:
@@ -217,9 +220,8 @@ def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
     differences = relative_differences(ours, theirs)
     if not any(differences):
         return None
-    largest = max(differences)
     first = next(step for step, difference in enumerate(differences, 1) if difference)
-    return {"first_step": first, "largest": largest, "at_step": differences.index(largest) + 1}
+    return {"first_step": first, **largest_difference(differences)}
 
 
 def _compared(processes: Sequence[Pairs]) -> Json:
