@@ -19,6 +19,8 @@ Json = dict[str, Any]
 """What a JSON file holds, or a part of it."""
 _PROBE = 2**16
 """Bytes that have to fit where something is to be written."""
+_NAMED = 40
+"""Characters of a file's name that its half-written one keeps, which is longer and must be no longer than names may be."""
 
 
 @contextmanager
@@ -40,6 +42,8 @@ def check_output_file(path: str, argument: str) -> Path:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{argument} {path}: expected a file, this is a device or a pipe")
         _try_out(target.parent)
+        with suppress(FileNotFoundError):
+            target.lstat()  # a name that is too long for a file
         if target.is_file():
             target.open("ab").close()
     return target
@@ -122,7 +126,7 @@ def read_json(path: str | Path) -> Any:
     if "\0" in str(path):
         raise UserError(f"{str(path)!r}: no file can have this name")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
         values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
         json.dumps(values, ensure_ascii=False).encode("utf-8")  # fails for a string that no UTF-8 text can hold
         return values
@@ -146,7 +150,7 @@ def write_text(path: Path, text: str) -> None:
 
     What UTF-8 cannot hold, such as a file name in another encoding, is written as \\udcXX: in JSON the right escape.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:_NAMED]}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)

@@ -127,6 +127,7 @@ def test_a_boost_for_no_topic_is_refused(facts):
 
 def test_sanitize_normalises_drops_controls_and_collapses_spaces():
     assert sanitize(" cafe\u0301\x00\x07 a\t\nb\u00a0 c\x1b ") == "caf\u00e9 a b c"
+    assert sanitize("a \x01 b e\x07\u0301") == "a b \u00e9"
 
 
 def test_a_text_file_is_split_at_blank_lines_without_repeats(tmp_path):
@@ -157,6 +158,7 @@ def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
     ("name", "content", "message"),
     [
         ("x.txt", b"good \xff", r"x\.txt: not UTF-8 at byte 5"),
+        ("x.txt", b"\xef\xbb\xbfgood \xff", r"x\.txt: not UTF-8 at byte 8"),
         ("x.txt", b" \n\n\x00", r"x\.txt: expected text, found none"),
         ("x.jsonl", b"", r"x\.jsonl: expected text, found none"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"x\.jsonl: not UTF-8 at byte 24"),

@@ -384,10 +384,11 @@ class TestFiles:
     def test_a_whole_surrogate_pair_is_a_character(self, tmp_path):
         assert read_json(write(tmp_path, r'["\ud83d\ude00"]')) == ["\U0001f600"]
 
-    def test_not_utf8(self, tmp_path):
+    @pytest.mark.parametrize(("mark", "byte"), [(b"", 10), (b"\xef\xbb\xbf", 13)])
+    def test_not_utf8(self, tmp_path, mark, byte):
         path = tmp_path / "run.json"
-        path.write_bytes(b'{"name": "\xff"}')
-        with pytest.raises(UserError, match=r"run\.json: not UTF-8 text \(byte 10\)"):
+        path.write_bytes(mark + b'{"name": "\xff"}')
+        with pytest.raises(UserError, match=rf"run\.json: not UTF-8 text \(byte {byte}\)"):
             load_config(path)
 
     def test_unreadable(self, tmp_path):

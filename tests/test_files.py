@@ -84,10 +84,18 @@ def test_the_output_file_is_tried_and_left_alone(tmp_path, monkeypatch):
     for absent, reason in (("no/new", "No such file or directory"), ("here/new", "Not a directory")):
         with pytest.raises(UserError, match=rf"^--json {absent}: cannot be written: {reason}$"):
             check_output_file(absent, "--json")
+    with pytest.raises(UserError, match=r"^--json n{256}: cannot be written: File name too long$"):
+        check_output_file("n" * 256, "--json")
     for closed in (".", "here"):
         tmp_path.chmod(0o777)
         with unreadable(Path(closed)), pytest.raises(UserError, match=r"^--json here: .*: Permission denied$"):
             check_output_file("here", "--json")
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u20ac" * 85])
+def test_the_longest_name_is_written(tmp_path, name):
+    write_json(check_output_file(str(tmp_path / name), "--json"), 1)
+    assert (names(tmp_path), (tmp_path / name).read_text()) == ([name], "1\n")
 
 
 def test_an_output_file_takes_the_place_of_no_link_and_of_nothing_else(tmp_path):

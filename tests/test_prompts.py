@@ -62,6 +62,7 @@ GOOD = {"text": "Snow is", "answer": "white"}
         ({**GOOD, "priority": "top"}, r"full\[0\].priority: expected high, medium, low, got 'top'"),
         ({**GOOD, "aliases": "pale"}, r"full\[0\].aliases: expected a list"),
         ({**GOOD, "aliases": [""]}, r"full\[0\].aliases: expected a list"),
+        ({**GOOD, "aliases": ["white", "!"]}, r"full\[0\].aliases: expected a list of words or numbers"),
         ({**GOOD, "topic": None}, r"full\[0\].topic: expected a string, got null"),
     ],
 )

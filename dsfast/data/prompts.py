@@ -81,12 +81,17 @@ def _prompt(entry, where: str) -> Prompt:
     values = {field: _text_field(entry, field, default, where) for field, default in _TEXT_FIELDS.items()}
     if values["priority"] not in PRIORITIES:
         raise UserError(f"{where}.priority: expected {', '.join(PRIORITIES)}, got {values['priority']!r}")
-    if not any(map(str.isalnum, values["answer"])):
+    if not _says_something(values["answer"]):
         raise UserError(f"{where}.answer: expected a word or a number, got {_shown(values['answer'])}")
     aliases = entry.get("aliases", [])
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
-        raise UserError(f"{where}.aliases: expected a list of non-empty strings, got {_shown(aliases)}")
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and _says_something(alias) for alias in aliases):
+        raise UserError(f"{where}.aliases: expected a list of words or numbers, got {_shown(aliases)}")
     return Prompt(aliases=tuple(aliases), **values)
+
+
+def _says_something(text: str) -> bool:
+    """Whether an answer can be found to be the same: what is neither letter nor digit is not compared."""
+    return any(map(str.isalnum, text))
 
 
 def _text_field(entry: dict, field: str, default: str | None, where: str) -> str:

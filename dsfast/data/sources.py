@@ -40,9 +40,8 @@ def read_texts(source: str, max_texts: int) -> list[str]:
 
 def sanitize(text: str) -> str:
     """NFC form, without control characters, each run of white space one space."""
-    text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"\s+", " ", text)
-    return "".join(c for c in text if unicodedata.category(c) != "Cc").strip()
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc")
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
 def without_repeats(texts: Iterable[str]) -> Iterator[str]:
@@ -100,6 +99,7 @@ def _json_document(line: str, where: str) -> str:
 def _decode(raw: bytes, path: Path, offset: int) -> str:
     """`raw`, which begins at byte `offset` of `path`, as text."""
     try:
-        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
+        text = raw.decode("utf-8")
+        return text.removeprefix("\ufeff") if offset == 0 else text
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {offset + error.start}") from None
