@@ -24,13 +24,12 @@ def dispatch(argv: list[str]) -> int:
     """Run a command with its arguments. Raises UserError for an unknown one."""
     if not argv:
         raise UserError(f"dsfast: which command? {choices(COMMANDS)}")
-    if argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(f"dsfast {dsfast.__version__}")
-        return 0
     command, *arguments = argv
+    if command in ("-h", "--help", "--version"):
+        if arguments:
+            raise UserError(f"dsfast {command}: expected nothing behind it, got {arguments[0]!r}")
+        print(f"dsfast {dsfast.__version__}" if command == "--version" else usage())
+        return 0
     expect_known("command", [command], COMMANDS)
     module = importlib.import_module(COMMANDS[command][0])
     return module.main(arguments)

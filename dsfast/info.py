@@ -63,11 +63,13 @@ def caches() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The git commit of the source tree and whether it has changes; None where dsfast does not run from one."""
+    """The git commit of the source tree and whether it has changes, None where git cannot say; None where dsfast does not run
+    from one."""
     if not in_a_clone():
         return None
     head = git("rev-parse", "HEAD")
-    return {"hash": head, "dirty": bool(git("status", "--porcelain"))} if head else None
+    changes = git("status", "--porcelain")
+    return {"hash": head, "dirty": None if changes is None else bool(changes)} if head else None
 
 
 def collect() -> dict[str, Any]:

@@ -43,6 +43,11 @@ def drawn(case: Case, seed: int = 0) -> list:
     return list(case.make_inputs(torch.Generator().manual_seed(seed)))
 
 
+def attention_by_heads(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> Tensor:
+    """`mla_attention` of a rope key that is expanded to the heads, each of which then has a gradient of it."""
+    return ops.mla_attention(q_nope, q_rope, k_nope, k_rope[:, None].expand(q_rope.shape), v, cu_seqlens, scale)
+
+
 def assert_passed(rows: Sequence[dict]) -> None:
     failed = [row for row in rows if not row["passed"]]
     assert rows

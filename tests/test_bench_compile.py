@@ -54,7 +54,7 @@ def test_a_launch_that_some_chips_have_is_planned_for_these():
     chips = {name: {e.chip for e in planned if e.kernel == name} for name in {e.kernel for e in planned}}
     assert chips["sum_kernel, backward 4"] == {"sm_90", "sm_100"}
     assert chips["matrix_kernel, backward 4"] == {"sm_80", "gfx942"}
-    assert all(example.launch() for example in planned)
+    assert all(example.launch().grid for example in planned)
 
 
 @pytest.mark.parametrize("dtype", module.DTYPES)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsfast import cli
+from dsfast import cli, info
 from dsfast.command import CommandParser, number, positive, run_command, whole_number
 from dsfast.errors import UserError
 
@@ -250,6 +250,12 @@ def test_help_lists_every_command(capsys):
     assert all(f"\n  {command} " in printed for command in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help", "--version"])
+def test_nothing_stands_behind_a_flag_of_the_whole_program(flag, capsys):
+    assert cli.main([flag, "junk"]) == 2
+    assert capsys.readouterr() == ("", f"error: dsfast {flag}: expected nothing behind it, got 'junk'\n")
+
+
 @pytest.mark.parametrize("argv", [[], ["bogus"]])
 def test_a_missing_or_unknown_command_lists_the_known_ones(argv, capsys):
     assert cli.main(argv) == 2
@@ -268,6 +274,13 @@ def test_info_prints_one_json_object():
     assert facts["versions"]["torch"]
     assert {row["operator"] for row in facts["operators"]["cpu"]} >= {"rms_norm", "mla_attention", "adamw"}
     assert all(row["implementation"] and row["reason"] for row in facts["operators"]["cpu"])
+
+
+@pytest.mark.parametrize(("said", "dirty"), [("", False), (" M README.md", True), (None, None)])
+def test_a_tree_whose_changes_git_cannot_tell_is_not_called_clean(said, dirty, monkeypatch):
+    monkeypatch.setattr(info, "in_a_clone", lambda: True)
+    monkeypatch.setattr(info, "git", lambda *arguments: "f00" if arguments[0] == "rev-parse" else said)
+    assert info.commit() == {"hash": "f00", "dirty": dirty}
 
 
 def test_info_is_readable_text_too():

@@ -4,10 +4,21 @@ import itertools
 
 import pytest
 import torch
-from operator_cases import DRAWS, EDGES, OperatorContract, assert_passed, bad, drawn, edges, needs_native, run_native
+from operator_cases import (
+    DRAWS,
+    EDGES,
+    OperatorContract,
+    assert_passed,
+    attention_by_heads,
+    bad,
+    drawn,
+    edges,
+    needs_native,
+    run_native,
+)
 
 from dsfast import ops
-from dsfast.ops.cases import attention_by_heads, mla_attention_case
+from dsfast.ops.cases import mla_attention_case
 from dsfast.ops.checks import check_draws
 
 NAN = float("nan")

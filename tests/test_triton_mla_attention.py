@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from dsfast.triton_kernels.version import numbers
-from operator_cases import assert_passed
+from operator_cases import assert_passed, attention_by_heads
 from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.ops.cases import attention_by_heads, mla_attention_case
+from dsfast.ops.cases import mla_attention_case
 from dsfast.ops.checks import FLOOR_ULPS, compare
 from dsfast.ops.mla_attention import mla_attention_reference
 

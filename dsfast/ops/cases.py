@@ -106,11 +106,6 @@ def mla_attention_case(
     return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3, 4))
 
 
-def attention_by_heads(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> Tensor:
-    """`mla_attention` of a rope key that is expanded to the heads, each of which then has a gradient of it."""
-    return mla_attention(q_nope, q_rope, k_nope, k_rope[:, None].expand(q_rope.shape), v, cu_seqlens, scale)
-
-
 def mla_decode_case(
     name: str, lengths: Sequence[int], c: int, h: int, r: int, dn: int, dr: int, dv: int, page: int | None = None
 ) -> Case:

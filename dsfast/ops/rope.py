@@ -49,7 +49,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """`rope` in the memory of x, which is returned: for inference, without a gradient.
 
     Tokens and heads of x may lie anywhere, its pairs side by side. Errors as `rope`, and ValueError where they do not, where
-    tokens or heads share their memory, and where a gradient of x is wanted.
+    tokens or heads are expanded, all in one place, and where a gradient of x is wanted.
     """
     _check(x, cos, sin, positions)
     shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))

@@ -296,7 +296,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _commit(commit: Json | None) -> str:
-    return "unknown" if commit is None else commit["hash"][:12] + (" with changes" if commit["dirty"] else "")
+    if commit is None:
+        return "unknown"
+    return commit["hash"][:12] + {True: " with changes", False: "", None: ", with changes or without"}[commit["dirty"]]
 
 
 def _plain(value: Any) -> str:

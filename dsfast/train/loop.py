@@ -28,7 +28,7 @@ from dsfast.train.metrics import MetricsFile
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, run_folder
-from dsfast.train.runtime import gpu_errors, peak_memory_bytes, prepare
+from dsfast.train.runtime import gpu_errors_in_training, peak_memory_bytes, prepare
 from dsfast.train.steps import DeviceSteps, Done, HostSteps, steps_of
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -139,7 +139,7 @@ class Trainer:
         rows, train = self.dataset.rows, self.config.train
         resumed = None if resume is None else ckpt.find_checkpoint(resume)
         if resumed is not None:
-            with gpu_errors(self):
+            with gpu_errors_in_training(self):
                 self._resume(resumed)
         if self.steps_done >= train.steps:
             where = f"{resumed}: " if resumed else ""
@@ -150,7 +150,7 @@ class Trainer:
         folder = nullcontext()
         if self.output_dir is not None:
             folder = run_folder(self.output_dir, self.config, self.steps_done, resumed)
-        with folder, StopSignals() as signals, gpu_errors(self):
+        with folder, StopSignals() as signals, gpu_errors_in_training(self):
             steps = self.steps()
             steps.prepare()
             started = perf_counter()

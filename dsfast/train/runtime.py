@@ -102,7 +102,7 @@ def _check_gpu(config: Config) -> None:
         )
 
 
-def gpu_errors(trainer: Trainer) -> AbstractContextManager[None]:
+def gpu_errors_in_training(trainer: Trainer) -> AbstractContextManager[None]:
     """Make one line of what a GPU cannot do: GpuError for memory that is not there, and for a GPU that fails."""
     train, data = trainer.config.train, trainer.config.data
     return gpu.gpu_errors(
