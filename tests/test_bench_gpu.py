@@ -508,6 +508,17 @@ def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monk
     assert set(run.PARTS[: run.PARTS.index("compiled")]) == before  # all that figures are asked of
 
 
+def test_no_number_of_rounds_and_peers_runs_out_of_batches(monkeypatch):
+    """A step beyond them ends the process on a GPU; here it is an IndexError."""
+    eager = whole.GPU_PEERS["eager"]
+    monkeypatch.setattr(whole, "GPU_PEERS", dict.fromkeys("abc", eager))
+    monkeypatch.setattr(whole, "WARM_CALLS", 1)
+    monkeypatch.setattr(whole, "WAYS", {})
+    *_, row = whole.run_step(HostClock(), None, True, "step", never, 7)
+    assert [row["peers"][name]["status"] for name in "abc"] == ["ready"] * 3
+    assert row["passes"]["step"]["variants"]["dsfast"]["seconds"]["count"] == 7
+
+
 def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
     def build(model):
         module, loss = whole.GPU_PEERS["eager"].build(model)

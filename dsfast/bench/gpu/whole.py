@@ -68,7 +68,7 @@ def run_step(
         name: peer.missing() or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
-    replays = (1 + len(WAYS)) * (WARM_CALLS + rounds * (1 + len(missing)))
+    replays = (1 + len(WAYS)) * max(WARM_CALLS, rounds)
     trainer = trainer_on(config, *rows, steps=2 + replays)
     rows = [x.to(trainer.device) for x in rows]
     first = FirstSteps(trainer, GPU_PEERS, missing, rows)
@@ -78,15 +78,22 @@ def run_step(
         calls = {"dsfast": steps.call}
         if clock.on_gpu and steps.call is not steps.step:
             calls |= _recordings(steps.step)
+
+        def timed() -> Json:
+            steps.step.place.zero_()  # there are batches for one round of turns
+            return _time_step(calls, clock, flops, dtype, bounds, rounds)
+
         for call in calls.values():
             _warm(call)
         row = {
             "part": part, "case": f"{batch} x {length}", "sizes": {"batch": batch, "length": length}, "check": problem,
             "preparation_seconds": steps.preparation_seconds, "dtype": dtype_name(dtype),
             "peers": {name: {"what": GPU_PEERS[name].what, **SKIPPED} for name in missing},
-            "passes": {"step": _time_step(calls, clock, flops, dtype, bounds, rounds)}, "fallbacks": ops.fallbacks(),
-            "recordings": {name: kernels_of(clock, call) for name, call in calls.items()} if clock.on_gpu else {},
+            "passes": {"step": timed()}, "fallbacks": ops.fallbacks(), "recordings": {},
         }  # fmt: skip
+        if clock.on_gpu:
+            steps.step.place.zero_()
+            row["recordings"] = {name: kernels_of(clock, call) for name, call in calls.items()}
         yield row
         for name in missing:
             if expired():
@@ -98,7 +105,7 @@ def run_step(
             row["peers"][name] = _ready({k: state[k] for k in ("what", "status", "reason")})
             if call and not failed:
                 calls[name] = call
-                row["passes"]["step"] = _time_step(calls, clock, flops, dtype, bounds, rounds)
+                row["passes"]["step"] = timed()
             yield row
 
 
