@@ -24,8 +24,8 @@ def bias_kernel(table, loads, device_clip_scale, clip_scale, speed, E, COLUMNS: 
         clip_scale = tl.load(device_clip_scale)
     e = tl.arange(0, EP)
     p_bias = tl.load(table + router * COLUMNS + 2).to(tl.pointer_type(tl.float32)) + e
-    b_load = tl.load(loads + router * E + e, mask=e < E, other=0).to(tl.float32)
-    below = tl.sum(b_load, 0) / E - b_load
+    b_load = tl.load(loads + router * E + e, mask=e < E, other=0)
+    below = tl.sum(b_load, 0) - b_load * E  # E times how far: integers, as a mean would be rounded
     b_step = speed * ((below > 0).to(tl.float32) - (below < 0).to(tl.float32))
     mask = e < tl.where(is_finite(clip_scale), E, 0)
     tl.store(p_bias, tl.load(p_bias, mask=mask) + b_step, mask=mask)

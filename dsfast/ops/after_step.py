@@ -47,8 +47,8 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
 
 def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor) -> None:
     updated = torch.as_tensor(clip_scale, device=loads.device).isfinite()
-    for bias, load in zip(biases, loads.float(), strict=True):
-        bias += speed * updated * (load.mean() - load).sign()
+    for bias, load in zip(biases, loads, strict=True):
+        bias += speed * updated * (load.sum() - load * len(load)).sign()  # a mean would be rounded
 
 
 @torch.no_grad()
