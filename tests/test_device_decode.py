@@ -8,10 +8,12 @@ That is a process of its own, as in tests/triton_contract.py.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -227,13 +229,35 @@ class TestWhatIsKept:
         assert (len(made), after) == (1, by_operators(model, [[3]], 9))
         assert after != before
         model.load_state_dict(random_model(seed=5).state_dict())
-        assert generate(model, [[3]], 9) == by_operators(model, [[3]], 9)
+        model.train()(random_ids(model, 2, 8))  # which counts the tokens of experts in other memory
+        assert generate(model.eval(), [[3]], 9) == by_operators(model, [[3]], 9)
         assert len(made) == 1
         model.layers[0].self_attn.o_proj.weight.data = model.layers[0].self_attn.o_proj.weight.data * 2
         assert generate(model, [[3]], 9) == by_operators(model, [[3]], 9)
         with ops.use("reference"):
             assert generate(model.double(), [[3]], 9) == by_operators(model, [[3]], 9)
         assert len(made) == 3
+
+    @torch.inference_mode()
+    def test_what_is_kept_is_free_before_its_place_is_taken(self):
+        """Both at once may not fit. No collection of garbage is waited for."""
+        model, there = random_model(), []
+
+        def launch(step):
+            there.append(weakref.ref(step.cache.latent))
+            return lambda: step()
+
+        gc.disable()
+        try:
+            for batch in (1, 2, 3):
+                decoder = DeviceDecoder(model, batch, 9, 0.0, torch.Generator(), launch=launch)
+                decoder.start(Prompts.pack([[3]] * batch))
+                decoder.step()
+                del decoder
+            free = [cache() is None for cache in there]
+        finally:
+            gc.enable()
+        assert free == [True, True, False]
 
     def test_a_copy_of_the_model_begins_without(self, recorded):
         generate, made = recorded

@@ -58,7 +58,8 @@ def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     """(tokens [B], what all tokens weigh together [B], not finite where logits are not) by logits [B, V] and uniform numbers [B],
     float64.
 
-    The first token whose probability, added to those before it, exceeds the uniform number.
+    The first token whose probability, added to those before it, exceeds the uniform number. On a GPU PyTorch refuses these sums
+    where torch.use_deterministic_algorithms is on.
     """
     below_best = logits.double() - logits.amax(-1, keepdim=True)  # no temperature, however small, makes 0 overflow
     reached = (below_best / temperature).exp().cumsum(-1)

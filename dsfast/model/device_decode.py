@@ -114,7 +114,8 @@ class DeviceDecoder:
             return step, launch(step)
 
         self._step, self._call = model.kept.get((batch, places, temperature, launch, _made_of(model)), make)
-        self._step.user = self
+        # Not itself: in a circle, what is kept would not be free before another takes its place.
+        self._user = self._step.user = object()
         self._capacity, self._generator = capacity, generator
         self._unread: list[list[int]] = []  # the last is next
 
@@ -163,7 +164,7 @@ class DeviceDecoder:
         return chosen
 
     def _check_user(self) -> None:
-        if self._step.user is not self:
+        if self._step.user is not self._user:
             raise RuntimeError("another generation has begun on this model: on a GPU it has one at a time")
 
 
@@ -173,8 +174,10 @@ def places_for(model: DeepseekV3, capacity: int) -> int:
 
 
 def _made_of(model: DeepseekV3) -> Hashable:
-    """What a recording holds on to: where the model's tensors lie and how, and which kernels run."""
-    tensors = chain(model.parameters(), model.buffers())
+    """What a recording holds on to: where the model's tensors lie and how, but for a router's load, which is training's, and
+    which kernels run."""
+    buffers = (buffer for name, buffer in model.named_buffers() if not name.endswith(".load"))
+    tensors = chain(model.parameters(), buffers)
     weight = model.embed_tokens.weight
     kernels = ops.report(weight.device.type, weight.dtype)
     memory = tuple((x.data_ptr(), x.dtype, x.stride()) for x in tensors)
