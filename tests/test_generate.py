@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from operator_cases import needs_native
@@ -248,9 +250,47 @@ def test_one_operator_by_reference_is_enough_to_go_by_operators():
     assert not runs_natively(random_model().double())
 
 
+OTHER_LAYERS = {
+    "reversed": lambda layers: list(layers)[::-1],
+    "one more": lambda layers: [*layers, copy.deepcopy(layers[0])],
+    "thirty more": lambda layers: [*layers, *(copy.deepcopy(layers[0]) for _ in range(30))],
+    "one of them twice": lambda layers: [*layers[:-1], layers[0]],
+    "one less": lambda layers: layers[1:],
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
+def test_layers_may_be_others_than_they_were_made_as(implementation, change):
+    """The cache goes by their order in the model; one prompt is long enough to be read by operators."""
+    model = random_model(num_hidden_layers=3)
+    generate_ids(model, [[3]], max_new_tokens=2)
+    model.layers = torch.nn.ModuleList(change(model.layers))
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (81, 4)]
+    with torch.no_grad():
+        expected = [without_cache(model, prompt, 5) for prompt in prompts]
+    assert generate_ids(model, prompts, max_new_tokens=5) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_torch_makes_by_default_makes_no_difference(implementation, dtype):
+    model = random_model()
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (81, 4)]
+    expected = [generate_ids(model, prompts, 20, temperature) for temperature in (0.0, 1.0)]
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        found = [generate_ids(model, prompts, 20, temperature) for temperature in (0.0, 1.0)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found == expected
+
+
 def test_the_cache_holds_the_latent_and_the_rotary_key_alone():
     model = random_model()
-    cache = LatentCache(model.config, batch=2, capacity=7, device=torch.device("cpu"), dtype=torch.float32)
+    cache = LatentCache(
+        model.config, len(model.layers), batch=2, capacity=7, device=torch.device("cpu"), dtype=torch.float32
+    )
     floats = [t for t in vars(cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     assert sum(t.numel() for t in floats) == 2 * 2 * 7 * (10 + 6)  # layers, sequences, tokens, R + Dr
 
@@ -316,6 +356,7 @@ def test_generation_leaves_the_model_as_it_was(implementation):
         ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number of at least 1, got 2.5"),
         ({"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
+        ({"temperature": 10**400}, "temperature: expected a number of at least 0, got 10000"),
         ({"temperature": float("nan")}, "temperature: expected a number of at least 0, got nan"),
         ({"seed": -1}, "seed: expected a whole number 0 .. 9223372036854775807, got -1"),
         ({"seed": 2**63}, "seed: expected a whole number 0 .. 9223372036854775807, got 9223372036854775808"),

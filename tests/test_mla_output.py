@@ -174,7 +174,7 @@ def test_decoding_goes_operator_by_operator():
     """A step of it has a cache, and its launches are counted in tests/test_device_decode.py."""
     layer, half_on_device = layer_of(torch.float16), {"device": DEVICE, "dtype": torch.float16}
     values, residual = torch.randn(2, 3, 128).to(**half_on_device)
-    cache = LatentCache(default_config("cpu").model, 3, 5, **half_on_device)
+    cache = LatentCache(default_config("cpu").model, 1, 3, 5, **half_on_device)
     with RecordCalls() as record, torch.no_grad():
         layer._project_and_norm(values, residual, cache)
     assert {str(operator) for operator in record.calls} == {"dsfast.rms_norm.default"}

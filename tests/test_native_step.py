@@ -292,6 +292,19 @@ class TestGradients:
             trainer.train_batch(Batch(ids, ids, None, None))
             assert trainer.gradients.in_one_call
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_what_torch_makes_by_default_makes_no_difference(self, dtype):
+        losses = []
+        for default in (torch.float32, dtype):
+            trainer = Trainer(tiny_config(), dataset=tiny_dataset())
+            torch.set_default_dtype(default)
+            try:
+                losses.append([trainer.train_batch(tiny_dataset().rows.batch(i, 3)).loss for i in range(3)])
+            finally:
+                torch.set_default_dtype(torch.float32)
+        assert losses[0] == losses[1]
+        assert trainer.gradients.in_one_call
+
     def test_nothing_is_taken_for_agreement_where_nothing_was_compared(self):
         model = random_model().train()
         ids, config = random_ids(model, 4, 16), tiny_config().train

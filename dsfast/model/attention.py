@@ -25,10 +25,9 @@ class MultiHeadLatentAttention(nn.Module):
     uses = 2
     """How often `forward` takes its x: for the queries, and for keys and values."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         c = config
-        self.layer = layer
         self.heads, self.scale = c.num_attention_heads, softmax_scale(c)
         self.key_value_widths = [c.qk_nope_head_dim, c.v_head_dim]
         if c.q_lora_rank is None:
@@ -55,9 +54,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions, in_place=True)
         latent = self.kv_a_layernorm(latent)
         if cache is not None:
-            cache.write(self.layer, latent, k_rope)
+            cache.write(latent, k_rope)
         if cu_seqlens is None:
-            values = ops.mla_decode(q_nope, q_rope, *cache.read(self.layer), self._absorbed(latent), self.scale)
+            values = ops.mla_decode(q_nope, q_rope, *cache.read(), self._absorbed(latent), self.scale)
         else:
             key_values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
             k_nope, v = key_values.split(self.key_value_widths, dim=-1)  # [N, H, Dn], [N, H, Dv]

@@ -29,11 +29,11 @@ class Prompts:
     @classmethod
     def pack(cls, prompts: list[list[int]]) -> Prompts:
         """On the CPU."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.tensor([token for prompt in prompts for token in prompt])
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
+        rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
         begins = lengths.cumsum(0) - lengths
-        return cls(ids, rows, torch.arange(len(ids)) - begins[rows], lengths)
+        return cls(ids, rows, torch.arange(len(ids), device="cpu") - begins[rows], lengths)
 
     def to(self, device: torch.device) -> Prompts:
         return Prompts(*(x.to(device) for x in (self.ids, self.rows, self.positions, self.lengths)))
@@ -80,7 +80,7 @@ class OperatorDecoder:
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator):
         weight = model.embed_tokens.weight
         self._model, self._temperature, self._generator = model, temperature, generator
-        self._cache = LatentCache(model.config, batch, capacity, weight.device, weight.dtype)
+        self._cache = LatentCache(model.config, len(model.layers), batch, capacity, weight.device, weight.dtype)
 
     def start(self, prompts: Prompts) -> list[int]:
         return self._choose(prompt_logits(self._model, self._cache, prompts.to(self._cache.lengths.device)))

@@ -26,7 +26,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         dense = layer < config.first_k_dense_replace
         self.input_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, layer)
+        self.self_attn = MultiHeadLatentAttention(config)
         self.post_attention_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else DeepseekMoE(config)
 

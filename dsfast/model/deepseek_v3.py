@@ -103,7 +103,9 @@ class DeepseekV3(nn.Module):
         """
         rope = self.rope(embedded.dtype)
         delta, residual = embedded, None
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if cache is not None:
+                cache.layer = number
             delta, residual = layer(delta, residual, rope, positions, cu_seqlens, cache)
         (normed,), _ = self.norm(delta, residual)
         return normed

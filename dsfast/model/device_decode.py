@@ -44,7 +44,7 @@ class DecodeStep:
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float):
         weight = model.embed_tokens.weight
         self.model, self.temperature = model, temperature
-        self.cache = LatentCache(model.config, batch, capacity, weight.device, weight.dtype)
+        self.cache = LatentCache(model.config, len(model.layers), batch, capacity, weight.device, weight.dtype)
         self.chosen = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.tokens = torch.zeros(BLOCK, batch, dtype=torch.int64, device=weight.device)
         self.uniforms = torch.zeros(BLOCK, batch, dtype=torch.float64, device=weight.device)
@@ -174,11 +174,11 @@ def places_for(model: DeepseekV3, capacity: int) -> int:
 
 
 def _made_of(model: DeepseekV3) -> Hashable:
-    """What a recording holds on to: where the model's tensors lie and how, but for a router's load, which is training's, and
-    which kernels run."""
+    """What a recording holds on to: where the model's tensors lie and how, but for a router's load, which is training's; its
+    layers in their order; and which kernels run."""
     buffers = (buffer for name, buffer in model.named_buffers() if not name.endswith(".load"))
     tensors = chain(model.parameters(), buffers)
     weight = model.embed_tokens.weight
     kernels = ops.report(weight.device.type, weight.dtype)
     memory = tuple((x.data_ptr(), x.dtype, x.stride()) for x in tensors)
-    return memory, tuple(row["implementation"] for row in kernels)
+    return memory, tuple(map(id, model.layers)), tuple(row["implementation"] for row in kernels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from math import inf
 
 import torch
 from tokenizers import Tokenizer
@@ -126,8 +128,8 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
     limit = model.config.max_position_embeddings
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
-    if not isinstance(temperature, int | float) or not temperature >= 0:
-        raise UserError(f"temperature: expected a number of at least 0, got {temperature!r}")
+    if not isinstance(temperature, int | float) or not temperature >= 0 or sys.float_info.max < temperature < inf:
+        raise UserError(f"temperature: expected a number of at least 0, got {str(temperature)[:60]}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UserError(f"seed: expected a whole number 0 .. {2**63 - 1}, got {seed!r}")
     if not prompts:

@@ -28,13 +28,14 @@ class NativeDecoder:
 
     def __init__(self, model: DeepseekV3, batch: int, capacity: int, temperature: float, generator: Generator):
         self._model, self._description = model, NativeModel(model)
-        self._cache = LatentCache(model.config, batch, capacity, torch.device("cpu"), torch.float32)
-        self._hidden, self._last_place = torch.empty(batch, self._description.head_width), capacity - 1
+        self._cache = LatentCache(model.config, len(model.layers), batch, capacity, torch.device("cpu"), torch.float32)
+        self._hidden, self._last_place = _floats(batch, self._description.head_width), capacity - 1
         self._temperature, self._generator = temperature, generator
-        self.logits = torch.empty(batch if temperature > 0 else 0, model.config.vocab_size)
-        self.chosen = torch.empty(batch, dtype=torch.int64)
-        self._uniforms = torch.empty(batch if temperature > 0 else 0, dtype=torch.float64)
-        self._rows, self._lengths = torch.arange(batch), torch.empty(batch, dtype=torch.int64)
+        sampled = batch if temperature > 0 else 0
+        self.logits = _floats(sampled, model.config.vocab_size)
+        self.chosen = torch.empty(batch, dtype=torch.int64, device="cpu")
+        self._uniforms = torch.empty(sampled, dtype=torch.float64, device="cpu")
+        self._rows, self._lengths = torch.arange(batch, device="cpu"), torch.empty_like(self.chosen)
         self._longest = 0
         self._panels = self._packed()
         self._step = self._call(self.chosen, self._rows, self._lengths)
@@ -42,7 +43,7 @@ class NativeDecoder:
     def _packed(self) -> Tensor:
         """The weights once more, as a step reads them."""
         pack, model = native.module().decode_panels, self._description.address
-        panels = torch.empty(pack(model, 0, 1))
+        panels = _floats(pack(model, 0, 1))
         pack(model, panels.data_ptr(), torch.get_num_threads())
         return panels
 
@@ -86,7 +87,12 @@ class NativeDecoder:
 
     def _run(self, call: Callable[[], int]) -> list[int]:
         if self._temperature > 0:
-            torch.rand(len(self._uniforms), dtype=torch.float64, generator=self._generator, out=self._uniforms)
+            self._uniforms.uniform_(generator=self._generator)
         if call():
             raise UserError(NOT_FINITE)
         return self.chosen.tolist()
+
+
+def _floats(*shape: int) -> Tensor:
+    """What C++ writes to, whatever torch makes by default."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")

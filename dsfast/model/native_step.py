@@ -38,17 +38,18 @@ class NativeStep:
 
     def __init__(self, model: DeepseekV3):
         self.model = model
-        self._seconds = torch.zeros(2, len(PARTS), dtype=torch.float64)  # [forward or backward, part], of all threads
+        # [forward or backward, part], of all threads
+        self._seconds = torch.zeros(2, len(PARTS), dtype=torch.float64, device="cpu")
         # Walking through the modules takes longer than all else that a step does outside its call.
         self._parameters, self._modules = list(model.parameters()), list(model.modules())
         self._routers = [getattr(layer.mlp, "gate", None) for layer in model.layers]
         sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in self._parameters]
-        self._shared = torch.empty(sum(sizes))
+        self._shared = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")  # whatever torch makes by default
         parts = self._shared.split(sizes)
         self._gradients = [part[: p.numel()].view(p.shape) for p, part in zip(self._parameters, parts, strict=True)]
         of = {id(p): gradient for p, gradient in zip(self._parameters, self._gradients, strict=True)}
         self._gradient_struct = NativeModel(model, lambda tensor: of.get(id(tensor), tensor))
-        self._loads = torch.zeros(len(model.layers), model.config.n_routed_experts, dtype=torch.int64)
+        self._loads = torch.zeros(len(model.layers), model.config.n_routed_experts, dtype=torch.int64, device="cpu")
         self._addresses: list[int] = []
 
     def takes(self, ids: Tensor, labels: Tensor, positions: Tensor, cu_seqlens: Tensor) -> bool:
