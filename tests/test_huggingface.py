@@ -84,6 +84,15 @@ def test_import_brings_back_the_same_model(exported):
     assert again.config.embedding_rank is None
 
 
+def test_import_has_a_dense_embedding_whatever_the_config_says(exported):
+    model, folder = exported
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"embedding_rank": 8}))
+    ids = random_ids(model, 2, 19)
+    with torch.no_grad():
+        assert relative_difference(import_huggingface(folder)(ids), model(ids)) <= 1e-5
+
+
 def test_import_reads_what_transformers_saves(tmp_path, tokenizer):
     model = random_model(**GROUPS, rope_scaling=YARN)
     export_huggingface(model, tokenizer, tmp_path / "ours")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
     tensors.
     """
     folder = Path(folder)
-    model = DeepseekV3(load_config(folder / "config.json").model)
+    model = DeepseekV3(replace(load_config(folder / "config.json").model, embedding_rank=None))
     stored = _read_tensors(folder)
     with torch.no_grad():
         views = _views(model)
