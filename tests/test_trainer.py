@@ -333,7 +333,14 @@ def test_a_wrapped_module_is_trained_too():
     assert not torch.equal(layer.o_proj[1].weight, before)
 
 
+def one_for_two(config) -> DeepseekV3:
+    model = DeepseekV3(config.model)
+    model.layers[1].self_attn.q_proj.weight = model.layers[0].self_attn.q_proj.weight
+    return model
+
+
 OTHERS = {
+    r"but layers.0.self_attn.q_proj.weight and layers.1.self_attn.q_proj.weight are one$": one_for_two(tiny_config()),
     "expected a DeepseekV3, got Linear": torch.nn.Linear(1, 1),
     "got one with another kv_lora_rank$": DeepseekV3(tiny_config(**{"model.kv_lora_rank": 4}).model),
     "expected weights in float32, got .* in float16": DeepseekV3(tiny_config().model).half(),
@@ -495,6 +502,49 @@ def test_metrics_that_find_no_room_are_one_line_of_an_error(tmp_path):
     for attempt in (lambda: file.write({"step": 1}), lambda: file.__exit__(None, None, None)):
         with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
             attempt()
+
+
+def test_parameters_that_are_replaced_are_noticed_and_those_changed_in_place_are_trained():
+    trainer, batch = tiny_trainer(), tiny_dataset().rows.batch(0, 3)
+    trainer.train_batch(batch)
+    trainer.model.load_state_dict(DeepseekV3(trainer.config.model).state_dict())
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train_batch(batch)
+    assert not any(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+    trainer.model.load_state_dict(DeepseekV3(trainer.config.model).state_dict(), assign=True)
+    for attempt in (lambda: trainer.train_batch(batch), lambda: trainer.train(quiet=True)):
+        with pytest.raises(UserError, match=r"^model: its parameters are not those that its Trainer was made with"):
+            attempt()
+
+
+def test_a_parameter_that_is_frozen_later_is_refused():
+    trainer, batch = tiny_trainer(), tiny_dataset().rows.batch(0, 3)
+    trainer.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.o_proj.weight does not require a gradient$"):
+        trainer.train_batch(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_default_dtype_are_refused(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        with pytest.raises(UserError, match=r"^torch's default dtype is (bfloat16|float64); expected float32"):
+            tiny_trainer()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_tokenizers_padding_cutting_and_reading_change_no_text(tmp_path):
+    config = load_config(write_text_run(tmp_path))
+    text = Path(config.data.source)
+    text.write_text(text.read_text().replace(" ", " <|eos|> ", 20), encoding="utf-8")
+    expected = Trainer(config).dataset
+    given = Tokenizer.from_str(expected.tokenizer.to_str())
+    given.enable_padding(length=64, pad_id=2, pad_token="<|pad|>")
+    given.enable_truncation(5)
+    found = Trainer(config, tokenizer=given).dataset
+    assert (found.rows.stream == expected.rows.stream).all()
+    assert given.truncation is not None, "the caller's own is left as it was"
 
 
 def test_a_step_without_a_token_is_one_line_of_an_error():

@@ -5,7 +5,7 @@ from dsfast.data.dataset import Dataset, build_dataset
 from dsfast.data.facts import Fact, heldout_prompts, load_facts, taught_facts, taught_prompts
 from dsfast.data.packing import Batch, PackedRows
 from dsfast.data.prompts import Prompt, PromptSets, load_prompts
-from dsfast.data.tokenizer import check_tokenizer, load_tokenizer, reading_no_special_tokens, train_tokenizer
+from dsfast.data.tokenizer import check_tokenizer, for_texts, load_tokenizer, reading_no_special_tokens, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -16,6 +16,7 @@ __all__ = [
     "PromptSets",
     "build_dataset",
     "check_tokenizer",
+    "for_texts",
     "heldout_prompts",
     "load_facts",
     "load_prompts",

@@ -88,6 +88,14 @@ def reading_no_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def for_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that reads texts as they stand: nothing cut off, nothing padded, and as `reading_no_special_tokens`."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return reading_no_special_tokens(copy)
+
+
 def _key(texts: list[str], vocab_size: int) -> str:
     """Everything the result depends on: the texts, the size, the recipe and the library's version."""
     recipe = Path(__file__).read_text(encoding="utf-8")

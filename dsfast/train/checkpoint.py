@@ -159,7 +159,7 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
         restore_random_states(state.random)
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise  # the checkpoint is not to blame
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         message = f"not the training state of a dsfast checkpoint: {type(error).__name__}: {error}"
         raise UserError(f"{path / 'state.json'}: {message}") from None
     _load_model(path / "model.safetensors", model)

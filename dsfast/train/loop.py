@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import is_not
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dsfast import ops
 from dsfast.config import Config
-from dsfast.data import Batch, Dataset, build_dataset, check_tokenizer
+from dsfast.data import Batch, Dataset, build_dataset, check_tokenizer, for_texts
 from dsfast.errors import Interrupted, UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.model.gpu import gpu_errors_while
@@ -98,11 +99,15 @@ class Trainer:
             raise UserError(f"config: expected a Config, as load_config returns, got {type(config).__name__}")
         if model is not None:
             _check_model(model, config)
+        elif torch.get_default_dtype() != torch.float32:
+            raise UserError(
+                f"torch's default dtype is {dtype_name(torch.get_default_dtype())}; expected float32, in which weights are made"
+            )
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self._tokenizer = tokenizer
         if tokenizer is not None:
             check_tokenizer(tokenizer, config.model.vocab_size)
+        self._tokenizer = None if tokenizer is None else for_texts(tokenizer)
         if dataset is not None:
             self.dataset = dataset
         self.steps_done = 0
@@ -116,6 +121,7 @@ class Trainer:
             self.precision = precision_of(config.runtime)
             torch.manual_seed(config.seed)
             self._model = (DeepseekV3(config.model) if model is None else model).to(self.device)
+            self._parameters = list(self.model.parameters())
             self.optimizer = build_optimizer(self.model, config.train, self.precision.tensors)
         self.gradients = Gradients(self.model, self.precision.tensors, config.train, config.runtime.whole_step)
 
@@ -151,6 +157,7 @@ class Trainer:
         if self.output_dir is not None:
             folder = run_folder(self.output_dir, self.config, self.steps_done, resumed)
         with folder, StopSignals() as signals, gpu_errors_in_training(self):
+            self._check_parameters()
             steps = self.steps()
             steps.prepare()
             started = perf_counter()
@@ -181,8 +188,9 @@ class Trainer:
         started, train = perf_counter(), self.config.train
         if not self.model.training:
             self.model.train()
+        self._check_parameters()
         value = self.gradients(*self._inputs(batch))
-        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = ops.grad_norm([p.grad for p in self._parameters if p.grad is not None])
         scale = learning_rate_scale(self.steps_done, train)
         finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
@@ -271,6 +279,17 @@ class Trainer:
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         return tuple(None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
 
+    def _check_parameters(self) -> None:
+        """Raise UserError unless the model's parameters are those that the optimizer was made for, all of them trained."""
+        found = list(self.model.parameters())
+        if len(found) != len(self._parameters) or any(map(is_not, found, self._parameters)):
+            raise UserError(
+                "model: its parameters are not those that its Trainer was made with; expected them changed in place, or another "
+                "Trainer for others"
+            )
+        if not all(parameter.requires_grad for parameter in found):
+            _check_model(self.model, self.config)
+
     def _count_bad_step(self, loss: float) -> None:
         self.bad_steps += 1
         limit = self.config.train.max_bad_steps
@@ -304,7 +323,10 @@ def _check_model(model: DeepseekV3, config: Config) -> None:
     if model.config != config.model:
         differ = [name for name, value in vars(model.config).items() if value != getattr(config.model, name)]
         raise UserError(f"model: expected one of the config's model section, got one with another {', '.join(differ)}")
-    for name, parameter in model.named_parameters():
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise UserError(f"model: expected a parameter for each name, but {first} and {name} are one")
         if parameter.dtype != torch.float32:
             raise UserError(f"model: expected weights in float32, got {name} in {dtype_name(parameter.dtype)}")
         if not parameter.requires_grad:
