@@ -324,7 +324,7 @@ _COUNTS_FROM_0 = ("train.warmup_steps", "train.checkpoint_every")
 # slip of the keyboard ends in a line and not in an allocator or an int32.
 _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("above", 0, (*_SIZES, "model.num_hidden_layers", *_EXPERTS)),
-    ("above", 0, ("model.rms_norm_eps", "model.routed_scaling_factor", "model.initializer_range")),
+    ("above", 0, ("model.routed_scaling_factor", "model.initializer_range")),
     ("above", 1, ("model.rope_theta",)),
     ("null or above", 0, (*_RANKS, "model.embedding_initializer_range")),
     ("at least", 0, ("model.n_shared_experts", "model.first_k_dense_replace", "model.num_nextn_predict_layers")),
@@ -335,7 +335,8 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("above", 0, _COUNTS),
     ("at most", 2**31 - 1, (*_COUNTS, *_COUNTS_FROM_0)),
     ("above", 0, ("train.learning_rate", "train.muon_learning_rate")),
-    ("at least", 1e-30, ("train.eps", "train.grad_clip")),  # below, float32 loses it or what it scales
+    ("at least", 1e-30, ("train.grad_clip", "model.rms_norm_eps")),  # below, float32 loses it or what it scales
+    ("at least", 1e-18, ("train.eps",)),  # a GPU's root is 0 of what float32 keeps as a denormal, below 1e-38
     ("null or above", 0, ("train.embedding_learning_rate",)),
     ("at least", 0, ("train.weight_decay", "train.bias_update_speed", "train.mtp_loss_weight")),
     ("at most", 1, ("model.rms_norm_eps",)),

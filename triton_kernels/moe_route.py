@@ -53,7 +53,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _power(x):
-    """exp(x) of x <= 0, of -inf 0."""
+    """exp(x) of x <= 0, of -inf 0. On NVIDIA 0 below 2^-126 as well: experts so far behind the first are taken to be alike."""
     return _exp(tl.where(x < -150.0, -150.0, x))
 
 
