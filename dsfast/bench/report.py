@@ -71,7 +71,7 @@ class Reporter:
         self._work(results["work"], results["ceilings"], results["dsfast"]["products"])
         self._operators(results["operators"])
         if "memory" in results:
-            self._memory(results["memory"], results.get("memory_failed", {}))
+            self._memory(results["memory"], results["memory_failed"])
 
     def _work(self, work: Json, ceilings: Json, products: str) -> None:
         shares = ", ".join(

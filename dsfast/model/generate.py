@@ -125,7 +125,7 @@ def _check_text(prompt: str) -> None:
 def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
     if not isinstance(model, DeepseekV3):
         raise UserError(f"model: expected a DeepseekV3, got {type(model).__name__}")
-    limit = model.config.max_position_embeddings
+    limit, words = model.config.max_position_embeddings, model.config.vocab_size
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}")
     if not isinstance(temperature, int | float) or not temperature >= 0 or sys.float_info.max < temperature < inf:
@@ -139,8 +139,8 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
         if not isinstance(prompt, list):
             raise UserError(f"{which}: expected a list of token ids, got {type(prompt).__name__}")
         for token in prompt:
-            if type(token) is not int or not 0 <= token < model.config.vocab_size:
-                raise UserError(f"{which}: expected token ids 0 .. {model.config.vocab_size - 1}, got {token!r}")
+            if type(token) is not int or not 0 <= token < words:
+                raise UserError(f"{which}: expected token ids 0 .. {words - 1}, got {token!r}")
         if not 1 <= len(prompt) <= limit:
             raise UserError(
                 f"{which}: expected 1 .. {limit} tokens, <|bos|> included (max_position_embeddings), got {len(prompt)}"

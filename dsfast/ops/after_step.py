@@ -47,8 +47,9 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
 
 def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor) -> None:
     updated = torch.as_tensor(clip_scale, device=loads.device).isfinite()
-    for bias, load in zip(biases, loads, strict=True):
-        bias += speed * updated * (load.sum() - load * len(load)).sign()  # a mean would be rounded
+    below = loads.sum(1, keepdim=True) - loads * loads.size(1)  # E times how far: integers, as a mean would be rounded
+    for bias, step in zip(biases, speed * updated * below.sign(), strict=True):
+        bias += step
 
 
 @torch.no_grad()

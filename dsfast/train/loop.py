@@ -105,9 +105,10 @@ class Trainer:
             )
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
+        self._tokenizer = tokenizer
         if tokenizer is not None:
             check_tokenizer(tokenizer, config.model.vocab_size)
-        self._tokenizer = None if tokenizer is None else for_texts(tokenizer)
+            self._tokenizer = for_texts(tokenizer)
         if dataset is not None:
             self.dataset = dataset
         self.steps_done = 0

@@ -171,7 +171,8 @@ def main() -> None:
                 run, arguments = Run(**arguments), {}
             answer = getattr(run, name)(**arguments)
         except UserError as error:
-            # Losses or logits that are no numbers are what a tree does, not what it was given.
+            # Losses or logits that are no numbers are what a tree does, not what it was given. Told by the words, as this runs in
+            # older trees, too.
             answer = {"failed" if "not finite" in str(error) else "user_error": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
