@@ -519,6 +519,18 @@ def test_no_number_of_rounds_and_peers_runs_out_of_batches(monkeypatch):
     assert row["passes"]["step"]["variants"]["dsfast"]["seconds"]["count"] == 7
 
 
+def test_transformers_is_not_asked_for_a_model_it_cannot_have(monkeypatch):
+    monkeypatch.setattr(whole, "_SMALL", {**whole._SMALL, "model.scoring_func": "softmax"})
+    monkeypatch.setattr(whole, "GPU_PEERS", {"transformers": whole.GPU_PEERS["transformers"]})
+    *_, row = step_rows()
+    assert row["peers"]["transformers"]["status"] == "missing"
+    assert "softmax" in row["peers"]["transformers"]["reason"]
+
+
+def test_peers_in_bfloat16_may_be_a_hundredth_off():
+    assert {peer.tolerance for peer in whole.GPU_PEERS.values()} == {1e-2}
+
+
 def test_a_peer_that_fails_after_its_first_step_costs_the_others_nothing(monkeypatch):
     def build(model):
         module, loss = whole.GPU_PEERS["eager"].build(model)

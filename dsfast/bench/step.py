@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsfast.bench.ceilings import Ceilings, measure_ceilings
 from dsfast.bench.memory import peak_memory
-from dsfast.bench.peers import PEERS, Peer, PeerTraining
+from dsfast.bench.peers import PEERS, ROUGH, Peer, PeerTraining
 from dsfast.bench.split import split_by_operator
 from dsfast.bench.timing import compare, repeat, spread
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
@@ -25,8 +25,6 @@ from dsfast.train import Trainer
 from dsfast.triton_kernels.launch import dtype_name
 
 PROFILED_STEPS = 3
-ROUNDED = 1e-2
-"""How far apart, relatively, two losses may be where one is computed in bfloat16."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +109,7 @@ class FirstSteps:
             if not missing
         }
         self.expected = trainer.step(*rows)
-        self._rough = ROUNDED if torch.bfloat16 in trainer.precision else 0.0  # how far that may be off, relatively
+        self._rough = ROUGH if torch.bfloat16 in trainer.precision else 0.0  # how far that may be off, relatively
 
     def of(self, name: str) -> tuple[Json, PeerTraining | None]:
         """(what it is, status and reason, both empty where its loss is dsfast's; its training then)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ class Peer:
 
     what: str
     build: Callable[[DeepseekV3], tuple[nn.Module, Loss]]
+    _: KW_ONLY
     missing: Callable[[], str] = lambda: ""
     refuses: Callable[[ModelConfig], str] = lambda config: ""
     tolerance: float = 1e-4
@@ -110,28 +111,28 @@ def _no_compiler() -> str:
     return "" if found else "torch.compile needs a C++ compiler; install g++ or clang++, or set CXX"
 
 
+ROUGH = 1e-2
+"""How far apart, relatively, two losses may be where one is computed in bfloat16."""
+
+_FROM_TRANSFORMERS = {"missing": huggingface.missing, "refuses": why_not_exported}
+
 PEERS = {
     "eager": Peer("PyTorch module, float32", _eager),
-    "compile": Peer("torch.compile of it, float32", _compiled, _no_compiler),
-    "autocast": Peer("the module under bfloat16 autocast", _autocast, tolerance=1e-2),
-    "transformers": Peer(
-        "transformers DeepseekV3, full embedding, float32", _transformers, huggingface.missing, why_not_exported
-    ),
+    "compile": Peer("torch.compile of it, float32", _compiled, missing=_no_compiler),
+    "autocast": Peer("the module under bfloat16 autocast", _autocast, tolerance=ROUGH),
+    "transformers": Peer("transformers DeepseekV3, full embedding, float32", _transformers, **_FROM_TRANSFORMERS),
 }
-
-_ROUGH = 1e-2  # losses in bfloat16
 
 GPU_PEERS = {
-    "eager": Peer("PyTorch module, bfloat16 autocast", _autocast, tolerance=_ROUGH),
+    "eager": Peer("PyTorch module, bfloat16 autocast", _autocast, tolerance=ROUGH),
     "reduce-overhead": Peer(
-        "torch.compile of it with CUDA graphs", partial(_autocast, mode="reduce-overhead"), _no_compiler, _ROUGH
+        "torch.compile of it with CUDA graphs", partial(_autocast, mode="reduce-overhead"), missing=_no_compiler,
+        tolerance=ROUGH,
     ),
-    "compile": Peer("torch.compile of it", partial(_autocast, mode="default"), _no_compiler, _ROUGH),
+    "compile": Peer("torch.compile of it", partial(_autocast, mode="default"), missing=_no_compiler, tolerance=ROUGH),
     "transformers": Peer(
-        "transformers DeepseekV3, full embedding, bfloat16 autocast",
-        _transformers_autocast,
-        huggingface.missing,
-        _ROUGH,
+        "transformers DeepseekV3, full embedding, bfloat16 autocast", _transformers_autocast, **_FROM_TRANSFORMERS,
+        tolerance=ROUGH,
     ),
-}
+}  # fmt: skip
 """Those of `bench gpu`, in the precision that dsfast has there."""
