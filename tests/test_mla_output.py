@@ -62,6 +62,9 @@ class TestMlaOutput(TritonContract):
     tiny = output_case("tiny", 3, 7, 9, 3)
     registered = ("mla_output", "mla_output_backward")
 
+    def tiny_arguments(self) -> list:
+        return half(drawn(self.tiny))
+
 
 @pytest.mark.skipif(INTERPRETED, reason="the reference is held to the CPU's operators")
 @pytest.mark.parametrize("uses", [1, 2, 3])

@@ -68,6 +68,9 @@ class TestMlaProject(TritonContract):
     tiny = project_case("tiny", 3, 3, 7, 5, 4, 6, 3)
     registered = ("mla_project", "mla_project_backward")
 
+    def tiny_arguments(self) -> list:
+        return half(drawn(self.tiny))
+
 
 @pytest.mark.skipif(INTERPRETED, reason="the reference is held to the CPU's operators")
 @pytest.mark.parametrize("residual", [True, False])

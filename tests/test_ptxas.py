@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from dsfast.triton_kernels import ptxas as module
 from dsfast.triton_kernels.ptxas import RIGHT, PtxasError, use_right_ptxas
 from dsfast.triton_kernels.version import numbers
 
@@ -74,10 +76,36 @@ def test_this_triton_ships_one_that_is_right():
     assert numbers(compiler.get_ptxas(ARCH).version) >= RIGHT
 
 
-def test_a_right_one_is_left_alone(shipped, of_old_tritons):
-    shipped(ptxas="12.9", ptxas_blackwell="13.4")
+def test_a_right_one_stays_also_when_torch_compile_looks_for_another(shipped, of_old_tritons):
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path as named_by_torch
+
+    paths = shipped(ptxas="12.9", ptxas_blackwell="13.4")
     use_right_ptxas(ARCH)
-    assert "TRITON_PTXAS_PATH" not in os.environ
+    named_by_torch.__wrapped__()
+    assert os.environ["TRITON_PTXAS_PATH"] == paths["ptxas"]
+
+
+@pytest.mark.parametrize(("own", "taken"), [("12.9", "ptxas"), ("12.8", "ptxas_blackwell")])
+def test_an_old_one_that_torch_compile_has_named_is_not_the_users(
+    shipped, of_old_tritons, monkeypatch, tmp_path, own, taken
+):
+    paths = shipped(ptxas=own, ptxas_blackwell="12.9")
+    monkeypatch.setattr(module, "_TORCHS", tmp_path / "torchs")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", ptxas(tmp_path / "torchs", "12.6"))
+    use_right_ptxas(ARCH)
+    assert os.environ["TRITON_PTXAS_PATH"] == paths[taken]
+
+
+def test_where_torch_compile_looks(monkeypatch):
+    """In torch as of 2.11; later ones look where there is none."""
+    from torch._inductor.runtime import compile_tasks
+
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    compile_tasks._set_triton_ptxas_path.__wrapped__()
+    named = Path(os.environ["TRITON_PTXAS_PATH"])
+    assert named == module._TORCHS or named.is_relative_to(module._TORCHS.parents[1] / "_inductor")
 
 
 def test_instead_of_an_old_one_triton_takes_the_other_that_it_ships(shipped, of_old_tritons):

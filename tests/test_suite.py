@@ -634,6 +634,7 @@ def failing_run(tmp_path_factory) -> tuple[int, str, dict]:
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "Reporter", lambda: Reporter(Console(file=output, width=120, markup=False)))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         code = suite.main(
             ["--config", str(config), "--full-training", "--output-dir", str(folder / "out"), "--seed", "3"]
         )

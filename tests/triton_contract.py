@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from dsfast import ops
 from dsfast.ops.cases import Case
 from dsfast.ops.checks import IN_FLOAT32, check_draws, compare, evaluate
-from dsfast.ops.triton import INTERPRETED
+from dsfast.ops.triton import INTERPRETED, kept_kernels
 
 pytest.importorskip("triton")
 
@@ -47,6 +47,9 @@ if INTERPRETED:
     set_up_interpreter()
     watch_launches()
     launch.INTERPRETED_AS = CHIPS[os.environ.get("DSFAST_INTERPRETED_CHIP", "sm_90")].large
+elif torch.cuda.is_available():
+    with kept_kernels():  # the right ptxas and cache, for tests that call launchers themselves too
+        pass
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def in_the_interpreter(path: str, other_chips: tuple[str, ...] = ()):
         ("which", "chip"), [("not slow", "sm_90"), *(pytest.param(*run, marks=pytest.mark.slow) for run in slow)]
     )
     def test(which, chip):
-        command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", path]
+        command = [sys.executable, "-m", "pytest", "-m", f"{which} and not gpu", "-p", "no:cacheprovider", path]
         interpreted = {"TRITON_INTERPRET": "1", "DSFAST_INTERPRETED_CHIP": chip}
         child = subprocess.run(command, env={**os.environ, **interpreted}, capture_output=True, text=True, check=False)
         assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
@@ -164,10 +167,14 @@ class TritonContract:
         from operator_cases import RecordCalls
 
         with RecordCalls() as record:
-            run_triton(self.tiny, drawn(self.tiny))
+            run_triton(self.tiny, self.tiny_arguments())
         assert record.calls
         for operator, arguments in record.calls.items():
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def tiny_arguments(self) -> list:
+        """Of `tiny`, in a dtype in which the kernels run on a GPU too."""
+        return drawn(self.tiny)
 
     def test_registered_for_cuda(self, operator):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsfast::{operator}", "CUDA")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
 import torch
 from dsfast.triton_kernels.version import numbers
@@ -16,6 +17,8 @@ from dsfast.triton_kernels.version import numbers
 RIGHT = (12, 9)
 """The first version known to be right."""
 _NAMING = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+_TORCHS = Path(torch.__file__).absolute().parent / "bin" / "ptxas"
+"""Where torch.compile looks for one to name, if none is named yet."""
 
 
 class PtxasError(RuntimeError):
@@ -25,7 +28,8 @@ class PtxasError(RuntimeError):
 @cache
 def use_right_ptxas(arch: int) -> None:
     """Where `arch`, ten times a compute capability, is sm_90's, have Triton take a ptxas of version RIGHT or newer: its own, else
-    the one that it brings for newer chips; in processes that are started later too.
+    the one that it brings for newer chips; in processes that are started later too. It is not torch's, which
+    torch.compile names where none is named: that may be older.
 
     Raises PtxasError where the user names an older one in the environment, and where Triton brings none.
     """
@@ -34,9 +38,12 @@ def use_right_ptxas(arch: int) -> None:
     from triton import knobs
     from triton.backends.nvidia import compiler
 
+    if os.environ.get(_NAMING[0]) == str(_TORCHS):
+        del os.environ[_NAMING[0]]
     try:
         own = compiler.get_ptxas(arch)
         if numbers(own.version) >= RIGHT:
+            _take(own.path)
             return
         reason = f"{own.path} is ptxas {own.version}, which compiles some kernels wrongly"
         newer = None if any(map(os.environ.get, _NAMING)) else knobs.nvidia.ptxas_blackwell
@@ -47,5 +54,11 @@ def use_right_ptxas(arch: int) -> None:
             f"{reason}; for this GPU Triton needs a ptxas {'.'.join(map(str, RIGHT))} or newer: name one in"
             f" {_NAMING[0]}, or install a newer triton and leave {' and '.join(_NAMING)} unset"
         )
-    os.environ[_NAMING[0]] = newer.path
+    _take(newer.path)
+
+
+def _take(path: str) -> None:
+    from triton.backends.nvidia import compiler
+
+    os.environ[_NAMING[0]] = path  # torch.compile names none where one is named
     compiler.get_ptxas_version.cache_clear()  # the version is part of a kernel's name in Triton's cache
