@@ -59,18 +59,17 @@ struct LayerWeights {
   Weights q_a, q, kv_a, up_key, up_value, o, router, gate_up, down, experts_gate_up, experts_down;
   LayerWeights(const Model& m, const Layer& layer, Packing& packing) {
     const int64_t D = m.width, R = m.latent_rank, up = (m.nope + m.value) * R, I = m.expert_width;
-    q_a = packing.next(m.query_rank > 0 ? layer.q_a : nullptr, m.query_rank, D);
+    q_a = packing.next(layer.q_a, m.query_rank, D);
     q = packing.next(layer.q, m.heads * (m.nope + m.rope), m.query_rank > 0 ? m.query_rank : D);
     kv_a = packing.next(layer.kv_a, R + m.rope, D);
     up_key = packing.next(layer.kv_b, R, m.nope, m.heads, up, true);
     up_value = packing.next(layer.kv_b + m.nope * R, m.value, R, m.heads, up);
     o = packing.next(layer.o, D, m.heads * m.value);
     router = packing.next(layer.router, m.experts, D);
-    gate_up = packing.next(layer.width > 0 ? layer.gate_up : nullptr, 2 * layer.width, D);
-    down = packing.next(layer.width > 0 ? layer.down : nullptr, D, layer.width);
-    experts_gate_up =
-        packing.next(layer.router == nullptr ? nullptr : layer.experts_gate_up, 2 * I, D, m.experts, 2 * I * D);
-    experts_down = packing.next(layer.router == nullptr ? nullptr : layer.experts_down, D, I, m.experts, D * I);
+    gate_up = packing.next(layer.gate_up, 2 * layer.width, D);
+    down = packing.next(layer.down, D, layer.width);
+    experts_gate_up = packing.next(layer.experts_gate_up, 2 * I, D, m.experts, 2 * I * D);
+    experts_down = packing.next(layer.experts_down, D, I, m.experts, D * I);
   }
 };
 

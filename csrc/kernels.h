@@ -1,6 +1,7 @@
 // The kernels' signatures, declared once for each instruction set (DSFAST_ISA names the namespace), so no include
 // guard. All matrices are row-major float32; `x_row` is the distance between rows of x in elements. Shape letters as in
-// dsfast/ops/. Functions that return int64_t return how many indices were out of range; then the output is not valid.
+// dsfast/ops/. Functions that return int64_t return how many indices were out of range, but where said otherwise; then
+// the output is not valid.
 #include <cstdint>
 
 #include "model.h"

@@ -25,9 +25,8 @@ typedef float vfloat_unaligned __attribute__((vector_size(4 * W), aligned(4), ma
 
 DSFAST_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
 DSFAST_INLINE void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
-DSFAST_INLINE vfloat splat(float x) {
-  return x - vfloat{};
-}  // not 0 + x: that turns -0 into 0, so it stays an addition
+// Not 0 + x: that turns -0 into 0, so it stays an addition.
+DSFAST_INLINE vfloat splat(float x) { return x - vfloat{}; }
 // The same four floats in every four lanes.
 #if defined(__AVX512F__)
 DSFAST_INLINE vfloat repeat_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
@@ -138,7 +137,7 @@ DSFAST_INLINE vfloat exp2(vfloat x) {
 
 DSFAST_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 
-// y[i] = f(x[i]) for any count, whole vectors first.
+// f(i, n) for the numbers i .. i + n - 1 of 0 .. count - 1: W at a time, then the rest.
 template <class F>
 DSFAST_INLINE void for_vectors(int64_t count, F f) {
   int64_t i = 0;

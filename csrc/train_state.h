@@ -94,7 +94,8 @@ inline Weights filled_weights(const Model& m, int threads) {
 }
 
 // What a layer keeps of a segment of n tokens for its backward pass. What products read or write down a column has
-// padded rows: x, x_mlp, low's normed q_input, latent and o here, their gradients in State.
+// padded rows: x, x_mlp, low's normed q_input, latent and o here; in State x and the gradients of what products give
+// (dh, dq, dkeys_values, dkv, dlow).
 struct LayerState {
   float *h, *rstd, *x;              // the stream [n, D], its norm's scale [n] and result
   float *low, *low_rstd, *q_input;  // only with q_a
@@ -145,7 +146,7 @@ inline State carve(Carver& c, const Model& m, int64_t n) {
   }
   const int64_t D = m.width;
   s.delta = c.floats(n * D), s.h = c.floats(n * D), s.rstd = c.floats(n), s.x = c.floats(n * padded(D));
-  s.hidden = c.floats(n * m.head_width), s.dhidden = c.floats(n * padded(m.head_width));
+  s.hidden = c.floats(n * m.head_width), s.dhidden = c.floats(n * m.head_width);
   s.dh = c.floats(n * padded(D)), s.dx = c.floats(n * D), s.dq = c.floats(n * padded(queries_width(m)));
   s.dkeys_values = c.floats(n * padded(keys_values_width(m))), s.d_o = c.floats(n * head_inputs(m));
   s.dkv = c.floats(n * padded(latent_width(m))), s.dlow = c.floats(n * padded(largest(m.query_rank, m.embedding_rank)));

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 _PROBE = 2**16
 """Bytes that have to fit where something is to be written."""
 _NAMED = 40
-"""Characters of a file's name that its half-written one keeps, which is longer and must be no longer than names may be."""
+"""Characters of a file's name that its half-written one keeps: that has more beside them, and no name may be too long."""
 
 
 @contextmanager

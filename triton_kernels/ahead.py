@@ -19,9 +19,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 _POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -36,9 +35,7 @@ class Compiled:
     shared: int  # bytes of a program
     matrix: int  # instructions of the matrix units
     copies: int | None  # asynchronous copies into shared memory; None where the assembly does not tell
-    repeated: (
-        float | None
-    )  # work of the warp groups' matrix instructions over that of the source's products; None without
+    repeated: float | None  # matrix work of the warp groups over that of the source's products; None without
     serialized: bool | None  # whether each of these instructions waits for the one before it; None without them
     unset: tuple[str, ...]  # instructions that read uniform registers which nothing has set; () without them
 

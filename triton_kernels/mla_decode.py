@@ -275,7 +275,7 @@ def combine_kernel(
 
 
 class Tiles(NamedTuple):
-    """BN places by BH heads; `slice` columns of the latent at a time in scores (0: all, the tile is then read once);
+    """BN places at a time; `slice` columns of the latent at a time in scores (0: all, the tile is then read once);
     `resident` programs that a multiprocessor is thought to hold; `ahead` as AHEAD of `attend_kernel`."""
 
     bn: int
@@ -331,6 +331,8 @@ COMBINE_COST = 512  # of a second launch, in places
 
 
 class Plan(NamedTuple):
+    """absorb: products with `up` inside the kernel; `bh` heads of a program; `splits` of a sequence's places."""
+
     absorb: bool
     bh: int
     tiles: Tiles

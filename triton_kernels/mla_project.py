@@ -245,6 +245,7 @@ class Sizes(NamedTuple):
         return [(n, d), (n, h, dn), (n, h, dr), (n, h, dn), (n, dr), (n, h, dv)]
 
     def constants(self) -> dict[str, int]:
+        """The kernels' tl.constexpr arguments; "...P" is what a size is padded to."""
         found = dict(zip(("H", "D", "R", "Dn", "Dr", "Dv"), self, strict=True)) | {"HP": triton.next_power_of_2(self.h)}
         return found | {f"{name.upper()}P": padded(found[name]) for name in ("D", "R", "Dn", "Dr", "Dv")}
 

@@ -124,9 +124,5 @@ def vocabulary_texts(facts: list[Fact]) -> list[str]:
     sentences = [p.sentence for fact in facts for p in (*taught_prompts(fact), *heldout_prompts(fact))]
     words = [" ".join(words) for words in _grammar().values()]
     numbers = " ".join(map(str, (*range(201), *range(1000, 2031))))
-    return [
-        *sentences,
-        *words,
-        *words,
-        numbers,
-    ]  # the words twice: they come before the numbers, which fill what is left
+    # The words twice: so they come before the numbers, which fill what is left.
+    return [*sentences, *words, *words, numbers]

@@ -83,9 +83,11 @@ class OperatorDecoder:
         self._cache = LatentCache(model.config, len(model.layers), batch, capacity, weight.device, weight.dtype)
 
     def start(self, prompts: Prompts) -> list[int]:
+        """The token of each of B prompts, wherever they lie."""
         return self._choose(prompt_logits(self._model, self._cache, prompts.to(self._cache.lengths.device)))
 
     def step(self) -> list[int]:
+        """The next token of each of B sequences."""
         return self._choose(next_logits(self._model, self._cache, self.chosen))
 
     def _choose(self, logits: Tensor) -> list[int]:

@@ -98,7 +98,7 @@ class DeepseekV3(nn.Module):
     ) -> Tensor:
         """embedded [N, D], positions [N] -> the final normed state [N, D].
 
-        With a `cache` the tokens, announced by its `place`, are written to it; then `cu_seqlens` None means one new
+        With a `cache` the tokens, announced by its `place` or `append`, are written to it; then `cu_seqlens` None means one new
         token per cached sequence.
         """
         rope = self.rope(embedded.dtype)

@@ -63,9 +63,7 @@ def adamw(
     if choose("adamw", params[0]) == "reference":
         _reference(tensors, settings, step, clip_scale, lr_scale)
     else:
-        torch.ops.dsfast.adamw(
-            *tensors, *settings, *or_tensor(lr_scale), *or_tensor(step), *or_tensor(clip_scale)
-        )  # fmt: skip
+        torch.ops.dsfast.adamw(*tensors, *settings, *or_tensor(lr_scale), *or_tensor(step), *or_tensor(clip_scale))
         # The kernels wrote where autograd cannot see.
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 

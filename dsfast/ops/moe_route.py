@@ -41,9 +41,7 @@ class Routing(NamedTuple):
     """[E + 1] int32, where each expert's begin there."""
 
 
-def moe_route_reference(
-    logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"
-):  # fmt: skip
+def moe_route_reference(logits, bias, top_k, n_group, topk_group, norm_topk_prob, scaling, scoring_func="sigmoid"):
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(1)
     with torch.no_grad():
         indices = _choose(scores + bias, top_k, n_group, topk_group)

@@ -17,6 +17,7 @@ from dsfast.ops.library import autograd, define, expect_dtype, expect_shape, row
 from dsfast.triton_kernels.limits import NORM_WIDEST
 
 MOST_USES = 3
+"""Readers of a norm's result whose gradients its backward kernel takes."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):

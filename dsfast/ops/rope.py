@@ -96,18 +96,15 @@ def split_and_turn(
     for argument, x in (("q", q), ("kv", kv)):
         if x.size(-1) < dr:
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
+    (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
     if choose("rope", q, not_triton=_not_triton(dr)) != "triton":
-        (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
         turn = rope_ if in_place else rope
         k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
         return q_nope, turn(q_rope, cos, sin, positions), latent, k_rope
-    expect_shape("rope", "sin", sin, *cos.shape)
-    expect_shape("rope", "positions", positions, q.size(0))
-    expect_dtype("rope", q.dtype, q.device, kv=kv, cos=cos, sin=sin)
-    expect_dtype("rope", torch.int64, q.device, positions=positions)
+    _check(q_rope, cos, sin, positions)
+    expect_dtype("rope", q.dtype, q.device, kv=kv)
     if not in_place:
         return _SplitAndTurn.apply(q, kv, cos, sin, positions)
-    (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
     torch.ops.dsfast.rope_pair_(q_rope, k_rope, cos, sin, positions)
     return q_nope, q_rope, latent, k_rope
 

@@ -127,6 +127,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_step(path: Path) -> int:
+    """The step in the name of a folder that `checkpoints` returns."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -207,6 +208,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
+    """Go back to what `random_states` returned. For anything else: KeyError, ValueError, TypeError, RuntimeError, OverflowError."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(_decode(numbers, np.uint32).tolist()), gauss))
     kind, keys, *rest = states["numpy"]

@@ -125,8 +125,7 @@ class DeviceStep:
 
         Later steps may be launched, and other batches loaded, in between.
         """
-        numbers, loads = (x[begin:end].to("cpu", non_blocking=True, copy=True) for x in (self.measured, self.loads))
-        return numbers, loads
+        return tuple(x[begin:end].to("cpu", non_blocking=True, copy=True) for x in (self.measured, self.loads))
 
     def state(self) -> list[Tensor]:
         """Every tensor that a call changes for later ones to see; the gradients, which each call makes anew, left out."""

@@ -4,7 +4,7 @@
 
 It takes of dsfast only what older commits have too, but for `Run.check_prompts`. Standard input has lines of JSON, the name of a
 method of `Run` and its arguments, first "ready" with those that make the run. Standard output has a line of JSON for each:
-what the method returns, or {"user_error": ...}.
+what the method returns, {"user_error": ...}, or {"failed": ...} where losses or logits are no numbers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an operator launches: each one's passes, called in the kernels' own modules, and their launches written down.
 
-It imports every kernel, so it is itself imported where triton is known to be installed.
+It imports kernels, so it is itself imported where triton is known to be installed.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
 
 from torch import Tensor
 
 from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, compiled, plain
+from dsfast.bench.gpu.replaced import replaced
 from dsfast.bench.peers import huggingface
 from dsfast.bench.peers import operators as eager
 
@@ -34,28 +35,11 @@ def _transformers_route(arguments: list, differentiable: Sequence[int]) -> Prepa
     leaf = logits.detach().clone().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
-        with _linear_skipped(hf):
+        with replaced(hf, "F", SimpleNamespace(linear=lambda x, weight: x)):  # the logits are given
             _, weights, indices = router(leaf)
         return _with_permutation(weights, indices, eager.counted(indices, logits.size(1)))
 
     return Prepared(run, (leaf,))
-
-
-class _linear_skipped:  # noqa: N801
-    """transformers' `F.linear` in the router returns its input: the logits are given."""
-
-    def __init__(self, module: Any):
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.kept, self.module.F = self.module.F, self
-
-    def __exit__(self, *_) -> None:
-        self.module.F = self.kept
-
-    @staticmethod
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
-        return x
 
 
 PEERS: dict[str, dict[str, GpuPeer]] = {
