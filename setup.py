@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,11 +21,11 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # One folder for each Python, so that a second build compiles only what changed. Configured afresh each time: cmake,
-        # ninja and pybind11 may lie in a temporary build environment that is gone by then.
+        # One folder for each Python, so that a second build compiles only what changed.
         build = ROOT / "build" / sys.implementation.cache_tag
+        _configure_anew(build)
         configure = [
-            "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
+            "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-GNinja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
         # cmake and ninja may be packages of this Python whose environment is not activated.
@@ -43,6 +44,14 @@ class CMakeBuild(build_ext):
                 f"dsfast: the C++ kernels could not be built ({error}); dsfast will run in plain PyTorch",
                 file=sys.stderr,
             )
+
+
+def _configure_anew(build: Path) -> None:
+    """Remove what CMake has found, not what it has compiled, as `cmake --fresh` would: cmake, ninja and pybind11 may have lain in
+    a temporary build environment that is gone by now."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for found in (build / "CMakeFiles").glob("[0-9]*"):  # by the version of CMake
+        shutil.rmtree(found)
 
 
 setup(ext_modules=[Extension("dsfast._native", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

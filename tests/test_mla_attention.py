@@ -35,6 +35,7 @@ class TestMlaAttention(OperatorContract):
         mla_attention_case("empty documents at both ends and between", (0, 13, 0, 0, 35, 0), 3, 5, 2, 7),
         mla_attention_case("boundaries inside every block", (31, 1, 33, 15, 17), 2, 7, 4, 11),
         mla_attention_case("the 500K model's widths", (67, 61), 4, 32, 16, 32),
+        mla_attention_case("several blocks of queries and of keys", (149, 203), 2, 8, 4, 8),
         mla_attention_case("one head", (41,), 1, 8, 8, 8),
         mla_attention_case("a value wider than the key", (23,), 2, 2, 2, 37),
         mla_attention_case("one head of keys and values for three of queries", (19, 0, 51), 6, 7, 4, 5, 2),

@@ -208,7 +208,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Go back to what `random_states` returned. For anything else: KeyError, ValueError, TypeError, RuntimeError, OverflowError."""
+    """Go back to what `random_states` returned. KeyError, ValueError, TypeError, RuntimeError or OverflowError for all else."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(_decode(numbers, np.uint32).tolist()), gauss))
     kind, keys, *rest = states["numpy"]
