@@ -80,7 +80,11 @@ def against(
 
 def test_the_same_code_gives_the_same_bits(repository: Path, tmp_path: Path):
     ended, found = against(repository, tmp_path, "HEAD", "--steps", "4", "--seeds", "2")
-    assert found["results"]["wrong"] is None
+    assert found["results"]["wrong"] == []
+    said = " ".join(ended.stdout.split())
+    assert re.search(
+        r"float64 as they have to be, train_step within \S+ of them, decode_step within \S+ of them\.", said
+    )
     # Of a few steps of some milliseconds each the times may say anything.
     assert ended.returncode in (0, 1), ended.stderr
     settings, results = found["settings"], found["results"]
@@ -126,6 +130,18 @@ def test_a_tree_that_is_slower_and_learns_less_is_named_and_1(repository: Path, 
     assert one["now"]["losses"][0] == one["before"]["losses"][0]
     for problem in (slow, learnt):
         assert problem in " ".join(ended.stdout.split())
+
+
+def test_generation_that_is_wrong_is_told_though_losses_have_the_same_bits(repository: Path, tmp_path: Path):
+    step = "        chosen = self._run(self._step)\n"
+    wrong = "        if self._longest > 20:\n            self._cache.latent[:, :, 19] = 0\n"
+    change(repository, "dsfast/model/native_decode.py", step, wrong + step)
+    ended, found = against(repository, tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert "the same bits at every step" in ended.stdout
+    [problem] = found["results"]["wrong"]
+    assert re.fullmatch(r"decode_step: the logits \S+ from the operators', 1e-03 allowed", problem)
+    assert f"✗ wrong: {problem}" in " ".join(ended.stdout.split())
 
 
 def test_a_tree_that_breaks_is_named_and_what_it_said_is_shown(repository: Path, tmp_path: Path):

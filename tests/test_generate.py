@@ -15,7 +15,7 @@ from dsfast.errors import UserError
 from dsfast.model import generate, generate_ids
 from dsfast.model.cache import LatentCache
 from dsfast.model.decode import OperatorDecoder, Prompts
-from dsfast.model.native_decode import LONG_PROMPT, NativeDecoder
+from dsfast.model.native_decode import LONG_PROMPT, NativeDecoder, furthest_apart
 from dsfast.model.native_model import runs_natively
 from dsfast.ops import native
 
@@ -116,6 +116,25 @@ def test_native_tokens_are_those_of_the_operators(model):
         with ops.use("reference"):
             expected = generate_ids(model, prompts, 15, temperature, seed=3)
         assert generate_ids(model, prompts, 15, temperature, seed=3) == expected
+
+
+def test_how_far_the_call_is_from_the_model_at_every_place_of_the_context(monkeypatch):
+    model = random_model()
+    limit, prompts = model.config.max_position_embeddings, random_ids(model, 3, 2)
+    assert max(furthest_apart(model, prompts, limit)) < 1e-5
+    assert len(furthest_apart(model, random_ids(model, 2, limit), 1)) == 2
+    last, of_run = limit - 1, NativeDecoder._run
+
+    def wrong_at_the_last_place(self, call):
+        tokens = of_run(self, call)
+        if int(self._lengths[1]) == last:
+            self.logits[1] *= 1.01
+        return tokens
+
+    monkeypatch.setattr(NativeDecoder, "_run", wrong_at_the_last_place)
+    first, second, third = furthest_apart(model, prompts, limit)
+    assert max(first, third) < 1e-5
+    assert second == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_with_any_threads(model):

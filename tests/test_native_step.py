@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from dsfast import ops
 from dsfast.data import Batch
 from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, NativeStep
+from dsfast.model.moe import Router
 from dsfast.model.native_step import MOST_UNEVEN, uneven
 from dsfast.ops.checks import judge
 from dsfast.train import Trainer
-from dsfast.train.gradients import Gradients, first_documents
+from dsfast.train.gradients import CHOICE, UNLIKE, Gradients, first_documents
 
 WITHOUT_MTP = {name: changes | {"num_nextn_predict_layers": 0} for name, changes in MORE_VARIANTS.items()}
 # Lengths of documents: one token, below and above a segment of 256 and a block of 48 queries, an empty one.
@@ -254,6 +256,42 @@ class TestGradients:
         for parameter, gradient in zip(trainer.model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
         assert any(fallback["operator"] == "train_step" for fallback in ops.fallbacks())
+
+    def test_a_router_changed_in_python_is_noticed_after_some_batches(self, monkeypatch):
+        """One that differs in a token may be rounding."""
+        trainer = Trainer(tiny_config(), dataset=tiny_dataset())
+        of_router = Router.forward
+        monkeypatch.setattr(Router, "forward", lambda self, x: of_router(self, -x))
+        for number in range(UNLIKE):
+            expected = nullcontext() if number < UNLIKE - 1 else pytest.warns(ops.FallbackWarning, match=CHOICE)
+            with expected:
+                trainer.train_batch(tiny_dataset().rows.batch(number, 3))
+            assert not trainer.gradients.in_one_call
+
+    def test_after_batches_that_chose_otherwise_the_call_is_taken_where_they_choose_alike(self, monkeypatch):
+        trainer, of_router = Trainer(tiny_config(), dataset=tiny_dataset()), Router.forward
+        for number in range(UNLIKE + 1):
+            otherwise = number % UNLIKE < UNLIKE - 1
+            monkeypatch.setattr(Router, "forward", lambda self, x, sign=1 - 2 * otherwise: of_router(self, sign * x))
+            trainer.train_batch(tiny_dataset().rows.batch(number, 3))
+            assert trainer.gradients.in_one_call == (number >= UNLIKE - 1)
+
+    def test_how_far_a_whole_batch_is_apart(self, monkeypatch):
+        trainer, batch = Trainer(tiny_config(), dataset=tiny_dataset()), tiny_dataset().rows.batch(0, 3)
+        arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
+        what, difference = trainer.gradients.furthest_apart(*arguments)
+        assert difference < 1e-5
+        assert what == "the loss" or what.removeprefix("the gradient of ") in dict(trainer.model.named_parameters())
+        of_step = NativeStep.__call__
+
+        def without_a_word(self, *flat):
+            loss = of_step(self, *flat)
+            self.model.embed_tokens.weight.grad[int(flat[0][0])] = 0
+            return loss
+
+        monkeypatch.setattr(NativeStep, "__call__", without_a_word)
+        what, difference = trainer.gradients.furthest_apart(*arguments)
+        assert (what, difference > 1e-2) == ("the gradient of embed_tokens.weight", True)
 
     @pytest.mark.parametrize("whole_step", [True, False])
     def test_the_config_decides(self, whole_step):

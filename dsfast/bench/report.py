@@ -243,7 +243,8 @@ class Reporter:
             self._say(f"? {doubt}", "yellow")
         wrong = results.get("wrong")
         if wrong == []:
-            self._say("Where bits differ, the operators as they are now are as near to float64 as they have to be.")
+            where = "Where bits differ, the" if "bits" in results else "The"
+            self._say(f"{where} operators as they are now are as near to float64 as they have to be{_calls(results)}.")
         for problem in wrong or []:
             self._say(f"✗ wrong: {problem}", "red")
 
@@ -325,6 +326,14 @@ def _milliseconds(seconds: float) -> str:
 
 def _percent(recall: Json | None) -> str:
     return "-" if recall is None else _part(recall["fraction"])
+
+
+def _calls(results: Json) -> str:
+    """How near the calls that stand for the whole model came to its operators, where there are any."""
+    furthest: dict[str, float] = {}
+    for one in (one for seed in results.get("seeds", []) for one in seed["one_calls"]):
+        furthest[one["call"]] = max(one["apart"], furthest.get(one["call"], 0.0))
+    return "".join(f", {call} within {apart:.1e} of them" for call, apart in furthest.items())
 
 
 def _part(fraction: float | None) -> str:

@@ -12,10 +12,10 @@ from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.embedding import Embedding
 from dsfast.model.layers import RMSNorm, StreamNorm, is_unchanged
-from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU
-from dsfast.model.rope import RotaryTables
+from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU, choice_of
+from dsfast.model.rope import RotaryTables, softmax_scale
 
-_OWN_MODULES = frozenset({
+OWN_MODULES = frozenset({
     DecoderLayer, DeepseekMoE, DeepseekV3, Embedding, Experts, MultiHeadLatentAttention, MultiTokenPrediction, RMSNorm,
     RotaryTables, Router, StreamNorm, SwiGLU, nn.Linear, nn.ModuleList,
 })  # fmt: skip
@@ -35,7 +35,11 @@ def note_changed(model: DeepseekV3) -> bool:
 
 
 def _is_own(module: nn.Module, config: ModelConfig) -> bool:
-    """Whether `module` is one of a model such as `config` describes."""
-    if not is_unchanged(module, _OWN_MODULES):
+    """Whether `module` is one of a model such as `config` describes, its numbers too."""
+    if not is_unchanged(module, OWN_MODULES):
         return False
+    if isinstance(module, Router):
+        return module.choice == choice_of(config)
+    if isinstance(module, MultiHeadLatentAttention):
+        return module.scale == softmax_scale(config)
     return not isinstance(module, RMSNorm) or module.eps in (config.rms_norm_eps, LATENT_NORM_EPS)

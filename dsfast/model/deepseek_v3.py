@@ -43,7 +43,7 @@ class DeepseekV3(nn.Module):
             MultiTokenPrediction(c, c.num_hidden_layers + k) for k in range(c.num_nextn_predict_layers)
         )
         self.kept = LastValue()
-        """What generation on a GPU keeps between calls."""
+        """What generation keeps between calls."""
         initialise(self, c)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from dsfast.model.decode import OperatorDecoder, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.device_decode import DeviceDecoder
 from dsfast.model.gpu import gpu_errors
-from dsfast.model.native_decode import NativeDecoder
+from dsfast.model.native_decode import NativeDecoder, stands_for
 from dsfast.model.native_model import runs_natively
 from dsfast.tokens import BOS, EOS
 
@@ -87,7 +87,7 @@ def _own_decoder(model: DeepseekV3) -> Callable[..., Decoder]:
     """What generates on the model's device."""
     if model.embed_tokens.weight.is_cuda:
         return OperatorDecoder if note_changed(model) else DeviceDecoder
-    return NativeDecoder if runs_natively(model) else OperatorDecoder
+    return NativeDecoder if runs_natively(model) and stands_for(model) else OperatorDecoder
 
 
 def _collect(decoder: Decoder, prompts: Prompts, room: list[int], eos_id: int | None) -> list[list[int]]:

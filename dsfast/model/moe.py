@@ -29,6 +29,12 @@ class SwiGLU(nn.Module):
         return ops.swiglu_mlp(x, self.gate_up_proj, self.down_proj)
 
 
+def choice_of(config: ModelConfig) -> tuple[int, int, int, bool, float, str]:
+    """How a router of `config` chooses, as `ops.route_tokens` takes it behind the bias."""
+    c = config
+    return c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, c.scoring_func
+
+
 class Router(Float32Buffers):
     """Chooses K of E experts for each token and weighs them by their affinities, as `scoring_func` has them.
 
@@ -39,9 +45,7 @@ class Router(Float32Buffers):
         super().__init__()
         c = config
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
-        self.choice = (
-            c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, c.scoring_func,
-        )  # fmt: skip
+        self.choice = choice_of(c)
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Generator, Tensor
 
+from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.model.cache import LatentCache
+from dsfast.model.changed import OWN_MODULES
 from dsfast.model.decode import NOT_FINITE, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.native_model import NativeModel
@@ -17,6 +20,11 @@ from dsfast.ops import native
 
 LONG_PROMPT = 64
 """Tokens from which on a prompt is read faster by operators, which take many tokens at a time, than by the step."""
+
+
+AGREEMENT = 1e-3
+"""How far apart its logits and those of dsfast/model may be, relatively. Rounding makes 1e-6."""
+_METHODS = ("forward", "hidden", "logits")
 
 
 class NativeDecoder:
@@ -91,6 +99,53 @@ class NativeDecoder:
         if call():
             raise UserError(NOT_FINITE)
         return self.chosen.tolist()
+
+
+def stands_for(model: DeepseekV3) -> bool:
+    """Whether the C++ step gives the logits of dsfast/model for `model`, in evaluation mode: it repeats what is said there.
+
+    Looked at before a model's first use, and once more where it was trained since (at first many products are zero) or a method
+    of dsfast/model has become another. A warning says that it does not.
+    """
+    weight = model.embed_tokens.weight
+    version = 0 if weight.is_inference() else weight._version
+    methods = (getattr(kind, name, None) for kind in OWN_MODULES for name in _METHODS)
+    return model.kept.get((version, *methods), lambda: _agrees(model))
+
+
+def _agrees(model: DeepseekV3) -> bool:
+    longest = model.config.max_position_embeddings
+    prompts, tokens = min(6, longest), min(3, longest)
+    ids = torch.arange(4 * prompts, device="cpu").mul(7919).remainder(model.config.vocab_size)
+    try:
+        difference = median(furthest_apart(model, ids.view(4, prompts), tokens))
+    except UserError:  # logits that are not finite: nothing to compare
+        return True
+    if difference <= AGREEMENT:
+        return True
+    reason = f"logits differ by {difference:.1e} between dsfast/model and csrc/decode_step.cpp"
+    ops.note_fallback("generation", "cpu", "runs operator by operator", reason)
+    return False
+
+
+def furthest_apart(model: DeepseekV3, prompts: Tensor, tokens: int) -> list[float]:
+    """How far, relatively, logits of the C++ step are from the model's: for each of prompts [B, P] the most, over `tokens` tokens
+    sampled after it or as many as the context has room for. One whose token rounding sends to another expert is far off.
+
+    Raises UserError where logits are not finite. The model is in evaluation mode.
+    """
+    batch, length = prompts.shape
+    capacity = min(length + tokens - 1, model.config.max_position_embeddings)
+    generator = torch.Generator("cpu").manual_seed(0)
+    with native.products_in(torch.float32), torch.inference_mode():
+        decoder = NativeDecoder(model, batch, capacity, 1.0, generator)
+        chosen, found = [decoder.start(Prompts.pack(prompts.tolist()))], [decoder.logits.clone()]
+        for _ in range(capacity - length):
+            chosen.append(decoder.step())
+            found.append(decoder.logits.clone())
+        ids = torch.cat([prompts, torch.tensor(chosen, device="cpu").T], 1)[:, :capacity]
+        expected = model(ids)[:, length - 1 :]
+        return ((torch.stack(found, 1) - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(1).tolist()
 
 
 def _floats(*shape: int) -> Tensor:

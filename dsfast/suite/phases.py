@@ -25,11 +25,12 @@ from dsfast.data import Prompt, PromptSets
 from dsfast.data.prompts import PRIORITIES
 from dsfast.errors import FileError, GpuError
 from dsfast.evaluate import ProbeResult, ask, check_lengths, check_taught, measure_taught
+from dsfast.evaluate.one_call import check_one_calls
 from dsfast.evaluate.recall import as_json
 from dsfast.model import DeepseekV3, parameter_counts
 from dsfast.model.gpu import gpu_errors_while
 from dsfast.suite.error_reports import error_reports
-from dsfast.suite.propagation import check_propagation
+from dsfast.suite.propagation import check_call, check_propagation
 from dsfast.suite.report import Reporter
 from dsfast.suite.verdict import PARTED, Check, judge_phase
 from dsfast.train import Trainer, TrainResult
@@ -147,13 +148,14 @@ def _fallbacks(device: str) -> list[dict[str, str]]:
 
 
 def propagation(session: Session) -> Details:
-    """The four propagation checks, on the model just trained and the batch that would come next."""
+    """The propagation checks, on the model just trained and the batch that would come next."""
     config, trainer = session.plan.config, session.trainer
     batch = trainer.dataset.rows.batch(config.train.steps, config.train.batch_size)
     with trainer.kernels():
         checks = check_propagation(
             trainer.model, batch, trainer.precision.tensors, trainer.config.train.mtp_loss_weight
         )
+        checks += map(check_call, check_one_calls(trainer))
     return {"failed": sum(not c.passed for c in checks), "checks": [asdict(c) for c in checks]}
 
 

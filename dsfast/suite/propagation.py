@@ -1,4 +1,5 @@
-"""The specification's four propagation checks: forward pass, finite loss, parameter count, gradient flow."""
+"""The specification's four propagation checks: forward pass, finite loss, parameter count, gradient flow. And whether the calls
+that stand for a whole model give what its operators give."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsfast.data import Batch
+from dsfast.evaluate.one_call import OneCall
 from dsfast.model import DeepseekV3, loss_in
 from dsfast.suite.verdict import GRADIENT_SHARE_MIN, PARAMETERS_MAX, PARAMETERS_MIN
 
@@ -52,6 +54,14 @@ def check_forward(model: DeepseekV3, input_ids: Tensor) -> PropagationCheck:
     return PropagationCheck(
         "forward pass", passed, f"finite logits {expected}", actual, f"input_ids {list(input_ids.shape)}"
     )
+
+
+def check_call(one: OneCall) -> PropagationCheck:
+    """The call beside dsfast/model, operator by operator."""
+    return PropagationCheck(
+        f"{one.call} in one call", one.passed, f"within {one.allowed:.0e} of the operators'", f"{one.what}: {one.apart:.1e}",
+        f"csrc/{one.call}.cpp, or dsfast/model",
+    )  # fmt: skip
 
 
 def check_loss(loss: float) -> PropagationCheck:

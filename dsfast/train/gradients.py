@@ -20,6 +20,10 @@ AGREEMENT = 1e-3
 NEGLIGIBLE = 1e-4
 """Of the norm of all gradients together: one below that may be made of nothing but rounding."""
 
+UNLIKE = 10
+"""So many times in a row tokens may go to other experts one way than the other, as rounding sends one at times."""
+CHOICE, NOTHING = "the choice of experts", "nothing to compare"
+
 Flat = tuple[Tensor, Tensor, Tensor, Tensor]
 """ids [N], labels [N], positions [N], cu_seqlens [S + 1]."""
 
@@ -38,7 +42,7 @@ class Gradients:
         in_cpp = whole_step and dtype == torch.float32 and all(p.is_cpu for p in model.parameters())
         usable = in_cpp and native.status()[0] is not None and not note_changed(model)
         self._native = NativeStep(model) if usable else None
-        self._checked = False
+        self._checked, self._unlike = False, 0
         self.in_one_call = False
         """Whether the last batch went through the native call."""
 
@@ -66,25 +70,44 @@ class Gradients:
         """Whether the native call may be relied on; looked at until it has been held against autograd once."""
         if self._checked:
             return True
-        first = first_documents(flat, CHECKED_TOKENS)
-        loss, gradients = self._by_autograd(first)
+        what, difference = self._furthest_apart(first_documents(flat, CHECKED_TOKENS))
+        self._unlike = self._unlike + 1 if what == CHOICE else 0
+        if what == NOTHING or 0 < self._unlike < UNLIKE:
+            return False  # the next batch will do
+        self._checked = difference <= AGREEMENT
+        if not self._checked:
+            self._native = None
+            by = f"differs by {difference:.1e}" if what != CHOICE else f"differs in {UNLIKE} batches in a row"
+            reason = f"{what} {by} between dsfast/model and csrc/train_step.cpp"
+            ops.note_fallback("train_step", "cpu", "runs operator by operator", reason)
+        return self._checked
+
+    def furthest_apart(self, *batch: Tensor | None) -> tuple[str, float] | None:
+        """How far the native call is from autograd on a whole batch, as `_furthest_apart`; None where it is not used for it."""
+        if self._native is None:
+            return None
+        flat = self.model.flatten(*batch)
+        with native.products_in(torch.float32):
+            return self._furthest_apart(flat) if self._native.takes(*flat) else None
+
+    def _furthest_apart(self, flat: Flat) -> tuple[str, float]:
+        """What is furthest apart between the native call and autograd, and by how much, relatively: the loss, or the gradient of
+        a parameter, by the norm. CHOICE, infinite, where tokens go to other experts, as rounding sends one at times; NOTHING
+        where there is no label or a gradient is not finite."""
+        loss, gradients = self._by_autograd(flat)
         loads = [router.load.clone() for router in self.model.routers()]
-        found = {"the loss": torch.tensor(self._native(*first))}
+        found = {"the loss": torch.tensor(self._native(*flat))}
         found |= {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
         if not all(torch.equal(a, router.load) for a, router in zip(loads, self.model.routers(), strict=True)):
-            return False  # rounding sent a token to another expert: nothing to compare; the next batch will do
+            return CHOICE, math.inf
         size = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
         if not 0 < size < math.inf:
-            return False  # without a label, or not finite: nothing to compare either
-        for name, expected in {"the loss": loss, **gradients}.items():
-            difference = float((found[name] - expected).norm() / torch.maximum(expected.norm(), NEGLIGIBLE * size))
-            if not difference <= AGREEMENT:
-                self._native = None
-                reason = f"{name} differs by {difference:.1e} between dsfast/model and csrc/train_step.cpp"
-                ops.note_fallback("train_step", "cpu", "runs operator by operator", reason)
-                return False
-        self._checked = True
-        return True
+            return NOTHING, math.nan
+        by = {
+            name: float((found[name] - expected).norm() / torch.maximum(expected.norm(), NEGLIGIBLE * size))
+            for name, expected in {"the loss": loss, **gradients}.items()
+        }
+        return max(by.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
 
     def _by_autograd(self, flat: Flat) -> tuple[Tensor, dict[str, Tensor]]:
         named = dict(self.model.named_parameters())

@@ -180,10 +180,11 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
         for name, batch in GENERATED.items():
             progress(f"seed {seed}: generation, {name}")
             pairs[name] = _seconds(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
+        calls = sides["now"].ask("one_calls")["calls"]
         last = trained[-1:] if whole_runs else trained
         losses = {name: [loss for turn in last for loss in turn[name]["losses"]] for name in SIDES}
         found = {name: _known(side, Path(folder) / name, losses[name]) for name, side in sides.items()}
-    return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), **found}
+    return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), "one_calls": calls, **found}
 
 
 def _turns(
@@ -265,22 +266,27 @@ def _means(found: Sequence[Json]) -> Json:
 
 
 def wrong_numbers(config: Config, found: Json, progress: Progress) -> list[str] | None:
-    """Where the sides' bits differ, which operators of this tree are further from float64 than `ops.check_all` allows, in words.
+    """Which operators of this tree are further from float64 than `ops.check_all` allows, and which calls for the whole model from
+    the operators, in words.
 
-    They compute as config.runtime says; of a run of single operators it is those that differ. None: nothing differs.
+    They compute as config.runtime says; of a run of single operators it is those whose bits differ. None: there are none.
     """
-    differ = OPERATORS if any(one["apart"] for one in found.get("seeds", [])) else ()
-    differ = differ or [name for name, bits in found.get("bits", {}).items() if bits == "others"]
-    if not differ:
+    seeds = found.get("seeds", [])
+    asked = OPERATORS if seeds else [name for name, bits in found.get("bits", {}).items() if bits == "others"]
+    if not asked:
         return None
-    progress("the operators that differ beside float64" if "bits" in found else "the operators beside float64")
+    progress("the operators beside float64" if seeds else "the operators that differ beside float64")
     precision = precision_of(config.runtime)
     wrong: dict[tuple[str, str], str] = {}
-    for row in check_all(config.runtime.device, precision.tensors, precision.products, differ):
+    for row in check_all(config.runtime.device, precision.tensors, precision.products, asked):
         if not row["passed"]:
             which = row["operator"], row["implementation"]
             wrong.setdefault(which, f"{', '.join(which)}, {row['case']}: {in_words(row)}")
-    return list(wrong.values())
+    calls = (
+        f"{one['call']}: {one['what']} {one['apart']:.1e} from the operators', {one['allowed']:.0e} allowed"
+        for seed in seeds for one in seed["one_calls"] if not one["passed"]
+    )  # fmt: skip
+    return [*wrong.values(), *dict.fromkeys(calls)]
 
 
 def slower(timed: Json) -> list[str]:

@@ -2,9 +2,9 @@
 
     python -c "..."    with the text of this file, so that it is the same in either tree
 
-It takes of dsfast only what older commits have too, but for `Run.check_prompts`. Standard input has lines of JSON, the name of a
-method of `Run` and its arguments, first "ready" with those that make the run. Standard output has a line of JSON for each:
-what the method returns, {"user_error": ...}, or {"failed": ...} where losses or logits are no numbers.
+It takes of dsfast only what older commits have too, but for `Run.check_prompts` and `Run.one_calls`. Standard input has lines of
+JSON, the name of a method of `Run` and its arguments, first "ready" with those that make the run. Standard output has a line of
+JSON for each: what the method returns, {"user_error": ...}, or {"failed": ...} where losses or logits are no numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -82,6 +83,13 @@ class Run:
         prompt, runtime = self.trainer.dataset.tokenizer.encode(PROMPT).ids, self.config.runtime
         with ops.configured(runtime.kernels, runtime.device):
             return _timed(lambda: generate_ids(self.trainer.model, [prompt] * batch, tokens))
+
+    def one_calls(self) -> dict[str, Any]:
+        """Asked of the present tree alone: how far the calls that stand for the whole model are from its operators."""
+        from dsfast.evaluate.one_call import check_one_calls
+
+        with self.trainer.kernels():
+            return {"calls": [asdict(one) | {"passed": one.passed} for one in check_one_calls(self.trainer)]}
 
     def save(self, folder: str) -> dict[str, Any]:
         """A checkpoint of what was trained; peak memory in bytes, and what ran in plain PyTorch instead of a kernel."""

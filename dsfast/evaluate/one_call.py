@@ -1,0 +1,63 @@
+"""Whether the C++ calls that stand for a whole model, in training and in generation, give what its operators give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from dsfast.model.native_decode import AGREEMENT as LOGITS_ALIKE
+from dsfast.model.native_decode import furthest_apart, stands_for
+from dsfast.model.native_model import runs_natively
+from dsfast.train import Trainer
+from dsfast.train.gradients import AGREEMENT as GRADIENTS_ALIKE
+from dsfast.train.gradients import CHOICE
+
+BATCHES = 3
+"""The first in which rounding sends no token to another expert is looked at, of so many."""
+ROWS, PROMPT, PLACES = 4, 8, 512
+"""Sequences that are generated, the tokens that each begins with, and how far each goes at most."""
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """`call`: "train_step" or "decode_step", of csrc. `apart`: by how much, relatively, `what` differs from the operators'."""
+
+    call: str
+    what: str
+    apart: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.apart <= self.allowed
+
+
+def check_one_calls(trainer: Trainer) -> list[OneCall]:
+    """The loss and gradients of a whole batch, the next one, and logits at each place of the context; of the calls that the
+    trainer's model is left to here, on a GPU none. Runs under `trainer.kernels()`. Leaves the gradients cleared."""
+    model = trainer.model
+    was_training = model.training
+    try:
+        return [*_training(trainer), *_generation(trainer)]
+    finally:
+        model.train(was_training).zero_grad(set_to_none=True)
+
+
+def _training(trainer: Trainer) -> Iterator[OneCall]:
+    trainer.model.train()
+    for step in range(trainer.steps_done, trainer.steps_done + BATCHES):
+        b = trainer.dataset.rows.batch(step, trainer.config.train.batch_size)
+        found = trainer.gradients.furthest_apart(b.input_ids, b.labels, b.positions, b.cu_seqlens)
+        if found is None or found[0] != CHOICE:
+            break
+    if found is not None:
+        yield OneCall("train_step", *found, GRADIENTS_ALIKE)
+
+
+def _generation(trainer: Trainer) -> Iterator[OneCall]:
+    model = trainer.model.eval()
+    if runs_natively(model) and stands_for(model):
+        rows = trainer.dataset.rows.batch(trainer.steps_done, trainer.config.train.batch_size).input_ids
+        prompts = rows[:ROWS, : min(PROMPT, model.config.max_position_embeddings)]
+        yield OneCall("decode_step", "the logits", median(furthest_apart(model, prompts, PLACES)), LOGITS_ALIKE)
