@@ -266,8 +266,8 @@ def _means(found: Sequence[Json]) -> Json:
 
 
 def wrong_numbers(config: Config, found: Json, progress: Progress) -> list[str] | None:
-    """Which operators of this tree are further from float64 than `ops.check_all` allows, and which calls for the whole model from
-    the operators, in words.
+    """In words, the operators of this tree that are further from float64 than `ops.check_all` allows, and the calls for the whole
+    model that are too far from these.
 
     They compute as config.runtime says; of a run of single operators it is those whose bits differ. None: there are none.
     """
