@@ -19,7 +19,7 @@ try:
     from dsfast.config import Config, load_config
     from dsfast.errors import UserError
     from dsfast.generate import generate
-    from dsfast.model import DeepseekV3, import_huggingface
+    from dsfast.model import DeepseekV3, generate_ids, import_huggingface
     from dsfast.train import Trainer, load_checkpoint
 finally:
     if _COLLECTED:
@@ -27,5 +27,6 @@ finally:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "DeepseekV3", "Trainer", "UserError", "generate", "import_huggingface", "load_checkpoint", "load_config", "ops",
+    "Config", "DeepseekV3", "Trainer", "UserError", "generate", "generate_ids", "import_huggingface", "load_checkpoint",
+    "load_config", "ops",
 ]  # fmt: skip
