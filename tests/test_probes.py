@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_config
 from tokenizers import Tokenizer
 
-from dsfast.data import Prompt, train_tokenizer
+from dsfast.data import Prompt, heldout_prompts, load_facts, taught_prompts, train_tokenizer
 from dsfast.errors import UserError
-from dsfast.evaluate import ask, check_lengths, continue_greedily, measure_recall, recall, wilson_interval
+from dsfast.evaluate import (
+    ask,
+    check_lengths,
+    continue_greedily,
+    measure_recall,
+    measure_taught,
+    probes,
+    recall,
+    wilson_interval,
+)
 from dsfast.evaluate.probes import encode_prompts, judge
 from dsfast.model import DeepseekV3, generate
 
@@ -38,12 +49,18 @@ def test_batched_continuations_equal_single_ones(model, tokenizer):
     assert len(set(alone)) > 1
 
 
-def test_ask_gives_what_generate_gives_and_times_it(model, tokenizer):
+def test_ask_gives_what_generate_gives(model, tokenizer):
     prompts = [Prompt(text, "oxygen", priority="low") for text in TEXTS]
     results = ask(model, tokenizer, prompts, 5)
     assert [r.generated for r in results] == [generate(model, tokenizer, text, max_new_tokens=5) for text in TEXTS]
-    assert all(r.seconds > 0 for r in results)
     assert results[0].to_dict()["priority"] == "low"
+
+
+def test_an_answers_seconds_are_those_it_took(monkeypatch):
+    times = iter([10.0, 12.5, 20.0, 20.25])
+    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(probes, "generate", lambda *arguments, **options: " y")
+    assert [result.seconds for result in ask(None, None, [Prompt("x", "y")] * 2, 5)] == [2.5, 0.25]
 
 
 def test_asking_leaves_the_weights_alone(model, tokenizer):
@@ -74,7 +91,12 @@ def test_the_longest_prompt_that_fits_and_one_token_more(tokenizer):
 
 
 def test_recall_counts_exact_answers(model, tokenizer, monkeypatch):
-    prompts = [Prompt("a", "Paris"), Prompt("b", "300000", ("300,000",)), Prompt("c", "Sun"), Prompt("d", "Moon")]
+    prompts = [
+        Prompt("a", "Paris"),
+        Prompt("b", "300000", ("300,000",)),
+        Prompt("c", "Sun"),
+        Prompt("d", "Moon", ("x" * 12,)),
+    ]
     answers = [" Paris.", " 300,000 km", " the Sun", " comparison"]
 
     def canned(model, tokenizer, texts, max_new_tokens):
@@ -88,6 +110,17 @@ def test_recall_counts_exact_answers(model, tokenizer, monkeypatch):
     assert (result.asked, result.correct, result.fraction) == (4, 3, 0.75)
     assert (result.low, result.high) == wilson_interval(3, 4)
     assert measure_recall(model, tokenizer, []) is None
+
+
+def test_recall_of_facts_is_by_the_phrasings_that_were_read_and_by_those_held_out(monkeypatch):
+    monkeypatch.setattr(recall, "measure_recall", lambda model, tokenizer, prompts: prompts)
+    facts = load_facts()[:3]
+    found = measure_taught(None, None, facts)
+    assert found == {
+        name: [prompt for fact in facts for prompt in phrasings(fact)]
+        for name, phrasings in (("taught", taught_prompts), ("heldout", heldout_prompts))
+    }
+    assert not {prompt.text for prompt in found["taught"]} & {prompt.text for prompt in found["heldout"]}
 
 
 @pytest.mark.parametrize(
