@@ -132,6 +132,10 @@ class TestTheSameNumbers:
         changes = {"model.num_nextn_predict_layers": 1, "train.mtp_loss_weight": 0.7}
         assert_same_run(device_trainer(**changes), host_trainer(**changes), 1e-6)
 
+    def test_with_dense_layers_alone(self):
+        changes = {"model.first_k_dense_replace": 2, "train.steps": 3}
+        assert_same_run(device_trainer(**changes), host_trainer(**changes), 1e-6)
+
     def test_as_the_whole_step_in_one_native_call(self):
         """Its sums have another order: 1e-5."""
         needs_native()
@@ -308,6 +312,16 @@ class TestRunningAhead:
         for tensor in (steps.step.measured, steps.step.loads):
             tensor.fill_(7)
         assert all(torch.equal(x, y) for x, y in zip(sent, before, strict=True))
+
+    def test_preparation_takes_the_time_from_its_begin_to_its_end(self, monkeypatch):
+        clock = SimpleNamespace(now=3.0)
+        monkeypatch.setattr(steps, "perf_counter", lambda: clock.now)
+
+        def launch(step):
+            clock.now += 2.5
+            return step
+
+        assert prepared(device_trainer(launch=launch)).preparation_seconds == 2.5
 
     def test_the_time_of_the_steps_is_that_of_the_run(self, monkeypatch):
         """Each moment from the first launch to the last read is of one block: looked at 2 times preparing, then at 5 + 5."""

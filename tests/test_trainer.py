@@ -12,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,11 +29,12 @@ from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, precision_of
 from dsfast.ops import native
 from dsfast.suite import __main__ as suite
-from dsfast.train import Interrupted, Trainer, TrainingError, build_optimizer, load_checkpoint
+from dsfast.train import Interrupted, Trainer, TrainingError, TrainResult, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
 from dsfast.train.interrupt import StopSignals
 from dsfast.train.metrics import MetricsFile, read_metrics
 from dsfast.train.optimizer import learning_rate_scale
+from dsfast.train.progress import TrainingProgress
 
 
 def tiny_trainer(output_dir=None, **changes) -> Trainer:
@@ -84,6 +86,24 @@ def test_step_on_rows_of_ones_own_learns_them():
     assert losses[0] == pytest.approx(expected, rel=1e-6)  # operators there, one native call here
     assert losses[-1] < 0.5 * losses[0]
     assert trainer.steps_done == 60
+
+
+def test_a_step_is_in_training_mode():
+    trainer, batch = tiny_trainer(), tiny_dataset().rows.batch(0, 3)
+    trainer.model.eval()
+    trainer.step(batch.input_ids, batch.labels)
+    assert trainer.model.training
+    assert [router.load.sum().item() for router in trainer.model.routers()] == [48 * 2]
+
+
+@pytest.mark.parametrize("whole_step", [True, False])
+def test_a_model_whose_layers_are_all_dense_is_trained(whole_step, tmp_path):
+    changes = {"model.first_k_dense_replace": 2, "runtime.whole_step": whole_step}
+    trainer, batch = tiny_trainer(tmp_path / "run", **changes), tiny_dataset().rows.batch(0, 3)
+    losses = [trainer.train_batch(batch).loss for _ in range(7)]
+    assert losses[-1] < losses[0] - 0.1
+    trainer.train(quiet=True)
+    assert [line["expert_load"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [[]] * 3
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -145,6 +165,9 @@ def test_result_metrics_and_folder(tmp_path, capsys):
         assert line["tokens_per_second"] == pytest.approx(48 / line["seconds"])
         assert [len(shares) for shares in line["expert_load"]] == [4]
         assert sum(line["expert_load"][0]) == pytest.approx(1)
+    last = trainer.model.routers()[0].load / (48 * 2)
+    assert lines[-1]["expert_load"] == [pytest.approx(last.tolist())]
+    assert last.tolist() != last.flip(0).tolist()
     assert (result.steps, result.skipped_steps, result.final_loss) == (10, 0, result.losses[-1])
     assert result.checkpoint == folder / "step-000010"
     assert result.tokens_per_second == pytest.approx(480 / result.seconds)
@@ -157,6 +180,16 @@ def test_result_metrics_and_folder(tmp_path, capsys):
     assert f"loss {result.final_loss:.4f}" in printed[-1]
     for word in ("lr ", " tokens/s", " left"):
         assert word in printed[-1]
+
+
+def test_the_result_tells_the_most_memory_that_the_device_held(monkeypatch):
+    monkeypatch.setattr("dsfast.train.loop.peak_memory_bytes", lambda device: {"cpu": 12345}[device.type])
+    assert tiny_trainer().train(quiet=True).peak_memory_bytes == 12345
+
+
+def test_the_time_left_goes_by_the_steps_of_this_run():
+    progress = TrainingProgress(5, 10, 1)
+    assert progress.line(7, 1.0, 1e-3, 100.0, progress.started + 4.0).endswith("  0:06 left")
 
 
 def test_without_a_folder_nothing_is_written_and_quiet_is_quiet(tmp_path, monkeypatch, capsys):
@@ -221,6 +254,14 @@ def test_a_parameter_that_is_not_finite_is_named_before_its_gradients():
         trainer.train(quiet=True)
 
 
+@pytest.mark.parametrize(("loss", "first"), [(math.inf, "the loss"), (1.0, "the norm of all gradients together")])
+def test_what_is_not_finite_while_all_tensors_are_is_named(loss, first):
+    trainer = tiny_trainer(**{"train.max_bad_steps": 1})
+    trainer.train_batch(tiny_dataset().rows.batch(0, 3))
+    with pytest.raises(TrainingError, match=rf"step 2: .*; loss {loss}, first tensor: {first}$"):
+        trainer.count_step(loss, math.inf, 1.0, skipped=True, tokens=48, seconds=1.0)
+
+
 class SignallingRows(PackedRows):
     """Rows that send this process a signal while the batch of step 3 is fetched."""
 
@@ -247,6 +288,16 @@ def test_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, numb
     trainer = Trainer(tiny_config(), None, replace(data, rows=rows))
     with pytest.raises(Interrupted, match="nothing was saved"):
         trainer.train(quiet=True)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run")
+    steps = trainer.steps
+    trainer.steps = lambda: os.kill(os.getpid(), signal.SIGTERM) or steps()
+    with pytest.raises(Interrupted, match="stopped after step 0 of 10; nothing was saved"):
+        trainer.train(quiet=True)
+    assert not list((tmp_path / "run").glob("step-*"))
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -315,6 +366,18 @@ def test_a_model_that_no_memory_here_can_hold_is_one_line():
     config = tiny_config(**{"model.n_routed_experts": 2**16, "model.moe_intermediate_size": 2**16})
     line = r"^model: [\d,]+ parameters and \d+ positions take at least [\d.,]+ GB to train; this machine has [\d.,]+$"
     with pytest.raises(UserError, match=line):
+        Trainer(config)
+
+
+def test_memory_is_to_hold_weights_gradients_a_moment_and_the_table_of_angles(monkeypatch):
+    config = tiny_config()
+    matrices = sum(p.numel() for p in DeepseekV3(config.model).parameters() if p.ndim > 1)
+    needed = 4 * (3 * matrices + 32 * 4)
+    memory = {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": needed // 4}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    Trainer(config)
+    memory["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(UserError, match=rf"^model: {matrices:,} parameters and 32 positions take at least"):
         Trainer(config)
 
 
@@ -441,6 +504,16 @@ def test_a_run_that_learnt_nothing_is_an_error_that_says_so(tmp_path, monkeypatc
     assert output.err.count("\n") == 1
 
 
+def test_a_last_loss_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
+    losses = [6.0, 5.0, math.nan]
+    result = TrainResult(3, math.nan, 1.0, None, None, 144.0, 2**30, 1, tmp_path / "run", losses)
+    monkeypatch.setattr("dsfast.train.__main__.Trainer", lambda *given: SimpleNamespace(train=lambda resume: result))
+    with pytest.raises(
+        TrainingError, match=r"^nothing was learnt: 1 of 3 steps were skipped, .* the last loss is nan;"
+    ):
+        main(["--config", str(write_text_run(tmp_path)), "--output-dir", str(tmp_path / "run")])
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DSFAST_CACHE", str(tmp_path / "cache"))
     config = write_text_run(tmp_path)
@@ -494,6 +567,12 @@ def test_saving_makes_the_folder(tmp_path):
     trainer = tiny_trainer(tmp_path / "runs" / "first")
     assert trainer.save() == tmp_path / "runs" / "first" / "step-000000"
     assert load_checkpoint(tmp_path / "runs" / "first")[2] == trainer.config
+
+
+def test_metrics_can_be_read_while_they_are_written(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl", 0) as file:
+        file.write({"step": 1})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_metrics_that_find_no_room_are_one_line_of_an_error(tmp_path):
