@@ -334,6 +334,13 @@ class TestReplace:
     def test_equal_configs_have_equal_hashes(self):
         assert BASE.replace().hash() == BASE.hash()
         assert BASE.replace(seed=1).hash() != BASE.hash()
+        kernels = {"rope": "reference", "adamw": "native"}
+        one, other = (
+            BASE.replace(**{"runtime.kernels": dict(order)}) for order in (kernels.items(), [*kernels.items()][::-1])
+        )
+        assert list(one.runtime.kernels) != list(other.runtime.kernels)
+        assert one == other
+        assert one.hash() == other.hash()
 
 
 class TestShipped:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsfast.config import DataConfig
-from dsfast.data import PackedRows, build_dataset
+from dsfast.data import PackedRows, build_dataset, train_tokenizer
 from dsfast.data.packing import pack
 from dsfast.errors import UserError
 
@@ -113,6 +113,15 @@ def test_the_encyclopedia_is_built_the_same_twice():
     assert batch.input_ids.shape == (8, 256)
     assert batch.input_ids[batch.input_ids > 1].min() >= 3
     assert batch.input_ids.max() < 8000
+
+
+def test_texts_that_are_parted_elsewhere_have_another_hash(tmp_path):
+    tokenizer, hashes = train_tokenizer(["x"], 259), set()
+    for texts in ("ab\n\nc", "a\n\nbc"):
+        (tmp_path / "mine.txt").write_text(texts)
+        data = DataConfig(source=str(tmp_path / "mine.txt"))
+        hashes.add(build_dataset(data, 259, 0, tokenizer).manifest["texts_sha256"])
+    assert len(hashes) == 2
 
 
 def test_a_users_text_is_built_and_teaches_no_facts(tmp_path):

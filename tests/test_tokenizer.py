@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from dsfast.data import load_facts, load_tokenizer, train_tokenizer
 from dsfast.data.articles import vocabulary_texts
-from dsfast.data.tokenizer import tokenizer_hash
+from dsfast.data.tokenizer import for_texts, tokenizer_hash
 from dsfast.errors import UserError
 from dsfast.files import cache_folder
 from dsfast.tokens import SPECIAL_TOKENS
@@ -93,11 +93,37 @@ def test_the_cache_is_used(cache, monkeypatch):
     assert [f.name for f in cache.iterdir()] == [file.name], "no temporary file stays"
 
 
-@pytest.mark.parametrize("other", [(TEXTS, 271), ([*TEXTS, "more"], 270)])
+MANY = TEXTS * 50
+
+
+@pytest.mark.parametrize(
+    "other", [(MANY, 271), ([*MANY, "more"], 270), ([*MANY[:-1], "other"], 270)], ids=["size", "more", "the last"]
+)
 def test_another_text_or_size_has_another_entry(cache, other):
-    load_tokenizer(TEXTS, 270)
+    load_tokenizer(MANY, 270)
     load_tokenizer(*other)
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokenizers.__version__", "0.0.1"), ("__file__", __file__), ("SPECIAL_TOKENS", ("<s>",))],
+    ids=["library", "recipe", "special"],
+)
+def test_another_library_recipe_or_special_token_has_another_entry(cache, monkeypatch, name, value):
+    load_tokenizer(TEXTS, 270)
+    monkeypatch.setattr(f"dsfast.data.tokenizer.{name}", value)
+    monkeypatch.setattr("dsfast.data.tokenizer.train_tokenizer", lambda *_: Tokenizer(models.BPE()))
+    load_tokenizer(TEXTS, 270)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_texts_are_neither_padded_nor_cut(bundled):
+    given = Tokenizer.from_str(bundled.to_str())
+    given.enable_padding(length=64)
+    given.enable_truncation(5)
+    text = "The capital of France is <|eos|>."
+    assert for_texts(given).encode(text).ids == bundled.encode(text).ids
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "binary"])
