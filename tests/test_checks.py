@@ -165,6 +165,25 @@ def test_a_nan_that_eager_shows_and_the_implementation_hides_fails():
     assert not checks.judge(expected, expected, -expected.nan_to_num(math.inf), torch.float32, "native")["passed"]
 
 
+@pytest.mark.parametrize(
+    ("implementation", "eager_ulps", "ulps", "passed"),
+    [
+        ("reference", 60, 60, True),
+        ("reference", 68, 68, False),
+        ("native", 1000, 2000, True),
+        ("native", 1000, 2012, False),
+        ("native", 0, 3, True),
+        ("native", 0, 5, False),
+    ],
+)
+def test_an_error_of_twice_eagers_and_4_ulp_is_right_and_64_ulp_of_the_reference(
+    implementation, eager_ulps, ulps, passed
+):
+    expected = torch.linspace(0.5, 1.0, 9, dtype=torch.float64)
+    eager, found = ((expected + count * 2.0**-23).float() for count in (eager_ulps, ulps))
+    assert checks.judge(expected, eager, found, torch.float32, implementation)["passed"] is passed
+
+
 def test_a_reference_of_lower_precision_fails():
     case = cases.swiglu_mlp_case("", 64, 32, 16)
 

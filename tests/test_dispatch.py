@@ -148,6 +148,11 @@ class TestReport:
             assert row["implementation"] == "reference"
             assert "not built" in row["reason"]
 
+    def test_in_16_bits_a_gpu_takes_its_kernels_of_float32_too(self, monkeypatch):
+        monkeypatch.setattr(ops.dispatch.triton, "available", lambda operator: (True, "there"))
+        found = ops.report("cuda", torch.bfloat16)
+        assert {(row["implementation"], row["reason"]) for row in found} == {("triton", "there")}
+
     def test_other_dtypes_take_the_reference(self):
         assert set(taken(dtype=torch.bfloat16).values()) == {"reference"}
 
