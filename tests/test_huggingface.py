@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import GROUPS, VARIANTS, YARN, random_ids, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -103,6 +104,18 @@ def test_import_reads_what_transformers_saves(tmp_path, tokenizer):
         assert relative_difference(import_huggingface(tmp_path / "theirs")(ids), model(ids)) <= 1e-5
 
 
+def test_import_passes_over_a_head_that_repeats_the_embedding(tmp_path, tokenizer):
+    model = random_model()
+    export_huggingface(model, tokenizer, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
+    ids = random_ids(model, 2, 19)
+    with torch.no_grad():
+        assert torch.equal(import_huggingface(tmp_path)(ids), model(ids))
+
+
 def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch):
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):
@@ -127,7 +140,8 @@ def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch)
 
 
 def test_config_json_says_what_other_readers_need(tmp_path, tokenizer):
-    export_huggingface(random_model(rope_scaling=YARN), tokenizer, tmp_path / "model")
+    scaling = {name: value for name, value in YARN.items() if name != "type"}
+    export_huggingface(random_model(rope_scaling=scaling), tokenizer, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     expected = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc",
@@ -136,6 +150,7 @@ def test_config_json_says_what_other_readers_need(tmp_path, tokenizer):
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     assert config["rope_scaling"]["original_max_position_embeddings"] == 16
+    assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn"
     assert not {"embedding_rank", "embedding_initializer_range", "zero_init_output"} & config.keys()
 
 
@@ -211,8 +226,6 @@ def test_import_keeps_how_scores_are_made(tmp_path, tokenizer):
 
 
 def test_import_names_what_is_wrong(tmp_path, tokenizer):
-    from safetensors.torch import load_file, save_file
-
     def refuses(message: str) -> None:
         with pytest.raises(UserError, match=message):
             import_huggingface(tmp_path)

@@ -153,10 +153,10 @@ def _tensors_on_disk(model: DeepseekV3) -> dict[str, Tensor]:
 
 
 def _repeated(name: str, model: DeepseekV3) -> bool:
-    """Whether a stored tensor only repeats another: a tied head, or an MTP layer's embedding and head."""
+    """Whether a stored tensor without a view only repeats another: a tied head, or an MTP layer's embedding and head."""
     mtp_layers = range(len(model.layers), len(model.layers) + len(model.mtp))
     copies = {f"model.layers.{number}.{copy}" for number in mtp_layers for copy in _MTP_COPIES}
-    return name in copies or (name == "lm_head.weight" and model.lm_head is None)
+    return name in copies or name == "lm_head.weight"
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
