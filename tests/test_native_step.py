@@ -252,6 +252,7 @@ class TestGradients:
         ):
             trainer.gradients(*arguments)
         assert not trainer.gradients.in_one_call
+        assert trainer.gradients.furthest_apart(*arguments) is None, "given up for good"
         expected = torch.autograd.grad(trainer.model.loss(*arguments), list(trainer.model.parameters()))
         for parameter, gradient in zip(trainer.model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)

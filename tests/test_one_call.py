@@ -64,7 +64,7 @@ def test_a_gradient_that_misses_one_word_in_a_whole_batch_is_told(monkeypatch):
 
 @pytest.mark.parametrize(("batches", "passed"), [(BATCHES - 1, True), (BATCHES, False)])
 def test_loads_that_differ_in_every_batch_are_told(monkeypatch, batches, passed):
-    """In one alone it may be rounding."""
+    """In one alone, of a single router, it may be rounding."""
     of_step, calls = NativeStep.__call__, []
 
     def with_another_load(self, *flat):
@@ -74,7 +74,8 @@ def test_loads_that_differ_in_every_batch_are_told(monkeypatch, batches, passed)
             self.model.routers()[0].load[0] -= 1
         return loss
 
-    trainer = trained()
+    trainer = trained(**{"model.num_hidden_layers": 3})
+    assert len(trainer.model.routers()) == 2
     monkeypatch.setattr(NativeStep, "__call__", with_another_load)
     what, right = checked(trainer)["train_step"]
     assert (what == CHOICE, right) == (not passed, passed)
