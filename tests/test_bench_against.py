@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from dsfast.bench.against.run import apart, learns_less, slower, too_good
 from dsfast.command import run_command
 from dsfast.errors import UserError
 from dsfast.ops import native
+from dsfast.train.metrics import relative_differences
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "configs/deepseek_v3_test_run_gpu.json"
@@ -340,6 +342,80 @@ def test_a_gpus_turn_is_a_whole_run(tmp_path: Path):
     assert [*stepwise.train()["losses"], *stepwise.train()["losses"]] == whole["losses"]
 
 
+def test_a_gpus_turn_has_the_seconds_of_one_of_its_steps(tmp_path: Path, monkeypatch):
+    asked = side.Run(str(tiny.write_text_run(tmp_path)), {"train.steps": 3}, turn=1)
+    asked.trainer.device = torch.device("cuda")
+    whole = SimpleNamespace(losses=[3.0, 2.0, 1.0], seconds=6.0)
+    monkeypatch.setattr(side.Trainer, "train", lambda self, quiet: whole)
+    assert asked.train()["seconds"] == 2.0
+
+
+class TrainedSide:
+    """A side without a process, whose losses are 100, 99 in its first turn, then 98, 97 and so on."""
+
+    def __init__(self):
+        self.losses = iter(range(100, 0, -1))
+
+    def ask(self, method: str, **arguments) -> dict:
+        if method == "train":
+            return {"losses": [next(self.losses), next(self.losses)], "seconds": 1.0}
+        if method == "save":
+            Path(arguments["folder"]).mkdir()
+            return {"peak_memory_bytes": 7, "fallbacks": []}
+        if method == "answers":
+            answers = {"exact": 2, "probes": [{}] * 5, "recall": {"taught": {"fraction": 0.5}}}
+            Path(arguments["file"]).write_text(json.dumps(answers), encoding="utf-8")
+        return {"seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("device", "losses"),
+    [("cpu", [*range(100, 70, -1)]), ("cuda", [102 - 2 * run.PROCESS_TURNS, 101 - 2 * run.PROCESS_TURNS])],
+)
+def test_the_losses_are_those_of_all_turns_or_of_a_gpus_last(device, losses, monkeypatch):
+    """Of 30 steps, two a turn on a CPU; a turn on a GPU has trained anew."""
+
+    @contextmanager
+    def both_sides(trees, runs):
+        yield {name: TrainedSide() for name in run.SIDES}, {name: {"device": device} for name in run.SIDES}
+
+    monkeypatch.setattr(run, "both_sides", both_sides)
+    changes = {"seed": 4, "train.steps": 30}
+    found = run._one_seed({}, dict.fromkeys(run.SIDES, "config.json"), changes, lambda text: None)
+    assert found["now"]["losses"] == found["before"]["losses"] == losses
+    assert (found["seed"], found["apart"]) == (4, None)
+
+
+def test_what_is_kept_of_a_side_is_its_last_loss_the_mean_of_ten_and_its_answers(tmp_path: Path):
+    losses = [float(20 - step) for step in range(20)]
+    found = run._known(TrainedSide(), tmp_path / "now", losses)
+    expected = {"loss": 1.0, "mean_loss": 5.5, "exact": 2, "asked": 5, "recall": {"taught": {"fraction": 0.5}}}
+    assert found == expected | {"losses": losses, "peak_memory_bytes": 7, "fallbacks": []}
+
+
+def test_what_is_learnt_is_the_mean_over_the_seeds():
+    def of_seed(mean_loss: float, exact: int, taught: float) -> dict:
+        recall = {"taught": {"fraction": taught}, "heldout": None}
+        return {"mean_loss": mean_loss, "exact": exact, "recall": recall}
+
+    found = run._means([of_seed(1.0, 2, 0.25), of_seed(2.0, 5, 0.75)])
+    assert found == {"mean_loss": 1.5, "exact": 3.5, "recall": {"taught": 0.5, "heldout": None}}
+
+
+@pytest.mark.parametrize(("drawn", "said"), [(1.0, "the same"), (2.0, "of other inputs")])
+def test_results_of_other_inputs_say_nothing(drawn, said, monkeypatch):
+    """Of a tree that draws 1.0 and one that draws another number of the same sign."""
+    case, numbers = SimpleNamespace(function=torch.sign, differentiable=()), iter([1.0, drawn])
+    bench_case = SimpleNamespace(case=case, backward=None)
+    monkeypatch.setattr(side, "_case", lambda name, size: (bench_case, (torch.tensor([next(numbers)]),)))
+    asked = SimpleNamespace(trainer=SimpleNamespace(kernels=nullcontext))
+
+    def ask(method: str, **arguments) -> dict:
+        return side.Run.bits(asked, **arguments) if method == "bits" else {"seconds": 1.0}
+
+    assert run._operator({name: SimpleNamespace(ask=ask) for name in run.SIDES}, "sign", "500k")[0] == said
+
+
 def test_each_side_always_follows_the_other():
     order = []
 
@@ -388,6 +464,11 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test(count, rank):
 def test_losses_part_where_the_first_bit_differs():
     assert apart([3.0, 2.0, 1.0], [3.0, 2.0, 1.0]) is None
     assert apart([3.0, 2.0, 1.5, 1.0], [3.0, 2.5, 1.0, 1.0]) == {"first_step": 2, "largest": 0.5, "at_step": 3}
+
+
+def test_a_loss_below_the_other_is_as_far_away_as_one_above():
+    assert relative_differences([3.0, 5.0], [4.0, 4.0]) == [0.25, 0.25]
+    assert apart([1.0, 1.0], [1.0, 2.0]) == {"first_step": 2, "largest": 0.5, "at_step": 2}
 
 
 def test_losses_that_are_no_numbers_are_the_same_only_as_each_other():

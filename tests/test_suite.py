@@ -327,6 +327,7 @@ def test_behind_it_stands_what_the_gpu_took_besides():
     [
         ([8.0, 6.01, 4.0], "apart by 0.17% at most (step 2), never by more than 3%"),
         ([8.0, 6.3, 4.4], "apart by 10.00% at most (step 3), first by more than 3% at step 2"),
+        ([8.0, 5.4, 4.0], "apart by 10.00% at most (step 2), first by more than 3% at step 2"),
     ],
 )
 def test_how_far_the_losses_come_apart(gpu, line):
