@@ -25,7 +25,7 @@ from dsfast.bench import cases, ceilings, growth, kernels, learning, memory, pee
 from dsfast.bench.generation import run_generate
 from dsfast.bench.peers import PEERS, Peer, huggingface
 from dsfast.bench.peers.eager import EagerDeepseekV3, rename
-from dsfast.bench.report import Reporter
+from dsfast.bench.report import Reporter, plain
 from dsfast.bench.split import REST, split_by_operator
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
 from dsfast.command import run_command
@@ -793,6 +793,44 @@ def test_what_was_timed_less_often_than_asked_is_named():
     )
 
 
+def shown_rows(settings: dict, results: dict) -> list[str]:
+    """The lines that a document with these is shown in, with single spaces."""
+    machine = {"machine": {"processor": "one", "threads": 1}, "versions": {"torch": "2"}, "native": {"reason": "built"}}
+    text = plain({**machine, "fallbacks": [], "settings": settings, "results": results})
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_against_shows_now_and_before_each_in_its_column():
+    def side(mean_loss: float, exact: float, taught: float, heldout: float | None) -> dict:
+        return {"mean_loss": mean_loss, "exact": exact, "recall": {"taught": taught, "heldout": heldout}}
+
+    def seed(number: int, now: int, before: int, apart: dict | None) -> dict:
+        peaks = {"now": now * 10**6, "before": before * 10**6}
+        run = {"losses": [1.0] * 8, "fallbacks": []}
+        return {"seed": number, "apart": apart, **{name: run | {"peak_memory_bytes": n} for name, n in peaks.items()}}
+
+    times = {"first": {"median": 0.0123}, "other": {"median": 0.2468}, "median_of_ratios": 20.065}
+    rows = shown_rows(
+        {"bench": "against", "revision": "HEAD~1", "commit": "0123456789abcdef", "configs": {"now": 1, "before": 1}},
+        {
+            "timed": {"a step": {**times, "interval": [19.5, 21.25], "verdict": "faster"}},
+            "learnt": {"now": side(1.25, 3.5, 0.91, 0.42), "before": side(1.5, 2, 0.87, None)},
+            "seeds": [seed(5, 310, 420, {"first_step": 3, "largest": 0.0123, "at_step": 7}), seed(6, 330, 410, None)],
+            "problems": [],
+        },
+    )
+    assert "a step 12.3 247 20.065 x 19.500 .. 21.250 faster" in rows
+    first = rows.index("loss of the last steps 1.2500 1.5000")
+    assert rows[first + 1 : first + 5] == [
+        "recall, taught phrasings 91.0% 87.0%",
+        "recall, heldout phrasings 42.0% -",
+        "prompts answered 3.5 2",
+        "peak memory, MB 330 420",
+    ]
+    assert "Losses of seed 5, 8 steps: apart from step 3 on, by at most 1.23%, at step 7." in rows
+    assert "Losses of seed 6, 8 steps: the same bits at every step." in rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -856,6 +894,19 @@ def test_learning_holds_every_seed_to_plain_pytorch(tmp_path: Path, capsys):
         assert row["difference"] == row["dsfast"]["loss"] / row["reference"]["loss"] - 1
     assert found["seeds"][0]["reference"]["loss"] != found["seeds"][1]["reference"]["loss"]
     assert "plain PyTorch in float32" in capsys.readouterr().out
+
+
+def test_learning_shows_dsfast_and_plain_pytorch_each_in_its_column():
+    def run(loss: float, mean_loss: float, taught: float, heldout: float, seconds: float) -> dict:
+        recall = {"taught": {"fraction": taught}, "heldout": {"fraction": heldout}}
+        return {"loss": loss, "mean_loss": mean_loss, "recall": recall, "seconds": seconds, "products": "float32"}
+
+    row = {"seed": 7, "dsfast": run(2.5, 2.625, 0.91, 0.42, 12.3), "reference": run(2.25, 2.375, 0.87, 0.38, 45.6)}
+    rows = shown_rows(
+        {"bench": "learning", "config": {"train": {"steps": 8}}},
+        {"tolerance": 0.005, "seeds": [row | {"difference": 0.1111, "right": True}]},
+    )
+    assert "7 2.5000 2.2500 +11.11% 2.6250 2.3750 91.0% 87.0% 42.0% 38.0% 12.3 45.6" in rows
 
 
 @pytest.mark.parametrize("loss", [1.02, float("nan")])
