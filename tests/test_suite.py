@@ -10,13 +10,15 @@ import os
 import re
 import sys
 from datetime import datetime
+from math import inf, nan
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from operator_cases import needs_native
 from rich.console import Console
-from tiny import write_text_run
+from tiny import tiny_config, tiny_dataset, write_text_run
 
 from dsfast import info
 from dsfast.command import _prepare_output
@@ -25,9 +27,10 @@ from dsfast.data import Prompt, load_prompts
 from dsfast.errors import GpuError, UserError
 from dsfast.evaluate.probes import judge
 from dsfast.files import os_errors_as
+from dsfast.model import loss_in
 from dsfast.ops import triton
 from dsfast.suite import __main__ as suite
-from dsfast.suite import phases
+from dsfast.suite import phases, propagation
 from dsfast.suite.error_reports import error_reports
 from dsfast.suite.report import (
     FAILED,
@@ -41,7 +44,7 @@ from dsfast.suite.report import (
 )
 from dsfast.suite.results import write_results
 from dsfast.suite.verdict import THRESHOLDS, Limit, check, judge_comparison, judge_phase, verdict
-from dsfast.train import checkpoint, loop, steps
+from dsfast.train import Trainer, TrainResult, checkpoint, loop, steps
 
 BELOW, ABOVE = -1e-9, 1e-9
 
@@ -214,6 +217,13 @@ def test_error_reports_say_what_is_needed():
     ]
 
 
+def test_what_was_not_measured_is_no_error():
+    phase, config = {"name": "recall", "status": "passed", "details": {}}, tiny_config()
+    assert error_reports("cpu", config, phase, [check("cpu", "taught_recall", None, "no facts")]) == []
+    [report] = error_reports("cpu", config, phase, [check("cpu", "taught_recall", 0.5)])
+    assert (report["type"], report["severity"]) == ("threshold", "warning")
+
+
 def test_kernel_errors_and_missing_operators_are_reported():
     row = {
         "operator": "rope",
@@ -234,6 +244,115 @@ def test_kernel_errors_and_missing_operators_are_reported():
         "rope (native): x differs from the float64 reference",
         "adamw: was not compared with anything",
     ]
+
+
+def session_of(**changes) -> phases.Session:
+    """A session of tiny.py's run, about to train."""
+    config = tiny_config(**changes)
+    return phases.Session(phases.fast_plan(config, load_prompts()), trainer=Trainer(config, dataset=tiny_dataset()))
+
+
+def test_operators_that_nothing_compares_have_failed(monkeypatch):
+    monkeypatch.setattr(phases.ops, "check_all", lambda *_: [{"operator": "rope", "passed": True}])
+    details = phases.kernels(session_of())
+    assert details["missing"] == sorted(set(phases.ops.OPERATORS) - {"rope"})
+    assert details["failed"] == len(phases.ops.OPERATORS) - 1
+
+
+def test_training_counts_skipped_steps_and_ends_with_the_last_loss():
+    """Of four steps the second has a gradient that is not finite."""
+    session = session_of(**{"train.steps": 4})
+    trainer = session.trainer
+    trainer.model.norm.weight.register_hook(lambda grad: grad * (nan if trainer.steps_done == 1 else 1.0))
+    details = phases.training(session)
+    assert (details["steps"], details["skipped_steps"], len(details["losses"])) == (4, 1, 4)
+    assert details["final_loss"] == details["losses"][-1] != details["losses"][0]
+
+
+def test_propagation_is_checked_on_the_batch_that_would_come_next(monkeypatch):
+    batches, checked = [], []
+    longer = session_of(**{"train.steps": 3}).trainer
+    train_batch = longer.train_batch
+    longer.train_batch = lambda batch: batches.append(batch) or train_batch(batch)
+    longer.train(quiet=True)
+    monkeypatch.setattr(phases, "check_propagation", lambda model, batch, *_: checked.append(batch) or [])
+    phases.propagation(session_of(**{"train.steps": 2}))
+    assert torch.equal(checked[0].input_ids, batches[2].input_ids)
+
+
+def test_performance_is_in_times_the_target_seconds_an_answer_and_1e9_bytes():
+    session = session_of(**{"suite.target_seconds": 12.0})
+    session.result = TrainResult(
+        steps=10, final_loss=1.0, seconds=36.0, preparation_seconds=None, utilisation=None, tokens_per_second=480.0,
+        peak_memory_bytes=3 * 10**9, skipped_steps=0, checkpoint=None, losses=[1.0],
+    )  # fmt: skip
+    [one], two = probes("r"), probes("rw")
+    session.probes = {"fast": [dataclasses.replace(one, seconds=0.4)], "full": two}
+    assert phases.performance(session) == {
+        "device": "cpu", "training_seconds": 36.0, "preparation_seconds": None, "utilisation": None,
+        "target_seconds": 12.0, "times_target": 3.0, "tokens_per_second": 480.0,
+        "seconds_per_answer": pytest.approx(0.2), "memory_gb": 3.0,
+    }  # fmt: skip
+
+
+def test_the_untrained_model_stays_as_it_was_made(tmp_path):
+    config = load_config(write_text_run(tmp_path, **{"model.max_position_embeddings": 128}))
+    session = phases.Session(phases.fast_plan(config, load_prompts()))
+    phases.set_up(session)
+    with torch.no_grad():
+        for parameter in session.trainer.model.parameters():
+            parameter.add_(1)
+    made = Trainer(config).model.state_dict()
+    torch.testing.assert_close(session.untrained.state_dict(), made, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "passed"), [((2, 3, 5), 0.0, True), ((2, 3, 4), 0.0, False), ((2, 3, 5), nan, False)]
+)
+def test_a_forward_pass_gives_finite_logits_for_every_token_of_the_vocabulary(shape, first, passed):
+    def model(input_ids):
+        logits = torch.zeros(shape)
+        logits[0, 0, 0] = first
+        return logits
+
+    model.config = SimpleNamespace(vocab_size=5)
+    assert propagation.check_forward(model, torch.zeros(2, 3, dtype=torch.int64)).passed is passed
+
+
+@pytest.mark.parametrize(("count", "passed"), [(399_999, False), (400_000, True), (600_000, True), (600_001, False)])
+def test_the_parameters_are_from_400_to_600_thousand(count, passed):
+    model = torch.nn.ParameterList([torch.empty(count - 7), torch.empty(7)])
+    found = propagation.check_parameters(model)
+    assert (found.passed, found.actual) == (passed, f"{count:,}")
+
+
+GRADIENTS = {"g": [0.0, 1.0], "0": [0.0, 0.0], "n": [1.0, nan], "i": [inf, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("gradients", "passed"), [("gg0-", True), ("g00-", False), ("ggni", True), ("gnnn", False), ("giii", False)]
+)
+def test_gradients_flow_where_half_of_the_tensors_have_one(gradients, passed):
+    """A letter per tensor: g(ood), 0 throughout, n(ot a number) or i(nfinite) in one place, - none."""
+    model = torch.nn.ParameterList(torch.zeros(2) for _ in gradients)
+    for parameter, letter in zip(model, gradients, strict=True):
+        parameter.grad = None if letter == "-" else torch.tensor(GRADIENTS[letter])
+    found = propagation.check_gradients(model)
+    assert found.passed is passed
+    assert found.actual.startswith(f"{gradients.count('g')} of 4 tensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+def test_the_loss_is_computed_in_the_dtype_that_was_trained_in():
+    trainer = session_of().trainer
+    batch = trainer.dataset.rows.batch(0, 3)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        checks = propagation.check_propagation(trainer.model, batch, dtype, 0.0)
+        losses[dtype] = next(check.actual for check in checks if check.name == "loss finite")
+        alone = loss_in(dtype, trainer.model, 0.0, batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
+        assert losses[dtype] == f"{alone.item():.4f}"
+    assert losses[torch.float32] != losses[torch.bfloat16]
 
 
 def test_the_full_tests_target_grows_with_its_steps():
@@ -259,6 +378,10 @@ def test_comparison_needs_both():
     assert both.pop("losses") == {"largest": 0.0625, "at_step": 2, "part_at_step": 2}
     assert both == {"training_speedup": 6.0, "training_speedup_prepared": 4.0, "generation_speedup": 2.0}
     assert [c.status for c in judge_comparison(both)] == ["PASS", "FAIL"]
+
+
+def test_losses_part_where_one_is_no_number():
+    assert phases.compare_losses([1.0, 1.0, 1.0], [1.0, nan, 1.0]) == {"largest": inf, "at_step": 2, "part_at_step": 2}
 
 
 @pytest.mark.parametrize(
@@ -650,6 +773,7 @@ def test_a_model_that_learnt_nothing_fails(failing_run):
     assert results["verdict"]["passed"] is False
     assert FAILED in console
     assert PASSED not in console
+    assert results["tests"]["cpu"]["status"] == results["tests"]["full"]["status"] == "failed"
     failed = " ".join(results["verdict"]["failed"])
     assert "cpu: fast success is 0.0%, not > 50.0%" in failed
     assert "full: high success is 0.0%, not > 70.0%" in failed
