@@ -39,6 +39,7 @@ from dsfast.suite.report import (
     duration,
     fallbacks,
     performance_block,
+    priority_table,
     training_time,
     utilisation,
 )
@@ -546,6 +547,75 @@ def test_what_a_model_writes_is_shown_as_it_is_on_any_terminal(monkeypatch):
     assert "\x1b" not in printed
 
 
+RED, GREEN, END = "\x1b[31m", "\x1b[32m", "\x1b[0m"
+
+
+def coloured(show) -> list[str]:
+    """The lines that `show` prints on a reporter's console, which has colours; of several spaces, one."""
+    output = io.StringIO()
+    terminal = {"force_terminal": True, "color_system": "standard", "no_color": False}
+    show(Reporter(Console(file=output, width=160, height=50, markup=False, highlight=False, **terminal)))
+    return [" ".join(line.split()).replace(f" {END}", END) for line in output.getvalue().splitlines()]
+
+
+def test_the_table_by_priority_has_the_full_prompts_of_each():
+    asked = {"fast": probes("r", "high"), "full": [*probes("wrrr", "high"), *probes("wr", "medium")]}
+    found = [{"set": name, **probe.to_dict()} for name, results in asked.items() for probe in results]
+    rows = coloured(lambda reporter: reporter.console.print(priority_table({"probes": found})))
+    assert rows[-2:] == [
+        f"high 3 4 75.0% > 70.0% {GREEN}PASS{END}",
+        f"medium 1 2 50.0% > 50.0% {RED}FAIL{END}",
+    ]
+
+
+def compared(operator: str, quantity: str, error: float, passed: bool) -> dict:
+    row = {"operator": operator, "implementation": "native", "quantity": quantity}
+    return row | {"max_abs_error": error, "tolerance": 0.25, "passed": passed}
+
+
+PHASE_TABLES = {
+    "kernels": (
+        {
+            "failed": 1,
+            "comparisons": [
+                compared("rope", "y", 0.2, True),
+                compared("rope", "x", nan, False),
+                compared("adamw", "a", 0.01, True),
+                compared("adamw", "b", 0.1, True),
+            ],
+        },
+        [
+            f"rope native 2 x nan 2.50e-01 {RED}FAIL{END}",
+            f"adamw native 2 b 1.00e-01 2.50e-01 {GREEN}PASS{END}",
+        ],
+    ),
+    "propagation": (
+        {
+            "failed": 1,
+            "checks": [
+                {"name": "loss", "passed": True, "expected": "finite", "actual": "3.5"},
+                {"name": "flow", "passed": False, "expected": "half", "actual": "none"},
+            ],
+        },
+        [f"loss finite 3.5 {GREEN}PASS{END}", f"flow half none {RED}FAIL{END}"],
+    ),
+    "generation": (
+        {"success": {}, "preparation_seconds": None, "probes": [probe.to_dict() for probe in probes("rw")]},
+        [
+            f"The capital of France is Paris Paris 100% 100% 100% 100% {GREEN}✓{END}",
+            f"The capital of France is Paris London 0% 0% 0% 0% {RED}✗{END}",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("phase", PHASE_TABLES)
+def test_a_phases_table_marks_what_passed_and_what_failed(phase):
+    details, expected = PHASE_TABLES[phase]
+    shown = {"name": phase, "status": "failed", "seconds": 0.1, "details": details}
+    assert coloured(lambda reporter: reporter.phase_ends(shown, []))[-3:-1] == expected
+
+
 def test_results_never_overwrite_and_are_whole_or_absent(tmp_path):
     now = datetime(2030, 1, 2, 3, 4, 59)
     names = [write_results(tmp_path, {"n": n, "loss": float("nan")}, now).name for n in range(2)]
@@ -773,6 +843,7 @@ def test_a_model_that_learnt_nothing_fails(failing_run):
     assert results["verdict"]["passed"] is False
     assert FAILED in console
     assert PASSED not in console
+    assert "tests run: cpu, full; results: " in console
     assert results["tests"]["cpu"]["status"] == results["tests"]["full"]["status"] == "failed"
     failed = " ".join(results["verdict"]["failed"])
     assert "cpu: fast success is 0.0%, not > 50.0%" in failed
