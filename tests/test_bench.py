@@ -809,7 +809,7 @@ def test_against_shows_now_and_before_each_in_its_column():
         run = {"losses": [1.0] * 8, "fallbacks": []}
         return {"seed": number, "apart": apart, **{name: run | {"peak_memory_bytes": n} for name, n in peaks.items()}}
 
-    times = {"first": {"median": 0.0123}, "other": {"median": 0.2468}, "median_of_ratios": 20.065}
+    times = {"first": {"median": 0.0123}, "other": {"median": 0.2468}, "median_of_ratios": 20.065, "left_out": 0}
     rows = shown_rows(
         {"bench": "against", "revision": "HEAD~1", "commit": "0123456789abcdef", "configs": {"now": 1, "before": 1}},
         {

@@ -43,6 +43,8 @@ def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("dsfast", "triton_kernels", "configs", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Turns that other tests beside these disturb are not to be left out: which they are would be chance.
+    change(folder, "dsfast/bench/against/run.py", "WAITED = 0.05\n", "WAITED = inf\n")
     (folder / ".gitignore").write_text("*.so\n__pycache__/\n", encoding="utf-8")
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
@@ -316,6 +318,7 @@ class TestTree:
 
     def test_a_failed_build_is_one_line_and_leaves_nothing(self, repository, tmp_path, monkeypatch):
         """pip finds no project there: it has neither pyproject.toml nor setup.py."""
+        native.status()  # of this tree, before
         monkeypatch.setattr(native, "source_hash", lambda sources: "others")
         with pytest.raises(UserError, match=r"the C\+\+ kernels of commit [0-9a-f]{12} could not be built: ERROR: "):
             tree.tree_of(tree.resolve("HEAD"))
@@ -358,14 +361,14 @@ class TrainedSide:
 
     def ask(self, method: str, **arguments) -> dict:
         if method == "train":
-            return {"losses": [next(self.losses), next(self.losses)], "seconds": 1.0}
+            return {"losses": [next(self.losses), next(self.losses)], "seconds": 1.0, "waited": 0.0}
         if method == "save":
             Path(arguments["folder"]).mkdir()
             return {"peak_memory_bytes": 7, "fallbacks": []}
         if method == "answers":
             answers = {"exact": 2, "probes": [{}] * 5, "recall": {"taught": {"fraction": 0.5}}}
             Path(arguments["file"]).write_text(json.dumps(answers), encoding="utf-8")
-        return {"seconds": 1.0}
+        return {"calls": []} if method == "one_calls" else {"seconds": 1.0, "waited": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -411,7 +414,7 @@ def test_results_of_other_inputs_say_nothing(drawn, said, monkeypatch):
     asked = SimpleNamespace(trainer=SimpleNamespace(kernels=nullcontext))
 
     def ask(method: str, **arguments) -> dict:
-        return side.Run.bits(asked, **arguments) if method == "bits" else {"seconds": 1.0}
+        return side.Run.bits(asked, **arguments) if method == "bits" else {"seconds": 1.0, "waited": 0.0}
 
     assert run._operator({name: SimpleNamespace(ask=ask) for name in run.SIDES}, "sign", "500k")[0] == said
 
@@ -421,17 +424,27 @@ def test_each_side_always_follows_the_other():
 
     class Asked:
         def __init__(self, name):
-            self.ask = lambda method: order.append(name) or {"seconds": len(order)}
+            self.ask = lambda method: order.append(name) or {"seconds": len(order), "waited": 1 / len(order)}
 
     turns = run._turns({name: Asked(name) for name in run.SIDES}, 3, "train")
     assert order == ["now", "before"] * 3
-    assert run._seconds(turns) == [(3, 4), (5, 6)]
-    assert run._seconds(turns[:1]) == [(1, 2)]
+    assert run._pairs(turns) == [(3, 4, 1 / 3), (5, 6, 1 / 5)]
+    assert run._pairs(turns[:1]) == [(1, 2, 1)]
+
+
+def test_a_pair_has_the_wait_of_the_side_that_waited_more():
+    turns = [{name: {"seconds": 1.0, "waited": waited[name]} for name in run.SIDES} for waited in
+             ({"now": 0.5, "before": 0.5}, {"now": 0.3, "before": 0.1}, {"now": 0.1, "before": 0.2})]  # fmt: skip
+    assert [pair.waited for pair in run._pairs(turns)] == [0.3, 0.2]
+
+
+def pairs(count: int, ratio: float, waited: float = 0.0) -> list[run.Pair]:
+    return [run.Pair(1.0, ratio, waited)] * count
 
 
 def test_a_verdict_needs_the_median_on_one_side():
     def verdict(*ratios: float) -> str:
-        return run._compared([[(2.0, 2.0 * ratio) for ratio in ratios]])["verdict"]
+        return run._compared([[run.Pair(2.0, 2.0 * ratio, 0.0) for ratio in ratios]])["verdict"]
 
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.01, 1.1) == "faster"
     assert verdict(0.9, 0.8, 0.7, 0.8, 0.99, 0.9) == "slower"
@@ -440,14 +453,122 @@ def test_a_verdict_needs_the_median_on_one_side():
     assert verdict(1, 1, 1, 1, 1, 1.16) == verdict(1, 1, 1, 1, 1, 0.84) == "unclear"
     assert verdict(1.01, 1.02, 1.03, 1.04, 1.05, 1.03) == verdict(*[0.97] * 6) == "as fast"
     assert verdict(1.1, 1.2, 1.3, 1.2, 1.3) == "too few turns"
-    assert run._compared([[(2.0, 3.0)]])["median_of_ratios"] == 1.5
+    assert run._compared([[run.Pair(2.0, 3.0, 0.0)]])["median_of_ratios"] == 1.5
 
 
 def test_processes_that_say_different_things_give_no_verdict():
-    twice, half = [(1.0, 2.0)] * 8, [(2.0, 1.0)] * 2
+    twice, half = pairs(8, 2.0), pairs(2, 0.5)
     assert run._compared([twice, twice])["verdict"] == "faster"
     assert run._compared([twice, twice, half])["verdict"] == "unclear"
     assert run._compared([twice, twice, half])["interval"] == (2.0, 2.0)
+
+
+def test_pairs_that_waited_are_left_out():
+    """They stay in the file. WAITED itself is not too much, and half of them is enough."""
+    for quiet, disturbed in ((10, 4), (6, 6)):
+        found = run._compared([pairs(quiet, 2.0, run.WAITED) + pairs(disturbed, 0.1, run.WAITED + 1e-6)])
+        assert (found["verdict"], found["median_of_ratios"], found["interval"]) == ("faster", 2.0, (2.0, 2.0))
+        assert (found["left_out"], len(found["pairs"])) == (disturbed, quiet + disturbed)
+        assert found["first"]["count"] == found["other"]["count"] == quiet
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("processes", [[(6, 7)], [(0, 20)], [(8, 0), (3, 5)], [(8, 0), (8, 0), (0, 1)]])
+def test_what_mostly_waited_is_unclear_whatever_it_says(processes, ratio):
+    """And of all pairs. One process is enough, as each has to say the same."""
+    found = run._compared([pairs(quiet, ratio) + pairs(disturbed, ratio, 1.0) for quiet, disturbed in processes])
+    assert (found["verdict"], found["median_of_ratios"]) == ("unclear", ratio)
+    assert found["left_out"] == sum(disturbed for _, disturbed in processes)
+    assert found["first"]["count"] == sum(map(sum, processes))
+
+
+@pytest.mark.parametrize(("quiet", "disturbed"), [(5, 4), (0, 5), (1, 0)])
+def test_too_few_turns_are_too_few_however_many_are_left_out(quiet, disturbed):
+    assert run._compared([pairs(quiet, 2.0) + pairs(disturbed, 2.0, 1.0)])["verdict"] == "too few turns"
+
+
+def test_what_is_left_out_is_said(repository: Path, tmp_path: Path):
+    change(repository, "dsfast/bench/against/run.py", "WAITED = inf\n", "WAITED = -1\n")
+    ended, found = against(repository, tmp_path, "--steps", "2")
+    timed = found["results"]["timed"]
+    assert {name: (one["verdict"], one["left_out"]) for name, one in timed.items()} == {
+        "a step": ("too few turns", 1), "one sequence": ("unclear", 19), "32 sequences": ("unclear", 19),
+    }  # fmt: skip
+    for one in timed.values():
+        assert one["first"]["count"] == len(one["pairs"]) == one["left_out"]
+        assert all(waited >= 0 for _, _, waited in one["pairs"])
+    each = "a step: 1 of 1, one sequence: 19 of 19, 32 sequences: 19 of 19."
+    said = " ".join(ended.stdout.split())
+    assert f"Pairs of turns left out, as other work took the processors: {each}" in said
+
+
+def test_a_side_says_how_long_it_waited_for_a_processor(tmp_path: Path, monkeypatch):
+    """On one processor with another that always works it gets half of it; what else this machine does may take of that."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    asked = run.Side(ROOT)
+    try:
+        asked.ask("ready", config=str(tiny.write_text_run(tmp_path)), changes={"train.steps": 9999}, turn=40)
+        asked.ask("train")
+        deadline = time.monotonic() + 60
+        while asked.ask("train")["waited"] > 0.05:
+            assert time.monotonic() < deadline, "it never had a processor to itself"
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            for thread in (busy.pid, *map(int, os.listdir(f"/proc/{asked._child.pid}/task"))):
+                os.sched_setaffinity(thread, {min(os.sched_getaffinity(0))})
+            waited = [asked.ask("train")["waited"] for _ in range(5)]
+            busy.kill()
+    finally:
+        asked.end()
+    assert 0.2 < sorted(waited)[2] < 0.8, waited
+
+
+class Tasks:
+    """A /proc/self/task: thread -> nanoseconds waited; None: a thread without that file."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder = folder
+        monkeypatch.setattr(side, "Path", lambda path: folder if path == "/proc/self/task" else Path(path))
+
+    def become(self, **waits: int | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for thread, waited in waits.items():
+            (self.folder / thread).mkdir(parents=True)
+            if waited is not None:
+                (self.folder / thread / "schedstat").write_text(f"987654321 {waited} 12\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "seconds"),
+    [
+        ({"a": 7_000_000, "b": 50_000_000}, {"a": 107_000_000, "b": 60_000_000}, 0.1),
+        ({"a": 7_000_000, "ended": 999_000_000}, {"a": 37_000_000}, 0.03),
+        ({"a": 7_000_000}, {"a": 7_000_000, "begun": 40_000_000}, 0.04),
+        ({"a": 7_000_000}, {"a": 12_000_000}, 0.0),  # within PLACING
+        ({"a": None}, {"a": None}, 0.0),
+        ({}, {}, 0.0),  # nor is there a /proc
+    ],
+)
+def test_the_thread_that_waited_longest_counts(before, after, seconds, tmp_path, monkeypatch):
+    """Of a turn of four seconds."""
+    tasks = Tasks(tmp_path / "task", monkeypatch)
+    monkeypatch.setattr(side, "perf_counter", iter((10.0, 14.0)).__next__)
+    tasks.become(**before)
+
+    @side._turn
+    def turn(answer: int, *, other: int) -> dict:
+        tasks.become(**after)
+        return {"seconds": answer + other}
+
+    found = turn(1, other=2)
+    assert found == {"seconds": 3, "waited": pytest.approx(max(seconds - side.PLACING, 0) / 4)}
+
+
+def test_all_that_is_timed_says_how_long_it_waited(tmp_path: Path):
+    asked = side.Run(str(tiny.write_text_run(tmp_path)), {"train.steps": 3}, turn=1)
+    operator = {"name": "rms_norm", "size": "500k", "backward": False}
+    for answer in (asked.train(), asked.generate(batch=1, tokens=2), asked.operator(**operator)):
+        assert answer["seconds"] > 0
+        assert 0 <= answer["waited"] < 1
 
 
 @pytest.mark.parametrize(("count", "rank"), [(6, 1), (8, 1), (9, 2), (19, 5), (95, 38)])

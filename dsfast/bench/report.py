@@ -230,6 +230,14 @@ class Reporter:
             f" 1, the median by more than {NOISE:.0%}, and each pair of processes says so; as fast: all within {WIDE:.0%} of 1;"
             " unclear: neither, as where a machine has other work or a run few steps."
         )
+        waited = {name: c for name, c in results["timed"].items() if c["left_out"]}
+        if waited:
+            few = ", ".join(f"{name}: {c['left_out']} of {len(c['pairs'])}" for name, c in waited.items())
+            self._say(
+                f"Pairs of turns left out, as other work took the processors: {few}. Where that is more than half of a"
+                " process's, figures are of all and unclear.",
+                "yellow",
+            )
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
                 self._say(f"Bits of results and gradients: {bits}: {', '.join(names)}.")

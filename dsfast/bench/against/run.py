@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from math import ceil, comb, inf, isfinite
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsfast.bench.learning import LAST
 from dsfast.bench.timing import BUDGET, FEWEST, summarise
@@ -37,6 +38,9 @@ NOISE = 0.04
 """By so much of their seconds two processes of the same code may differ for as long as they live."""
 WIDE = 0.15
 """What is within this of 1 is "as fast": a turn on a machine with nothing else to do is off by as much."""
+WAITED = 0.05
+"""A turn in which a side waited for a processor for more of its wall time (see `side`) was held up by other work, by an
+unknown part of its seconds. On 2 cores with nothing else to do 7 of 235 pairs had such a turn, beside busy loops all."""
 LOSS, RECALL, SPEED = 0.02, 0.05, 0.06
 """What is worse by more is a failure: the mean loss and the seconds, relatively, and the part of questions answered. Where
 roundings alone differ the losses come apart by up to 0.9% and the answers by 2 points, in 200 steps of the 500K model."""
@@ -50,7 +54,14 @@ exec(compile(sys.argv[1], "side.py", "exec"))
 """
 
 Progress = Callable[[str], None]
-Pairs = list[tuple[float, float]]
+
+
+class Pair(NamedTuple):
+    """A turn of each side: its seconds, and `waited` (see `side`) of the side that waited for more of it."""
+
+    now: float
+    before: float
+    waited: float
 
 
 class SideFailedError(Exception):
@@ -113,7 +124,7 @@ def run_operators(
     Returns `timed` and `problems` as `run_against`, and `bits`, operator -> "the same", "others", "of other inputs" where the
     trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
     """
-    pairs: dict[str, list[Pairs]] = {}
+    pairs: dict[str, list[list[Pair]]] = {}
     runs = {side: {"config": str(config), "changes": {}, "turn": 1} for side, config in configs.items()}
     try:
         for process in range(PROCESSES):
@@ -123,23 +134,23 @@ def run_operators(
                     progress(f"{name} {size}, process {process + 1} of {PROCESSES}")
                     known = all(name in ready[side]["operators"] for side in SIDES)
                     bits[name], taken = _operator(sides, name, size) if known else ("not in the other tree", {})
-                    for what, seconds in taken.items():
-                        pairs.setdefault(what, []).append(seconds)
+                    for what, turns in taken.items():
+                        pairs.setdefault(what, []).append(turns)
     except SideFailedError as error:
         return {"status": "failed", "reason": str(error)}
-    timed = {what: _compared(seconds) for what, seconds in pairs.items()}
+    timed = {what: _compared(turns) for what, turns in pairs.items()}
     return {"timed": timed, "bits": bits, "problems": slower(timed)}
 
 
-def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, Pairs]]:
-    """What there is to say of one operator's bits, and the (now, before) seconds of each of its passes."""
+def _operator(sides: dict[str, Side], name: str, size: str) -> tuple[str, dict[str, list[Pair]]]:
+    """What there is to say of one operator's bits, and the pairs of turns of each of its passes."""
     now, before = (sides[side].ask("bits", name=name, size=size) for side in SIDES)
     same = "the same" if now["results"] == before["results"] else "others"
-    seconds = {}
+    pairs = {}
     for backward in [False, True] if now["backward"] and before["backward"] else [False]:
         turns = _turns(sides, PROCESS_TURNS, "operator", BUDGET, name=name, size=size, backward=backward)
-        seconds[f"{name}, forward and backward" if backward else name] = _seconds(turns)
-    return same if now["inputs"] == before["inputs"] else "of other inputs", seconds
+        pairs[f"{name}, forward and backward" if backward else name] = _pairs(turns)
+    return same if now["inputs"] == before["inputs"] else "of other inputs", pairs
 
 
 def run_against(
@@ -148,7 +159,7 @@ def run_against(
     """For each seed the run of both SIDES, each by the code of its tree and the config in its file, with the same `changes` to
     it, "train.steps" among them; in turns, and then generation in turns, and the checkpoints' answers.
 
-    Returns `seeds`, what `_one_seed` finds for each, without the pairs of seconds; `timed`, of a step and of generation, both
+    Returns `seeds`, what `_one_seed` finds for each, without the pairs of turns; `timed`, of a step and of generation, both
     sides' seconds, how many times as fast "now" is, and whether that is more than noise; `learnt`, the sides' means over the
     seeds; `problems`, what is worse; and `doubts`, what is better than changes are. Of a tree that fails there is a `status`
     alone, "failed", and the `reason`.
@@ -167,7 +178,7 @@ def run_against(
 
 
 def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress) -> Json:
-    """Each side's losses and what it knows afterwards; `pairs`: the (now, before) seconds of steps and of generation."""
+    """Each side's losses and what it knows afterwards; `pairs` of turns, of steps and of generation."""
     seed, steps = changes["seed"], changes["train.steps"]
     turn = ceil(steps / TURNS)
     runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
@@ -176,10 +187,10 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
         whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
         trained = _turns(sides, PROCESS_TURNS if whole_runs else ceil(steps / turn), "train")
-        pairs = {"a step": _seconds(trained)}
+        pairs = {"a step": _pairs(trained)}
         for name, batch in GENERATED.items():
             progress(f"seed {seed}: generation, {name}")
-            pairs[name] = _seconds(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
+            pairs[name] = _pairs(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
         calls = sides["now"].ask("one_calls")["calls"]
         last = trained[-1:] if whole_runs else trained
         losses = {name: [loss for turn in last for loss in turn[name]["losses"]] for name in SIDES}
@@ -200,9 +211,12 @@ def _turns(
     return found
 
 
-def _seconds(turns: Sequence[Json]) -> Pairs:
-    """(now, before) of all turns but the first, if there are others: it does what is done once."""
-    return [tuple(turn[name]["seconds"] for name in SIDES) for turn in turns[1:] or turns]
+def _pairs(turns: Sequence[Json]) -> list[Pair]:
+    """All turns but the first, if there are others: it does what is done once."""
+    return [
+        Pair(**{name: turn[name]["seconds"] for name in SIDES}, waited=max(turn[name]["waited"] for name in SIDES))
+        for turn in turns[1:] or turns
+    ]
 
 
 def _known(side: Side, folder: Path, losses: list[float]) -> Json:
@@ -225,21 +239,30 @@ def apart(ours: Sequence[float], theirs: Sequence[float]) -> Json | None:
     return {"first_step": first, **largest_difference(differences)}
 
 
-def _compared(processes: Sequence[Pairs]) -> Json:
-    """All `pairs` of (now, before) seconds, what `timing.summarise` says of them, the `interval` that has the median of before /
-    now in it, and the `verdict`: "faster" or "slower" where 1 is not in it, the median further from 1 than NOISE, on that side in
-    each process; else "as fast" where all of it is within WIDE of 1; else "unclear"."""
-    pairs = [pair for process in processes for pair in process]
-    summary = asdict(summarise(pairs))
-    ratio, interval = summary["median_of_ratios"], median_interval([before / now for now, before in pairs])
-    each = {median(before / now for now, before in process) > 1 for process in processes}
+def _compared(processes: Sequence[Sequence[Pair]]) -> Json:
+    """All `pairs`; how many are `left_out`, as a side WAITED; and of the others what `timing.summarise` says of their
+    seconds, the `interval` that has the median of before / now in it, and the `verdict`: "faster" or "slower" where 1 is
+    not in it, the median further from 1 than NOISE, on that side in each process; else "as fast" where all of it is within
+    WIDE of 1; else "unclear". Where fewer than half of a process's pairs are left, figures are of all, and it is "unclear".
+    """
+    quiet = [[pair for pair in process if pair.waited <= WAITED] for process in processes]
+    enough = all(len(some) >= len(process) / 2 for some, process in zip(quiet, processes, strict=True))
+    used = quiet if enough else processes
+    summary = asdict(summarise([(pair.now, pair.before) for process in used for pair in process]))
+    ratios = [[pair.before / pair.now for pair in process] for process in used]
+    ratio, interval = summary["median_of_ratios"], median_interval(list(chain(*ratios)))
+    each = {median(of_process) > 1 for of_process in ratios}
     if interval is None:
         verdict = "too few turns"
+    elif not enough:
+        verdict = "unclear"
     elif not round(interval[0], 3) <= 1 <= round(interval[1], 3) and abs(ratio - 1) > NOISE and len(each) == 1:
         verdict = "faster" if ratio > 1 else "slower"
     else:
         verdict = "as fast" if max(1 - interval[0], interval[1] - 1) <= WIDE else "unclear"
-    return {"pairs": pairs, **summary, "interval": interval, "verdict": verdict}
+    pairs = list(chain(*processes))
+    left_out = len(pairs) - sum(map(len, quiet))
+    return {"pairs": pairs, "left_out": left_out, **summary, "interval": interval, "verdict": verdict}
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:

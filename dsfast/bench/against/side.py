@@ -15,9 +15,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -38,6 +38,38 @@ from dsfast.train import Trainer
 PROMPT = "The capital of France is"
 LEAST = 0.02
 """Seconds for which what takes less is called again and again."""
+PLACING = 0.01
+"""Seconds that a thread may wait in a turn without any other work: the kernel may wake it where another thread of its
+process runs, or one of the other side that still looks for work, and takes some milliseconds to move it."""
+Answer = dict[str, Any]
+
+
+def _turn(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """The method of `Run`, whose answer then has `waited` too: how long the thread that waited longest could have run and
+    had no processor, less PLACING, as a part of the turn's wall time. 0 where the kernel does not say.
+
+    Not of all threads together: with many, milliseconds of each would be more than a part of the turn. On a GPU it is of
+    the threads that launch its work.
+    """
+
+    @wraps(method)
+    def turn(*arguments: Any, **named: Any) -> Answer:
+        had, begin = _waits(), perf_counter()
+        answer = method(*arguments, **named)
+        seconds = perf_counter() - begin
+        waited = max((each - had.get(thread, 0.0) for thread, each in _waits().items()), default=0.0)
+        return {**answer, "waited": max(waited - PLACING, 0.0) / seconds}
+
+    return turn
+
+
+def _waits() -> dict[str, float]:
+    """Thread -> the seconds so far for which it could have run and had no processor, of all that there are."""
+    found = {}
+    for thread in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has ended meanwhile, or the kernel was built without this file
+            found[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return found
 
 
 class Run:
@@ -67,6 +99,7 @@ class Run:
             raise UserError(f"{self.file}: {error}") from None
         return {}
 
+    @_turn
     def train(self) -> dict[str, Any]:
         """The next steps: their losses, the median of their seconds. On a GPU a whole run, begun anew."""
         if self.trainer.device.type == "cuda":
@@ -78,6 +111,7 @@ class Run:
             reports.append(self.trainer.train_batch(self.trainer.dataset.rows.batch(step, train.batch_size)))
         return {"losses": [r.loss for r in reports], "seconds": median(r.seconds for r in reports)}
 
+    @_turn
     def generate(self, batch: int, tokens: int) -> dict[str, Any]:
         """`tokens` more for each of `batch` times the same prompt: the seconds of that."""
         prompt, runtime = self.trainer.dataset.tokenizer.encode(PROMPT).ids, self.config.runtime
@@ -104,6 +138,7 @@ class Run:
         with redirect_stdout(io.StringIO()):
             return {"status": evaluate_command(["--checkpoint", checkpoint, "--json", file])}
 
+    @_turn
     def operator(self, name: str, size: str, backward: bool) -> dict[str, Any]:
         """The seconds of one of the operators at a size of `bench kernels`: forward, or with `backward` its gradients too."""
         with self.trainer.kernels():
