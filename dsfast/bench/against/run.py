@@ -191,10 +191,10 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
         for name, batch in GENERATED.items():
             progress(f"seed {seed}: generation, {name}")
             pairs[name] = _pairs(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
-        calls = sides["now"].ask("one_calls")["calls"]
         last = trained[-1:] if whole_runs else trained
         losses = {name: [loss for turn in last for loss in turn[name]["losses"]] for name in SIDES}
         found = {name: _known(side, Path(folder) / name, losses[name]) for name, side in sides.items()}
+        calls = sides["now"].ask("one_calls")["calls"]  # which take memory, so after it was measured
     return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), "one_calls": calls, **found}
 
 
