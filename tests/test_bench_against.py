@@ -503,11 +503,11 @@ def test_what_is_left_out_is_said(repository: Path, tmp_path: Path):
 
 
 def test_a_side_says_how_long_it_waited_for_a_processor(tmp_path: Path, monkeypatch):
-    """On one processor with another that always works it gets half of it; what else this machine does may take of that."""
+    """On one processor with another that always works it gets half of it, or more where Linux shares it out among sessions."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     asked = run.Side(ROOT)
     try:
-        asked.ask("ready", config=str(tiny.write_text_run(tmp_path)), changes={"train.steps": 9999}, turn=40)
+        asked.ask("ready", config=str(tiny.write_text_run(tmp_path)), changes={"train.steps": 99_999}, turn=500)
         asked.ask("train")
         deadline = time.monotonic() + 60
         while asked.ask("train")["waited"] > 0.05:
@@ -519,7 +519,7 @@ def test_a_side_says_how_long_it_waited_for_a_processor(tmp_path: Path, monkeypa
             busy.kill()
     finally:
         asked.end()
-    assert 0.2 < sorted(waited)[2] < 0.8, waited
+    assert 2 * run.WAITED < sorted(waited)[2] < 0.9, waited
 
 
 class Tasks:
