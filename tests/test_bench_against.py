@@ -503,7 +503,7 @@ def test_what_is_left_out_is_said(repository: Path, tmp_path: Path):
 
 
 def test_a_side_says_how_long_it_waited_for_a_processor(tmp_path: Path, monkeypatch):
-    """On one processor with another that always works it gets half of it, or more where Linux shares it out among sessions."""
+    """On one processor with another that always works it gets half of it; what else this machine does may take of that."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     asked = run.Side(ROOT)
     try:
@@ -512,14 +512,15 @@ def test_a_side_says_how_long_it_waited_for_a_processor(tmp_path: Path, monkeypa
         deadline = time.monotonic() + 60
         while asked.ask("train")["waited"] > 0.05:
             assert time.monotonic() < deadline, "it never had a processor to itself"
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        command = [sys.executable, "-c", "while True: pass"]
+        with subprocess.Popen(command, start_new_session=True) as busy:  # Linux shares out among sessions first
             for thread in (busy.pid, *map(int, os.listdir(f"/proc/{asked._child.pid}/task"))):
                 os.sched_setaffinity(thread, {min(os.sched_getaffinity(0))})
             waited = [asked.ask("train")["waited"] for _ in range(5)]
             busy.kill()
     finally:
         asked.end()
-    assert 2 * run.WAITED < sorted(waited)[2] < 0.9, waited
+    assert 0.2 < sorted(waited)[2] < 0.8, waited
 
 
 class Tasks:

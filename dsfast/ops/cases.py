@@ -202,15 +202,15 @@ def _matrices(g: Generator, n: int, rows: int, cols: int) -> Tensor:
 def muon_case(
     name: str, *shapes: tuple[int, ...], parts: Sequence[int] | None = None, missing: int | None = None
 ) -> Case:
-    """Parameters of `shapes`, the gradient of number `missing` None. The momenta have no small singular values, as above, and
-    the gradients are too small to make one."""
+    """Parameters of `shapes` no larger than their update, in which an error would else be a rounding; the gradient of number
+    `missing` None. The momenta have no small singular values, as above, and the gradients are too small to make one."""
     parts = list(parts or [1] * len(shapes))
 
     def drawn(g: Generator, shape: tuple[int, ...], n: int) -> Tensor:
         return _matrices(g, math.prod(shape[:-2]) * n, shape[-2] // n, shape[-1]).reshape(shape)
 
     def make_inputs(g: Generator) -> tuple:
-        params = [_normal(g, *shape) for shape in shapes]
+        params = [0.01 * _normal(g, *shape) for shape in shapes]
         momenta, grads = ([drawn(g, *pair) * size for pair in zip(shapes, parts, strict=True)] for size in (1.0, 0.1))
         if missing is not None:
             grads[missing] = None
