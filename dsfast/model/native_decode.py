@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Generator, Tensor
@@ -118,7 +117,7 @@ def _agrees(model: DeepseekV3) -> bool:
     prompts, tokens = min(6, longest), min(3, longest)
     ids = torch.arange(4 * prompts, device="cpu").mul(7919).remainder(model.config.vocab_size)
     try:
-        difference = median(furthest_apart(model, ids.view(4, prompts), tokens))
+        difference = float(apart(model, ids.view(4, prompts), tokens).amax(1).median())
     except UserError:  # logits that are not finite: nothing to compare
         return True
     if difference <= AGREEMENT:
@@ -128,9 +127,10 @@ def _agrees(model: DeepseekV3) -> bool:
     return False
 
 
-def furthest_apart(model: DeepseekV3, prompts: Tensor, tokens: int) -> list[float]:
-    """How far, relatively, logits of the C++ step are from the model's: for each of prompts [B, P] the most, over `tokens` tokens
-    sampled after it or as many as the context has room for. One whose token rounding sends to another expert is far off.
+def apart(model: DeepseekV3, prompts: Tensor, tokens: int) -> Tensor:
+    """How far, relatively, logits of the C++ step are from the model's [B, tokens], at each place from the end of prompts [B, P]
+    on, as tokens are sampled, to the end of the context at most. A sequence of which rounding sends a token to another expert is
+    far off from there on.
 
     Raises UserError where logits are not finite. The model is in evaluation mode.
     """
@@ -145,7 +145,7 @@ def furthest_apart(model: DeepseekV3, prompts: Tensor, tokens: int) -> list[floa
             found.append(decoder.logits.clone())
         ids = torch.cat([prompts, torch.tensor(chosen, device="cpu").T], 1)[:, :capacity]
         expected = model(ids)[:, length - 1 :]
-        return ((torch.stack(found, 1) - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(1).tolist()
+        return (torch.stack(found, 1) - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 def _floats(*shape: int) -> Tensor:
