@@ -339,8 +339,9 @@ def _percent(recall: Json | None) -> str:
 def _calls(results: Json) -> str:
     """How near the calls that stand for the whole model came to its operators, where there are any."""
     furthest: dict[str, float] = {}
-    for one in (one for seed in results.get("seeds", []) for one in seed["one_calls"]):
-        furthest[one["call"]] = max(one["apart"], furthest.get(one["call"], 0.0))
+    for seed in results.get("seeds", []):
+        for one in seed["one_calls"]:
+            furthest[one["call"]] = max(one["apart"], furthest.get(one["call"], 0.0))
     return "".join(f", {call} within {apart:.1e} of them" for call, apart in furthest.items())
 
 

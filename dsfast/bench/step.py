@@ -36,7 +36,7 @@ def choose_peers(names: Sequence[str] | None, config: ModelConfig) -> dict[str, 
 
     Raises UserError for an unknown peer, and for one asked for by name that is missing.
     """
-    missing = {name: peer.missing() or peer.refuses(config) for name, peer in PEERS.items()}
+    missing = {name: peer.unavailable(config) for name, peer in PEERS.items()}
     expect_known("peer", names or (), PEERS, "bench step: ")
     for name in names or ():
         if missing[name]:

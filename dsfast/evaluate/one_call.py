@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsfast.model.native_decode import AGREEMENT as LOGITS_ALIKE
 from dsfast.model.native_decode import apart, stands_for
-from dsfast.model.native_model import runs_natively
+from dsfast.model.native_model import AGREEMENT, runs_natively
 from dsfast.train import Trainer
-from dsfast.train.gradients import AGREEMENT as GRADIENTS_ALIKE
 from dsfast.train.gradients import CHOICE
 
 OTHERS = 1e-3
@@ -56,7 +54,7 @@ def _training(trainer: Trainer) -> Iterator[OneCall]:
         if found is None or found[0] != CHOICE or found[1] > OTHERS:
             break
     if last is not None:
-        yield OneCall("train_step", *last, OTHERS if last[0] == CHOICE else GRADIENTS_ALIKE)
+        yield OneCall("train_step", *last, OTHERS if last[0] == CHOICE else AGREEMENT)
 
 
 def _generation(trainer: Trainer) -> Iterator[OneCall]:
@@ -65,4 +63,4 @@ def _generation(trainer: Trainer) -> Iterator[OneCall]:
         rows = trainer.dataset.rows.batch(trainer.steps_done, trainer.config.train.batch_size).input_ids
         prompts = rows[:ROWS, : min(PROMPT, model.config.max_position_embeddings)]
         by = float(apart(model, prompts, PLACES).amin(0).max())
-        yield OneCall("decode_step", "the logits", by, LOGITS_ALIKE)
+        yield OneCall("decode_step", "the logits", by, AGREEMENT)

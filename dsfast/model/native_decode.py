@@ -14,15 +14,11 @@ from dsfast.model.cache import LatentCache
 from dsfast.model.changed import OWN_MODULES
 from dsfast.model.decode import NOT_FINITE, Prompts
 from dsfast.model.deepseek_v3 import DeepseekV3
-from dsfast.model.native_model import NativeModel
+from dsfast.model.native_model import AGREEMENT, NativeModel
 from dsfast.ops import native
 
 LONG_PROMPT = 64
 """Tokens from which on a prompt is read faster by operators, which take many tokens at a time, than by the step."""
-
-
-AGREEMENT = 1e-3
-"""How far apart its logits and those of dsfast/model may be, relatively. Rounding makes 1e-6."""
 _METHODS = ("forward", "hidden", "logits")
 
 

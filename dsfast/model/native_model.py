@@ -19,6 +19,8 @@ from dsfast.ops import native
 
 FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "muon", "newton_schulz"}
 """The operators a forward pass without loss is made of: not the head's loss, not the optimizers'."""
+AGREEMENT = 1e-3
+"""How far, relatively, what a call gives may be from what dsfast/model says. Rounding makes 1e-5 of gradients, 1e-6 of logits."""
 
 
 def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> bool:

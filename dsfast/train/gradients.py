@@ -11,12 +11,11 @@ from dsfast import ops
 from dsfast.config import TrainConfig
 from dsfast.model import DeepseekV3, NativeStep, loss_in
 from dsfast.model.changed import note_changed
+from dsfast.model.native_model import AGREEMENT
 from dsfast.ops import native
 
 CHECKED_TOKENS = 1024
 """So many tokens of the first batch, in whole documents, go both ways before the native call is relied on."""
-AGREEMENT = 1e-3
-"""How far apart the two may be: of the loss, and of the norm of each gradient. Rounding makes 1e-5."""
 NEGLIGIBLE = 1e-4
 """Of the norm of all gradients together: one below that may be made of nothing but rounding."""
 

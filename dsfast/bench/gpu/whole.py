@@ -65,7 +65,7 @@ def run_step(
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
     missing = {
-        name: peer.missing() or peer.refuses(config.model) or (no_gpu() if part == "compiled" else "")
+        name: peer.unavailable(config.model) or (no_gpu() if part == "compiled" else "")
         for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
     }  # fmt: skip
     replays = (1 + len(WAYS)) * max(WARM_CALLS, rounds)

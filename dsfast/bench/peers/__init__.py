@@ -35,6 +35,10 @@ class Peer:
     refuses: Callable[[ModelConfig], str] = lambda config: ""
     tolerance: float = 1e-4
 
+    def unavailable(self, config: ModelConfig) -> str:
+        """Why it cannot run here, or has no model of `config`; "" if it can."""
+        return self.missing() or self.refuses(config)
+
 
 class PeerTraining:
     """A training step as PyTorch users write it, with AdamW and clipping as `train` says."""
