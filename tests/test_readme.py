@@ -18,7 +18,7 @@ from dsfast.data import load_prompts
 from dsfast.model import DeepseekV3, parameter_counts
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/TESTS.md", "CONTRIBUTING.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/RUNNING.md", "docs/TESTS.md", "CONTRIBUTING.md", "benchmarks/README.md")
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 
 
