@@ -180,16 +180,25 @@ def test_softmax_of_what_is_no_number(value):
     assert weights.isnan().tolist() == [[not lowest] * 2, [False] * 2]
 
 
-# Tokens, experts, choices, groups, groups taken; a tile has 64, 16 and 4 tokens.
+# Tokens, experts, choices, groups, groups taken; a tile has 64, 16, 4, 4 and 1 tokens, a block 2, 4, 4, 32 and 32 tiles.
+MANY_TILES = [
+    (64 * 4 + 1, 3, 1, 1, 1),
+    (70, 40, 2, 1, 1),
+    (145, 160, 6, 8, 3),
+    (150, 256, 1, 8, 1),
+    (70, 1024, 1, 1, 1),
+]
+
+
 @on_device
-@pytest.mark.parametrize("sizes", [(64 * 4 + 1, 3, 1, 1, 1), (70, 40, 2, 1, 1), (81, 160, 6, 8, 3)], ids=str)
+@pytest.mark.parametrize("sizes", MANY_TILES, ids=str)
 @pytest.mark.parametrize("summed", [0, 4096], ids=["scanned", "summed"])
 def test_many_tiles_are_sorted(sizes, summed, monkeypatch):
-    """By the last kernel itself, and by one before that takes 16 tiles at once; counts and places say the same as the choice."""
+    """By the last kernel itself, and by one before that takes 32 tiles at once; counts and places say the same as the choice."""
     from dsfast.triton_kernels import moe_route as kernels
 
     monkeypatch.setattr(kernels, "SUMMED", summed)
-    monkeypatch.setattr(kernels, "SCANNED", 16)
+    monkeypatch.setattr(kernels, "SCANNED", 32)
     tokens, experts, *choice = sizes
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
     _, indices, counts, order, offsets = route(logits.tolist(), [0.0] * experts, *choice, False, 1.0)

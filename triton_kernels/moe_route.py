@@ -2,14 +2,15 @@
 
 N tokens, E experts in G groups of S, K chosen experts; GP, SP, KP: G, S, K rounded up to powers of two. A tile holds BN tokens
 by GP x SP places; place g SP + s is expert g S + s, so the lowest place is the lowest expert, and places with g >= G or s >= S
-are empty. Values are compared as integers in the same order (_key): a maximum over 32-bit integers is one instruction
+are empty. Of groups T are taken, TP rounded up; the experts are then chosen in a tile of BN x TP x SP places, with the keys made
+again. Values are compared as integers in the same order (_key): a maximum over 32-bit integers is one instruction
 of a warp where the chip has one, NaN has a rank, and nothing has the two lowest numbers, which stand for places that may not be
 chosen (OUT) or were (TAKEN).
 
 The slots are sorted by a counting sort: every place follows from integer sums, so it is exact and the same on every run, and
-there are no atomics. The slots of B tiles are counted one by one, in EP bins, of which bin e is expert e and the last may be one
-for indices that name none; TILES of them are a block, whose PER slots (BS with the padding) one program brings to their places.
-The choice's kernel counts its own tiles; for indices from elsewhere there is a kernel that does nothing else.
+there are no atomics in memory. The slots of B tiles, PER each (BS with the padding), are counted one by one, in EP bins, of which
+bin e is expert e and the last may be one for indices that name none; TILES of them are a block, whose slots one program brings to
+their places. The choice's kernel counts its own tiles; for indices from elsewhere there is a kernel that does nothing else.
 
 The logits are float32: near ties decide the choice, so dsfast routes in float32 whatever it computes in. A layer's router starts
 from its tokens x [N, D] and its matrix w [E, D]. Up to FEW places the choice's kernel makes the logits too, BK columns of x in a
@@ -30,10 +31,11 @@ LOG2E_LOW = tl.constexpr(1.925963033500888e-08)  # log2 e less its float32
 OUT = tl.constexpr(-(2**31))
 TAKEN = tl.constexpr(-(2**31) + 1)
 FEW = 16  # places: the narrowest product
-SORTED = 128  # slots in a block, if not fewer
+SORTED = 128  # slots in a block, with the padding, if not fewer
 SUMMED = 4096  # bins of all tiles that the last kernel adds up itself
 FEW_TILES = 16  # such as one step of generation has
-SCANNED = 2048  # tiles whose counts are summed at once
+SCANNED = 2048  # tiles whose counts are summed at once, MOST_TILES or more
+MOST_TILES = 32  # of a block: each slot looks up the counts of those before its own
 _UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and must not cause a new compilation
 
 
@@ -47,7 +49,7 @@ def _exp(x):
 
 @triton.jit
 def _sigmoid(x):
-    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))  # infinities would give inf - inf; NaN passes
+    x = tl.clamp(x, -104.0, 104.0, propagate_nan=tl.PropagateNan.ALL)  # infinities would give inf - inf
     return tl.div_rn(1.0, 1.0 + _exp(-x))
 
 
@@ -85,28 +87,34 @@ def _value(key):
 
 
 @triton.jit
-def _first_of_largest(b_key, place, AXIS: tl.constexpr):
-    """(largest key, lowest of the places that have it) along AXIS, which stays with size 1."""
+def _first_of_largest(b_key, number, AXIS: tl.constexpr):
+    """(largest key, lowest of the numbers of those that have it) along AXIS, which stays with size 1."""
     b_best = tl.max(b_key, AXIS, keep_dims=True)
-    return b_best, tl.min(tl.where(b_key == b_best, place, 0x7FFFFFFF), AXIS, keep_dims=True)
+    return b_best, tl.min(tl.where(b_key == b_best, number, 0x7FFFFFFF), AXIS, keep_dims=True)
 
 
 @triton.jit
-def _limit_groups(b_key, BN: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
-                  topk_group: tl.constexpr):  # fmt: skip
-    """Keys [BN, GP SP] with all but the topk_group groups whose two best values sum highest set to OUT."""
+def _best_groups(b_key, BN: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
+                 TP: tl.constexpr):  # fmt: skip
+    """The TP groups of keys [BN, GP SP] whose two best values sum highest, [BN, TP, 1], the best one first."""
     b_key = tl.reshape(b_key, [BN, GP, SP])
     s = tl.arange(0, SP)[None, None, :]
     b_first, b_at = _first_of_largest(b_key, s, 2)  # [BN, GP, 1]
     b_sum = _value(b_first)
     if S > 1:
         b_sum += _value(tl.max(tl.where(s == b_at, OUT, b_key), 2, keep_dims=True))
-    g = tl.arange(0, GP)[None, :, None]
-    b_group = tl.where(g < G, _key(b_sum + 0.0), OUT)
-    for _ in range(topk_group):
-        _, b_best = _first_of_largest(b_group, g, 1)  # [BN, 1, 1]
-        b_group = tl.where(g == b_best, TAKEN, b_group)
-    return tl.reshape(tl.where(b_group == TAKEN, b_key, OUT), [BN, GP * SP])
+    # Each against each: there are few, and rounds of maxima would wait for one another.
+    g, other = tl.arange(0, GP)[None, None, :], tl.arange(0, GP)[None, :, None]
+    b_group = tl.reshape(tl.where(other < G, _key(b_sum + 0.0), OUT), [BN, GP])
+    b_one, b_other = b_group[:, None, :], b_group[:, :, None]
+    b_rank = tl.sum(((b_other > b_one) | ((b_other == b_one) & (other < g))).to(tl.int32), 1)  # [BN, GP]
+    return tl.sum(tl.where(b_rank[None, :, :] == tl.arange(0, TP)[:, None, None], g, 0), 2, keep_dims=True)
+
+
+@triton.jit
+def _in_row(x, BN: tl.constexpr, PLACES: tl.constexpr):
+    """[TP, BN, SP] -> [BN, TP SP]."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), [BN, PLACES])
 
 
 @triton.jit
@@ -127,16 +135,16 @@ def _scores_before(x, x_n, w, n, N, e, m_e, D: tl.constexpr, BK: tl.constexpr, B
 def forward_kernel(
     logits, x, w, bias, weights, indices, parts, scaling, logits_n, x_n, N, D: tl.constexpr, BK: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    topk_group: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr, BN: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, norm_topk_prob: tl.constexpr, SOFTMAX: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """weights and indices [N, K] of one tile of tokens, and how many of them each expert got: a row of parts [B, E].
 
     Where there are x and w, from them, and logits [N, E] as well.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]  # [BN, 1]
-    place = tl.arange(0, GP * SP)[None, :]
-    e = place // SP * S + place % SP  # [1, GP SP]
-    m_e = (place // SP < G) & (place % SP < S)
+    g, s = tl.arange(0, GP * SP)[None, :] // SP, tl.arange(0, GP * SP)[None, :] % SP
+    e, m_e = g * S + s, (g < G) & (s < S)  # [1, GP SP]
     p_logits = logits + n.to(tl.int64) * logits_n
     if x is None:
         b_logits = tl.load(p_logits + e, mask=(n < N) & m_e, other=0.0)
@@ -147,18 +155,24 @@ def forward_kernel(
     b_high, b_sum = 0.0, 1.0
     if SOFTMAX:
         b_high, b_sum = _highest_and_sum(b_logits, m_e)
-    b_scores = _score(b_logits, b_high, b_sum, SOFTMAX)
-    b_key = tl.where(m_e, _key(b_scores + tl.load(bias + e, mask=m_e, other=0.0)), OUT)  # [BN, GP SP]
-    if topk_group < G:
-        b_key = _limit_groups(b_key, BN, G, S, GP, SP, topk_group)
+    b_bias = tl.load(bias + e, mask=m_e, other=0.0)
+    b_key = tl.where(m_e, _key(_score(b_logits, b_high, b_sum, SOFTMAX) + b_bias), OUT)  # [BN, GP SP]
+    if T < G:  # the keys of the groups taken, made again: fewer places in each of the rounds below
+        t, s = tl.arange(0, TP)[:, None, None], tl.arange(0, SP)[None, None, :]
+        b_e = _best_groups(b_key, BN, G, S, GP, SP, TP) * S + s  # [TP, BN, SP]
+        m_e = tl.broadcast_to((t < T) & (s < S), [TP, BN, SP])
+        b_logits = tl.load(p_logits[None, :] + b_e, mask=(n < N)[None, :] & m_e, other=0.0)
+        b_bias = tl.load(bias + b_e, mask=m_e, other=0.0)
+        e, m_e = _in_row(b_e, BN, TP * SP), _in_row(m_e, BN, TP * SP)
+        b_logits, b_bias = _in_row(b_logits, BN, TP * SP), _in_row(b_bias, BN, TP * SP)
+        b_key = tl.where(m_e, _key(_score(b_logits, b_high, b_sum, SOFTMAX) + b_bias), OUT)
 
     k = tl.arange(0, KP)[None, :]
     b_chosen = tl.zeros([BN, KP], tl.int32)
     for rank in tl.static_range(K):
-        _, b_at = _first_of_largest(b_key, place, 1)  # [BN, 1]
+        _, b_at = _first_of_largest(b_key, e, 1)  # [BN, 1]
         b_chosen = tl.where(k == rank, b_at, b_chosen)
-        b_key = tl.where(place == b_at, TAKEN, b_key)
-    b_chosen = b_chosen // SP * S + b_chosen % SP
+        b_key = tl.where(e == b_at, TAKEN, b_key)
 
     m_k = (n < N) & (k < K)
     # The scores of the chosen, made again: cheaper than to look them up across the threads.
@@ -169,8 +183,14 @@ def forward_kernel(
     p_out = n.to(tl.int64) * K + k
     tl.store(weights + p_out, (b_w * scaling).to(weights.dtype.element_ty), mask=m_k)
     tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
-    b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
-    tl.store(parts + tl.program_id(0).to(tl.int64) * (G * S) + e, b_count.to(tl.int8), mask=m_e)
+    p_parts = parts + tl.program_id(0).to(tl.int64) * (G * S)
+    if T < G:
+        m_k = tl.reshape(tl.broadcast_to(m_k, [BN, KP]), [BN * KP])
+        b_count, bins = tl.histogram(tl.reshape(b_chosen, [BN * KP]), EP, m_k), tl.arange(0, EP)
+        tl.store(p_parts + bins, b_count.to(tl.int8), mask=bins < G * S)
+    else:
+        b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
+        tl.store(p_parts + e, b_count.to(tl.int8), mask=m_e)
 
 
 @triton.jit
@@ -279,16 +299,19 @@ def scan_kernel(
     parts, before, B, BINS: tl.constexpr, EP: tl.constexpr, TILES: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr
 ):
     """For BE bins before [B / TILES + 1, EP], the sums of the rows of parts [B, BINS] before each block, and of all of them."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
-    b = tl.arange(0, BB)[:, None]
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    b, t = tl.arange(0, BB)[:, None, None], tl.arange(0, TILES)[None, :, None]
     b_before = tl.zeros([1, BE], tl.int32)
-    for start in range(0, B, BB):
-        tile = (start + b).to(tl.int64)
-        b_part = tl.load(parts + tile * BINS + e, mask=(tile < B) & (e < BINS), other=0).to(tl.int32)
+    blocks = tl.cdiv(B, TILES)
+    for start in range(0, blocks, BB):
+        tile = ((start + b) * TILES + t).to(tl.int64)
+        b_parts = tl.load(parts + tile * BINS + e[None, None, :], mask=(tile < B) & (e < BINS)[None, None, :], other=0)
+        b_part = tl.sum(b_parts.to(tl.int32), 1)  # [BB, BE]
         b_sum = b_before + tl.cumsum(b_part, 0) - b_part
-        tl.store(before + tile // TILES * EP + e, b_sum, mask=(tile < B) & (tile % TILES == 0))
+        block = start + tl.arange(0, BB)[:, None]
+        tl.store(before + block.to(tl.int64) * EP + e[None, :], b_sum, mask=block < blocks)
         b_before += tl.sum(b_part, 0, keep_dims=True)
-    tl.store(before + tl.cdiv(B, TILES).to(tl.int64) * EP + e, b_before)
+    tl.store(before + blocks.to(tl.int64) * EP + e[None, :], b_before)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -302,10 +325,10 @@ def scatter_kernel(
     counts of all tiles; where that is None too there is but this block.
     """
     block = tl.program_id(0)
-    bins, i = tl.arange(0, EP), tl.arange(0, BS)
-    slot = block * PER + i
-    m_slot = (i < PER) & (slot < SLOTS)
-    b_e = _load_bins(indices, slot, m_slot, E)  # [BS]
+    bins, i = tl.arange(0, EP), tl.arange(0, TILES * BS)
+    slot = (block * TILES + i // BS) * PER + i % BS
+    m_slot = (i % BS < PER) & (slot < SLOTS)
+    b_e = _load_bins(indices, slot, m_slot, E)  # [TILES BS]
     if before is not None:
         b_total = tl.load(before + tl.num_programs(0).to(tl.int64) * EP + bins)
         b_before = tl.load(before + block.to(tl.int64) * EP + bins)
@@ -325,10 +348,16 @@ def scatter_kernel(
         if counts is not None:
             tl.store(counts + bins, b_total.to(tl.int64), mask=bins < E)
 
-    # A slot's rank among those of its bin in the block, as many as stand before it: with one number c for (bin, i) these
+    # A slot's rank among those of its bin in the tile, as many as stand before it: with one number c for (bin, i) these
     # are the c' for which c' - (bin, 0) lies in 0 .. i - 1, one unsigned comparison.
-    b_ahead = (b_e * BS + i)[:, None] - (b_e * BS)[None, :]  # [BS, BS]
-    b_rank = tl.sum((b_ahead.to(tl.uint32, bitcast=True) < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
+    j, b_bin = tl.arange(0, BS), tl.reshape(b_e, [TILES, BS])
+    b_ahead = (b_bin * BS + j[None, :])[:, :, None] - (b_bin * BS)[:, None, :]  # [TILES, BS, BS]
+    b_rank = tl.sum((b_ahead.to(tl.uint32, bitcast=True) < j.to(tl.uint32)[None, None, :]).to(tl.int32), 1)
+    b_rank = tl.reshape(b_rank, [TILES * BS])
+    if TILES > 1:  # and those of the block's tiles before it
+        t = tl.arange(0, TILES)[None, :]
+        p_parts = parts + (block * TILES + t).to(tl.int64) * BINS + b_e[:, None]
+        b_rank += tl.sum(tl.load(p_parts, mask=m_slot[:, None] & (t < i[:, None] // BS), other=0).to(tl.int32), 1)
     b_first = tl.gather(b_end - b_total + b_before, tl.minimum(b_e, EP - 1), 0)
     tl.store(order + b_first + b_rank, slot, mask=m_slot)
 
@@ -456,8 +485,9 @@ def forward_launches(
     arguments = source | {
         "logits": logits, "bias": bias.contiguous(), "weights": weights, "indices": indices, "parts": parts,
         "scaling": float(scaling), "logits_n": logits.stride(0), "N": n, "G": n_group, "S": size, "GP": gp, "SP": sp,
-        "K": top_k, "KP": triton.next_power_of_2(top_k), "topk_group": topk_group,
-        "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax", "BN": bn,
+        "K": top_k, "KP": triton.next_power_of_2(top_k), "T": topk_group, "TP": triton.next_power_of_2(topk_group),
+        "EP": max(32, triton.next_power_of_2(e)), "norm_topk_prob": bool(norm_topk_prob), "SOFTMAX": scoring_func == "softmax",
+        "BN": bn,
     }  # fmt: skip
     choose = Launch(forward_kernel, (blocks,), arguments, options(1), itemsize, product_rows)
     if bn * top_k > SORTED:  # too many slots in a tile for one program to sort
@@ -538,9 +568,10 @@ def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[
     """
     experts = offsets.numel() - 1
     if parts is not None and not len(parts):
-        parts = None
+        parts, slots = None, SORTED
     tiles, bins = (1, _bins(experts)) if parts is None else parts.shape
-    together = SORTED // slots
+    bs = triton.next_power_of_2(slots)
+    together = min(MOST_TILES, SORTED // bs)
     blocks = triton.cdiv(tiles, together)
     ep = triton.next_power_of_2(bins)
     be = min(2, ep)
@@ -549,8 +580,8 @@ def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[
     arguments = {
         "indices": indices, "parts": parts, "before": before, "order": order, "offsets": offsets, "counts": counts,
         "SLOTS": indices.numel(), "B": tiles, "E": experts, "BINS": bins, "EP": ep, "TILES": together,
-        "PER": together * slots, "BS": triton.next_power_of_2(together * slots),
-        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED, "BE": be,
+        "PER": slots, "BS": bs,
+        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED // together, "BE": be,
     }  # fmt: skip
     scatter = Launch(scatter_kernel, (blocks,), arguments, options(4), 4, 0)
     return [scatter] if few else [Launch(scan_kernel, (ep // be,), arguments, options(8), 4, 0), scatter]
