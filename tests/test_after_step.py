@@ -62,6 +62,13 @@ class TestBias:
             )
         assert whole.tolist() == [0, 1, 1, 0, -1, -1, 0, 1, 1, 0, -1, -1, *[0] * 11]
 
+    def test_loads_that_lie_expert_by_expert(self, implementation):
+        biases = [torch.zeros(2, device=DEVICE) for _ in range(3)]
+        loads = torch.tensor([[0, 5, 2], [9, 5, 1]], device=DEVICE)
+        with ops.use(implementation):
+            ops.update_bias(biases, loads.T, 1.0)
+        assert [bias.tolist() for bias in biases] == [[1, -1], [0, 0], [-1, 1]]
+
     def test_no_router(self, implementation):
         with ops.use(implementation):
             ops.update_bias([], torch.zeros(0, 0, dtype=INT64, device=DEVICE), 0.1)
@@ -123,6 +130,12 @@ class TestRecord:
         assert torch.equal(memory.loads[0], load)
         assert (memory.loads[1] == 7).all()
         assert [str(x) for x in memory.measured[0].tolist()] == ["inf", "nan", "1.0", "0.0"]
+
+    def test_loads_that_lie_expert_by_expert(self, implementation):
+        memory, load = Memory(), integers(3, 2).T
+        with ops.use(implementation):
+            memory.record(1.0, 1.0, 1.0, 1.0, load)
+        assert torch.equal(memory.loads[0], load)
 
     def test_bad_arguments(self, implementation):
         memory = Memory()

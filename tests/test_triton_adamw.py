@@ -59,6 +59,26 @@ def test_numbers_on_the_device(step):
 
 
 @on_device
+def test_a_scale_of_the_learning_rates_that_is_a_number():
+    def scaled(params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, clip_scale):
+        lrs = [4 * lr for lr in lrs]
+        return updated_by_adamw(
+            params, grads, exp_avgs, exp_avg_sqs, lrs, decays, beta1, beta2, eps, step, clip_scale, 0.25
+        )  # fmt: skip
+
+    assert_passed(check("adamw", scaled, moved(drawn(TestAdamw.tiny)), (), ["triton"]))
+
+
+@on_device
+def test_betas_of_zero():
+    """Nothing is remembered, nothing to be corrected: a learning rate in the direction of each gradient's sign."""
+    p, g, m, v = (torch.full((3,), x, device=DEVICE) for x in (1.0, -0.5, 7.0, 7.0))
+    with ops.use("triton"):
+        ops.adamw([p], [g], [m], [v], [0.25], [0.0], 0.0, 0.0, 0.0, torch.tensor(2, device=DEVICE))
+    assert [x.tolist() for x in (p, m, v)] == [[1.25] * 3, [-0.5] * 3, [0.25] * 3]
+
+
+@on_device
 @pytest.mark.parametrize("step", [1, 7])
 def test_correction_is_as_exact_as_float32_is(step):
     """With m = correction1 and v = correction2 the update is the learning rate; betas near 1 are the hard case."""
@@ -118,9 +138,21 @@ def test_norm_of_large_and_bad_gradients(value, at):
     gradient[at] = value
     with ops.use("triton"):
         norm, scale = ops.grad_clip([torch.ones(3, device=DEVICE), gradient], 1.0)
+        with_a_loss = ops.grad_clip([torch.ones(3, device=DEVICE), gradient], 1.0, torch.ones((), device=DEVICE))
+        torch.testing.assert_close(with_a_loss, (norm, scale), rtol=0, atol=0, equal_nan=True)
         assert ops.grad_norm([torch.ones(3, device=DEVICE), gradient]) == pytest.approx(float(norm), nan_ok=True)
     assert float(norm) == pytest.approx(abs(torch.tensor(value).item()), rel=1e-6, nan_ok=True)
     assert float(scale) == pytest.approx(1e-30 if value == 1e30 else math.nan, rel=1e-6, nan_ok=True)
+
+
+@on_device
+def test_norm_by_as_many_programs_as_its_kernel_adds_up(monkeypatch):
+    """A chip with many multiprocessors would have more."""
+    from dsfast.triton_kernels import adamw as kernels
+
+    monkeypatch.setattr(kernels, "MOST_PARTS", 4)
+    with ops.use("triton"):
+        assert ops.grad_norm([torch.ones(1, device=DEVICE)] * 9) == 3.0
 
 
 @on_device
@@ -235,6 +267,23 @@ def test_the_same_tensors_need_one_table(monkeypatch):
         assert len(made) == 1
         ops.adamw(*prepared(TestAdamw.tiny)[0], lrs, *settings, step, clip_scale)
     assert len(made) == 2
+
+
+@on_device
+def test_a_part_of_the_same_memory_has_a_table_of_its_own():
+    """Also where it begins at 8 bytes, for which kernels must not read 16 at a time."""
+    x = torch.ones(27, device=DEVICE)
+    with ops.use("triton"):
+        assert [ops.grad_norm([part]) for part in (x[:16], x[:4], x[2:])] == [4.0, 2.0, 5.0]
+
+
+@on_device
+def test_other_learning_rates_of_the_same_tensors():
+    p, g, m, v = (torch.full((3,), x, device=DEVICE) for x in (1.0, -0.5, 7.0, 7.0))
+    with ops.use("triton"):
+        for lr, decay, expected in ((0.25, 0.0, 1.25), (0.5, 0.0, 1.75), (0.5, 1.0, 1.375)):
+            ops.adamw([p], [g], [m], [v], [lr], [decay], 0.0, 0.0, 0.0, 1)
+            assert p.tolist() == [expected] * 3
 
 
 @pytest.mark.gpu

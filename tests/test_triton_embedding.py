@@ -40,7 +40,7 @@ class TestEmbedding(TritonContract):
 class TestNoProjection(TritonContract):
     """What the contract asks of `tiny`, without a projection."""
 
-    cases = (embedding_case("one token", 1, 3, 1, None),)
+    cases = (embedding_case("one token", 1, 3, 1, None), embedding_case("no column", 3, 5, 0, None))
     tiny = embedding_case("tiny, no projection", 5, 3, 2, None)
     registered = ()
 
@@ -130,17 +130,49 @@ def test_long_segments(counts, d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["tiny", "several parts", "no tokens", "no projection", "head alone", "table alone"])
 def test_with_a_head_that_is_tied(case, dtype):
-    """What the head finds for table and projection is added to their gradients."""
+    """What the head finds for table and projection, in columns, is added to their gradients."""
     n, d = {"no tokens": 0, "several parts": 300}.get(case, 9), None if case == "no projection" else 7
 
     def both(input_ids, table, projection):
         y, table, projection = ops.tied_embedding(input_ids, table, projection)
-        read = [] if projection is None or case == "table alone" else [projection.flatten()]
-        return torch.cat([*([] if case == "head alone" else [y.flatten()]), 0.5 * table.flatten(), *read])
+        read = [] if projection is None or case == "table alone" else [projection.T.flatten()]
+        return torch.cat([*([] if case == "head alone" else [y.flatten()]), 0.5 * table.T.flatten(), *read])
 
     arguments = on_the_device(drawn(embedding_case("tied", n, 5, 3, d)))
     with poisoned():
         assert_passed(check("embedding", both, arguments, (1,) if d is None else (1, 2), ["triton"], dtype))
+
+
+@on_device
+@pytest.mark.parametrize("leaf", [1, 2], ids=["table", "projection"])
+def test_one_of_both_is_trained(leaf):
+    arguments = on_the_device(drawn(embedding_case("one", 70, 5, 3, 7)))
+    with poisoned():
+        assert_passed(check("embedding", ops.embedding, arguments, (leaf,), ["triton"]))
+
+
+@on_device
+def test_programs_with_several_tiles_of_tokens(monkeypatch):
+    """As where there are many tokens: 4 and 3 of 7 tiles for the projection's gradient."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", 2)
+    with poisoned():
+        assert_passed(compare(embedding_case("7 tiles", 200, 5, 3, 7), ["triton"], DEVICE, draws=DRAWS))
+
+
+@on_device
+def test_parts_of_a_sum_over_tokens_are_float32():
+    """Of -2048, -1 and, from afar, 2048 with 1 in another column: float16 has no 2049."""
+    from dsfast.triton_kernels import embedding as kernels
+
+    dy = torch.zeros(130, 2)
+    dy[0, 0], dy[1, 0], dy[-1] = -2048.0, -1.0, torch.tensor([2048.0, 1.0])
+    ids, one = torch.zeros(130, dtype=torch.int64), torch.ones(1, 2)
+    ids, table, projection, dy = on_the_device([ids, one[:, :1].half(), one.half(), dy.half()])
+    _, *kept = kernels.forward(ids, table, projection, True)
+    dtable, dprojection = kernels.backward(dy, ids, table, projection, *kept, None, None)
+    assert (dtable.tolist(), dprojection.tolist()) == ([[0.0]], [[-1.0, 1.0]])
 
 
 @on_device

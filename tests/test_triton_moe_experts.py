@@ -22,7 +22,7 @@ from triton_contract import (
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import moe_experts_case
-from dsfast.ops.checks import check, compare
+from dsfast.ops.checks import check, compare, evaluate
 from dsfast.ops.moe_route import sort_slots
 
 
@@ -114,6 +114,26 @@ def test_an_index_of_no_expert_makes_its_token_nan(k):
 
 @on_device
 @either_backward
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("width", [2, 65], ids=["one product after the other", "two kernels"])
+def test_nan_of_an_index_of_no_expert_is_written(width, k, monkeypatch):
+    """To memory that held other numbers: elsewhere here all is NaN before. As many tiles as there can be: all three ranges of
+    places end in one begun."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    case = moe_experts_case("bad", 19, 3, k, 2, width)
+    arguments = on_the_device(drawn(case))
+    arguments[2].fill_(0)
+    arguments[2][3, 0], arguments[2][9, k - 1] = 1, 2
+    with ops.use("triton"):
+        found = evaluate(case.function, arguments, case.differentiable)
+    for quantity in ("output", "grad x"):
+        assert found[quantity].isnan().all(1).nonzero().tolist() == [[9]]
+    assert found["grad weights"].isnan().nonzero().tolist() == [[9, k - 1]]
+
+
+@on_device
+@either_backward
 def test_no_index_names_an_expert():
     case = moe_experts_case("all bad", 5, 3, 1, 2, 2)
     arguments = drawn(case)
@@ -177,6 +197,26 @@ def test_sums_over_many_places_are_split(monkeypatch, dtype):
         assert_passed(
             check(case.operator, case.function, on_the_device(arguments), case.differentiable, ["triton"], dtype)
         )
+
+
+@on_device
+@pytest.mark.parametrize("width", [3, 65], ids=["by tiles of narrow experts", "by splits"])
+def test_parts_of_a_sum_over_places_are_float32(width, monkeypatch):
+    """What tokens far apart add to the matrices' gradients cancels: float16 parts would lose what others add."""
+    from dsfast.triton_kernels import moe_experts as kernels
+
+    monkeypatch.setattr(kernels, "SHARE", 4)
+    x, weights, indices, gate_up, down = on_the_device(drawn(moe_experts_case("", 130, 5, 1, 1, width)))
+    x[-1], weights[-1] = x[0], weights[0]
+    x, weights, gate_up, down = (t.half() for t in (x, weights, gate_up, down))
+    leaves = [gate_up.requires_grad_(), down.requires_grad_()]
+    dy, found = torch.ones(130, 5, device=DEVICE).half(), []
+    for size in (0.0, 1000.0):
+        dy[0], dy[-1] = size, -size
+        with poisoned(), ops.use("triton"):
+            found.append(torch.autograd.grad(ops.moe_experts(x, weights, indices, gate_up, down), leaves, dy))
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, alone, rtol=0, atol=2e-3 * alone.abs().max().item())
 
 
 @on_device

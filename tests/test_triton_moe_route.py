@@ -21,7 +21,7 @@ from triton_contract import (
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import moe_route_case, route_tokens_case
-from dsfast.ops.checks import check_draws
+from dsfast.ops.checks import check_draws, compare
 
 
 class TestMoeRoute(TritonContract):
@@ -55,7 +55,7 @@ class TestRouteTokens(TritonContract):
     # Their gradients: 32 tokens in a tile, 32 columns in a program.
     cases = (
         route_tokens_case("no tokens", 0, 5, 4, 2),
-        route_tokens_case("the 500K model: top 1 of 2, one token above a tile", 17, 128, 2, 1),
+        route_tokens_case("the 500K model: top 1 of 2, one token above a tile", 33, 128, 2, 1),
         route_tokens_case("one token, one column", 1, 1, 5, 2),
         route_tokens_case("one expert", 7, 9, 1, 1, norm_topk_prob=True),
         route_tokens_case("16 experts: no place is empty; one column above a step", 33, 65, 16, 5, norm_topk_prob=True),
@@ -65,6 +65,10 @@ class TestRouteTokens(TritonContract):
         route_tokens_case("one expert too many for one kernel", 21, 33, 17, 3),
         route_tokens_case("3 groups of 7: 32 places", 41, 20, 21, 4, 3, 2, True),
         route_tokens_case("softmax, 2 of 3 groups of 4: empty places", 41, 19, 12, 4, 3, 2, False, "softmax"),
+        route_tokens_case(
+            "softmax, one expert: the score is constant, the gradient 0", 7, 9, 1, 1, 1, 1, False, "softmax"
+        ),
+        route_tokens_case("softmax, no power of two of choices", 19, 7, 6, 3, 1, 1, False, "softmax"),
         route_tokens_case("softmax, of one expert too many for one kernel", 21, 33, 17, 3, 1, 1, True, "softmax"),
     )
     tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)  # normalised, a sum of weights has no gradient
@@ -83,10 +87,22 @@ def test_tokens_of_16_bits_have_scores_in_float32(experts, groups, dtype):
         x, weight = (t.to(dtype) for t in draws[0][:2])
         weights, indices, *_ = case.function(x, weight, *draws[0][2:])
     assert weights.dtype == dtype
+    arguments = x, weight, *draws[0][2:], "sigmoid"
+    torch.library.opcheck(torch.ops.dsfast.moe_route_tokens, arguments, test_utils=("test_schema", "test_faketensor"))
     logits = x.double() @ weight.double().T
     with ops.use("reference"):
         _, expected, *_ = ops.moe_route(logits, draws[0][2].double(), *draws[0][3:])
     assert torch.equal(indices, expected)
+
+
+@on_device
+def test_programs_with_several_tiles_of_tokens(monkeypatch):
+    """As where there are many tokens: two programs for each block of columns, two tiles each."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", 4)
+    with poisoned():
+        assert_passed(compare(route_tokens_case("4 tiles", 97, 64, 4, 2), ["triton"], DEVICE))
 
 
 def route(logits, bias, *choice):
@@ -182,7 +198,7 @@ def test_softmax_of_what_is_no_number(value):
 
 # Tokens, experts, choices, groups, groups taken; a tile has 64, 16, 4, 4 and 1 tokens, a block 2, 4, 4, 32 and 32 tiles.
 MANY_TILES = [
-    (64 * 4 + 1, 3, 1, 1, 1),
+    (64 * 16 + 1, 3, 1, 1, 1),
     (70, 40, 2, 1, 1),
     (145, 160, 6, 8, 3),
     (150, 256, 1, 8, 1),
@@ -192,7 +208,7 @@ MANY_TILES = [
 
 @on_device
 @pytest.mark.parametrize("sizes", MANY_TILES, ids=str)
-@pytest.mark.parametrize("summed", [0, 4096], ids=["scanned", "summed"])
+@pytest.mark.parametrize("summed", [0, 128, 4096], ids=["scanned", "summed, as many as can be", "summed"])
 def test_many_tiles_are_sorted(sizes, summed, monkeypatch):
     """By the last kernel itself, and by one before that takes 32 tiles at once; counts and places say the same as the choice."""
     from dsfast.triton_kernels import moe_route as kernels
@@ -206,6 +222,26 @@ def test_many_tiles_are_sorted(sizes, summed, monkeypatch):
     assert torch.equal(counts, torch.bincount(chosen, minlength=experts))
     assert torch.equal(order, chosen.argsort(stable=True).int())
     assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+@on_device
+@pytest.mark.parametrize("k", [1, 3])
+def test_scores_that_are_all_zero_in_float32(k):
+    """Their sum, which the weights are divided by, is none: weights and gradients are 0 and no NaN."""
+    arguments = on_the_device([torch.full((3, 6), -200.0), torch.zeros(6), k, 1, 1, True, 2.5])
+    assert_passed(check_draws("moe_route", ops.moe_route, [arguments], (0,), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("experts", [2, 40])
+def test_all_tokens_go_to_one_expert(experts):
+    """As many of a tile as there can be: a count of them is one byte."""
+    bias = [0.0, 9.0, *[0.0] * (experts - 2)]
+    _, indices, counts, order, offsets = route([[0.0] * experts] * 300, bias, 1, 1, 1, False, 1.0)
+    assert (indices == 1).all()
+    assert counts.tolist() == [0, 300, *[0] * (experts - 2)]
+    assert torch.equal(order.cpu(), torch.arange(300).int())
+    assert offsets.tolist() == [0, 0, *[300] * (experts - 1)]
 
 
 @on_device

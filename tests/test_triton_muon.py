@@ -59,6 +59,15 @@ def test_numbers_on_the_device():
 
 
 @on_device
+def test_a_scale_of_the_learning_rate_that_is_a_number():
+    def scaled(params, grads, momenta, parts, lr, weight_decay, momentum, clip_scale):
+        return updated_by_muon(params, grads, momenta, parts, 4 * lr, weight_decay, momentum, clip_scale, 0.25)
+
+    with poisoned():
+        assert_passed(check("muon", scaled, on_the_device(drawn(TestMuon.tiny)), (), ["triton"]))
+
+
+@on_device
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_nothing_is_updated_by_a_factor_that_is_not_finite(value):
     *arguments, _ = on_the_device(drawn(muon_case("a full block and a part", (32, 64), (65, 3))))

@@ -85,6 +85,8 @@ def test_half_precision_norm_has_a_float32_reciprocal():
     with ops.use("triton", "rms_norm"):
         rstd = torch.ops.dsfast.rms_norm(x, weight, 1e-6, None)[2]
     assert rstd.dtype == torch.float32
+    arguments = x, weight, 1e-6, None
+    torch.library.opcheck(torch.ops.dsfast.rms_norm, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.testing.assert_close(rstd, x.float().square().mean(1).add(1e-6).rsqrt(), rtol=1e-6, atol=0)
 
 

@@ -107,10 +107,12 @@ def test_both_in_place_where_no_gradient_is_wanted():
         found = ops.split_and_turn(q.clone(), kv.clone(), *others, in_place=True)
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
         assert found[1].stride(1) == 48  # in the rows of q
-        before = q.clone()
+        before = q.clone(), kv.clone()
         ops.split_and_turn(q.requires_grad_(), kv, *others, in_place=True)
-    assert torch.equal(q, before)
-    turned = q.detach()[..., 32:], kv[:, 32:]
+        ops.split_and_turn(q.detach(), kv.requires_grad_(), *others, in_place=True)
+    assert torch.equal(q, before[0])
+    assert torch.equal(kv, before[1])
+    turned = q.detach()[..., 32:], kv.detach()[:, 32:]
     torch.library.opcheck(
         torch.ops.dsfast.rope_pair_, (*turned, *others), test_utils=("test_schema", "test_faketensor")
     )
@@ -134,6 +136,18 @@ def test_turning_back_gives_the_input():
 def test_refused_before_launch(width, dtype, message):
     with ops.use("triton", "rope"), pytest.raises(UserError, match=message):
         ops.rope(*inputs(rope_case("", 2, 1, width, 3), dtype))
+
+
+@on_device
+def test_what_does_not_fit_together_is_refused_before_both_are_turned():
+    q, kv, cos, sin, positions = inputs(TestSplitAndTurn.tiny)
+    with ops.use("triton", "rope"):
+        with pytest.raises(ValueError, match=r"rope: positions must have shape \[3\], got \[2\]"):
+            ops.split_and_turn(q, kv, cos, sin, positions[1:])
+        with pytest.raises(ValueError, match=r"rope: sin must have shape \[5, 2\], got \[4, 2\]"):
+            ops.split_and_turn(q, kv, cos, sin[1:], positions)
+        with pytest.raises(TypeError, match=r"rope: kv must be torch.float32 on .*, got torch.float64"):
+            ops.split_and_turn(q, kv.double(), cos, sin, positions)
 
 
 test_in_the_interpreter = in_the_interpreter(__file__)

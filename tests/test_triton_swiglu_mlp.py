@@ -28,6 +28,7 @@ class TestSwigluMlp(TritonContract):
         swiglu_mlp_case("one token", 1, 5, 3),
         swiglu_mlp_case("tokens and widths one above a tile", 33, 17, 33),
         swiglu_mlp_case("widths that fill blocks: no masks", 9, 32, 16),
+        swiglu_mlp_case("tokens that fill blocks of a sum, widths one above a tile", 32, 33, 33),
     )
     tiny = swiglu_mlp_case("tiny", 3, 5, 2)
     registered = ("swiglu_mlp", "swiglu_mlp_backward")
