@@ -59,6 +59,29 @@ def assert_passed_without_eps(case: Case, places: tuple[int, ...]) -> None:
         )
 
 
+def assert_weights_are_summed_in_float32(case: Case, of_tokens: tuple[int, ...], weights: tuple[int, ...]) -> None:
+    """The gradients of `weights` where all tokens but the last one, given twice, cancel: beside each half's part of 64 times its
+    size that one would be lost in float16. `of_tokens`: the arguments that have a row for each token."""
+    arguments = half(drawn(case))
+    for place in of_tokens:
+        arguments[place] = torch.cat((arguments[place], arguments[place]))
+    leaves = [arguments[place].requires_grad_() for place in weights]
+    outputs = case.function(*arguments)
+    n = len(outputs[0]) // 2
+    one = torch.arange(2 * n) == n - 1
+    cancelling = torch.where(one, 1.0, torch.cat((torch.full((n,), 64.0), torch.full((n,), -64.0))))
+    cancelling[-1] = 0.0
+    random = torch.Generator().manual_seed(1)
+    drawn_once = [torch.randn(n, *x.shape[1:], generator=random) for x in outputs]
+
+    def gradients(factor: Tensor) -> tuple[Tensor, ...]:
+        given = [torch.cat((x, x)) * factor.view(-1, *[1] * (x.dim() - 1)) for x in drawn_once]
+        return torch.autograd.grad(outputs, leaves, half(given), retain_graph=True)
+
+    for found, expected in zip(gradients(cancelling), gradients(one), strict=True):
+        assert (found - expected).abs().max() <= 4 * torch.finfo(torch.float16).eps * expected.abs().max()
+
+
 def under_the_guard(case: Case) -> None:
     """Both passes, where it is an error to wait for the host."""
     arguments = half(drawn(case))

@@ -12,6 +12,7 @@ from narrow_layer import (
     assert_passed_where_used,
     assert_passed_without_eps,
     assert_same_in_float64,
+    assert_weights_are_summed_in_float32,
     few_programs,
     half,
     layer_against_apart,
@@ -109,6 +110,12 @@ def test_gradients_where_some_outputs_are_not_used(used):
 @on_device
 def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
     assert_passed_without_eps(output_case("", 5, 16, 16), (4,))
+
+
+@on_device
+def test_gradients_of_weights_are_summed_in_float32():
+    """A part of the gradient of o is the sum over 256 tokens."""
+    assert_weights_are_summed_in_float32(output_case("", 256, 16, 16), (0, 2), (1, 3))
 
 
 @on_device

@@ -12,13 +12,14 @@ from narrow_layer import (
     assert_passed_where_used,
     assert_passed_without_eps,
     assert_same_in_float64,
+    assert_weights_are_summed_in_float32,
     few_programs,
     half,
     layer_against_apart,
     layer_quantities,
     under_the_guard,
 )
-from operator_cases import RecordCalls
+from operator_cases import RecordCalls, padded
 from torch import Tensor
 from triton_contract import (
     DEVICE,
@@ -63,7 +64,7 @@ class TestMlaProject(TritonContract):
         project_case("one above a small tile: the 500K model", 65, 4, 128, 32, 32, 16, 32),
         project_case("a tile, three heads", 128, 3, 80, 32, 16, 16, 32),
         project_case("one above a tile, without residual", 129, 2, 16, 16, 16, 16, 16, residual=False),
-        project_case("several tiles, five heads, no width a power of two", 259, 5, 33, 7, 9, 6, 11),
+        project_case("several tiles, seven heads, no width a power of two", 259, 7, 33, 7, 9, 6, 11),
     )
     tiny = project_case("tiny", 3, 3, 7, 5, 4, 6, 3)
     registered = ("mla_project", "mla_project_backward")
@@ -116,6 +117,29 @@ def test_gradients_where_some_outputs_are_not_used(used):
 
 
 @on_device
+@pytest.mark.parametrize("place", [0, 1], ids=["delta", "residual"])
+def test_rows_of_one_part_of_the_stream_further_apart(place):
+    case = project_case("", 9, 2, 16, 16, 16, 16, 16)
+    arguments = half(drawn(case))
+    expected = evaluate(projected, arguments, case.differentiable)
+    arguments[place] = padded(arguments[place])
+    assert_bitwise_equal(evaluate(projected, arguments, case.differentiable), expected)
+
+
+@on_device
+def test_gradients_of_the_rope_key_are_summed_in_float32():
+    """Three heads give 2048 + 1 - 2048, which in float16 is 0."""
+    arguments = half(drawn(project_case("", 9, 3, 16, 16, 16, 16, 16)))
+    k_rope = projected(arguments[0].requires_grad_(), *arguments[1:])[OUTPUTS.index("k_rope")]
+
+    def gradient(*heads: float) -> Tensor:
+        given = torch.tensor(heads).to(k_rope)[None, :, None].expand(k_rope.shape)
+        return torch.autograd.grad(k_rope, arguments[0], given, retain_graph=True)[0]
+
+    assert torch.equal(gradient(2048, 1, -2048), gradient(0, 1, 0))
+
+
+@on_device
 def test_a_position_that_is_none_makes_its_token_nan():
     """Its rope parts alone; the gradient of its stream, and of all weights on the way, shows it too."""
     case = project_case("", 6, 2, 16, 16, 16, 16, 16)
@@ -137,6 +161,11 @@ def test_a_position_that_is_none_makes_its_token_nan():
 @on_device
 def test_what_fills_up_a_tile_does_not_show_where_eps_is_zero():
     assert_passed_without_eps(project_case("", 5, 2, 16, 16, 16, 16, 16), (3, 7))
+
+
+@on_device
+def test_gradients_of_weights_are_summed_in_float32():
+    assert_weights_are_summed_in_float32(project_case("", 128, 2, 16, 16, 16, 16, 16), (0, 1, 12), (2, 4, 5, 6, 8))
 
 
 @on_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import DRAWS, assert_passed, drawn
+from operator_cases import DRAWS, assert_passed, drawn, padded, transposed
 from test_linear_cross_entropy import projected
 from triton_contract import (
     DEVICE,
@@ -34,6 +34,8 @@ class TestLinearCrossEntropy(TritonContract):
         linear_cross_entropy_case("no tokens", 0, 5, 11),
         linear_cross_entropy_case("no tokens, wide", 0, WIDE, 11),
         linear_cross_entropy_case("most labels ignored, several tiles of words", 19, 5, 131, counted=0.1),
+        linear_cross_entropy_case("all labels ignored: the loss is 0", 37, 5, 11, counted=0.0),
+        linear_cross_entropy_case("all labels ignored, wide", 3, WIDE, 11, counted=0.0),
         linear_cross_entropy_case("one above a tile", 129, 32, 65),
         linear_cross_entropy_case("wide", 11, WIDE, 67),
     )
@@ -53,8 +55,6 @@ class TestWide(TritonContract):
 
 SIZES = (
     linear_cross_entropy_case("one token, one word more than one", 1, 32, 2, counted=1.0),
-    linear_cross_entropy_case("all labels ignored: the loss is 0", 37, 5, 11, counted=0.0),
-    linear_cross_entropy_case("all labels ignored, wide", 3, WIDE, 11, counted=0.0),
     linear_cross_entropy_case("a tile of words and of tokens", 128, 32, 64),
     linear_cross_entropy_case("one below a tile", 127, 32, 63),
     linear_cross_entropy_case("several tiles each way", 131, 16, 331),
@@ -84,6 +84,22 @@ def test_several_tiles_in_one_program(programs, monkeypatch):
 
 
 @on_device
+def test_more_tokens_than_one_step_adds_up(monkeypatch):
+    """257 tiles whose counted tokens are added up 256 at a time; of losses and labels 4,096 are."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    monkeypatch.setitem(kernels._FLOAT32["forward"], 16, kernels._FLOAT32["forward"][16]._replace(rows=16))
+    monkeypatch.setattr(kernels, "_COMBINED", 2**14)
+    case = linear_cross_entropy_case("many tokens", 4097, 1, 2, counted=1.0)
+    arguments = on_the_device(drawn(case))
+    with poisoned(), torch.no_grad():
+        assert_passed(check(case.operator, case.function, arguments, (), ["triton"]))
+        count = torch.empty(1, device=DEVICE)
+        kernels.count_launch(torch.arange(4097, device=DEVICE), 4095, count).run()
+    assert count == 4096
+
+
+@on_device
 @pytest.mark.parametrize("words", [101, pytest.param(96, marks=pytest.mark.slow)])
 def test_several_blocks_in_a_row(words, monkeypatch):
     """The sweep over a row of logits, the second way's, in several blocks; the last of them cut off, or as long as the row."""
@@ -106,9 +122,14 @@ def test_chunks(tokens, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_STRIP", 256)
     monkeypatch.setattr(kernels, "_WORDS", 512)  # one for each thread
     assert kernels.chunk_shape(13, 579, dtype.itemsize)[0] <= tokens
+
+    def function(hidden, weight, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.125)
+
+    case = linear_cross_entropy_case("chunks", 13, WIDE, 579)
+    draws = [on_the_device(drawn(case, seed)) for seed in range(DRAWS)]
     with poisoned():
-        case = linear_cross_entropy_case("chunks", 13, WIDE, 579)
-        assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+        assert_passed(check_draws("linear_cross_entropy", function, draws, (0, 1), ["triton"], dtype))
 
 
 def test_chunks_stay_within_the_workspace():
@@ -130,10 +151,13 @@ def test_chunks_stay_within_the_workspace():
 
 
 @on_device
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("programs", "width"), [(528, 5), (1, 5), (528, WIDE)], ids=str)
 @pytest.mark.parametrize("size", [1e4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1e-3, 30.0))])
-def test_small_and_large_logits(size, width):
+def test_small_and_large_logits(size, programs, width, monkeypatch):
     """Logits of 10^5: the exponentials must not overflow, and a word with all the weight leaves a loss near 0."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", programs)  # 1: one goes through all tiles of words
     draws = []
     for seed in range(DRAWS):
         hidden, weight, labels = drawn(linear_cross_entropy_case("logits", 19, width, 101), seed)
@@ -143,9 +167,23 @@ def test_small_and_large_logits(size, width):
 
 @on_device
 @pytest.mark.parametrize("width", WIDTHS)
+def test_logits_far_below_zero(width):
+    """All of them: relative to 0 there would be no weight left."""
+    draws = []
+    for seed in range(DRAWS):
+        hidden, weight, labels = drawn(linear_cross_entropy_case("below", 9, width, 37), seed)
+        draws.append(on_the_device([hidden.abs() * 1000, -weight.abs(), labels]))
+    assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize(("programs", "width"), [(528, 5), (1, 5), (528, WIDE)], ids=str)
 @pytest.mark.parametrize("rise", [3000.0, *(pytest.param(rise, marks=pytest.mark.slow) for rise in (3.0, 60.0))])
-def test_later_words_far_likelier_than_the_first(rise, width):
+def test_later_words_far_likelier_than_the_first(rise, programs, width, monkeypatch):
     """The running maximum rises from tile to tile, by up to thousands, twice over."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", programs)
     draws = []
     for seed in range(DRAWS):
         hidden, weight, labels = drawn(linear_cross_entropy_case("rise", 9, width, 131), seed)
@@ -240,6 +278,48 @@ def test_loss_scale(width):
 
 @on_device
 @pytest.mark.parametrize("width", WIDTHS)
+def test_the_gradient_of_the_weight_is_summed_in_float32(width, monkeypatch):
+    """Tokens cancel but for one: rounded to float16 the part of 64 of them, of a program or a chunk, would not keep it."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "WORKSPACE", 64 * 512 * 2)
+    hidden, labels = torch.full((128, width), 2048.0), torch.zeros(128, dtype=torch.int64)
+    hidden[0], hidden[64:] = 2047.0, -2048.0
+    hidden, weight, labels = on_the_device([hidden.half(), torch.zeros(512, width).half(), labels])
+    with ops.use("triton", "linear_cross_entropy"):
+        loss = ops.linear_cross_entropy(hidden, weight.requires_grad_(), labels)
+    (found,) = torch.autograd.grad(loss, weight)
+    expected = torch.full_like(found, -1 / 512 / 128)
+    expected[0] += 1 / 128
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+@on_device
+def test_sums_of_many_words_do_not_overflow(monkeypatch):
+    """They are not divided by the sum of exponentials yet: 256 times 400 is beyond float16."""
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", 1)
+    weight = torch.zeros(512, 8)
+    weight[:256] = 400.0
+    arguments = on_the_device([torch.zeros(3, 8), weight, torch.tensor([0, 300, 511])])
+    assert_passed(check("linear_cross_entropy", ops.linear_cross_entropy, arguments, (0,), ["triton"], torch.float16))
+
+
+@on_device
+def test_words_with_equal_large_logits():
+    """A third each: the log2 of 3 added to their maximum would be rounded off in float32."""
+    arguments = [torch.full((5, 8), 1000.0), torch.full((3, 8), 41.0), torch.tensor([0, 1, 2, 0, -100])]
+    hidden, weight, labels = on_the_device(arguments)
+    with ops.use("triton", "linear_cross_entropy"):
+        loss = ops.linear_cross_entropy(hidden, weight.requires_grad_(), labels)
+    (found,) = torch.autograd.grad(loss, weight)
+    expected = torch.tensor([-500 / 3, 250 / 3, 250 / 3])[:, None].expand(3, 8)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)
+
+
+@on_device
+@pytest.mark.parametrize("width", WIDTHS)
 def test_a_second_backward_pass_gives_the_same_bits(width):
     """What is kept for it is not written over."""
     hidden, weight, labels = on_the_device(drawn(linear_cross_entropy_case("twice", 11, width, 67)))
@@ -267,16 +347,17 @@ def test_refused_before_launch(sizes, dtype, message):
 
 
 @on_device
-def test_with_a_projection_and_z_loss_and_tensors_apart_in_memory():
+@pytest.mark.parametrize("layout", [transposed, padded], ids=lambda layout: layout.__name__)
+def test_with_a_projection_and_z_loss_and_views(layout):
     function, arguments = projected(67, 24, 7, 131)
     hidden, weight, labels, projection = on_the_device([*arguments])
-    apart = [torch.stack([x, -x], 1)[:, 0] for x in (hidden, weight, projection)]
+    views = [layout(x.half()) for x in (hidden, weight, projection)]  # a cast later on would make them contiguous
 
     def loss(hidden, weight, labels, projection):
         return ops.linear_cross_entropy(hidden, weight, labels, z_loss=0.1, projection=projection)
 
     with poisoned():
-        arguments = [*apart[:2], labels, apart[2]]
+        arguments = [*views[:2], labels, views[2]]
         assert_passed(check("linear_cross_entropy", loss, arguments, (0, 1, 3), ["triton"], torch.float16))
         assert_passed(check("linear_cross_entropy", function, arguments, (1, 3), ["triton"], torch.float16))
 

@@ -314,6 +314,44 @@ def test_rope_key_gradient_is_summed_in_float32():
 
 
 @on_device
+@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+def test_heads_shares_of_the_rope_key_are_kept_in_float32(widths):
+    """Three heads' cancel, but would not if each were rounded to float16; the fourth one's is a 256th of theirs."""
+    (q_nope, q_rope, k_nope, k_rope, v), *others, do = make_inputs([40], widths, torch.float16, heads=4)
+    for x in (q_nope, k_nope, v, do):
+        x[:, 1:3] = x[:, :1]
+    k_rope.zero_()  # so that scores do not depend on the rope part
+    q_rope.mul_(8).round_()
+    q_rope[:, 2] = -q_rope[:, 0] - q_rope[:, 1]
+    do[:, 3] /= 256
+    found = run_kernels((q_nope, q_rope, k_nope, k_rope, v), *others, do)[2][3]
+    do[:, :3] = 0.0
+    expected = run_kernels((q_nope, q_rope, k_nope, k_rope, v), *others, do)[2][3]
+    assert (found - expected).abs().max() <= 4 * torch.finfo(torch.float16).eps * expected.abs().max()
+
+
+@on_device
+@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_below_zero(widths, dtype):
+    """All of them: relative to 0 there would be no weight left, and infinite ones where there is no key."""
+    (q_nope, q_rope, k_nope, k_rope, v), *others = make_inputs([70, 30], widths, dtype, heads=1)
+    q_nope.abs_(), q_rope.abs_(), k_nope.abs_().mul_(-16), k_rope.abs_().mul_(-16)
+    assert_as_good_as_eager((q_nope, q_rope, k_nope, k_rope, v), *others)
+
+
+@on_device
+@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+def test_delta_is_summed_in_float32(widths):
+    """Most of its terms are beyond float16, and cancel."""
+    tensors, cu_seqlens, scale, do = make_inputs([40, 3], widths, torch.float16, heads=1)
+    v = tensors[4][..., :-2]
+    v[..., ::2] = v[..., 1::2] = 128 * v[..., ::2]
+    do[..., :-2:2], do[..., 1:-2:2] = 1024.0, -1024.0
+    assert_as_good_as_eager(tensors, cu_seqlens, scale, do)
+
+
+@on_device
 def test_two_runs_are_equal_and_inputs_stay():
     tensors, cu_seqlens, scale, do = make_inputs([50, 0, 90], WIDTHS["500K model"], torch.float16)
     before = [x.clone() for x in (*tensors, cu_seqlens, do)]

@@ -28,6 +28,7 @@ class TestMlaDecode(TritonContract):
         mla_decode_case("one head more than a tile's rows", (9,), 9, 17, 20, 8, 16, 8),
         mla_decode_case("products outside", (0, 33), 33, **WIDE),
         mla_decode_case("products outside, several splits", (70,), 768, **WIDE),
+        mla_decode_case("a latent one column wider than its slices", (5,), 5, 1, 97, 8, 4, 8),
         mla_decode_case("no part with position", (7,), 7, 3, 20, 8, 0, 8),
         mla_decode_case("DeepSeek-V3's widths", (17,), 17, **DEEPSEEK_V3),
         mla_decode_case("DeepSeek-V3's widths, as many heads as a tile has", (2,), 2, **{**DEEPSEEK_V3, "h": 64}),
@@ -85,7 +86,7 @@ def in_pages(arguments, page, dtype=torch.int64):
 
 
 @on_device
-@pytest.mark.parametrize("splits", [1, 3, 20])
+@pytest.mark.parametrize("splits", [1, 2, 3, 20])
 @pytest.mark.parametrize("widths", [SMALL, WIDE], ids=["inside", "outside"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_splits(splits, widths, dtype):
@@ -109,8 +110,28 @@ def test_many_splits(splits, combined, widths, monkeypatch):
 
 
 @on_device
+def test_products_inside_are_summed_in_float32():
+    """A query times `up` is 2048 + 1 - 2048, which in float16 is 0."""
+    arguments = draw((2,), 2, SMALL, torch.float16) | {"scale": 1.0}
+    arguments["q_rope"].zero_()
+    arguments["q_nope"].zero_()[..., :3] = torch.tensor([2048.0, 1.0, -2048.0])
+    arguments["up"][:, : SMALL["dn"]] = 1.0
+    assert_as_good_as_eager(run(arguments), arguments)
+
+
+@on_device
+def test_partial_sums_of_many_places_do_not_overflow():
+    """They are not divided by the sum of weights yet: beyond float16 where 128 places of a thousand weigh the same."""
+    arguments = draw((256,), 256, SMALL, torch.float16) | {"scale": 0.0}
+    arguments["latent"].fill_(1000.0)
+    assert_as_good_as_eager(run(arguments, 2), arguments)
+
+
+@on_device
 @pytest.mark.parametrize(("splits", "widths"), [(1, SMALL), (3, WIDE)])
-@pytest.mark.parametrize("page", [64, 16, 5], ids=["whole tiles", "parts of tiles", "across tiles"])
+@pytest.mark.parametrize(
+    "page", [64, 16, 5, 80], ids=["whole tiles", "parts of tiles", "across tiles", "a tile and a part"]
+)
 def test_pages_give_the_bits_of_a_contiguous_cache(splits, page, widths):
     arguments = draw((130,), 320, widths, torch.float16)
     dtype = torch.int32 if page == 16 else torch.int64
@@ -149,13 +170,14 @@ def test_length_that_is_none_gives_nan(splits, page, widths):
 @on_device
 @pytest.mark.parametrize(("splits", "page"), [(1, 64), (2, 64), (1, 16), (2, 16)])
 def test_page_that_is_not_there_gives_nan(splits, page):
-    arguments = in_pages(draw((128, 3, 128, 128), 128, SMALL), page, torch.int32)
+    arguments = in_pages(draw((128, 3, 128, 128, 128), 128, SMALL), page, torch.int32)
     expected = run(arguments, splits)
     arguments["pages"][0, -1] = -1
     arguments["pages"][1, -1] = -1  # behind the sequence
     arguments["pages"][3, -1] = 2**31 - 1
+    arguments["pages"][4, -1] = len(arguments["latent"])  # the first that is not there
     found = run(arguments, splits)
-    assert found[[0, 3]].isnan().all()
+    assert found[[0, 3, 4]].isnan().all()
     assert torch.equal(found[[1, 2]], expected[[1, 2]])
 
 
@@ -179,6 +201,17 @@ def test_nan_stays_in_its_sequence_and_head():
 def test_any_scale(scale, splits):
     """Scores of a hundred: exp2 must neither overflow nor lose the sum, and all weight may fall on one token."""
     arguments = {**draw((100, 37), 100, SMALL), "scale": scale}
+    assert_as_good_as_eager(run(arguments, splits), arguments)
+
+
+@on_device
+@pytest.mark.parametrize("splits", [1, 3])
+def test_scores_far_below_zero(splits):
+    """All of them: relative to 0 there would be no weight left."""
+    arguments = draw((100, 37), 100, SMALL) | {"scale": -30.0}
+    arguments["q_nope"].zero_()
+    arguments["q_rope"].fill_(1.0)
+    arguments["k_rope"].abs_()
     assert_as_good_as_eager(run(arguments, splits), arguments)
 
 

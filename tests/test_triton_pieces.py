@@ -36,4 +36,14 @@ def test_sum(shape, dtype, based, rows_first):
     assert torch.equal(y, (parts.double().sum(0) + (base if based else 0)).to(dtype))
 
 
+@pytest.mark.parametrize(("tiles", "steps"), [(1, 1), (1, 1000), (7, 100), (528, 3), (529, 3)], ids=str)
+def test_splits_of_a_loop(tiles, steps):
+    """Up to as many programs as are asked for, or one for each tile; together they take every step, and none is idle."""
+    from dsfast.triton_kernels.pieces import splits
+
+    parts, each = splits(tiles, steps, 528)
+    assert parts * tiles <= max(tiles, 528)
+    assert (parts - 1) * each < steps <= parts * each
+
+
 test_in_the_interpreter = in_the_interpreter(__file__)

@@ -26,6 +26,12 @@ def copy_kernel(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_the_first_kernel(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n))
+
+
+@triton.jit
 def copy_blocks_but_the_first_kernel(x, y, first, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     for start in range(0, n, BLOCK):
@@ -163,6 +169,16 @@ def test_within_bounds():
         InterpreterError, match=r"copy_kernel: program 1: store at test_watched.py:\d+ of 1 elements outside"
     ):
         copy_kernel[(2,)](numbers(), y, N, BLOCK=N // 2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int32, torch.bool], ids=str)
+def test_what_a_load_has_no_value_for_is_no_zero(dtype):
+    x = numbers().to(dtype)
+    y = torch.zeros_like(x)
+    copy_the_first_kernel[(1,)](x, y, 3, N)
+    assert torch.equal(y[:3], x[:3])
+    assert (y[3:].isnan() if dtype.is_floating_point else y[3:] == (1 if dtype == torch.bool else 2**31 - 1)).all()
 
 
 @interpreted

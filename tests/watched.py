@@ -9,6 +9,7 @@ LaunchError where a launch
 - has a program write what it reads, or writes again, with no tl.debug_barrier between: its threads need not be at the same
   instruction. Exempt is what is read and then written by the same pointers, where each element has a thread of its own;
 - writes different values to one address in one instruction;
+- goes on with what a load with a mask has not read, where it names no value for it (it becomes NaN: the results show it);
 - says tl.multiple_of of what is no multiple.
 
 An atomic addition to one number, by every program of the launch once, lets the one that comes last read what all wrote before a
@@ -257,7 +258,7 @@ def watch_launches() -> None:
 
     def watched_load(self, pointers, mask, other, *how, **options):
         _now[-1].access(False, pointers.data, _bools(mask), _itemsize(pointers))
-        return load(self, pointers, mask, other, *how, **options)
+        return load(self, pointers, mask, _anything(pointers) if other is None else other, *how, **options)
 
     def watched_store(self, pointers, value, mask, *how, **options):
         access = _now[-1].access(True, pointers.data, _bools(mask), _itemsize(pointers))
@@ -284,6 +285,14 @@ def watch_launches() -> None:
 def _bools(mask) -> np.ndarray:
     """Integers, which the interpreter refuses in a moment, numpy would take for indices."""
     return mask.data.astype(bool)
+
+
+def _anything(pointers) -> interpreter.TensorHandle:
+    """In place of what a load with a mask does not read and has no value for: NaN, of integers the largest."""
+    kind = pointers.get_element_ty()
+    dtype = interpreter._get_np_dtype(kind)
+    value = np.nan if dtype.kind == "f" else dtype.kind == "b" or np.iinfo(dtype).max
+    return interpreter.TensorHandle(np.full(pointers.data.shape, value, dtype), kind)
 
 
 def _itemsize(pointers) -> int:
