@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from importlib import import_module
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_native
 from test_native_build import run_python
-from test_native_step import by_autograd, flat, in_one_call
+from test_native_step import LARGE, by_autograd, flat, in_one_call
 from tiny import tiny_config, tiny_dataset
 from tiny_models import random_model
 
@@ -22,6 +23,7 @@ from dsfast.ops.checks import compare, evaluate, judge
 from dsfast.train import Trainer
 
 BF16, FP32 = torch.bfloat16, torch.float32
+LAST_NAN = struct.unpack("f", b"\xff\xff\xff\x7f")[0]  # one more in its bits is -0
 SLOWER = "ignore:runtime.dtype 'bfloat16' is slower here"
 
 
@@ -71,7 +73,7 @@ class TestProducts:
             ):  # fmt: skip
                 torch.testing.assert_close(found.detach().double(), expected, rtol=0, atol=2e-7 * max(r, n, d))
 
-    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.3953e38, 1e-30])
+    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), LAST_NAN, 3.3953e38, 1e-30])
     def test_of_what_is_not_an_ordinary_number(self, value):
         """NaN and infinities stay; a float32 above the largest bfloat16 becomes infinite; a small number is not lost."""
         x = torch.ones(3, 5)
@@ -146,7 +148,9 @@ def in_bfloat16(model, arguments) -> dict[str, torch.Tensor]:
 
 
 class TestWholeStep:
-    @pytest.mark.parametrize("changes", [{}, {"embedding_rank": 8}, {"q_lora_rank": 9}, {"first_k_dense_replace": 1}])
+    @pytest.mark.parametrize(
+        "changes", [{}, {"embedding_rank": 8}, {"q_lora_rank": 9}, {"first_k_dense_replace": 1}, LARGE]
+    )
     def test_at_most_twice_the_error_of_bfloat16_eager(self, changes):
         """All experts chosen: a near tie between two cannot fall differently."""
         changes = {"n_routed_experts": 2, "num_experts_per_tok": 2, **changes}

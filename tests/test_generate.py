@@ -229,6 +229,17 @@ def test_from_logits_that_are_not_finite_there_is_nothing_to_choose(implementati
         generate_ids(model, [[1, 2], [3]], max_new_tokens=4, temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_native_step_itself_says_so(temperature):
+    """Once a model has been compared its step is taken as it is."""
+    needs_native()
+    model = random_model()
+    model.norm.weight.data[3] = torch.nan
+    decoder = NativeDecoder(model, 2, 4, temperature, torch.Generator())
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        decoder.start(Prompts.pack([[1, 2], [3]]))
+
+
 def test_one_word_that_is_not_finite_is_enough(implementation):
     """Whichever thread has it: NaN counts as the largest."""
     for word in (0, 200, 388):

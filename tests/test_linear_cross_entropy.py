@@ -135,6 +135,19 @@ def test_later_words_far_likelier_than_the_first(rise):
     assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["native"]))
 
 
+@pytest.mark.parametrize("logit", [50.0, 92.0, 300.0])
+@pytest.mark.parametrize(("r", "v"), [(8, 401), (257, 1103)], ids=["narrow", "wide"])
+def test_one_token_alone_to_which_a_later_word_is_far_likelier(r, v, logit):
+    """Every place in a block of tokens; exp(87) is no infinity, but times a weight of 92 it is one."""
+    needs_native()
+    for token in (0, 20, 45, 69):
+        hidden, weight, labels = drawn(linear_cross_entropy_case("alone", 70, r, v, counted=1.0))
+        hidden[:, 0], weight[:, 0] = 0, 0
+        hidden[token, 0], weight[v - 3, 0] = 1, logit
+        arguments = hidden, weight, labels
+        assert_passed(check("linear_cross_entropy", ops.linear_cross_entropy, arguments, (0, 1), ["native"]))
+
+
 def test_forward_alone_gives_the_same_loss():
     """Without gradients nothing of them is made; the loss is the same bits."""
     needs_native()

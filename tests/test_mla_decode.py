@@ -123,13 +123,15 @@ def test_pages_behind_a_sequence_are_not_read(implementation, dtype):
         assert torch.equal(ops.mla_decode(*paged[:-1], pages), expected)
 
 
-def test_one_cached_token_gives_its_value():
-    """The softmax over one token is 1 whatever the score."""
+@pytest.mark.parametrize("scale", [0.5, 1e3])
+def test_one_cached_token_gives_its_value(scale):
+    """The softmax over one token is 1 whatever the score, also one far below 0."""
     needs_native()
     one = case("", (1,) * 9)
-    q_nope, _, latent, _, _, up, _ = drawn(one)
+    *arguments, _ = drawn(one)
+    q_nope, _, latent, _, _, up = arguments
     value = torch.einsum("br,hvr->bhv", latent[:, 0], up[:, q_nope.size(2) :])
-    torch.testing.assert_close(run_native(one, drawn(one))["output"], value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run_native(one, (*arguments, scale))["output"], value, rtol=1e-6, atol=1e-6)
 
 
 def test_a_sequence_gives_the_same_bits_alone():

@@ -27,6 +27,7 @@ class TestMoeExperts(OperatorContract):
         moe_experts_case("every expert chosen by every token", 29, 11, 4, 4, 6),
         moe_experts_case("many experts, a token or none each", 17, 6, 3, 61, 4),
         moe_experts_case("sums over 641 tokens", 641, 7, 1, 2, 5),
+        moe_experts_case("weights too large to be packed beforehand", 13, 521, 1, 2, 512),
     )
     tiny = moe_experts_case("tiny", 4, 3, 2, 3, 2)
     summed_over_threads = frozenset({"grad gate_up", "grad down"})
@@ -147,8 +148,14 @@ def test_slots_that_were_sorted_before_change_nothing(apart):
         (lambda order, offsets: (order[:-1], offsets), r"order must have shape \[58\], got \[57\]"),
         (lambda order, offsets: (order, offsets[:-1]), r"offsets must have shape \[5\], got \[4\]"),
         (lambda order, offsets: (order + 1, offsets), "slots must be order and offsets of 58 slots"),
+        (lambda order, offsets: (order - 1, offsets), "slots must be order and offsets of 58 slots"),
         (lambda order, offsets: (order, offsets + 1), "slots must be order and offsets of 58 slots"),
         (lambda order, offsets: (order, offsets.flip(0)), "slots must be order and offsets of 58 slots"),
+        # One of them alone wrong: the first, the last, one between below the first, two between exchanged.
+        (lambda order, offsets: (order, offsets.clamp(min=1)), "slots must be order and offsets of 58 slots"),
+        (lambda order, offsets: (order, offsets.clamp(max=57)), "slots must be order and offsets of 58 slots"),
+        (lambda order, offsets: (order, offsets.where(offsets != offsets[1], -1)), "slots must be order and offsets"),
+        (lambda order, offsets: (order, offsets[[0, 2, 1, 3, 4]]), "slots must be order and offsets of 58 slots"),
     ],
 )
 def test_slots_of_other_sizes_are_refused(change, complaint):

@@ -208,7 +208,7 @@ def test_ties_and_nan_in_every_lane(tokens, choice):
     torch.testing.assert_close(weights, logits.sigmoid().gather(1, indices), equal_nan=True)
 
 
-@pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
+@pytest.mark.parametrize("size", [20.0, 80.0, 88.5, 200.0])
 def test_saturated_scores(size):
     """sigmoid near 0 and 1: small ones keep their digits, nothing overflows. (Which of two scores rounded to 1 comes first
     differs from float64, so all experts are chosen and put back in their order.)
@@ -226,6 +226,20 @@ def test_saturated_scores(size):
     torch.testing.assert_close(found, logits.double().sigmoid(), rtol=1e-6, atol=1e-36)
 
 
+@pytest.mark.parametrize(("scoring_func", "below"), [("sigmoid", 25), ("softmax", 25), ("softmax", 1000)])
+def test_small_scores_are_normalised_like_others(scoring_func, below):
+    """Scores of 1e-9, of experts that a bias chooses: what keeps their sum from 0 counts only where they are 0."""
+    needs_native()
+    logits, *others = drawn(moe_route_case("", 37, 9, 3, 1, 1, True, scoring_func))
+    logits[:, 5:] -= below
+    bias = torch.tensor([-2.0] * 5 + [0.0] * 4)
+
+    def weights(logits):
+        return ops.moe_route(logits, bias.to(logits), *others[1:])[0].sort(1).values
+
+    assert_passed(check("moe_route", weights, (logits,), (0,), ["reference", "native"]))
+
+
 @pytest.mark.parametrize("size", [20.0, 80.0, 200.0])
 @pytest.mark.parametrize("implementation", ["reference", "native"])
 def test_softmax_of_large_logits(implementation, size):
@@ -241,15 +255,18 @@ def test_softmax_of_large_logits(implementation, size):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("at", [0, 2, 3])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("implementation", ["reference", "native"])
-def test_softmax_of_what_is_no_number(implementation, value):
+def test_softmax_of_what_is_no_number(implementation, value, at):
     """NaN and inf make NaN of all scores of their token, -inf is never chosen while others are left."""
     needs_native()
-    logits = torch.tensor([[0.0, 1.0, value, 2.0], [3.0, 1.0, 2.0, 0.0]])
+    finite = [0.0, 1.0, 2.0]
+    logits = torch.tensor([[*finite[:at], value, *finite[at:]], [3.0, 1.0, 2.0, 0.0]])
+    second, best = (i + (i >= at) for i in (1, 2))
     with ops.use(implementation):
         weights, indices, *_ = ops.moe_route(logits, torch.zeros(4), 2, 1, 1, False, 1.0, "softmax")
-    assert indices.tolist() == [[3, 1] if value == -math.inf else [0, 1], [0, 2]]
+    assert indices.tolist() == [[best, second] if value == -math.inf else [0, 1], [0, 2]]
     assert weights.isnan().tolist() == [[value != -math.inf] * 2, [False] * 2]
 
 

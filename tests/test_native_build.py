@@ -45,6 +45,7 @@ def test_too_little_memory_for_a_kernel_is_a_memory_error_and_does_no_harm(threa
     code = f"""
 import resource, torch
 from pathlib import Path
+from dsfast import ops
 from dsfast.ops import native
 torch.set_num_threads({threads})
 def swiglu_backward(N, D, I):
@@ -54,20 +55,89 @@ def swiglu_backward(N, D, I):
         x.data_ptr(), D, x.data_ptr(), D, gate_up.data_ptr(), down.data_ptr(), gu.data_ptr(),
         *(g.data_ptr() for g in grads), N, D, I, torch.get_num_threads())
     return grads
-expected = swiglu_backward(64, 16, 8)  # the threads are there now
+def attend(N):  # in tasks, where the other is in ranges of tokens
+    q = torch.ones(N, 2, 1)
+    ends = torch.tensor([0, 3, N], dtype=torch.int32)
+    with ops.use("native"):
+        return ops.mla_attention(q, q[..., :0], q, q[:, 0, :0], q, ends, 1.0)
+expected, attended = swiglu_backward(64, 16, 8), attend(64)  # the threads are there now
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, resource.RLIM_INFINITY))
-for attempt in range(3):
+for attempt in range(6):
     try:
-        swiglu_backward(64, 16, 2**15)  # 40 MB, and 400 MB of working memory for each thread
+        if attempt % 2:
+            attend(2**19)  # 8 MB, and 300 MB for each head of the second document
+        else:
+            swiglu_backward(64, 16, 2**15)  # 40 MB, and 400 MB of working memory for each thread
     except MemoryError:
         print("too little")
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 for found, wanted in zip(swiglu_backward(64, 16, 8), expected):
     assert torch.equal(found, wanted)
+assert torch.equal(attend(64), attended)
 """
     child = run_python("-c", code, OMP_NUM_THREADS=str(threads))
-    assert (child.returncode, child.stdout, child.stderr) == (0, "too little\n" * 3, "")
+    assert (child.returncode, child.stdout, child.stderr) == (0, "too little\n" * 6, "")
+
+
+def test_more_threads_than_there_is_room_for():
+    """csrc/parallel.h: MAX_THREADS work, and what is summed over threads is right."""
+    needs_native()
+    code = """
+import torch
+from dsfast import ops
+hidden, weight, labels = torch.randn(19200, 3), torch.randn(5, 3, requires_grad=True), torch.randint(5, (19200,))
+losses, gradients = [], []
+for threads in (1, 300):
+    torch.set_num_threads(threads)
+    with ops.use("native"):
+        losses.append(ops.linear_cross_entropy(hidden, weight, labels))
+    gradients += torch.autograd.grad(losses[-1], weight)
+assert abs(losses[0] - losses[1]) < 1e-6
+assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+"""
+    child = run_python("-c", code)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page of memory")
+def test_nothing_behind_an_input_is_read():
+    """Each input lies at the very end of memory, in a process that a read behind it would end."""
+    needs_native()
+    done = run_python("-X", "faulthandler", "-c", READ_AT_THE_END_OF_MEMORY)
+    assert (done.returncode, done.stdout) == (0, "all read\n"), done.stderr[-1500:]
+
+
+READ_AT_THE_END_OF_MEMORY = """
+import ctypes, mmap, sys
+from importlib import import_module
+sys.path.insert(0, "tests")
+import torch
+from operator_cases import drawn, run_native
+from torch.utils._pytree import tree_map_only
+from dsfast import ops
+from dsfast.ops import native
+
+def at_the_end(x):
+    size = x.numel() * x.element_size()
+    end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, end + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(area)) + end
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+    if not size:
+        return x
+    return torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=end - size).view(x.shape).copy_(x)
+
+for operator in ops.OPERATORS:
+    name = "Test" + "".join(word.capitalize() for word in operator.split("_"))
+    contract = getattr(import_module(f"test_{operator}"), name)
+    rounded = hasattr(native.module(), "bfloat16") and operator in native.OF_PRODUCTS
+    for products in [torch.float32, torch.bfloat16][: 1 + rounded]:
+        for case in (contract.tiny, *contract.cases[::2]):
+            with ops.products_in(products):
+                run_native(case, tree_map_only(torch.Tensor, at_the_end, drawn(case)))
+print("all read")
+"""
 
 
 class TestStaleAndMissing:
@@ -209,6 +279,7 @@ class TestInstructionSets:
         chosen = (
             "test_native_against_float64 or test_views or accuracy_of_exp or saturated or best_supported"
             " or test_native_tokens or test_a_sequence or test_cached_logits or test_greedy_choice or TestProducts"
+            " or test_one_token_alone or test_nothing_behind"
         )
         others = (str(TESTS / "test_generate.py"), str(TESTS / "test_bfloat16.py"), __file__)
         command = ("-m", "pytest", "-x", "-k", chosen, *OPERATOR_TESTS, *others)

@@ -100,7 +100,12 @@ def assert_right(changes: dict, lengths: tuple[int, ...], threads: int = 1) -> N
     assert_passed([judge(exact, torch.stack(eager), torch.stack([found] * len(eager)), torch.float32, "native")])
 
 
-@pytest.mark.parametrize("changes", WITHOUT_MTP.values(), ids=WITHOUT_MTP)
+LARGE = {"qk_nope_head_dim": 3701, "num_hidden_layers": 1}  # csrc/linear.h: queries of more than 2^18 weights
+
+
+@pytest.mark.parametrize(
+    "changes", [*WITHOUT_MTP.values(), LARGE], ids=[*WITHOUT_MTP, "a weight not packed beforehand"]
+)
 def test_every_architecture_against_float64(changes):
     assert_right(changes, (17, 29, 1, 33))
 
@@ -109,6 +114,12 @@ def test_every_architecture_against_float64(changes):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_documents_of_any_length_on_any_number_of_threads(lengths, threads):
     assert_right({"embedding_rank": 8}, lengths, threads)
+
+
+def test_an_embedding_far_wider_than_latent_and_queries():
+    """More tokens than are embedded at a time (csrc/embedding.cpp); one expert each, and no slots, which else lie behind."""
+    one_expert = {"n_routed_experts": 2, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    assert_right({"hidden_size": 64, "embedding_rank": 60, **one_expert}, DOCUMENTS["rows of equal length"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,6 +16,7 @@ class TestRmsNorm(OperatorContract):
         rms_norm_case("no tokens", 0, 7),
         rms_norm_case("no residual", 13, 31, residual=False),
         rms_norm_case("a sum over 641 tokens", 641, 17),
+        rms_norm_case("a sum over 5003 tokens", 5003, 3),
     )
     tiny = rms_norm_case("tiny", 3, 5)
     summed_over_threads = frozenset({"grad weight"})

@@ -54,10 +54,10 @@ MORE_VARIANTS = {
         "scoring_func": "softmax", "n_routed_experts": 20, "n_group": 5, "topk_group": 3, "num_experts_per_tok": 4,
         "routed_scaling_factor": 2.5,
     },
-    "every expert chosen": {"num_experts_per_tok": 6, "rms_norm_eps": 1e-2},
+    "every expert chosen": {"num_experts_per_tok": 6, "rms_norm_eps": 1e-2, "q_lora_rank": 9},
     "widths above every block, more words than a chunk": {
         "hidden_size": 132, "kv_lora_rank": 131, "qk_nope_head_dim": 37, "qk_rope_head_dim": 34, "v_head_dim": 41,
-        "intermediate_size": 141, "moe_intermediate_size": 35, "num_attention_heads": 5, "vocab_size": 389,
+        "intermediate_size": 141, "moe_intermediate_size": 35, "num_attention_heads": 5, "vocab_size": 1201,
         "q_lora_rank": 129, "num_hidden_layers": 3,
     },
 }  # fmt: skip
