@@ -23,6 +23,7 @@ from dsfast.model.layers import StreamNorm, is_plain
 from dsfast.model.moe import Experts, Router
 from dsfast.model.rope import RotaryTables
 from dsfast.tokens import IGNORED
+from dsfast.triton_kernels.launch import dtype_name
 
 
 class DeepseekV3(nn.Module):
@@ -167,10 +168,7 @@ class DeepseekV3(nn.Module):
 
     def _checked_tokens(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None):
         """ids [N], positions [N], cu_seqlens [S + 1], checked and filled in."""
-        if not isinstance(input_ids, Tensor):
-            raise UserError(f"input_ids: expected a tensor [B, T] of int64, got {type(input_ids).__name__}")
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-            raise UserError(f"input_ids: expected [B, T] of int64, got {_shape(input_ids)} of {input_ids.dtype}")
+        _expect_tensor("input_ids", input_ids, "[B, T]", torch.int64)
         kind = input_ids.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             raise UserError(
@@ -183,6 +181,8 @@ class DeepseekV3(nn.Module):
             )
         _check_range("input_ids", input_ids, self.config.vocab_size)
         device, n = input_ids.device, input_ids.numel()
+        if cu_seqlens is not None:
+            _expect_tensor("cu_seqlens", cu_seqlens, "[S + 1]", torch.int32)
         if positions is not None:
             _expect_beside("positions", positions, input_ids)
             _check_range("positions", positions, limit)
@@ -216,6 +216,14 @@ def parameter_counts(model: DeepseekV3) -> dict[str, int]:
         "active": total - count(model.mtp) - idle,
         "embedding": count(model.embed_tokens) + count(model.lm_head),
     }
+
+
+def _expect_tensor(name: str, values: Any, shape: str, dtype: torch.dtype) -> None:
+    """`shape` as in "[B, T]"."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"{name}: expected a tensor {shape} of {dtype_name(dtype)}, got {type(values).__name__}")
+    if values.ndim != shape.count(",") + 1 or values.dtype != dtype:
+        raise UserError(f"{name}: expected {shape} of {dtype_name(dtype)}, got {_shape(values)} of {values.dtype}")
 
 
 def _expect_beside(name: str, values: Any, input_ids: Tensor) -> None:
