@@ -97,6 +97,17 @@ def test_a_step_is_in_training_mode():
 
 
 @pytest.mark.parametrize("whole_step", [True, False])
+def test_a_step_makes_gradients_where_the_caller_wants_none(whole_step):
+    batch, changes = tiny_dataset().rows.batch(0, 3), {"runtime.whole_step": whole_step}
+    expected, trainer = tiny_trainer(**changes), tiny_trainer(**changes)
+    expected.step(batch.input_ids, batch.labels)
+    with torch.no_grad():
+        trainer.step(batch.input_ids, batch.labels)
+        assert not torch.is_grad_enabled()
+    assert all(map(torch.equal, trainer.model.parameters(), expected.model.parameters()))
+
+
+@pytest.mark.parametrize("whole_step", [True, False])
 def test_a_model_whose_layers_are_all_dense_is_trained(whole_step, tmp_path):
     changes = {"model.first_k_dense_replace": 2, "runtime.whole_step": whole_step}
     trainer, batch = tiny_trainer(tmp_path / "run", **changes), tiny_dataset().rows.batch(0, 3)

@@ -218,9 +218,11 @@ class Trainer:
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
-        """The operators as config.runtime selects them, and what their products multiply."""
+        """The operators as config.runtime selects them, and what their products multiply; with derivatives, also where the
+        caller has switched them off."""
         runtime = self.config.runtime
-        with ops.configured(runtime.kernels, runtime.device), native.products_in(self.precision.products):
+        operators = ops.configured(runtime.kernels, runtime.device)
+        with operators, native.products_in(self.precision.products), torch.enable_grad():
             yield
 
     def save(self) -> Path:
