@@ -33,7 +33,7 @@ TAKEN = tl.constexpr(-(2**31) + 1)
 FEW = 16  # places: the narrowest product
 SORTED = 128  # slots in a block, with the padding, if not fewer
 SUMMED = 4096  # bins of all tiles that the last kernel adds up itself
-FEW_TILES = 16  # such as one step of generation has
+FEW_TILES = 16  # such as one step of generation has: for fewer the last kernel is no other one
 SCANNED = 2048  # tiles whose counts are summed at once, MOST_TILES or more
 MOST_TILES = 32  # of a block: each slot looks up the counts of those before its own
 _UNSPECIALIZED = ("N", "B", "SLOTS", "STEPS")  # change from batch to batch and must not cause a new compilation
@@ -581,7 +581,7 @@ def _place_launches(indices, parts, slots: int, order, offsets, counts) -> list[
         "indices": indices, "parts": parts, "before": before, "order": order, "offsets": offsets, "counts": counts,
         "SLOTS": indices.numel(), "B": tiles, "E": experts, "BINS": bins, "EP": ep, "TILES": together,
         "PER": slots, "BS": bs,
-        "ROWS": FEW_TILES if tiles <= FEW_TILES else SUMMED // ep, "BB": SCANNED // together, "BE": be,
+        "ROWS": max(FEW_TILES, triton.next_power_of_2(tiles)), "BB": SCANNED // together, "BE": be,
     }  # fmt: skip
     scatter = Launch(scatter_kernel, (blocks,), arguments, options(4), 4, 0)
     return [scatter] if few else [Launch(scan_kernel, (ep // be,), arguments, options(8), 4, 0), scatter]
