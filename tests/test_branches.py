@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -120,11 +120,31 @@ class TestWaiting:
             x.add_(1)
         assert now.log[4:] == [], "once each"
 
+    def test_of_one_that_changes_it_or_is_given_it_by_name(self):
+        x, y = torch.zeros(4), torch.zeros(4)
+        with Scripted() as now:
+            aside(([fill("x", x)], [x]), ([fill("y", y)], [y]))
+            x.add_(1)
+            assert now.log[2:] == ["wait for x"]
+            torch.add(torch.ones(4), 1, out=y)
+            assert now.log[3:] == ["wait for y"]
+
+    @torch.inference_mode()
+    def test_of_one_that_may_copy_though_it_looks_like_a_view(self):
+        x = torch.zeros(2, 2)
+        with Scripted() as now:
+            aside(([fill("x", x)], [x]))
+            assert now.log == ["start x"]
+            x.t().reshape(4)
+            assert now.log[1:] == ["wait for x"]
+
     def test_at_the_end_for_all(self):
         x, y = torch.zeros(4), torch.zeros(4)
         with Scripted() as now:
             aside(([fill("x", x), fill("more", x)], []))
             aside(([fill("y", y)], [y]))
+            _ = x + 1  # not among what others take
+            assert now.log == ["start x", "start more", "start y"]
         assert now.log[3:] == ["wait for x,more", "wait for y"]
 
     def test_of_one_stage_of_a_branch(self):
@@ -153,8 +173,10 @@ class TestWaiting:
             aside(([fill("y", y)], [y]))
             assert now.log[2:] == ["wait for x"], "the oldest"
             assert now.held() == 40
-            aside(([fill("y again", y)], []))
-            assert now.held() == 40
+            aside(([fill("y again", y[1:])], []))
+            assert now.held() == 40, "all that its memory is part of, once"
+            aside(([fill("z", torch.zeros(24))], []))
+            assert now.log[4:] == ["start z", "wait for y", "wait for y again"]
 
     def test_not_behind_an_error(self):
         x, now = torch.zeros(4), Scripted()
@@ -188,6 +210,76 @@ class TestWaiting:
         with Scripted() as now:
             torch.autograd.grad(y, x, torch.ones(3))
         assert now.log == ["start dx", "start dx", "wait for dx"]
+
+
+class Stream:
+    """Of a GPU that is not there. `done`: what precedes all that it is given from now on."""
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+
+    def record_event(self) -> frozenset[str]:
+        return frozenset(self.done)
+
+    def wait_event(self, event: frozenset[str]) -> None:
+        self.done |= event
+
+    def wait_stream(self, other: Stream) -> None:
+        self.done |= other.done
+
+
+class TestStreams:
+    """Where launches are started, and behind which others."""
+
+    @pytest.fixture(autouse=True)
+    def no_gpu(self, monkeypatch):
+        self.chain, self.urgent, self.first, self.second = (Stream() for _ in range(4))
+        self.current, self.started = [self.chain], {}
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self.within)
+
+    @contextmanager
+    def within(self, stream: Stream):
+        self.current.append(stream)
+        yield
+        self.current.pop()
+
+    def fill(self, name: str, *tensors: Tensor) -> SimpleNamespace:
+        def run() -> None:
+            self.started[name] = self.current[-1], "".join(sorted(self.current[-1].done))
+            self.current[-1].done.add(name)
+
+        return SimpleNamespace(run=run, tensors=lambda: tensors)
+
+    def branches(self) -> Branches:
+        self.fill("a").run()
+        return Branches([self.first, self.second], self.urgent)
+
+    def test_each_stage_behind_the_one_before_and_the_urgent_one_apart(self):
+        x, y, z = (torch.zeros(4) for _ in range(3))
+        with self.branches():
+            aside(([self.fill("b", x), self.fill("c", x)], [x]), ([self.fill("d", y)], [y]), urgent=True)
+            aside(([self.fill("e", z)], [z]))
+            _ = x + 1
+            assert self.chain.done == set("abc")
+            aside(([self.fill("f", x)], [x]))
+        assert self.started == {
+            "a": (self.chain, ""), "b": (self.urgent, "a"), "c": (self.urgent, "ab"), "d": (self.first, "abc"),
+            "e": (self.second, "a"), "f": (self.first, "abcd"),
+        }  # fmt: skip
+        assert self.chain.done == set("abcdef")
+
+    def test_none_is_apart_after_an_error(self):
+        x, now = torch.zeros(4), self.branches()
+
+        def failing():
+            with now:
+                aside(([self.fill("b", x)], []), ([self.fill("c", x)], []))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            failing()
+        assert self.chain.done == set("abc")
 
 
 def test_memory_is_kept_until_it_is_waited_for():

@@ -146,6 +146,15 @@ def test_none_that_is_right_is_refused(shipped, of_old_tritons):
         use_right_ptxas(ARCH)
 
 
+def test_one_that_the_user_names_for_newer_chips_is_not_taken_for_this_one(
+    shipped, of_old_tritons, monkeypatch, tmp_path
+):
+    shipped(ptxas="12.8", ptxas_blackwell="12.9")
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", ptxas(tmp_path / "mine", "12.9"))
+    with pytest.raises(PtxasError, match="leave TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH unset"):
+        use_right_ptxas(ARCH)
+
+
 @pytest.mark.parametrize("gone", ["ptxas", "ptxas_blackwell"])
 def test_one_that_is_not_there_is_refused(shipped, of_old_tritons, gone):
     paths = shipped(ptxas="12.8", ptxas_blackwell="12.9")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from dsfast.triton_kernels import ahead, mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
 from dsfast.triton_kernels import launch as launch_module
-from dsfast.triton_kernels import mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
 from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel, unset
 from dsfast.triton_kernels.limits import CHIPS
 
@@ -168,15 +169,30 @@ def test_limits_find_what_breaks_them():
         "k", "sm_90", registers=255, spills=8, shared=232_449, matrix=0, copies=0, repeated=1.5, serialized=True,
         unset=("UMOV UR4, UR5",),
     )  # fmt: skip
-    assert [fault.split(": ")[1].split()[0] for fault in broken.faults(launch)] == [
-        "8",
-        "232449",
-        "no",
-        "the",
-        "products",
-        "each",
-        "ptxas",
-    ]
+
+    def faults(rows: int, stages: int) -> list[str]:
+        sized = replace(launch, rows=rows, options=launch.options | {"num_stages": stages})
+        return [fault.split(": ")[1].split()[0] for fault in broken.faults(sized)]
+
+    assert faults(64, 2) == ["8", "232449", "no", "the", "products", "each", "ptxas"]
+    assert faults(63, 1) == ["8", "232449", "products", "each", "ptxas"]
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+def test_registers_in_memory_are_counted(chip):
+    """Of a kernel that may have too few of them."""
+    launch = rms_norm.example_launches("500K", torch.bfloat16, CHIPS[chip].large)["backward_kernel"]
+    few = {"maxnreg": 24} if chip == "sm_90" else {"waves_per_eu": 8, "num_warps": 1}
+    compiled = compile_launch(replace(launch, options=launch.options | few), chip)
+    assert compiled.spills > 0
+    assert any("bytes of registers spilled" in fault for fault in compiled.faults(launch))
+
+
+def test_machine_code_is_made_by_a_ptxas_that_is_right(monkeypatch):
+    launch, asked = rms_norm.example_launches("500K", torch.bfloat16, 0)["forward_kernel"], []
+    monkeypatch.setattr(ahead, "use_right_ptxas", asked.append)
+    monkeypatch.setattr(triton, "compile", lambda source, target, options: list(asked))
+    assert [compiled_kernel(launch, chip) for chip in ("sm_90", "sm_80", "gfx942")] == [[90], [90, 80], [90, 80]]
 
 
 SASS = """
@@ -189,6 +205,9 @@ SASS = """
         /*0060*/                   UIADD3 UR14, UP0, UR{base}, 0x40, URZ ;   /* 0x00000040050e7890 */
         /*0070*/                   UIADD3.X UR15, URZ, -0x7fffffe0, URZ, UP0, !UPT ;
         /*0080*/                   HGMMA.64x32x16.F32.BF16 R24, R100, gdesc[UR12].tnspB, R24 ;
+        /*0090*/                   UIMAD.WIDE.U32 UR16, UR6, 0x8, URZ ;
+        /*00a0*/                   ULDC.128 UR20, c[0x0][0x210] ;
+        /*00b0*/                   UIADD3 UR16, UR17, UR23, URZ ;
 """
 
 
@@ -196,6 +215,8 @@ SASS = """
 def test_registers_that_nothing_has_set_are_found(base, found):
     """As ptxas 12.8 made it of a product of mla_project's; of its own operands in shared memory a descriptor has all four."""
     assert unset(SASS.format(base=base)) == found
+    right = SASS.format(base=base).replace("R100, gdesc[UR12]", "R100, gdesc[UR24]")
+    assert unset(right) == (*found, "HGMMA.64x32x16.F32.BF16 R24, R100, gdesc[UR24].tnspB, R24")
     shared = SASS.format(base=base).replace("R24, R100, gdesc[UR12].tnspB", "R24, gdesc[UR12].tnspA.tnspB")
     assert unset(shared) == (*found, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR12].tnspA.tnspB, R24")
 
@@ -264,6 +285,21 @@ def test_the_next_places_of_a_cache_are_on_their_way_beside_both_products():
 def test_what_asks_for_the_interpreter_is_what_triton_takes_for_it(value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert launch_module.interpreted() is triton.knobs.runtime.interpret
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "chip"),
+    [
+        ((8, 0), None, "sm_80"), ((9, 0), None, "sm_90"), ((10, 3), None, "sm_100"), ((12, 0), None, "sm_80"),
+        ((9, 4), "7.0", "gfx942"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_tiles_a_gpu_has(capability, hip, chip, monkeypatch):
+    """An sm_120 has less shared memory than an sm_80, and a gfx942 says that it is 9.4."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert launch_module.large_tiles(torch.device("cuda")) == CHIPS[chip].large
 
 
 @pytest.mark.parametrize("operator", [name for name in operators() if hasattr(kernels_of(name), "opaque")])

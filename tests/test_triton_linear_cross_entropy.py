@@ -167,13 +167,18 @@ def test_small_and_large_logits(size, programs, width, monkeypatch):
 
 @on_device
 @pytest.mark.parametrize("width", WIDTHS)
-def test_logits_far_below_zero(width):
-    """All of them: relative to 0 there would be no weight left."""
+@pytest.mark.parametrize("z_loss", [0.0, 0.125])
+def test_logits_far_below_zero(z_loss, width):
+    """All of them: relative to 0 there would be no weight left. A z-loss turns their gradients round."""
+
+    def function(hidden, weight, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+
     draws = []
     for seed in range(DRAWS):
         hidden, weight, labels = drawn(linear_cross_entropy_case("below", 9, width, 37), seed)
         draws.append(on_the_device([hidden.abs() * 1000, -weight.abs(), labels]))
-    assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["triton"]))
+    assert_passed(check_draws("linear_cross_entropy", function, draws, (0, 1), ["triton"]))
 
 
 @on_device

@@ -331,6 +331,16 @@ def test_heads_shares_of_the_rope_key_are_kept_in_float32(widths):
 
 
 @on_device
+def test_fake_gradients_of_a_rope_key_by_heads_in_16_bits():
+    """Unsummed they have its dtype, and not that of shares to be summed."""
+    (q_nope, q_rope, k_nope, k_rope, v), *others, do = make_inputs([5], WIDTHS["500K model"], torch.float16)
+    inputs = q_nope, q_rope, k_nope, k_rope[:, None].expand(q_rope.shape), v, *others
+    results = torch.ops.dsfast.mla_attention(*inputs)
+    backward = torch.ops.dsfast.mla_attention_backward.default
+    torch.library.opcheck(backward, (do, *inputs, *results), test_utils=("test_schema", "test_faketensor"))
+
+
+@on_device
 @pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_far_below_zero(widths, dtype):
