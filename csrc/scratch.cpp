@@ -1,5 +1,9 @@
 #include "scratch.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
 #include <cstdlib>
 #include <new>
 
@@ -12,11 +16,32 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
+// For tests: whether each call is to have memory of its own, full of NaN, behind which no byte can be touched.
+const bool GUARDED = std::getenv("DSFAST_GUARD_SCRATCH") != nullptr;
+
+float* guarded(int64_t count, ScratchSlot slot) {
+  struct Area {
+    void* data;
+    size_t bytes;
+  };
+  thread_local Area areas[SCRATCH_SLOTS] = {};
+  const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(float) + page - 1) / page * page + page;
+  if (areas[slot].data != nullptr) munmap(areas[slot].data, areas[slot].bytes);
+  areas[slot] = {};
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  float* end = reinterpret_cast<float*>(static_cast<char*>(data) + bytes - page);
+  if (data == MAP_FAILED || mprotect(end, page, PROT_NONE) != 0) out_of_memory();
+  areas[slot] = {data, bytes};
+  for (int64_t i = 1; i <= count; ++i) end[-i] = NAN;
+  return end - count;
+}
+
 }  // namespace
 
 void out_of_memory() { throw std::bad_alloc(); }
 
 float* scratch(int64_t count, ScratchSlot slot) {
+  if (GUARDED) return guarded(count, slot);
   thread_local Buffer buffers[SCRATCH_SLOTS];
   Buffer& buffer = buffers[slot];
   if (count > buffer.capacity) {

@@ -101,21 +101,24 @@ assert (gradients[0] - gradients[1]).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page of memory")
-def test_nothing_behind_an_input_is_read():
-    """Each input lies at the very end of memory, in a process that a read behind it would end."""
+def test_nothing_behind_an_input_or_working_memory_is_touched():
+    """Each lies at the very end of memory, in a process that a read or write behind it would end (csrc/scratch.cpp)."""
     needs_native()
-    done = run_python("-X", "faulthandler", "-c", READ_AT_THE_END_OF_MEMORY)
-    assert (done.returncode, done.stdout) == (0, "all read\n"), done.stderr[-1500:]
+    done = run_python("-X", "faulthandler", "-c", AT_THE_END_OF_MEMORY, DSFAST_GUARD_SCRATCH="1")
+    assert (done.returncode, done.stdout) == (0, "all run\n"), done.stderr[-1500:]
 
 
-READ_AT_THE_END_OF_MEMORY = """
+AT_THE_END_OF_MEMORY = """
 import ctypes, mmap, sys
 from importlib import import_module
 sys.path.insert(0, "tests")
 import torch
 from operator_cases import drawn, run_native
+from test_native_step import WITHOUT_MTP, flat, in_one_call
+from tiny_models import random_model
 from torch.utils._pytree import tree_map_only
 from dsfast import ops
+from dsfast.model import generate_ids
 from dsfast.ops import native
 
 def at_the_end(x):
@@ -136,7 +139,18 @@ for operator in ops.OPERATORS:
         for case in (contract.tiny, *contract.cases[::2]):
             with ops.products_in(products):
                 run_native(case, tree_map_only(torch.Tensor, at_the_end, drawn(case)))
-print("all read")
+
+wide = {"first_k_dense_replace": 1, "intermediate_size": 901, "v_head_dim": 41}  # MLP and heads that need more than others
+one_expert = {**WITHOUT_MTP["factorised, untied"], "num_experts_per_tok": 1}
+for changes in (WITHOUT_MTP["all at once"], one_expert, wide):
+    model = random_model(**changes).train()
+    for products in [torch.float32, torch.bfloat16][: 1 + hasattr(native.module(), "bfloat16")]:
+        with ops.products_in(products):
+            assert in_one_call(model, flat(model, (17, 29, 1, 33)))["loss"].isfinite()
+    with ops.use("native"):
+        for temperature in (0.0, 1.0):
+            generate_ids(model.eval(), [[n % 7] for n in range(97)], max_new_tokens=2, temperature=temperature)
+print("all run")
 """
 
 
