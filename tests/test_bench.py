@@ -8,6 +8,7 @@ import io
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -340,7 +341,11 @@ def test_a_right_case_is_timed_in_every_implementation(operator: str):
     timed = {name for name, problem in row["checks"].items() if not problem}
     assert {"reference", "eager"} <= timed
     assert list(row["passes"]) == PASSES.get(operator, ["forward", "forward+backward"])
-    for found in row["passes"].values():
+    case = build(operator)
+    works = {"forward+backward": case.backward and case.forward + case.backward}
+    for run, found in row["passes"].items():
+        work = works.get(run, case.forward)
+        assert (found["flops"], found["bytes"]) == (work.flops, work.bytes)
         assert set(found["implementations"]) == timed
         for name, figures in found["implementations"].items():
             median = figures["seconds"]["median"]
@@ -348,6 +353,13 @@ def test_a_right_case_is_timed_in_every_implementation(operator: str):
             dtype = torch.bfloat16 if name == kernels.ROUNDED else torch.float32
             assert figures["ceiling_share"] == CEILINGS.ideal_seconds(found["flops"], found["bytes"], dtype) / median
             assert ("speedup_median_of_pairs" in figures) == (name != "eager")
+
+
+def test_a_speedup_is_how_many_times_as_fast_as_eager_it_is(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda call: call())
+    calls = {"native": lambda: 2.0, "eager": lambda: 5.0}
+    ours = kernels._timed(calls, cases.Work(10, 20), CEILINGS, 3)["implementations"]["native"]
+    assert (ours["speedup_of_medians"], ours["speedup_median_of_pairs"]) == (2.5, 2.5)
 
 
 @pytest.mark.parametrize("spoil", [1.0, 1.05])
@@ -384,6 +396,34 @@ def test_a_wrong_eager_peer_is_not_timed():
     assert not bench.sound({"cases": [row]})
 
 
+def test_eager_is_not_timed_alone(monkeypatch):
+    check = kernels.checks.check
+    monkeypatch.setattr(kernels.checks, "check", lambda *a, **o: [{**row, "passed": False} for row in check(*a, **o)])
+    row = kernels.run_case(build("rope"), CEILINGS, 1)
+    assert row["passes"] == {}
+    assert row["checks"]["reference"]
+    assert not row["checks"]["eager"]
+
+
+def test_wrong_gradients_are_named_and_not_timed():
+    needs_native()
+    case = build("swiglu_mlp")
+
+    def wrong(x, gate_up, down):
+        y = case.case.function(x, gate_up, down)
+        return y if ops.dispatch.choose("swiglu_mlp", x) == "reference" else 1.01 * y - 0.01 * y.detach()
+
+    def wrong_eager(x, gate_up, down):
+        y = case.eager(x, gate_up, down)
+        return 1.01 * y - 0.01 * y.detach()
+
+    spoilt = dataclasses.replace(case, case=dataclasses.replace(case.case, function=wrong), eager_result=wrong_eager)
+    found = kernels.run_case(spoilt, CEILINGS, 1)["checks"]
+    assert found["reference"] == ""
+    assert found["native"].startswith("grad x: error")
+    assert found["eager"].startswith("grad x: error")
+
+
 def test_a_wrong_implementation_is_named_and_not_timed(monkeypatch):
     right = kernels.checks.check
 
@@ -414,10 +454,11 @@ def test_the_ideal_time_is_that_of_the_narrower_ceiling():
 # step
 
 
-def test_a_peer_with_another_loss_is_wrong_and_not_timed(monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, 0.99, float("nan")])
+def test_a_peer_with_another_loss_is_wrong_and_not_timed(monkeypatch, factor):
     def build_wrong(model):
         module = EagerDeepseekV3(model)
-        return module, lambda ids, labels: module.loss(ids, labels) * 1.01
+        return module, lambda ids, labels: module.loss(ids, labels) * factor
 
     monkeypatch.setitem(PEERS, "eager", Peer("wrong", build_wrong))
     found = step.run_step(tiny.tiny_config(), 2, 8, 1, {"eager": ""}, False, quiet)
@@ -425,6 +466,22 @@ def test_a_peer_with_another_loss_is_wrong_and_not_timed(monkeypatch):
     assert "its first loss is" in found["peers"]["eager"]["reason"]
     assert "comparison" not in found["peers"]["eager"]
     assert not bench.sound(found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rough", "status"),
+    [(10.0009, 0.0, ""), (10.0011, 0.0, "wrong"), (9.9989, 0.0, "wrong"), (10.09, 0.01, ""), (10.11, 0.01, "wrong")],
+)
+def test_a_peers_loss_may_be_off_by_a_part_of_dsfasts(loss, rough, status):
+    training = SimpleNamespace(step=lambda *rows: loss)
+    assert step._first_step(PEERS["eager"], training, "", (), 10.0, rough)["status"] == status
+
+
+def test_the_work_of_a_step_is_held_against_each_ceiling():
+    work = step._work(10**9, 0.5, CEILINGS)["work"]
+    assert work["flops_per_second"] == 2e9
+    assert work["share_of"] == {"float32": 2e9 / CEILINGS.float32, "bfloat16": 2e9 / CEILINGS.bfloat16}
+    assert CEILINGS.float32 != CEILINGS.bfloat16
 
 
 def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch):
@@ -648,6 +705,20 @@ def test_growth_allows_for_the_bytes_of_further_parameters():
     assert (more["growth"], more["grows_faster"]) == (1.0, False)
     _, slow = growth.judge([row(1.0, 10), row(3.6, 10, parameters=1200)], bandwidth)
     assert (slow["growth"], slow["grows_faster"]) == (1.2, True)
+    _, noisy = growth.judge([row(1.0, 10, quartile=0.2), row(3.6, 10, 1200, quartile=0.5)], bandwidth)
+    assert (noisy["growth"], noisy["grows_faster"]) == (1.2, False)  # from 3.1; the first lets expect 3.2 at most
+
+
+def test_every_row_takes_an_untimed_step_first(monkeypatch):
+    taken, step_of = [], growth.Trainer.step
+    monkeypatch.setattr(
+        growth.Trainer, "step", lambda self, *rows: (taken.append(len(rows[0])), step_of(self, *rows))[1]
+    )
+    monkeypatch.setattr(
+        growth, "repeat", lambda steps, repeats: taken.append("timed") or [(1.0,) * len(steps)] * repeats
+    )
+    growth._timed(growth.plan(tiny.tiny_config(), ["batch"])["batch"][:2], repeats=1)
+    assert taken == [1, 2, "timed"]
 
 
 def test_a_row_is_marked_above_the_tolerance_and_where_the_quartiles_are_apart():
@@ -909,18 +980,40 @@ def test_learning_shows_dsfast_and_plain_pytorch_each_in_its_column():
     assert "7 2.5000 2.2500 +11.11% 2.6250 2.3750 91.0% 87.0% 42.0% 38.0% 12.3 45.6" in rows
 
 
-@pytest.mark.parametrize("loss", [1.02, float("nan")])
-def test_learning_that_falls_behind_is_an_error(loss, tmp_path: Path, capsys, monkeypatch):
+@pytest.mark.parametrize("loss", [1.02, 0.98, float("nan")])
+def test_learning_that_ends_elsewhere_with_one_seed_is_an_error(loss, tmp_path: Path, capsys, monkeypatch):
     right = learning._run
 
     def worse(config):
         run = right(config)
-        return run if config.runtime.kernels else run | {"loss": run["loss"] * loss}
+        return run if config.runtime.kernels or not config.seed else run | {"loss": run["loss"] * loss}
 
     monkeypatch.setattr(learning, "_run", worse)
     config = tiny.write_text_run(tmp_path)
-    assert run_command(bench.main, ["learning", "--seeds", "1", "--config", str(config)]) == 1
-    assert "✗ seed 0: the last loss differs by" in capsys.readouterr().out
+    assert run_command(bench.main, ["learning", "--seeds", "2", "--config", str(config)]) == 1
+    shown = capsys.readouterr().out
+    assert "✗ seed 1: the last loss differs by" in shown
+    assert "✗ seed 0" not in shown
+
+
+def test_questions_that_do_not_fit_are_noticed_before_the_training(tmp_path: Path, capsys, monkeypatch):
+    def too_long(*arguments):
+        raise UserError("a question is too long")
+
+    monkeypatch.setattr(learning, "check_taught", too_long)
+    monkeypatch.setattr(learning.Trainer, "train", lambda self, quiet: pytest.fail("it trains"))
+    assert run_command(bench.main, ["learning", "--config", str(tiny.write_text_run(tmp_path))]) == 2
+    assert "a question is too long" in capsys.readouterr().err
+
+
+def test_the_mean_loss_is_that_of_the_last_steps(tmp_path: Path, monkeypatch):
+    losses = [*[9.0] * 5, *[2.0] * (learning.LAST - 1), 1.0]
+    result = SimpleNamespace(final_loss=1.0, losses=losses, seconds=0.5)
+    monkeypatch.setattr(learning.Trainer, "train", lambda self, quiet: result)
+    monkeypatch.setattr(learning, "measure_taught", lambda *arguments: {})
+    monkeypatch.setattr(learning, "as_json", lambda recall: recall)
+    run = learning._run(load_config(tiny.write_text_run(tmp_path)))
+    assert run["mean_loss"] == pytest.approx(2 - 1 / learning.LAST)
 
 
 def test_a_run_whose_losses_become_no_numbers_is_wrong_and_says_so(tmp_path: Path, capsys, monkeypatch):

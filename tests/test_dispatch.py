@@ -11,7 +11,7 @@ from operator_cases import needs_native
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.ops import native
+from dsfast.ops import native, triton
 
 X, WEIGHT = torch.ones(2, 3), torch.ones(3)
 
@@ -75,6 +75,12 @@ class TestUse:
         ):
             ops.rms_norm(X, WEIGHT, 1e-6)
 
+    def test_a_device_without_kernels_takes_the_reference_unless_others_are_asked_for(self):
+        x, weight = X.to("meta"), WEIGHT.to("meta")
+        assert ops.rms_norm(x, weight, 1e-6).shape == X.shape
+        with ops.use("native"), pytest.raises(UserError, match=r"'native' does not run on meta; there: reference$"):
+            ops.rms_norm(x, weight, 1e-6)
+
     def test_native_in_another_dtype_is_an_error_not_a_fall_back(self):
         needs_native()
         with ops.use("native"), pytest.raises(UserError, match=r"rms_norm: .*'native' cannot run: .*float32.*float64"):
@@ -102,10 +108,21 @@ class TestAuto:
         needs_native()
         with pytest.warns(ops.FallbackWarning, match="rms_norm runs in plain PyTorch: .*float32.* float64") as caught:
             [ops.rms_norm(X.double(), WEIGHT.double(), 1e-6) for _ in range(2)]
-        assert len(caught) == 1
+        assert [warning.filename for warning in caught] == [__file__]
         (row,) = ops.fallbacks()
         assert (row["operator"], row["device"]) == ("rms_norm", "cpu")
         assert "float64" in row["reason"]
+
+    def test_another_reason_is_said_too(self):
+        needs_native()
+        for dtype in ("float64", "bfloat16"):
+            with pytest.warns(ops.FallbackWarning, match=f"rms_norm runs in plain PyTorch: .*{dtype}"):
+                ops.rms_norm(X.to(getattr(torch, dtype)), WEIGHT.to(getattr(torch, dtype)), 1e-6)
+        assert [row["operator"] for row in ops.fallbacks()] == ["rms_norm"] * 2
+
+    def test_kernels_that_are_not_there_are_the_reason_whatever_they_would_refuse(self, without_native):
+        with pytest.warns(ops.FallbackWarning, match="linear_cross_entropy runs in plain PyTorch: .*not built"):
+            ops.linear_cross_entropy(X, torch.ones(4, 3), torch.zeros(2, dtype=torch.int64), z_loss=1e-4)
 
     def test_each_operator_warns_for_itself(self, without_native):
         with pytest.warns(ops.FallbackWarning, match="rms_norm"):
@@ -155,6 +172,20 @@ class TestReport:
 
     def test_other_dtypes_take_the_reference(self):
         assert set(taken(dtype=torch.bfloat16).values()) == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"),
+    [((8, 0), ""), ((7, 5), "the GPU has compute capability 7.5, 8.0 or newer is needed")],
+    ids=str,
+)
+def test_gpus_that_the_kernels_run_on(monkeypatch, capability, refused):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "missing", lambda: "")
+    monkeypatch.setattr(triton, "_no_launcher", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert triton.available.__wrapped__("rope") == (not refused, refused or "Triton kernel")
 
 
 class TestConfigured:

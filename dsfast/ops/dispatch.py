@@ -133,7 +133,8 @@ def _resolve(
     if wanted == "reference" or (own is None and wanted == "auto"):
         return "reference", ""
     if wanted not in ("auto", own):
-        raise UserError(f"{operator}: implementation {wanted!r} does not run on {device}; there: reference, {own}")
+        there = ", ".join(filter(None, ("reference", own)))
+        raise UserError(f"{operator}: implementation {wanted!r} does not run on {device}; there: {there}")
     available, reason = _available(own, operator, dtype)
     if available and refused:
         available, reason = False, refused
