@@ -115,11 +115,11 @@ class TestInPlace:
         assert all(torch.equal(g, old) for g, old in zip(arguments[1], before[1], strict=True))
         assert not torch.equal(arguments[0][0], before[0][0])
 
-    def test_autograd_notices_the_update(self, implementation):
+    @pytest.mark.parametrize("updated", [0, 2, 3], ids=["params", "exp_avgs", "exp_avg_sqs"])
+    def test_autograd_notices_the_update(self, implementation, updated):
         """A backward pass through what was saved before the update must not silently use the new values."""
         arguments = self.prepared(implementation)
-        parameter = arguments[0][0].requires_grad_()
-        loss = parameter.square().sum()
+        loss = arguments[updated][0].requires_grad_().square().sum()
         with ops.use(implementation):
             ops.adamw(*arguments)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -168,6 +168,14 @@ class TestNumbersOnTheDevice:
                 for x, y in zip(found, expected, strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
 
+    def test_a_first_step_loses_no_digits(self, implementation):
+        """1 - beta2 of it is 1e-4: in float32 it would be 1.7e-4 off."""
+        self.prepared(implementation)
+        p, grad, *averages = torch.zeros(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+        with ops.use(implementation):
+            ops.adamw([p], [grad], *([x] for x in averages), [1.0], [0.0], 0.9, 0.9999, 0.0, torch.tensor(1))
+        torch.testing.assert_close(p, -grad, rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
     def test_nothing_is_updated_by_a_factor_that_is_not_finite(self, implementation, value):
         tensors, lrs, settings, step, _ = self.prepared(implementation)
@@ -176,6 +184,12 @@ class TestNumbersOnTheDevice:
             ops.adamw(*tensors, lrs, *settings, step, torch.tensor(value))
         pairs = zip(tensors, before, strict=True)
         assert all(torch.equal(x, old) for now, then in pairs for x, old in zip(now, then, strict=True))
+
+    def test_a_factor_of_the_hosts_is_taken_as_it_is(self, implementation):
+        tensors, lrs, settings, step, _ = self.prepared(implementation)
+        with ops.use(implementation):
+            ops.adamw(*tensors, lrs, *settings, step, math.nan)
+        assert all(p.isnan().all() for p in tensors[0])
 
     @pytest.mark.parametrize(
         ("name", "value", "error", "match"),

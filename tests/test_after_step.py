@@ -142,9 +142,12 @@ class TestRecord:
         with ops.use(implementation):
             with pytest.raises(ValueError, match=r"record_step: loads must have shape \[4, 2, 4\], got \[4, 2, 3\]"):
                 memory.record(1.0, 1.0, 1.0, 1.0, integers(2, 4))
-            memory.measured = memory.measured.float()
-            with pytest.raises(TypeError, match=r"record_step: measured must be torch.float64"):
-                memory.record(1.0, 1.0, 1.0, 1.0, integers(2, 3))
+            kept = {name: getattr(memory, name) for name in ("place", "update", "measured", "loads")}
+            given = {name: number(1.0, FLOAT64) for name in ("loss", "norm", "lr_scale")}
+            right = {**kept, **given, "clip_scale": number(1.0), "load": integers(2, 3)}
+            for name in set(right) - {"loss"}:
+                with pytest.raises(TypeError, match=rf"record_step: {name} must be {right[name].dtype} on"):
+                    ops.record_step(**{**right, name: right[name].half()})
 
 
 @on_device

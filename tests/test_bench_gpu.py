@@ -21,7 +21,8 @@ import torch
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
 from dsfast.bench.cases import Work
-from dsfast.bench.gpu import cases, child, operators, peers, recall, run, training, whole
+from dsfast.bench.gpu import cases, child, operators, peers, recall, run, show, training, whole
+from dsfast.bench.gpu import clock as clock_module
 from dsfast.bench.gpu import tests as gpu_tests
 from dsfast.bench.gpu.bounds import Bounds, measure_bounds
 from dsfast.bench.gpu.child import rows_of
@@ -116,6 +117,25 @@ def test_a_call_is_timed_between_two_events_after_the_flush():
     assert events.log == ["flush", "head start", "event", "call", "event", "wait"]
 
 
+def test_launches_are_part_of_the_time_of_whole_steps_alone(monkeypatch):
+    """Which PyTorch launches one by one; an operator's are hidden in a graph."""
+
+    class Clock:
+        def __init__(self, ahead: bool = True):
+            self.ahead = ahead
+
+        @classmethod
+        def from_the_host(cls):
+            return cls(ahead=False)
+
+    monkeypatch.setattr(child, "GpuClock", Clock)
+    for name in ("run_step", "run_generation"):
+        monkeypatch.setattr(child, name, lambda clock, *_: [clock.ahead])
+    monkeypatch.setattr(child, "_operator", lambda part, rehearsal, run, expired: [run.keywords["clock"].ahead])
+    found = {part: list(rows_of(part, False, None, 1.0)) for part in ("step", "compiled", "generate", "norm")}
+    assert found == {"step": [False], "compiled": [False], "generate": [False], "norm": [True]}
+
+
 def test_variants_take_turns_by_the_clock():
     events = Events()
     clock = GpuClock(events.event, lambda: None, lambda: None)
@@ -131,6 +151,32 @@ def test_bounds_are_the_best_of_what_was_reached():
     assert found["size"] == 16
     assert all(value > 0 for value in found.values())
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_bounds_are_all_that_was_moved_and_computed_over_the_shortest_time(monkeypatch):
+    products, taken = [], iter([1 / 32, 1 / 64] * 20)
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda x, y: (products.append((x.dtype, torch.get_float32_matmul_precision())), mm(x, y))[1]
+    )
+    found = measure_bounds(SimpleNamespace(seconds=lambda call: (call(), next(taken))[1]), "cpu", 4096, size=16)
+    assert found["bandwidth"] == 64 * 2 * 4096  # read and written
+    assert found["bfloat16"] == found["tf32"] == found["float32"] == 64 * 2 * 16**3
+    assert list(dict.fromkeys(products)) == [
+        (torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest"),
+    ]  # fmt: skip
+
+
+def test_a_call_in_a_graph_has_its_share_of_the_graphs_time(monkeypatch):
+    """The median of the replays, of which one is not timed."""
+    times, count = iter([90.0, 60.0, 20.0, 40.0, 50.0, 400.0]), []
+    events = Events()
+    graph = SimpleNamespace(replay=lambda: events.take("replay", next(times)))
+    monkeypatch.setattr(clock_module, "record", lambda calls: (calls(), graph)[1])
+    clock = GpuClock(events.event, lambda: None, lambda: None)
+    assert clock.graph_seconds(lambda: count.append(None)) == pytest.approx(50e-3 / len(count))
+    assert len(count) == clock_module.GRAPH_CALLS > 1
+    assert events.log.count("replay") == 1 + clock_module.REPLAYS
 
 
 def test_the_ideal_time_is_that_of_the_narrower_bound():
@@ -244,6 +290,18 @@ def test_what_is_missing_wrong_or_broken_is_named_and_the_rest_goes_on(monkeypat
     assert set(both) == {"dsfast", "right", "no backward"}
     assert "failed" in both["no backward"]
     assert "seconds" in both["right"]
+
+
+@needs_native
+def test_a_peer_that_updates_otherwise_is_wrong(monkeypatch):
+    def off(*arguments):
+        ours(*arguments)
+        arguments[0][-1].mul_(1.01)
+
+    ours = cases.build("adamw", "tiny", rehearsal=True).ours
+    monkeypatch.setattr(operators, "peers_of", lambda case: {"right": peer("it", ours), "wrong": peer("1% off", off)})
+    found = run_tiny("adamw")["peers"]
+    assert {name: state["status"] for name, state in found.items()} == {"right": "ready", "wrong": "wrong"}
 
 
 @needs_native
@@ -368,6 +426,10 @@ def test_generation_with_other_tokens_than_launched_one_by_one_is_not_timed(monk
     [*rows] = whole.run_generation(clock, True, 1)
     assert [list(row["passes"]) for row in rows] == [["2 tokens", "one step"]] * 2
     assert {"dsfast", whole.UNCAPTURED} <= set(rows[0]["passes"]["2 tokens"]["variants"])
+    for batch, row in enumerate(rows, 1):
+        for name, tokens in (("2 tokens", 2 * batch), ("one step", batch)):
+            variant = row["passes"][name]["variants"]["dsfast"]
+            assert variant["tokens_per_second"] == tokens / variant["seconds"]["median"]
     assert run.sound({"parts": {}, "rows": rows})
     monkeypatch.setattr(whole.OperatorDecoder, "step", lambda self: [token + 1 for token in right(self)])
     rows = list(whole.run_generation(clock, True, 1))
@@ -480,6 +542,14 @@ class TestTheStep:
         monkeypatch.setattr(whole.DeviceStep, "__call__", wrong)
         check = step_rows()[0]["check"]
         assert re.fullmatch(rf"the recorded step's {what} is \d\.\d{{6}}, plain PyTorch's \d\.\d{{6}}", check)
+
+
+def test_a_step_is_held_against_the_bound_and_against_dsfasts():
+    calls, taken = {"dsfast": lambda: 0.5, "eager": lambda: 2.0}, SimpleNamespace(seconds=lambda call: call())
+    variants = whole._time_step(calls, taken, 10**12, torch.bfloat16, BOUNDS, 2)["variants"]
+    assert [x["flops_per_second"] for x in variants.values()] == [2e12, 5e11]
+    assert [x["bound_share"] for x in variants.values()] == [1 / 400, 1 / 1600]
+    assert [x["over_dsfast"] for x in variants.values()] == [1.0, 4.0]
 
 
 def test_compiled_peers_of_the_step_are_a_part_of_their_own_that_comes_late(monkeypatch):
@@ -674,6 +744,27 @@ class TestTheRecallPart:
         assert recall.recall(recall.seeded("cpu", 3, rehearsal=True)) == {"taught": None, "heldout": None}
         assert recall.overlap({"taught": None, "heldout": None}, {"taught": None, "heldout": None}) is None
         assert recall.seeded("cpu", 3, rehearsal=False).config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("taught", "heldout", "same"),
+    [((0.4, 0.6), (0.6, 0.9), True), ((0.4, 0.6), (0.1, 0.49), False), ((0.71, 0.8), (0.4, 0.6), False)],
+)
+def test_recalls_are_the_same_where_the_intervals_of_both_phrasings_overlap(taught, heldout, same):
+    ours = {"taught": {"low": taught[0], "high": taught[1]}, "heldout": {"low": heldout[0], "high": heldout[1]}}
+    theirs = {name: {"low": 0.5, "high": 0.7} for name in recall.PHRASINGS}
+    assert recall.overlap(ours, theirs) is recall.overlap(theirs, ours) is same
+
+
+def test_each_figure_of_a_variant_is_shown_in_its_unit():
+    variant = {
+        "seconds": {"median": 2e-6, "lower": 1.5e-6, "upper": 2.5e-6}, "bytes_per_second": 3.25e12, "flops_per_second": 4e14,
+        "bound_share": 0.5, "graph_seconds": 1e-6, "launches": 3, "tokens_per_second": 12345.0, "over_dsfast": 1.25,
+    }  # fmt: skip
+    assert show._cells(variant, {"flops": 1}) == {
+        "us": "2.0", "quartiles": "1.5 .. 2.5", "in a graph": "1.0", "launches": "3", "TB/s": "3.25", "TFLOP/s": "400.0",
+        "of bound": "50%", "tokens/s": "12,345", "over dsfast": "1.25 x",
+    }  # fmt: skip
 
 
 def run_document(rows: list) -> dict:
@@ -886,6 +977,16 @@ def test_rows_written_before_a_part_was_cut_are_kept():
     assert state["status"] == "cut: out of time, the rest is not measured"
 
 
+@pytest.mark.parametrize(("seconds", "own"), [(100.0, 85.0), (20.0, 10.0)])
+def test_a_part_ends_before_its_process_is_ended(seconds, own):
+    asked = []
+    child = SimpleNamespace(
+        run=lambda request, limit, look: (asked.append((json.loads(request)["seconds"], limit)), ("", ""))[1]
+    )
+    run.run_part(child, "norm", None, False, seconds)
+    assert asked == [(own, seconds)]
+
+
 def test_cases_that_are_not_begun_are_rows_as_well():
     found = list(rows_of("norm", True, None, -1.0))
     assert found == [{"part": "norm", "case": "tiny", "status": "not measured: out of time"}]
@@ -994,6 +1095,25 @@ def test_results_that_are_there_are_not_written_over(there, tmp_path, monkeypatc
     assert run_command(bench.main, ["gpu", "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path}: {there} is there already; expected a folder without one" in capsys.readouterr().err
     assert (tmp_path / there).read_text() == "eight minutes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sound"),
+    [
+        ({}, True),
+        ({"check": "output: error 1.0e+00"}, False),
+        ({"status": "failed: RuntimeError"}, False),
+        ({"peers": {"a": {"status": "wrong"}}}, False),
+        ({"passes": {"forward": {"variants": {"dsfast": {"failed": "RuntimeError"}}}}}, False),
+        ({"fallbacks": [{"device": "cuda"}]}, False),
+    ],
+    ids=str,
+)
+def test_what_is_dsfasts_own_makes_a_run_unsound(changed, sound):
+    peers = {"a": {"status": "ready"}, "b": {"status": "failed"}}
+    passes = {"forward": {"variants": {"dsfast": {}, "a": {"failed": "RuntimeError"}}}}
+    right = {"part": "norm", "check": "", "peers": peers, "passes": passes, "fallbacks": [{"device": "cpu"}]}
+    assert run.sound({"parts": {}, "rows": [{**right, **changed}]}) is sound
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 import warnings
 from importlib import import_module
+from inspect import getsource
 
 import pytest
 import torch
 from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_native
 from test_native_build import run_python
-from test_native_step import LARGE, by_autograd, flat, in_one_call
+from test_native_step import LARGE, LARGE_AFTER_A, by_autograd, flat, in_one_call
 from tiny import tiny_config, tiny_dataset
 from tiny_models import random_model
 
@@ -19,6 +20,7 @@ from dsfast.config import RuntimeConfig
 from dsfast.errors import UserError
 from dsfast.model import loss_in, precision_of
 from dsfast.ops import native
+from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import compare, evaluate, judge
 from dsfast.train import Trainer
 
@@ -47,6 +49,11 @@ def bfloat16():
         pytest.skip(f"the kernels run as {native.module().isa}, which has no bfloat16")
 
 
+def test_the_operators_made_of_products_are_those_that_take_kernels_of_them():
+    taking = {name for name in ops.OPERATORS if "native.products()" in getsource(import_module(f"dsfast.ops.{name}"))}
+    assert taking == set(native.OF_PRODUCTS)
+
+
 def rounded(x: torch.Tensor) -> torch.Tensor:
     return x.to(BF16).double()
 
@@ -54,6 +61,10 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 class TestProducts:
     @pytest.mark.parametrize("case", CASES)
     def test_at_most_twice_the_error_of_bfloat16_eager(self, case):
+        assert_passed(compare(case, ["native"], draws=DRAWS, products=BF16))
+
+    def test_of_an_odd_width_and_several_chunks_of_words(self):
+        case = linear_cross_entropy_case("odd", 37, 7, 301)
         assert_passed(compare(case, ["native"], draws=DRAWS, products=BF16))
 
     @pytest.mark.parametrize("r", EDGES)
@@ -149,7 +160,7 @@ def in_bfloat16(model, arguments) -> dict[str, torch.Tensor]:
 
 class TestWholeStep:
     @pytest.mark.parametrize(
-        "changes", [{}, {"embedding_rank": 8}, {"q_lora_rank": 9}, {"first_k_dense_replace": 1}, LARGE]
+        "changes", [{}, {"embedding_rank": 8}, {"q_lora_rank": 9}, {"first_k_dense_replace": 1}, LARGE, LARGE_AFTER_A]
     )
     def test_at_most_twice_the_error_of_bfloat16_eager(self, changes):
         """All experts chosen: a near tie between two cannot fall differently."""

@@ -46,6 +46,7 @@ def test_bfloat16_is_checked_where_the_model_computes_in_it():
     """As for a GPU run; on the CPU the float32 kernels do not take part, so the reference is what runs."""
     rows = ops.check_all("cpu", torch.bfloat16)
     assert [row for row in rows if not row["passed"]] == []
+    assert {row["case"] for row in rows} == {"500K", "odd"}
     native_rows = {row["operator"] for row in rows if row["implementation"] == "native"}
     assert native_rows == (set() if native.status()[0] is None else set(checks.IN_FLOAT32))
 
@@ -163,6 +164,31 @@ def test_a_nan_that_eager_shows_and_the_implementation_hides_fails():
     assert not checks.judge(expected, expected, found["output"], torch.float32, "native")["passed"]
     assert checks.judge(expected, expected, expected.clone(), torch.float32, "native")["passed"]
     assert not checks.judge(expected, expected, -expected.nan_to_num(math.inf), torch.float32, "native")["passed"]
+    infinite = torch.tensor([1.0, math.inf])
+    assert checks.judge(infinite, infinite, infinite.clone(), torch.float32, "native")["passed"]
+    assert not checks.judge(infinite, infinite, torch.tensor([1.0, -math.inf]), torch.float32, "native")["passed"]
+
+
+@pytest.mark.parametrize("found", [[1.0, math.nan], [1.0, math.inf], [1.0, 1.1], [1.0]], ids=str)
+def test_what_is_too_far_off_or_no_number_is_a_difference(found):
+    expected = {"output": torch.ones(2)}
+    assert checks.difference({"output": torch.tensor(found)}, expected, 0.05).startswith("output: error")
+    assert checks.difference({"output": torch.tensor([1.0, 1.01])}, expected, 0.05) == ""
+
+
+def test_products_of_bfloat16_are_held_to_eagers_of_the_same_numbers():
+    """Eager's own error would else be that of rounding what it is given as well, and allow for more."""
+    needs_native()
+    case, seen = cases.swiglu_mlp_case("", 4, 3, 2), []
+
+    def function(x, gate_up, down):
+        seen.append(x.detach())
+        return ops.swiglu_mlp(x, gate_up, down)
+
+    arguments = case.make_inputs(torch.Generator().manual_seed(0))
+    checks.check_draws("swiglu_mlp", function, [arguments], (), ["native"], products=torch.bfloat16)
+    assert all(torch.equal(x, arguments[0].bfloat16().to(x.dtype)) for x in seen)
+    assert [x.dtype for x in seen] == [torch.float64, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from dsfast.errors import UserError
 from dsfast.model import DeepseekV3, capture, generate_ids
 from dsfast.model.capture import captured
 from dsfast.model.decode import OperatorDecoder, Prompts
-from dsfast.model.device_decode import BLOCK, LEAST_PLACES, STEPWISE, DecodeStep, DeviceDecoder
+from dsfast.model.device_decode import BLOCK, LEAST_PLACES, STEPWISE, DecodeStep, DeviceDecoder, places_for
 from dsfast.model.generate import _own_decoder
 from dsfast.ops import triton
 
@@ -98,6 +98,12 @@ class TestTheSameTokens:
                 found = generate_ids(model, batch, steps, temperature, seed=seed, decoder_type=decoder)
                 assert found == by_operators(model, batch, steps, temperature, seed=seed)
             assert len(launches) == (length if length <= STEPWISE else 0) + steps - 1
+
+
+def test_places_are_the_next_power_of_two_within_bounds():
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=3000))
+    found = [places_for(model, capacity) for capacity in (1, 256, 257, 512, 513, 2049)]
+    assert found == [LEAST_PLACES, LEAST_PLACES, 512, 512, 1024, 3000]
 
 
 class TestWhereItEnds:

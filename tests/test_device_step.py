@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -561,6 +562,18 @@ class TestCapture:
         assert all(torch.equal(x, before[key]) for key, x in everything.items())
         assert all(torch.equal(x, optimizer[name]) for name, x in state(steps.trainer).items())
 
+    def test_what_compiling_has_changed_is_put_back_before_the_first_call(self, doubling, monkeypatch):
+        seen, call = [], type(doubling).__call__
+        monkeypatch.setattr(type(doubling), "__call__", lambda self: (seen.append(self.state()[0].item()), call(self)))
+        monkeypatch.setattr(triton, "compile_together", lambda step: step())
+        monkeypatch.setattr(capture, "record", lambda step: SimpleNamespace(replay=step.__call__))
+        captured(doubling)
+        assert seen == [1, 1]
+
+    def test_a_step_knows_for_how_many_calls_it_has_batches(self):
+        steps = first_block()
+        assert steps.step.consecutive == steps.loaded - steps.first > 1
+
     def test_where_it_fails_the_steps_are_launched_one_by_one_and_it_is_said(self, monkeypatch):
         def record(step):
             step()
@@ -588,7 +601,7 @@ class TestCapture:
             device_trainer(launch=captured).train(quiet=True)
 
     def test_a_step_that_waits_for_the_device_is_found_out_before_the_capture(self, monkeypatch):
-        log, modes, streams = [], ["default"], []
+        log, modes, streams, inside = [], ["warn"], [], []
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
@@ -597,8 +610,15 @@ class TestCapture:
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext(log.append("capture")))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(capture, "_stream", lambda device, priority: f"of priority {priority}")
-        capture.record(lambda: log.append(modes[-1])).replay()
-        assert log == ["error", "capture", "default", "replay"]
+
+        def step():
+            log.append(modes[-1])
+            inside.append((gc.isenabled(), torch._C._is_multithreading_enabled()))
+
+        capture.record(step).replay()
+        assert log == ["error", "capture", "warn", "replay"]
+        assert inside == [(True, False), (False, False)]  # no garbage is collected in a capture
+        assert (gc.isenabled(), torch._C._is_multithreading_enabled()) == (True, True)
 
         def waiting():
             raise RuntimeError("called a synchronizing CUDA operation")
@@ -606,14 +626,15 @@ class TestCapture:
         with pytest.raises(RuntimeError, match="called a synchronizing"):
             capture.record(waiting)
         assert log.count("capture") == 1
-        assert modes[-1] == "default"
+        assert modes[-1] == "warn"
 
         def failing():
-            if modes[-1] == "default":
+            if modes[-1] == "warn":
                 raise RuntimeError("not permitted when stream is capturing")
 
         with pytest.raises(RuntimeError, match="not permitted"):
             capture.record(failing)
+        assert gc.isenabled()
         assert streams == ["the caller's"] * 2  # after a capture that failed as well
 
     def test_branches_are_made_before_the_capture_and_used_before_and_inside(self, monkeypatch):

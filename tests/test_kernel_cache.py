@@ -10,6 +10,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,33 @@ def test_a_c_compiler_that_is_missing_is_told_in_one_line(monkeypatch, tmp_path)
         kept_kernels(),
     ):
         compile_module_from_src("int f;", "launcher")
+
+
+@pytest.mark.parametrize(
+    ("version", "named", "found", "starts"),
+    [
+        ("3.6.0", "", None, False),
+        ("3.6.0", "/opt/cc", None, True),
+        ("3.6.0", "", "clang", True),
+        ("3.6.0", "", "gcc", True),
+        ("3.7.0", "", None, True),
+    ],
+)
+def test_an_old_triton_starts_no_kernels_without_a_c_compiler(monkeypatch, version, named, found, starts):
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=version))
+    monkeypatch.setattr(triton.shutil, "which", lambda name: name if name == found else None)
+    monkeypatch.setenv("CC", named)
+    assert (triton._no_launcher() == "") == starts
+
+
+@pytest.mark.parametrize(
+    ("version", "numpy_version", "interprets"),
+    [("3.6.0", "2.3.5", True), ("3.6.1", "2.4.0", False), ("3.7.0", "2.4.0", True)],
+)
+def test_which_triton_interprets_with_which_numpy(monkeypatch, version, numpy_version, interprets):
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=version))
+    monkeypatch.setattr(triton.numpy, "__version__", numpy_version)
+    assert (triton.cannot_interpret() == "") == interprets
 
 
 def test_another_tool_of_tritons_that_fails_keeps_its_error():

@@ -125,6 +125,15 @@ def test_documents_of_one_token_hand_on_their_value():
     assert not any(found[f"grad {name}"].any() for name in ("q_nope", "q_rope", "k_nope", "k_rope"))
 
 
+def test_scores_all_far_below_0():
+    needs_native()
+    low, high, none = torch.full((5, 1, 1), -1e3), torch.full((5, 1, 1), 1e3), torch.zeros(5, 1, 0)
+    value = torch.arange(5.0)[:, None, None]
+    with ops.use("native", "mla_attention"):
+        mean = ops.mla_attention(low, none, high, none[:, 0], value, torch.tensor([0, 5], dtype=torch.int32), 1.0)
+    assert mean.flatten().tolist() == [0, 0.5, 1, 1.5, 2]
+
+
 def test_heads_and_documents_do_not_mix():
     """Each document by itself, each head by itself: the same bits."""
     needs_native()

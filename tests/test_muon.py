@@ -103,9 +103,10 @@ class TestInPlaceAndOnTheDevice:
             assert torch.equal(torch.cat([x.flatten() for x in tensors]), flat)
         assert all(torch.equal(g, old) for g, old in zip(arguments[1], before, strict=True))
 
-    def test_autograd_notices_the_update(self, implementation):
+    @pytest.mark.parametrize("updated", [0, 2], ids=["params", "momenta"])
+    def test_autograd_notices_the_update(self, implementation, updated):
         arguments = self.prepared(implementation)
-        loss = arguments[0][0].requires_grad_().square().sum()
+        loss = arguments[updated][0].requires_grad_().square().sum()
         with ops.use(implementation):
             ops.muon(*arguments)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -134,6 +135,12 @@ class TestInPlaceAndOnTheDevice:
             ops.muon(*arguments, torch.tensor(value))
         for now, then in zip((arguments[0], arguments[2]), before, strict=True):
             assert all(torch.equal(x, old) for x, old in zip(now, then, strict=True))
+
+    def test_a_factor_of_the_hosts_is_taken_as_it_is(self, implementation):
+        *arguments, _ = self.prepared(implementation)
+        with ops.use(implementation):
+            ops.muon(*arguments, math.nan)
+        assert all(w.isnan().all() for w, grad in zip(arguments[0], arguments[1], strict=True) if grad is not None)
 
     @pytest.mark.parametrize("name", ["clip_scale", "lr_scale"])
     def test_bad_ones(self, implementation, name):

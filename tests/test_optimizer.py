@@ -58,6 +58,12 @@ def test_role(name, expected):
     assert role(name, dict(model.named_parameters())[name]) == expected
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_a_run_of_nothing_but_warmup_ends_at_the_full_rate(decay):
+    train = tiny_config(**{"train.steps": 4, "train.warmup_steps": 4, "train.decay": decay}).train
+    assert [learning_rate_scale(step, train) for step in (3, 4)] == [0.8, 1.0]
+
+
 def test_schedule_by_hand():
     linear = TrainConfig(steps=10, warmup_steps=4, decay="linear", final_lr_ratio=0.1)
     expected = [0.2, 0.4, 0.6, 0.8, 1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.1]

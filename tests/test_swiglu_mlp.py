@@ -2,11 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import DRAWS, OperatorContract, assert_passed, bad, drawn, edges, expanded, needs_native
+from operator_cases import (
+    DRAWS,
+    OperatorContract,
+    assert_passed,
+    bad,
+    drawn,
+    edges,
+    expanded,
+    guarded_allocations,
+    needs_native,
+)
 
 from dsfast import ops
 from dsfast.ops.cases import swiglu_mlp_case
-from dsfast.ops.checks import check, check_draws
+from dsfast.ops.checks import check, check_draws, evaluate
 
 
 class TestSwigluMlp(OperatorContract):
@@ -44,6 +54,15 @@ def test_saturated_gates(size):
     needs_native()
     x, gate_up, down = drawn(swiglu_mlp_case("large", 13, 5, 7))
     assert_passed(check("swiglu_mlp", ops.swiglu_mlp, (x, gate_up * size, down), (0, 1, 2), ["native"]))
+
+
+def test_without_an_inner_width_there_is_nothing_to_add(monkeypatch):
+    """Sums of no products are written, too."""
+    needs_native()
+    arguments = torch.ones(5, 7), torch.ones(0, 7), torch.ones(7, 0)
+    with guarded_allocations(monkeypatch), ops.use("native", "swiglu_mlp"):
+        found = evaluate(ops.swiglu_mlp, arguments, (0, 1, 2))
+    assert not any(x.any() for x in found.values())
 
 
 def test_long_sums_of_equal_terms():
