@@ -313,8 +313,12 @@ def test_rope_key_gradient_is_summed_in_float32():
     assert (found - exact).norm() <= (eager - exact).norm() + torch.finfo(torch.float16).eps * exact.norm()
 
 
+# In 16 bits: narrow heads, those whose scores' gradient is kept, and those whose scores are made anew.
+of_each_backward_pass = pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+
+
 @on_device
-@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+@of_each_backward_pass
 def test_heads_shares_of_the_rope_key_are_kept_in_float32(widths):
     """Three heads' cancel, but would not if each were rounded to float16; the fourth one's is a 256th of theirs."""
     (q_nope, q_rope, k_nope, k_rope, v), *others, do = make_inputs([40], widths, torch.float16, heads=4)
@@ -341,7 +345,7 @@ def test_fake_gradients_of_a_rope_key_by_heads_in_16_bits():
 
 
 @on_device
-@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+@of_each_backward_pass
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_far_below_zero(widths, dtype):
     """All of them: relative to 0 there would be no weight left, and infinite ones where there is no key."""
@@ -351,7 +355,7 @@ def test_scores_far_below_zero(widths, dtype):
 
 
 @on_device
-@pytest.mark.parametrize("widths", [WIDTHS["500K model"], (80, 16, 80), (64, 64, 64)], ids=str)
+@of_each_backward_pass
 def test_delta_is_summed_in_float32(widths):
     """Most of its terms are beyond float16, and cancel."""
     tensors, cu_seqlens, scale, do = make_inputs([40, 3], widths, torch.float16, heads=1)

@@ -82,6 +82,12 @@ def _key(x):
 
 
 @triton.jit
+def _keys(b_logits, b_bias, m_e, b_high, b_sum, SOFTMAX: tl.constexpr):
+    """What experts are chosen by, [BN, ...]; b_high and b_sum as of `_score`."""
+    return tl.where(m_e, _key(_score(b_logits, b_high, b_sum, SOFTMAX) + b_bias), OUT)
+
+
+@triton.jit
 def _value(key):
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -156,7 +162,7 @@ def forward_kernel(
     if SOFTMAX:
         b_high, b_sum = _highest_and_sum(b_logits, m_e)
     b_bias = tl.load(bias + e, mask=m_e, other=0.0)
-    b_key = tl.where(m_e, _key(_score(b_logits, b_high, b_sum, SOFTMAX) + b_bias), OUT)  # [BN, GP SP]
+    b_key = _keys(b_logits, b_bias, m_e, b_high, b_sum, SOFTMAX)  # [BN, GP SP]
     if T < G:  # the keys of the groups taken, made again: fewer places in each of the rounds below
         t, s = tl.arange(0, TP)[:, None, None], tl.arange(0, SP)[None, None, :]
         b_e = _best_groups(b_key, BN, G, S, GP, SP, TP) * S + s  # [TP, BN, SP]
@@ -165,7 +171,7 @@ def forward_kernel(
         b_bias = tl.load(bias + b_e, mask=m_e, other=0.0)
         e, m_e = _in_row(b_e, BN, TP * SP), _in_row(m_e, BN, TP * SP)
         b_logits, b_bias = _in_row(b_logits, BN, TP * SP), _in_row(b_bias, BN, TP * SP)
-        b_key = tl.where(m_e, _key(_score(b_logits, b_high, b_sum, SOFTMAX) + b_bias), OUT)
+        b_key = _keys(b_logits, b_bias, m_e, b_high, b_sum, SOFTMAX)
 
     k = tl.arange(0, KP)[None, :]
     b_chosen = tl.zeros([BN, KP], tl.int32)
@@ -184,7 +190,7 @@ def forward_kernel(
     tl.store(weights + p_out, (b_w * scaling).to(weights.dtype.element_ty), mask=m_k)
     tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
     p_parts = parts + tl.program_id(0).to(tl.int64) * (G * S)
-    if T < G:
+    if T < G:  # each token has experts of its own in a column
         m_k = tl.reshape(tl.broadcast_to(m_k, [BN, KP]), [BN * KP])
         b_count, bins = tl.histogram(tl.reshape(b_chosen, [BN * KP]), EP, m_k), tl.arange(0, EP)
         tl.store(p_parts + bins, b_count.to(tl.int8), mask=bins < G * S)
