@@ -16,12 +16,14 @@ from triton_contract import (
     on_the_device,
     poisoned,
     run_triton,
+    without_maximum,
 )
 
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import linear_cross_entropy_case
 from dsfast.ops.checks import check, check_draws, compare
+from dsfast.ops.triton import INTERPRETED
 
 # Tiles have 128 tokens and 64 words in the forward pass in 16 bits, and the other way round for the weight's gradient; 64 or
 # 32 in float32. The second way begins above a width of 256, in float32 above 128.
@@ -196,6 +198,47 @@ def test_later_words_far_likelier_than_the_first(rise, programs, width, monkeypa
         weight[120] *= 4 * rise
         draws.append(on_the_device([hidden, weight, labels]))
     assert_passed(check_draws("linear_cross_entropy", ops.linear_cross_entropy, draws, (0, 1), ["triton"]))
+
+
+@on_device
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize(
+    ("largest", "first", "right"),
+    [(9.0, True, True), (43.0, True, True), (46.0, False, False), (300.0, False, False), (-43.0, False, True),
+     (-46.0, True, False), (-300.0, False, False), (float("nan"), True, False)],
+)  # fmt: skip
+def test_exponentials_of_the_logits_themselves(largest, first, right, grads, monkeypatch):
+    """One word, in the first tile or the last, which is cut off, has that logit and the others one far below it: as long as
+    exponentials fit float32 there is no maximum, else all begins anew with one."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", 1)
+    taken = without_maximum(monkeypatch, kernels)
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = torch.ones(9, 4), torch.randn(101, 4, generator=random) - 100
+    weight[3 if first else 100] = largest / 4
+    arguments = on_the_device([hidden, weight, torch.tensor([3, 100, 7, 5, -100, 0, 50, 3, 100])])
+    differentiable = (0, 1) if grads else ()
+    assert_passed(check("linear_cross_entropy", ops.linear_cross_entropy, arguments, differentiable, ["triton"]))
+    assert not taken or set(taken) == {right}
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("programs", "words"), [(528, 331), (1, 331), (1, 64), (2, 63)], ids=str)
+def test_no_maximum_is_needed(programs, words, dtype, monkeypatch):
+    """With logits of some units in shares of several tiles, of one, and of one that is cut off."""
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+    from dsfast.triton_kernels import pieces
+
+    monkeypatch.setattr(pieces, "PROGRAMS", programs)
+    taken = without_maximum(monkeypatch, kernels)
+    with poisoned():
+        case = linear_cross_entropy_case("no maximum", 19, 16, words)
+        assert_passed(compare(case, ["triton"], DEVICE, dtype, draws=DRAWS))
+    assert all(taken)
+    assert taken or not INTERPRETED
 
 
 @on_device

@@ -7,13 +7,14 @@ import pytest
 import torch
 from dsfast.triton_kernels.version import numbers
 from operator_cases import assert_passed, attention_by_heads
-from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned
+from triton_contract import DEVICE, DTYPES, TritonContract, in_the_interpreter, on_device, poisoned, without_maximum
 
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops.cases import mla_attention_case
 from dsfast.ops.checks import FLOOR_ULPS, compare
 from dsfast.ops.mla_attention import mla_attention_reference
+from dsfast.ops.triton import INTERPRETED
 
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 
@@ -83,9 +84,11 @@ def run_reference(tensors, cu_seqlens, scale, do, dtype):
     return o.detach(), torch.autograd.grad(o, leaves, do.to(dtype))
 
 
-def assert_as_good_as_eager(tensors, cu_seqlens, scale, do):
-    """Values and gradients: the error is at most twice that of eager PyTorch in the same dtype, plus one rounding."""
+def assert_as_good_as_eager(tensors, cu_seqlens, scale, do, rounding=None):
+    """Values and gradients: the error is at most twice that of eager PyTorch in the same dtype, plus one rounding, the dtype's if
+    no other is given."""
     dtype = tensors[0].dtype
+    rounding = rounding or torch.finfo(dtype).eps
     o, _, gradients = run_kernels(tensors, cu_seqlens, scale, do)
     exact = run_reference(tensors, cu_seqlens, scale, do, torch.float64)
     eager = run_reference(tensors, cu_seqlens, scale, do, dtype)
@@ -98,7 +101,7 @@ def assert_as_good_as_eager(tensors, cu_seqlens, scale, do):
         # With one token a document the gradients of q and k are differences of equal numbers, exactly 0 and so in eager; v's
         # gives the size, and the floor is that of dsfast.ops.checks for where eager is exact.
         size = truth.norm() if truth.any() else FLOOR_ULPS * exact[1][-1].norm()
-        assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + torch.finfo(dtype).eps * size, name
+        assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + rounding * size, name
 
 
 @on_device
@@ -233,6 +236,53 @@ def test_large_scores(size):
     """Scores of tens and hundreds: the softmax must neither overflow nor lose what rounding a log-sum-exp would."""
     tensors, cu_seqlens, scale, do = make_inputs([70, 30], WIDTHS["500K model"], torch.float32)
     assert_as_good_as_eager(tensors, cu_seqlens, size * scale, do)
+
+
+BEYOND_BFLOAT16 = 2**-15
+"""A rounding that results in bfloat16 do not show."""
+
+
+@on_device
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(("factor", "right"), [(1.0, {True}), (12.0, {True, False}), (100.0, {False})])
+def test_exponentials_of_the_scores_themselves(documents, factor, right, monkeypatch):
+    """As long as they fit float32 wide heads have no maximum, else a tile begins anew with one. In float32, whose gradients have
+    the logarithm of a sum apart, the last digits are not what they would be with one."""
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    taken = without_maximum(monkeypatch, kernels)
+    tensors, cu_seqlens, scale, do = make_inputs(DOCUMENTS[documents], (32, 32, 16), torch.float32, heads=1)
+    assert_as_good_as_eager(tensors, cu_seqlens, factor * scale, do, BEYOND_BFLOAT16)
+    if INTERPRETED and len(do) > 200:
+        assert set(taken) == right
+
+
+@on_device
+@pytest.mark.parametrize(("factor", "right"), [(-3.0, True), (-30.0, False), (-300.0, False)])
+def test_exponentials_of_scores_below_zero(factor, right, monkeypatch):
+    """All of them by as much: what is left is lost in float32 at some point, and nothing when all begins anew."""
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    taken = without_maximum(monkeypatch, kernels)
+    (q_nope, q_rope, k_nope, k_rope, v), *others = make_inputs([70, 30], (32, 32, 16), torch.float32, heads=1)
+    q_nope.abs_(), q_rope.abs_(), k_nope.abs_().mul_(factor), k_rope.abs_().mul_(factor)
+    assert_as_good_as_eager((q_nope, q_rope, k_nope, k_rope, v), *others, BEYOND_BFLOAT16)
+    assert not taken or set(taken) == {right}
+
+
+@on_device
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_without_a_maximum_nan_stays_in_its_document(size, monkeypatch):
+    """Size 1000: tiles begin anew in any case."""
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    without_maximum(monkeypatch, kernels)
+    tensors, cu_seqlens, scale, _ = make_inputs([150, 60], (32, 32, 16), torch.float32)
+    tensors[2][10] = float("nan")
+    o, _ = kernels.forward(*tensors, cu_seqlens, size * scale)
+    assert o[10:150].isnan().all()
+    assert o[:10].isfinite().all()
+    assert o[150:].isfinite().all()
 
 
 @on_device

@@ -114,6 +114,22 @@ def small_tiles_of_narrow_experts(monkeypatch) -> None:
         monkeypatch.setitem(table, "narrow", {16: moe_experts.Tiles(16, 16, 16, 4, 1)})
 
 
+def without_maximum(monkeypatch, kernels) -> list[bool]:
+    """Every dtype's softmax in the module `kernels` begins as bfloat16's does, which the interpreter does not multiply. What
+    comes back fills with whether that was right, program by program, in the interpreter."""
+    taken, fits = [], kernels.fits
+
+    def noted(b_l):
+        right = fits(b_l)
+        taken.append(bool(right))
+        return right
+
+    monkeypatch.setattr(kernels, "takes_raw", lambda dtype, large: True)
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "fits", noted)
+    return taken
+
+
 class TritonContract:
     """`cases`: the name of each says why it is there; sizes beside those of the kernels' tiles. `tiny` as in OperatorContract."""
 

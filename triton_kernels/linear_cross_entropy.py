@@ -19,8 +19,9 @@ Two ways, by R and dtype alone:
   chunk there is, for 16-bit inputs, a float32 sum [V, R] of the chunks' parts of dweight.
 
 Logits are taken in units of log 2: exp2 of one multiply-add is half the instructions of exp. Of each token's softmax the second
-sweep gets the maximum m and a factor, (1 + 2 z_loss logsumexp) / sum of exp2(z - m), apart: rounding m + log2 sum would show in
-float32 at large logits. In 16 bits it does not, and where there is no z-loss either (FOLDED) they are one number, m + log2 sum.
+sweep gets the maximum m, or m = 0 (`pieces.nothing`), and a factor, (1 + 2 z_loss logsumexp) / sum of exp2(z - m), apart:
+rounding m + log2 sum would show in float32 at large logits. In 16 bits it does not, and where there is no z-loss either (FOLDED)
+they are one number, m + log2 sum.
 """
 
 from __future__ import annotations
@@ -33,14 +34,26 @@ import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, aside, large_tiles, on_meta, padded, rows
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
 from dsfast.triton_kernels.narrow import outer_launches
-from dsfast.triton_kernels.pieces import LN2, LOG2E, load_tile, options, splits, store_rows, sum_launch
+from dsfast.triton_kernels.pieces import (
+    LN2,
+    LOG2E,
+    UNSEEN,
+    fits,
+    load_tile,
+    nothing,
+    opaque,
+    options,
+    splits,
+    store_rows,
+    sum_launch,
+    takes_raw,
+)
 from torch import Tensor
 
 # Widest R of the first way, by bytes of an element: about there the work of more products and that of stored logits are equal.
 # Products of full float32 precision hold both operands in registers, and wider ones no longer fit.
 NARROW = {2: 256, 4: 128}
 WORKSPACE = 2**30  # bytes of a chunk of logits in the second way
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # running maximum before the first logit: finite, for inf - inf is NaN
 IGNORED = tl.constexpr(-1)  # in place of a word: a token that does not count
 OUTSIDE = tl.constexpr(-2)  # in place of a word: a label that is none
 COUNTED = tl.constexpr(256)  # tiles of tokens in a step of combine_kernel
@@ -118,26 +131,29 @@ def project_kernel(
 @triton.jit
 def _take_in(
     b_o, b_m, b_l, b_h, weight, weight_v, v, V,
-    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr, MASKED: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, BV: tl.constexpr, GRADS: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of words, from v on, in the running softmax of a tile of tokens [BT]; b_o [BT, RP]: sum of exp2(z - m) weight."""
+    """One tile of words, from v on, in the softmax of a tile of tokens [BT]: m, which is 0 where RAW and else the maximum so
+    far, the sum of exp2(z - m), b_l [BT], and b_o [BT, RP], that of exp2(z - m) weight."""
     b_w = load_tile(weight, weight_v, v, 0, V, R, BV, RP, MASKED)  # [BV, RP]
     b_z = tl.dot(b_h, tl.trans(b_w), input_precision="ieee")  # [BT, BV]
     if MASKED:
         b_z = tl.where(v + tl.arange(0, BV)[None, :] < V, b_z, float("-inf"))
-    b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * LOG2E)
-    b_p = tl.exp2(b_z * LOG2E - b_m_new[:, None])
-    decay = tl.exp2(b_m - b_m_new)
+    if not RAW:
+        b_m_new = tl.maximum(b_m, tl.max(b_z, 1) * LOG2E)
+        decay = tl.exp2(b_m - b_m_new)
+        b_m, b_o, b_l = b_m_new, b_o * decay[:, None], b_l * decay
+    b_p = tl.exp2(b_z * LOG2E - b_m[:, None])
     if GRADS:
-        b_o = tl.dot(b_p.to(b_w.dtype), b_w, b_o * decay[:, None], input_precision="ieee")
-    return b_o, b_m_new, b_l * decay + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_w.dtype), b_w, b_o, input_precision="ieee")
+    return b_o, b_m, b_l + tl.sum(b_p, 1)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def forward_kernel(
     x, projection, hidden, weight, labels, softmax_parts, o_parts, counts, x_n, hidden_n, weight_v, N, V, S, STEPS, ignore_index,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-    GRADS: tl.constexpr,
+    GRADS: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """softmax_parts [2, S, N] (m, sum of exp2(z - m)) and o_parts [S, N, R] for one tile of tokens and one of S shares of the
     words, STEPS tiles of them; from the first share, how many of the tile's tokens count: one of counts [TILES], float32. Where
@@ -153,15 +169,20 @@ def forward_kernel(
         b_h = tl.dot(b_x, tl.trans(b_projection), input_precision="ieee").to(hidden.dtype.element_ty)  # [BT, RP]
         if s == 0:
             store_rows(hidden, hidden_n, t, N, b_h, BT, R, RP)
-    b_o = tl.zeros([BT, RP], tl.float32)
-    b_m = tl.full([BT], LOWEST, tl.float32)
-    b_l = tl.zeros([BT], tl.float32)
-    end = tl.minimum((s + 1) * STEPS, tl.cdiv(V, BV))
+    begin, end = s * STEPS, tl.minimum((s + 1) * STEPS, tl.cdiv(V, BV))
     whole = tl.minimum(end, V // BV)
-    for tile in range(s * STEPS, whole):
-        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, False)
+    b_o, b_m, b_l = nothing(BT, RP, RAW)
+    for tile in range(begin, whole):
+        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, RAW, False)
     if whole < end:  # the last tile of words is cut off
-        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, True)
+        b_o, b_m, b_l = _take_in(b_o, b_m, b_l, b_h, weight, weight_v, whole * BV, V, R, RP, BV, GRADS, RAW, True)
+    if RAW:  # noqa: SIM102 (known when it is compiled)
+        if not fits(b_l):
+            b_o, b_m, b_l = nothing(BT, RP, False)
+            for tile in range(opaque(begin), end):
+                b_o, b_m, b_l = _take_in(
+                    b_o, b_m, b_l, b_h, weight, weight_v, tile * BV, V, R, RP, BV, GRADS, False, True
+                )
 
     if s == 0:
         b_counts = tl.load(labels + i, mask=i < N, other=ignore_index) != ignore_index
@@ -190,7 +211,7 @@ def combine_kernel(
     hidden_n, weight_v = hidden_n * UNIT, weight_v * UNIT
     b_word = _words(labels, i, N, V, ignore_index)
     every = tl.cast(S, tl.int64) * N
-    b_m = tl.full([BT], LOWEST, tl.float32)
+    b_m = tl.full([BT], UNSEEN, tl.float32)
     b_l = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, RP], tl.float32)
     row, d = i.to(tl.int64)[:, None], tl.arange(0, RP)[None, :]
@@ -302,7 +323,7 @@ def softmax_kernel(
     z = logits + tl.cast(i, tl.int64) * logits_n
     word = _words(labels, i, i + 1, V, ignore_index)
     z_label = tl.load(z + tl.maximum(word, 0)).to(tl.float32)
-    m = tl.full([], LOWEST, tl.float32)
+    m = tl.full([], UNSEEN, tl.float32)
     b_l = tl.zeros([BLOCK], tl.float32)
     for k in range(tl.cdiv(V, BLOCK)):
         v = k * BLOCK + tl.arange(0, BLOCK)
@@ -497,7 +518,7 @@ def narrow_launches(
     n, r, grads = *hidden.shape, softmax.numel() > 0
     inputs = _narrow_arguments(hidden, weight, z_loss) | {
         "labels": labels, "count": count, "losses": losses, "dhidden": dhidden, "softmax": softmax, "z_loss": z_loss,
-        "ignore_index": ignore_index, "GRADS": grads,
+        "ignore_index": ignore_index, "GRADS": grads, "RAW": takes_raw(hidden.dtype, large),
     }  # fmt: skip
     bt, bv, *resources = tiles("forward", hidden.dtype, inputs["RP"], large)
     blocks = triton.cdiv(n, bt)

@@ -9,10 +9,10 @@ N alone and nothing waits for the host. Every token's document is found by bisec
 query tile concern only the rows of the document that the tile begins in: the loop over them runs without a mask, then the
 rows of later documents are set back to empty, and only the blocks with a boundary or the diagonal in them are masked.
 The kernel for keys is the mirror image. Scores are taken in units of log 2 (exp2 is one instruction). Of each query's softmax
-the backward pass gets the maximum m and log2 of the sum l, in 16 bits m + log2 l: rounding it would show in float32 at large
-scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several at a time. In 16 bits
-narrow heads' gradients are one kernel, in which those of keys and of queries wait for nothing of each other, and wide heads have
-a backward pass of their own, mla_attention_kept's.
+the backward pass gets the maximum m, or m = 0 (`pieces.nothing`), and log2 of the sum l, in 16 bits m + log2 l: rounding it would
+show in float32 at large scores. A head's row of these numbers has PITCH places, a multiple of 16, so that a kernel reads several
+at a time. In 16 bits narrow heads' gradients are one kernel, in which those of keys and of queries wait for nothing of each
+other, and wide heads have a backward pass of their own, mla_attention_kept's.
 
 APART, for tiles of 64 rows and 8 warps on sm_90: scores reach the next product through a condition, s < N, and their two
 parts are products apart. Triton takes two products for a chain unless the first one's result passes a condition, and of a
@@ -54,23 +54,27 @@ from dsfast.triton_kernels.pieces import (
     BY_3_6,
     LOG2E,
     UNSEEN,
+    fits,
     load_tile,
+    nothing,
     opaque,
     options,
     store_rows,
     sum_launch,
     swizzle,
+    takes_raw,
 )
 from torch import Tensor
 
 
 @triton.jit
-def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
-    """(exp2(s - m) in `dtype`, the maximum m so far, the sum along the keys) of a block of scores, those where the mask m_s
-    says so; None: all."""
+def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr, RAW: tl.constexpr):
+    """(exp2(s - m) in `dtype`, m, the sum along the keys) of a block of scores, those where the mask m_s says so; None:
+    all. Where RAW m is 0, else the maximum so far."""
     if m_s is not None:
         b_s = tl.where(m_s, b_s, float("-inf"))
-    b_m = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    if not RAW:
+        b_m = tl.maximum(b_m, tl.max(b_s, 1) * factor)
     b_p = tl.exp2(b_s * factor - b_m[:, None])
     return b_p.to(dtype), b_m, tl.sum(b_p, 1)
 
@@ -79,9 +83,9 @@ def _softmax(b_s, b_m, m_s, factor, dtype: tl.constexpr):
 def _attend(
     b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, from token s on, in the running softmax: output so far [BT, DV], its maximum [BT] and its sum [BT]."""
+    """One block of keys, from token s on, in the softmax: output so far [BT, DV], its m [BT] and its sum [BT]."""
     b_k_nope = load_tile(k_nope, k_nope_n, s, 0, N, Dn, BS, DN, MASKED)  # [BS, DN]
     b_k_rope = load_tile(k_rope, k_rope_n, s, 0, N, Dr, BS, DR, MASKED)  # [BS, DR]
     b_s = scores(b_q_nope, b_q_rope, b_k_nope, b_k_rope, APART)  # [BT, BS]
@@ -92,38 +96,37 @@ def _attend(
     if APART:
         b_p, b_m_new, b_sum = tl.zeros([BT, BS], v.dtype.element_ty), b_m, tl.zeros([BT], tl.float32)
         if s < N:
-            b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
+            b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty, RAW)
     else:
-        b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty)
-    decay = tl.exp2(b_m - b_m_new)
+        b_p, b_m_new, b_sum = _softmax(b_s, b_m, m_s, factor, v.dtype.element_ty, RAW)
+    if not RAW:
+        decay = tl.exp2(b_m - b_m_new)
+        b_o, b_l = b_o * decay[:, None], b_l * decay
     b_v = load_tile(v, v_n, s, 0, N, Dv, BS, DV, MASKED)  # [BS, DV]
-    b_o = tl.dot(b_p, b_v, b_o * decay[:, None], input_precision="ieee")
-    return b_o, b_m_new, b_l * decay + b_sum
-
-
-@triton.jit
-def _kept_where(own, b_o, b_m, b_l):
-    """The running softmax for rows that saw their own document, where that is not so as before the first key."""
-    return tl.where(own[:, None], b_o, 0.0), tl.where(own, b_m, UNSEEN), tl.where(own, b_l, 0.0)
+    return tl.dot(b_p, b_v, b_o, input_precision="ieee"), b_m_new, b_l + b_sum
 
 
 @triton.jit
 def _attend_tile(
-    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+    b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, APART: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
-    """All keys of the tile of queries from token t on, block by block, in the running softmax. begin [BT]: where the queries'
+    """All keys of the tile of queries from token t on, block by block, as `_attend`. begin [BT]: where the queries'
     documents do, first: the first of these."""
+    b_o, b_m, b_l = nothing(BT, DV, RAW)
     i = t + tl.arange(0, BT)  # [BT]
     whole = tl.cdiv(first, BS) * BS
     if whole < t:
         for s in range(whole, t, BS):
             b_o, b_m, b_l = _attend(
                 b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, False,
+                k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, RAW, False,
             )  # fmt: skip
-    b_o, b_m, b_l = _kept_where(begin == first, b_o, b_m, b_l)
+    own = begin == first  # the others begin with their own tile
+    b_o, b_l = tl.where(own[:, None], b_o, 0.0), tl.where(own, b_l, 0.0)
+    if not RAW:
+        b_m = tl.where(own, b_m, UNSEEN)
     # The block the first document begins in, where it begins inside one before the tile; then the tile's own keys.
     head = first // BS * BS
     skip = tl.where((head < first) & (head < t), 0, 1)
@@ -131,7 +134,7 @@ def _attend_tile(
         s = tl.where(n == 0, head, t + (n - 1) * BS)
         b_o, b_m, b_l = _attend(
             b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
-            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, True,
+            k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, RAW, True,
         )  # fmt: skip
     return b_o, b_m, b_l
 
@@ -142,6 +145,7 @@ def forward_kernel(
     q_nope_n, q_nope_h, q_rope_n, q_rope_h, k_nope_n, k_nope_h, k_rope_n, v_n, v_h, PITCH, N, H, S, STEPS,
     Dn: tl.constexpr, Dr: tl.constexpr, Dv: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, APART: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
     """o [N, H, Dv] and softmax [1 or 2, H, PITCH] for one tile of queries and one head."""
     tiles = tl.cdiv(N, BT)
@@ -157,13 +161,18 @@ def forward_kernel(
     b_q_nope = load_tile(q_nope + h * q_nope_h, q_nope_n, t, 0, N, Dn, BT, DN, True)  # [BT, DN]
     b_q_rope = load_tile(q_rope + h * q_rope_h, q_rope_n, t, 0, N, Dr, BT, DR, True)  # [BT, DR]
     factor = scale * LOG2E
-    b_o = tl.zeros([BT, DV], tl.float32)
-    b_m = tl.full([BT], UNSEEN, tl.float32)
-    b_l = tl.zeros([BT], tl.float32)
     b_o, b_m, b_l = _attend_tile(
-        b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
-        Dn, Dr, Dv, DN, DR, DV, BT, BS, APART,
+        b_q_nope, b_q_rope, k_nope, k_rope, v, begin, first, t, k_nope_n, k_rope_n, v_n, factor, N,
+        Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, RAW,
     )  # fmt: skip
+    if RAW:  # noqa: SIM102 (known when it is compiled)
+        if not fits(b_l):
+            b_o, b_m, b_l = nothing(BT, DV, False)
+            for s in range(opaque(first // BS) * BS, t + BT, BS):
+                b_o, b_m, b_l = _attend(
+                    b_o, b_m, b_l, b_q_nope, b_q_rope, k_nope, k_rope, v, i, begin, s,
+                    k_nope_n, k_rope_n, v_n, factor, N, Dn, Dr, Dv, DN, DR, DV, BT, BS, APART, False, True,
+                )  # fmt: skip
 
     store_rows(o + h * Dv, H * Dv, t, N, b_o * (1.0 / b_l)[:, None], BT, Dv, DV)
     p_m, b_log_l = softmax + h * PITCH + i, tl.log2(b_l)
@@ -525,6 +534,7 @@ def _launch(kernel, large: int, arguments: dict) -> Launch:
         "BS": bs,
         "STAGES": stages,
         "APART": apart,
+        "RAW": takes_raw(arguments["v"].dtype, large) and measure(*widths_of(arguments)) > _NARROW,
         "OPAQUE": _opaque(itemsize, large),
     }
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)

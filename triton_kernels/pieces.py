@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, rows
@@ -11,9 +12,9 @@ from torch import Tensor
 
 PROGRAMS = 4 * MULTIPROCESSORS  # at most, that a launch is split into where its tiles are fewer
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-UNSEEN = tl.constexpr(-1e30)  # running maximum before the first score: finite, so that nothing turns into inf - inf
+# Running maximum before the first score or logit: finite, for inf - inf is NaN.
+UNSEEN = tl.constexpr(-3.4028234663852886e38)
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
-
 
 BY_3_6 = numbers(triton.__version__) == (3, 6)
 """Whether this is the oldest triton that is taken, which cannot compile some kernels as the later ones do."""
@@ -22,6 +23,12 @@ BY_3_6 = numbers(triton.__version__) == (3, 6)
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
     """The compiler's. Fused multiply-add, its default up to triton 3.9, is asked for: later versions are to leave it out."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def takes_raw(dtype: torch.dtype, large: int) -> bool:
+    """Whether a softmax is RAW at first, see `nothing`: in the 16-bit dtype with the range of float32, on chips whose products
+    are fast beside what threads do. On sm_80 what begins anew has other parts of the kernel spill."""
+    return dtype == torch.bfloat16 and large != 0
 
 
 def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, int]:
@@ -53,6 +60,25 @@ def opaque(x):
     after it: some 80 registers beside the sums of a wide tile, which spill.
     """
     return x & -tl.num_programs(2)
+
+
+@triton.jit
+def nothing(A: tl.constexpr, B: tl.constexpr, RAW: tl.constexpr):
+    """What a softmax of A rows begins with: the sum b_o [A, B] of exp2(x - m) times rows of B numbers, m [A], the sum b_l [A] of
+    exp2(x - m).
+
+    One m is as good as another as long as float32, and the products' dtype, hold the sums. So where RAW m is 0, and stays: then a
+    round has no maximum to find, for which a thread waits for others, and no sums to rescale. `fits` tells whether that was
+    right; if not, all begins anew with the maximum so far.
+    """
+    return tl.zeros([A, B], tl.float32), tl.full([A], 0.0 if RAW else UNSEEN, tl.float32), tl.zeros([A], tl.float32)
+
+
+@triton.jit
+def fits(b_l):
+    """Whether sums of exponentials b_l [A] are so far from the smallest and largest float32 that no part of them is lost or
+    infinite, nor its product with a factor of up to 2^62. Not where one is NaN."""
+    return tl.min(((b_l > 2.0**-64) & (b_l < 2.0**64)).to(tl.int32), 0) == 1
 
 
 @triton.jit
