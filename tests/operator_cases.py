@@ -189,6 +189,7 @@ class OperatorContract:
     strided_arguments: ClassVar[tuple[int, ...] | None] = None  # None: all
     linear: ClassVar[bool] = False
     not_expanded: ClassVar[tuple[int, ...]] = ()  # where equal rows would make a gradient cancel to nothing
+    dtypes_not_named: ClassVar[frozenset[str]] = frozenset()  # arguments, for a reason that stands there
 
     @staticmethod
     def independent(*arguments):
@@ -345,6 +346,21 @@ class OperatorContract:
             needs_native()
         with ops.use(implementation), pytest.raises(error, match=match):
             self.call(**changes)
+
+    @pytest.mark.parametrize("implementation", ["reference", "native"])
+    def test_each_argument_of_another_dtype_is_named(self, implementation):
+        """All tensors but the first of floating-point numbers, which says what the others are to be."""
+        if implementation == "native":
+            needs_native()
+        arguments = zip(inspect.signature(self.tiny.function).parameters, drawn(self.tiny), strict=False)
+        tensors = {name: x for name, x in arguments if isinstance(x, Tensor)}
+        first = next((name for name, x in tensors.items() if x.is_floating_point()), None)
+        others = {torch.float32: torch.float64, torch.int32: torch.int64, torch.int64: torch.int32}
+        for name in tensors.keys() - {first} - self.dtypes_not_named:
+            dtype, other = tensors[name].dtype, others[tensors[name].dtype]
+            match = f"^{self.tiny.operator}: {name} must be {dtype} on cpu, got {other} on cpu$"
+            with ops.use(implementation), pytest.raises(TypeError, match=match):
+                self.call(**{name: tensors[name].to(other)})
 
     def call(self, **changes):
         """The public operator on the tiny case, with some arguments replaced (by a value, or a function of the old one)."""

@@ -159,6 +159,8 @@ class TestWhereItIsTaken(TakenContract):
         (0, lambda x: x[0], ValueError, r"mla_output: values must have shape \[N, H Dv\], got \[32\]"),
         (1, lambda x: x[:, 1:], ValueError, r"mla_output: o must have shape \[D, 32\], got \[16, 31\]"),
         (1, lambda x: x.double(), TypeError, r"mla_output: o must be torch.float32 on"),
+        (2, lambda x: x.double(), TypeError, r"mla_output: residual must be torch.float32 on"),
+        (3, lambda x: x.double(), TypeError, r"mla_output: norm must be torch.float32 on"),
         (2, lambda x: x[1:], ValueError, r"mla_output: residual must have shape \[3, 16\], got \[2, 16\]"),
         (3, lambda x: x[1:], ValueError, r"mla_output: norm must have shape \[16\], got \[15\]"),
         (5, lambda _: 0, ValueError, r"mla_output: uses must be 1 .. 3, got 0"),

@@ -4,6 +4,7 @@ contract of every operator's kernels is in tests/triton_contract.py."""
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -219,6 +220,9 @@ class TestWhereItIsTaken(TakenContract):
             r"mla_project: kv_b must have shape \[H \(Dn \+ Dv\), 16\], got \[64, 15\]",
         ),
         (8, lambda x: x[:32], ValueError, r"must be 2 heads of Dn \+ 16, those of kv_b, 32, 2 heads of Dn \+ Dv"),
+        (4, lambda x: x[:, 1:], ValueError, r"mla_project: q must have shape \[H \(Dn \+ Dr\), 16\], got \[64, 15\]"),
+        (8, lambda x: x[1:], ValueError, r"those of kv_b, 63, 2 heads of Dn \+ Dv"),
+        (10, lambda x: x[0], ValueError, r"mla_project: cos must have shape \[P, Dr / 2\], got \[8\]"),
         (11, lambda x: x[1:], ValueError, r"mla_project: sin must have shape \[11, 8\], got \[10, 8\]"),
         (12, lambda x: x.int(), TypeError, r"mla_project: positions must be torch.int64 on"),
         (12, lambda x: x[1:], ValueError, r"mla_project: positions must have shape \[3\], got \[2\]"),
@@ -229,6 +233,16 @@ def test_bad_arguments(position, change, kind, message):
     arguments[position] = change(arguments[position])
     with ops.use("reference"), pytest.raises(kind, match=message):
         ops.mla_project(*arguments)
+
+
+@pytest.mark.parametrize("name", ["norm", "q", "kv_a", "latent_norm", "kv_b", "cos", "sin"])
+def test_what_is_not_in_the_tokens_dtype_is_named(name):
+    arguments = dict(
+        zip(signature(ops.mla_project).parameters, drawn(project_case("", 3, 2, 16, 16, 16, 16, 16)), strict=True)
+    )
+    arguments[name] = arguments[name].bfloat16()
+    with ops.use("reference"), pytest.raises(TypeError, match=rf"^mla_project: {name} must be torch.float32 on"):
+        ops.mla_project(**arguments)
 
 
 @on_device

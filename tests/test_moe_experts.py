@@ -165,7 +165,10 @@ def test_slots_of_other_sizes_are_refused(change, complaint):
         ops.moe_experts(*arguments, change(*slots))
 
 
-def test_slots_of_another_dtype_are_refused():
+@pytest.mark.parametrize("which", ["order", "offsets"])
+def test_slots_of_another_dtype_are_refused(which):
     arguments, (order, offsets) = with_slots()
-    with pytest.raises(TypeError, match=r"moe_experts: order must be torch.int32 on cpu, got torch.int64"):
-        ops.moe_experts(*arguments, (order.long(), offsets))
+    slots = {"order": order, "offsets": offsets}
+    slots[which] = slots[which].long()
+    with pytest.raises(TypeError, match=f"moe_experts: {which} must be torch.int32 on cpu, got torch.int64"):
+        ops.moe_experts(*arguments, tuple(slots.values()))

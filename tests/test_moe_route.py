@@ -47,6 +47,7 @@ class TestMoeRoute(OperatorContract):
         bad("moe_route: cannot take 0 of 3 equal groups of 6 experts", topk_group=0),
         bad(r"moe_route: top_k must be 1..4, got 5", top_k=5),
         bad(r"moe_route: top_k must be 1..4, got 0", top_k=0),
+        bad("moe_route: scoring_func must be one of sigmoid, softmax, got 'tanh'", scoring_func="tanh"),
     )
 
     @staticmethod
@@ -78,6 +79,7 @@ class TestRouteTokens(OperatorContract):
         route_tokens_case("softmax", 41, 20, 21, 4, 3, 2, False, "softmax"),
     )
     tiny = route_tokens_case("tiny", 3, 5, 6, 2, 3, 2)
+    dtypes_not_named = frozenset({"bias"})  # the case casts it
     bad_arguments = (
         bad(r"moe_route: x must have shape \[N, D\], got \[3\]", x=lambda x: x[:, 0]),
         bad(r"moe_route: weight must have shape \[E, 5\], got \[6, 4\]", weight=lambda w: w[:, :4]),
@@ -101,6 +103,13 @@ class TestRouteTokens(OperatorContract):
         assert weights.isnan().any(1).tolist() == [False, True, False]
         assert x.isnan().all(1).tolist() == [False, True, False]
         assert sorted(weight.isnan().all(1).nonzero().flatten().tolist()) == sorted(indices[1].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_that_is_not_float32_is_refused_whatever_the_tokens_are(dtype):
+    x, weight, bias, *choice = drawn(route_tokens_case("", 3, 5, 6, 2))
+    with pytest.raises(TypeError, match=f"^moe_route: bias must be torch.float32 on cpu, got {dtype} on cpu$"):
+        ops.route_tokens(x.to(dtype), weight.to(dtype), bias.to(dtype), *choice)
 
 
 def test_tokens_of_another_dtype_are_routed_by_float32_scores():
