@@ -26,9 +26,13 @@ class TestAdamw(OperatorContract):
     strided_arguments = (1,)  # the gradients: what is updated in place must be contiguous
     bad_arguments = (
         bad("adamw: params, grads, exp_avgs, exp_avg_sqs, lrs and weight_decays must be equally long", lrs=[0.1]),
-        bad("must be equally long", grads=lambda grads: grads[:1]),
+        *(
+            bad("must be equally long", **{name: lambda x: x[:1]})
+            for name in ("grads", "exp_avgs", "exp_avg_sqs", "weight_decays")
+        ),
         bad("adamw: step counts from 1, got 0", step=0),
         bad(r"adamw: grads must have shape \[5\], got \[4\]", grads=lambda g: [g[0], g[1][:4]]),
+        bad(r"adamw: exp_avgs must have shape \[5\], got \[4\]", exp_avgs=lambda m: [m[0], m[1][:4]]),
         bad(r"adamw: exp_avg_sqs must have shape \[3, 2\], got \[2, 3\]", exp_avg_sqs=lambda v: [v[0].T, v[1]]),
         bad("adamw: grads must be torch.float32 on cpu, got", TypeError, grads=lambda g: [g[0], g[1].double()]),
         bad("adamw: params must be torch.float32 on cpu, got", TypeError, params=lambda p: [p[0], p[1].double()]),
@@ -248,6 +252,8 @@ class TestNumbersOnTheDevice:
                 assert scale.isnan()
             with pytest.raises(ValueError, match=r"grad_clip: loss must have shape \[\], got \[1\]"):
                 ops.grad_clip(grads, 0.5, torch.ones(1))
+            with pytest.raises(TypeError, match=f"grad_clip: loss must be {dtype} on cpu, got {dtype} on meta$"):
+                ops.grad_clip(grads, 0.5, torch.ones((), dtype=dtype, device="meta"))
 
     @pytest.mark.parametrize(
         ("other", "got"),

@@ -35,9 +35,12 @@ class TestMuon(OperatorContract):
     not_expanded = (1,)  # a gradient of equal rows leaves a momentum of them, with singular values of next to nothing
     bad_arguments = (
         bad("muon: params, grads, momenta and parts must be equally long", parts=[1]),
+        *(bad("must be equally long", **{name: lambda x: x[:1]}) for name in ("grads", "momenta")),
         bad(r"muon: grads must have shape \[4, 2\], got \[2, 4\]", grads=lambda g: [g[0], g[1].T]),
         bad(r"muon: momenta must have shape \[3, 5\], got \[3, 4\]", momenta=lambda m: [m[0][:, :4], m[1]]),
         bad("muon: grads must be torch.float32 on cpu, got", TypeError, grads=lambda g: [g[0], g[1].double()]),
+        bad("muon: params must be torch.float32 on cpu, got", TypeError, params=lambda p: [p[0], p[1].double()]),
+        bad("muon: momenta must be torch.float32 on cpu, got", TypeError, momenta=lambda m: [m[0].double(), m[1]]),
         bad("muon: params and momenta are updated in place", params=lambda p: [torch.empty(5, 3).T, p[1]]),
         bad("muon: params and momenta are updated in place", momenta=lambda m: [torch.empty(5, 3).T, m[1]]),
         bad(r"two dimensions or more, and rows to part by 3, got \[4, 2\]", parts=[1, 3]),
