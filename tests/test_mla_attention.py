@@ -82,6 +82,10 @@ class TestMlaAttention(OperatorContract):
             )
             for boundaries in ([], [0], [0, 4], [1, 5], [0, 6], [0, 3, 2, 5], [0, 2**31 - 1, 5], [0, -1, 5])
         ),
+        bad(  # the first twenty are shown
+            rf"cu_seqlens must rise from 0 to 5, got \[{', '.join(map(str, range(20)))}\]$",
+            cu_seqlens=torch.arange(10**5, dtype=torch.int32),
+        ),
     )
 
     @staticmethod
@@ -114,6 +118,16 @@ class TestMlaAttention(OperatorContract):
         for quantity in found.values():
             assert quantity[:19].isfinite().all()
             assert quantity[59:].isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_a_rope_key_of_the_only_head_may_lie_anywhere(implementation):
+    """It is one for all heads whatever the distance to a second would be."""
+    needs_native()
+    q_nope, q_rope, k_nope, k_rope, *others = drawn(mla_attention_case("", (5, 3), 1, 4, 2, 3))
+    with ops.use(implementation):
+        expected = ops.mla_attention(q_nope, q_rope, k_nope, k_rope, *others)
+        assert torch.equal(ops.mla_attention(q_nope, q_rope, k_nope, k_rope[:, None].clone(), *others), expected)
 
 
 def test_documents_of_one_token_hand_on_their_value():

@@ -49,6 +49,9 @@ class TestMlaDecode(OperatorContract):
         bad("mla_decode: lengths must lie in 0..3, 2 of 3 do not", lengths=torch.tensor([-1, 2**62, 3])),
         bad(r"mla_decode: pages must have shape \[3, P\], got \[2, 1\]", pages=torch.zeros(2, 1, dtype=torch.int64)),
         bad(r"pages must be torch.int32 or torch.int64 on cpu, got torch.float32", TypeError, pages=torch.zeros(3, 1)),
+        bad(
+            r"pages must be torch.int32 or torch.int64 on cpu, got torch.int64 on m", TypeError, pages=PAGES.to("meta")
+        ),
         bad(r"mla_decode: k_rope must have shape \[3, 3, 2\], got \[2, 3, 2\]", k_rope=lambda x: x[:2], pages=PAGES),
         bad(
             "mla_decode: latent must hold a page, got none",
@@ -121,6 +124,26 @@ def test_pages_behind_a_sequence_are_not_read(implementation, dtype):
         unused = torch.arange(4) * 3 >= lengths[:, None]
         pages = pages.masked_fill(unused, -(2**31)).to(dtype)
         assert torch.equal(ops.mla_decode(*paged[:-1], pages), expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_a_paged_cache_without_a_page_has_no_places(implementation):
+    """No sequence holds anything then, and each has zeros."""
+    needs_native()
+    q_nope, q_rope, latent, k_rope, lengths, up, scale = drawn(case("", (1, 1)))
+    nothing = latent[:0], k_rope[:0], torch.zeros_like(lengths), up, scale, torch.zeros(2, 0, dtype=torch.int64)
+    with ops.use(implementation):
+        o = ops.mla_decode(q_nope, q_rope, *nothing)
+    assert torch.equal(o, torch.zeros(2, q_nope.size(1), up.size(1) - q_nope.size(2)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_values_may_have_no_width(implementation):
+    needs_native()
+    q_nope, q_rope, latent, k_rope, lengths, up, scale = drawn(case("", (1, 3)))
+    with ops.use(implementation):
+        o = ops.mla_decode(q_nope, q_rope, latent, k_rope, lengths, up[:, : q_nope.size(2)], scale)
+    assert o.shape == (2, q_nope.size(1), 0)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1e3])
