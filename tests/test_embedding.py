@@ -57,6 +57,16 @@ def test_may_be_checkpointed():
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("which", ["table", "projection"])
+def test_gradients_of_a_head_are_refused_on_a_cpu_not_left_out(which):
+    ids, *weights = drawn(embedding_case("", 9, 5, 3, 4))
+    of_the_head = [
+        torch.zeros_like(x) if name == which else None for name, x in zip(("table", "projection"), weights, strict=True)
+    ]
+    with pytest.raises(NotImplementedError, match="embedding_backward takes no gradients of a head's on a CPU"):
+        torch.ops.dsfast.embedding_backward(torch.ones(9, 4), ids, *weights, *[ids[:0]] * 3, *of_the_head)
+
+
 @pytest.mark.parametrize(("r", "d"), [(3, 0), (0, 4), (0, 0)])
 def test_an_empty_projection_is_left_to_the_reference(r, d):
     table, projection = torch.randn(7, r, requires_grad=True), torch.randn(r, d, requires_grad=True)

@@ -181,6 +181,14 @@ def test_z_loss():
     torch.testing.assert_close(found.double(), plain + 0.5 * log_sums.square().mean(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("with_projection", "z_loss"), [(False, 0.5), (True, 0.0)])
+def test_what_the_cpus_kernel_does_not_do_is_refused_not_left_out(with_projection, z_loss):
+    hidden, weight, labels, *_, projection = drawn(linear_cross_entropy_case("", 3, 4, 5, d=4))
+    projection = projection if with_projection else None
+    with pytest.raises(NotImplementedError, match="has no z_loss and no projection on a CPU"):
+        torch.ops.dsfast.linear_cross_entropy(hidden, weight, projection, labels, -100, False, z_loss)
+
+
 def projected(n: int, d: int, r: int, v: int) -> tuple:
     """`linear_cross_entropy` of hidden, weight, labels and projection, and these."""
     hidden, weight, labels, *_, projection = drawn(linear_cross_entropy_case("", n, r, v, d=d))
