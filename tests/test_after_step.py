@@ -90,6 +90,8 @@ class TestBias:
 
 @on_device
 def test_more_experts_than_a_block_are_refused():
+    with ops.use("triton"):
+        ops.update_bias([torch.zeros(2048, device=DEVICE)], integers(1, 2048), 0.1)
     with ops.use("triton"), pytest.raises(UserError, match="up to 2048 experts, got 2049"):
         ops.update_bias([torch.zeros(2049, device=DEVICE)], integers(1, 2049), 0.1)
 
@@ -142,6 +144,15 @@ class TestRecord:
         with ops.use(implementation):
             with pytest.raises(ValueError, match=r"record_step: loads must have shape \[4, 2, 4\], got \[4, 2, 3\]"):
                 memory.record(1.0, 1.0, 1.0, 1.0, integers(2, 4))
+            measured = memory.measured
+            for other, match in (
+                (measured[:, :3], r"measured must have shape \[P, 4\], got \[4, 3\]"),
+                (measured[:3], r"loads must have shape \[3, 2, 3\], got \[4, 2, 3\]"),
+            ):
+                memory.measured = other
+                with pytest.raises(ValueError, match=f"record_step: {match}"):
+                    memory.record(1.0, 1.0, 1.0, 1.0, integers(2, 3))
+            memory.measured = measured
             kept = {name: getattr(memory, name) for name in ("place", "update", "measured", "loads")}
             given = {name: number(1.0, FLOAT64) for name in ("loss", "norm", "lr_scale")}
             right = {**kept, **given, "clip_scale": number(1.0), "load": integers(2, 3)}

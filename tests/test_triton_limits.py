@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from triton_contract import DEVICE, in_the_interpreter, on_device, on_the_device
@@ -76,6 +78,27 @@ def test_more_experts_than_a_block_of_a_table():
     with pytest.warns(ops.FallbackWarning, match="up to 2048 experts, got 2049"):
         ops.update_bias([bias], loads, 0.5)
     assert bias[0] > 0 > bias[-1]
+
+
+def test_what_just_reaches_a_limit_is_taken_and_nothing_is_not():
+    names = ("mla_attention", "mla_decode", "newton_schulz", "rms_norm", "rope")
+    at = {name: importlib.import_module(f"dsfast.ops.{name}") for name in names}
+
+    def wide(*widths: int, dtype: torch.dtype = SINGLE) -> list[torch.Tensor]:
+        return [torch.empty(1, 1, width, dtype=dtype, device="meta") for width in widths]
+
+    assert at["mla_attention"]._not_triton(*wide(192, 64, 256), 1.0) == ""
+    for widths in ((0, 16, 16), (16, 0, 16), (16, 16, 0)):
+        assert "from 1 on, got 0" in at["mla_attention"]._not_triton(*wide(*widths), 1.0)
+    for scale in (0.0, -1.0, float("nan")):
+        assert "take a positive scale, got" in at["mla_attention"]._not_triton(*wide(16, 16, 16), scale)
+    assert at["mla_decode"]._not_triton(*wide(1000, 128)) == ""
+    for x, rows in ((wide(1)[0], 32), (wide(1, dtype=HALF)[0], 128)):
+        assert at["newton_schulz"]._too_large(x, [(1, rows, 200)]) == ""
+        assert f"up to {rows} rows" in at["newton_schulz"]._too_large(x, [(1, 2, 3), (1, rows + 1, 200)])
+    assert at["rms_norm"]._not_triton(wide(8192)[0][0]) == ""
+    assert "from 1 to 8192, got 0" in at["rms_norm"]._not_triton(wide(0)[0][0])
+    assert at["rope"]._not_triton(4096) == ""
 
 
 def test_the_limits_are_those_of_the_kernels_tables():
