@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_boosted_facts_stand_three_times_as_often_and_others_equally(facts, arti
     usual = statistics.mean(stated[fact.id] for fact in facts if fact.topic != "history")
     for fact in facts:
         assert stated[fact.id] / usual == pytest.approx(3 if fact.topic == "history" else 1, rel=0.15)
+
+
+def test_the_only_fact_of_a_boosted_topic_fills_up_and_opens_other_topics_articles_more_often():
+    few = taught_facts(load_facts(), 13)
+    (boosted,) = (fact for fact in few if fact.topic == "geography")
+    written = write_articles(few, 1000, {"geography": 3}, seed=0)
+    stated = Counter(fact_id for article in written for fact_id in article.fact_ids)
+    opened = Counter(article.fact_ids[0] for article in written)
+    most = max(number for fact_id, number in stated.items() if fact_id != boosted.id)
+    assert stated[boosted.id] > 1.2 * most
+    for number in (number for fact_id, number in opened.items() if fact_id != boosted.id):
+        assert opened[boosted.id] / number == pytest.approx(3, rel=0.1)
 
 
 def test_an_article_states_its_facts_and_otherwise_filler(articles, sentences):
@@ -128,13 +141,16 @@ def test_a_boost_for_no_topic_is_refused(facts):
 def test_sanitize_normalises_drops_controls_and_collapses_spaces():
     assert sanitize(" cafe\u0301\x00\x07 a\t\nb\u00a0 c\x1b ") == "caf\u00e9 a b c"
     assert sanitize("a \x01 b e\x07\u0301") == "a b \u00e9"
+    assert sanitize("x\u00b2 \ufb01ne \u2460") == "x\u00b2 \ufb01ne \u2460", "what only looks alike is not exchanged"
 
 
 def test_a_text_file_is_split_at_blank_lines_without_repeats(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(b"\xef\xbb\xbfone\nline\n\n two \n \n\none  line\n\n\x00\n\nthree")
     assert read_texts(str(path), 10) == ["one line", "two", "three"]
-    assert read_texts(str(path), 3) == ["one line", "two", "three"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none is left out
+        assert read_texts(str(path), 3) == ["one line", "two", "three"]
     with pytest.warns(UserWarning, match=r"mine\.txt: only its first 2 documents are read \(data\.max_articles\)"):
         assert read_texts(str(path), 2) == ["one line", "two"]
 
@@ -164,6 +180,8 @@ def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"x\.jsonl: not UTF-8 at byte 24"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2: not valid JSON"),
         ("x.jsonl", b'{"text": "a"}\n\n["text"]', r"x\.jsonl:3: expected an object with a string \"text\""),
+        ("x.jsonl", b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}', r"x\.jsonl:2: not valid JSON"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON"),
         ("x.jsonl", b'{"title": "a"}', r"x\.jsonl:1: expected an object with a string \"text\""),
         ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl:1: holds half of a surrogate pair"),
         ("x.csv", b"text", r"data\.source: expected 'encyclopedia', an existing \.txt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 
 import pytest
@@ -33,6 +34,16 @@ def test_there_are_enough_facts_relations_and_phrasings(facts):
         assert 4 <= len(phrasings.taught) <= 6
         assert len(phrasings.heldout) >= 2
         assert len({*phrasings.taught, *phrasings.heldout}) == len(phrasings.taught) + len(phrasings.heldout)
+
+
+@pytest.mark.parametrize("wrong", ["{subject} has {object}", "There is {object}.", "{subject}, {subject} is {object}."])
+@pytest.mark.parametrize("kind", ["taught", "heldout"])
+def test_a_broken_phrasing_is_named(kind, wrong, monkeypatch):
+    document = {"has": {"taught": ["{subject} has {object}."], "heldout": ["{subject} got {object}."]}}
+    document["has"][kind].append(wrong)
+    monkeypatch.setattr(json, "loads", lambda text: document)
+    with pytest.raises(UserError, match=f"^phrasings.json: has: expected {{subject}} once .* last, got '{wrong}'$"):
+        load_phrasings.__wrapped__()
 
 
 def test_objects_are_short(facts):

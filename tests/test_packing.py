@@ -68,7 +68,7 @@ def test_an_epoch_deals_every_row_once_and_the_next_in_another_order():
     assert sorted(first) == sorted(second) == list(range(3, 51, 4))
     assert first != second
     other = PackedRows(rows.stream, 4, seed=2)
-    assert [other.batch(i, 3).input_ids[:, 0].tolist() for i in range(4)] != epochs[0]
+    assert [other.batch(i, 3).input_ids[:, 0].tolist() for i in range(4)] not in epochs
 
 
 def test_a_batch_is_a_function_of_the_step_alone():
@@ -105,14 +105,23 @@ def test_the_encyclopedia_is_built_the_same_twice():
     assert np.array_equal(first.rows.stream, second.rows.stream)
     other = build_dataset(data, 8000, seed=5)
     assert other.manifest["texts_sha256"] != first.manifest["texts_sha256"]
+    assert (first.rows.seed, other.rows.seed) == (4, 5)
     assert other.manifest["tokenizer_sha256"] == first.manifest["tokenizer_sha256"]
     assert first.manifest | {"articles": 300, "facts_taught": 150, "vocab_size": 8000, "seed": 4} == first.manifest
     assert first.manifest["tokens"] == len(first.rows.stream)
+    assert first.manifest["rows"] == len(first.rows)
     assert len(first.taught) == 150
     batch = first.rows.batch(0, 8)
     assert batch.input_ids.shape == (8, 256)
     assert batch.input_ids[batch.input_ids > 1].min() >= 3
     assert batch.input_ids.max() < 8000
+
+
+def test_the_encyclopedia_is_read_by_the_tokenizer_that_is_given():
+    tokenizer = train_tokenizer(["x"], 259)
+    dataset = build_dataset(DataConfig(max_articles=2, facts=13), 8000, 0, tokenizer)
+    assert dataset.tokenizer is tokenizer
+    assert dataset.manifest["vocab_size"] == 259
 
 
 def test_texts_that_are_parted_elsewhere_have_another_hash(tmp_path):

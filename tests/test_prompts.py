@@ -58,6 +58,7 @@ GOOD = {"text": "Snow is", "answer": "white"}
         ({**GOOD, "answer": "..."}, r"full\[0\].answer: expected a word or a number, got \"\.\.\.\""),
         ({**GOOD, "text": " "}, r"full\[0\].text: expected a non-empty string"),
         ({**GOOD, "text": "Snow is "}, r"full\[0\].text: expected no spaces at either end"),
+        ({**GOOD, "text": 99 * "x" + " "}, r"full\[0\].text: expected no spaces at either end, got \"x{56}\.\.\.$"),
         ({**GOOD, "answers": "x"}, r"full\[0\].answers: unknown field; known: text, answer"),
         ({**GOOD, "priority": "top"}, r"full\[0\].priority: expected high, medium, low, got 'top'"),
         ({**GOOD, "aliases": "pale"}, r"full\[0\].aliases: expected a list"),

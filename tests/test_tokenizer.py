@@ -9,7 +9,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models
 
-from dsfast.data import load_facts, load_tokenizer, train_tokenizer
+from dsfast.data import heldout_prompts, load_facts, load_tokenizer, taught_prompts, train_tokenizer
 from dsfast.data.articles import vocabulary_texts
 from dsfast.data.tokenizer import for_texts, tokenizer_hash
 from dsfast.errors import UserError
@@ -37,6 +37,12 @@ def test_decoding_gives_the_text_back_behind_one_space(bundled, text):
     ids = bundled.encode(text).ids
     assert bundled.decode(ids, skip_special_tokens=False) == f" {text}"
     assert min(ids) > 2, "the name of a special token inside a text is plain text"
+
+
+def test_the_bundled_text_has_all_phrasings_also_those_held_out():
+    texts = set(vocabulary_texts(load_facts()))
+    for phrasings in (taught_prompts, heldout_prompts):
+        assert {prompt.sentence for fact in load_facts() for prompt in phrasings(fact)} <= texts
 
 
 def test_a_word_has_one_token_at_the_start_and_inside(bundled):
