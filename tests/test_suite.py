@@ -178,13 +178,13 @@ def test_success_rates_by_set_and_priority():
 
 def test_error_reports_say_what_is_needed():
     config = load_config(CONFIGS / "deepseek_v3_test_run_cpu.json")
-    wrong = probes("w")[0].to_dict() | {"generated": "x" * 300}
+    wrong = judge(probes("w")[0].prompt, " Parma", 0.1).to_dict() | {"generated": "x" * 300}
     [report] = error_reports(
         "cpu", config, {"name": "generation", "status": "failed", "details": {"probes": [wrong]}}, []
     )
     assert (report["type"], report["severity"], report["priority"]) == ("similarity", "warning", "medium")
     assert report["generated"] == "x" * 200
-    assert report["score"] == report["metrics"]["combined"]
+    assert report["score"] == report["metrics"]["combined"] != report["metrics"]["sequence"]
 
     performance = {
         "device": "cpu",
@@ -199,10 +199,11 @@ def test_error_reports_say_what_is_needed():
     assert report["expected"] == "at most 1440.0 s (2 times the target)"
     assert report["actual"] == "1600.0 s"
 
-    broken = {"name": "training", "status": "error", "reason": "ValueError: x", "stack_trace": "Traceback"}
-    [report] = error_reports("cpu", config, broken, [])
-    assert (report["type"], report["stack_trace"]) == ("training", "Traceback")
-    assert report["configuration"] == config.to_dict()
+    for phase, kind in (("set-up", "training"), ("training", "training"), ("recall", "exception")):
+        broken = {"name": phase, "status": "error", "reason": "ValueError: x", "stack_trace": "Traceback"}
+        [report] = error_reports("cpu", config, broken, [])
+        assert (report["type"], report["stack_trace"]) == (kind, "Traceback")
+        assert report["configuration"] == config.to_dict()
 
     failed = {"name": "forward pass", "passed": False, "expected": "a", "actual": "b", "debug": "c"}
     details = {"failed": 1, "checks": [failed]}
@@ -281,6 +282,29 @@ def test_propagation_is_checked_on_the_batch_that_would_come_next(monkeypatch):
     assert torch.equal(checked[0].input_ids, batches[2].input_ids)
 
 
+@pytest.mark.parametrize(("device", "beforehand"), [("cpu", ["One"]), ("gpu", ["One", "Two", "Three"])])
+def test_a_gpu_is_asked_all_questions_once_before_they_are_timed(device, beforehand, monkeypatch):
+    asked = []
+
+    def ask(session, model, prompts):
+        asked.append([prompt.text for prompt in prompts])
+        return [judge(prompt, "", 0.1) for prompt in prompts]
+
+    monkeypatch.setattr(phases.Session, "ask", ask)
+    monkeypatch.setattr(phases.Plan, "device", device)
+    one, two, three = (Prompt(text, "yes") for text in ("One", "Two", "Three"))
+    plan = phases.Plan("full", "Test 3", tiny_config(), {"fast": [one], "full": [two, three]})
+    phases.generation(phases.Session(plan, trainer=SimpleNamespace(model=None)))
+    assert asked == [beforehand, ["One"], ["Two", "Three"]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_fell_back_on_another_device_is_none_of_a_tests(device, monkeypatch):
+    rows = [{"operator": "rope", "device": name, "reason": "why"} for name in ("cpu", "cuda")]
+    monkeypatch.setattr(phases.ops, "fallbacks", lambda: rows)
+    assert phases._fallbacks(device) == [row for row in rows if row["device"] == device]
+
+
 def test_performance_is_in_times_the_target_seconds_an_answer_and_1e9_bytes():
     session = session_of(**{"suite.target_seconds": 12.0})
     session.result = TrainResult(
@@ -350,6 +374,7 @@ def test_the_loss_is_computed_in_the_dtype_that_was_trained_in():
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         checks = propagation.check_propagation(trainer.model, batch, dtype, 0.0)
+        assert all(parameter.grad is None for parameter in trainer.model.parameters()), "gradients are left"
         losses[dtype] = next(check.actual for check in checks if check.name == "loss finite")
         alone = loss_in(dtype, trainer.model, 0.0, batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
         assert losses[dtype] == f"{alone.item():.4f}"
