@@ -36,6 +36,8 @@ from dsfast.suite.report import (
     FAILED,
     PASSED,
     Reporter,
+    _commit,
+    _generation_table,
     duration,
     fallbacks,
     performance_block,
@@ -607,11 +609,12 @@ PHASE_TABLES = {
                 compared("rope", "x", nan, False),
                 compared("adamw", "a", 0.01, True),
                 compared("adamw", "b", 0.1, True),
+                compared("adamw", "c", 0.2, True) | {"tolerance": 1.0},
             ],
         },
         [
             f"rope native 2 x nan 2.50e-01 {RED}FAIL{END}",
-            f"adamw native 2 b 1.00e-01 2.50e-01 {GREEN}PASS{END}",
+            f"adamw native 3 b 1.00e-01 2.50e-01 {GREEN}PASS{END}",
         ],
     ),
     "propagation": (
@@ -641,6 +644,20 @@ def test_a_phases_table_marks_what_passed_and_what_failed(phase):
     assert coloured(lambda reporter: reporter.phase_ends(shown, []))[-3:-1] == expected
 
 
+@pytest.mark.parametrize(("letters", "shown"), [(48, "x" * 48), (49, "x" * 47 + "…")])
+def test_an_answer_longer_than_its_column_is_cut(letters, shown):
+    found = judge(Prompt("It is", "so"), "x" * letters, 0.1).to_dict()
+    assert list(_generation_table({"probes": [found]}).columns[2].cells) == [shown]
+
+
+@pytest.mark.parametrize(
+    ("dirty", "words"), [(True, " with changes"), (False, ""), (None, ", with changes or without")]
+)
+def test_a_commit_is_shown_with_what_is_known_of_changes(dirty, words):
+    assert _commit({"hash": "0123456789abcdef", "dirty": dirty}) == f"0123456789ab{words}"
+    assert _commit(None) == "unknown"
+
+
 def test_results_never_overwrite_and_are_whole_or_absent(tmp_path):
     now = datetime(2030, 1, 2, 3, 4, 59)
     names = [write_results(tmp_path, {"n": n, "loss": float("nan")}, now).name for n in range(2)]
@@ -653,6 +670,28 @@ def test_results_never_overwrite_and_are_whole_or_absent(tmp_path):
     with pytest.raises(TypeError):
         write_results(tmp_path, {"unwritable": object()}, now)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_results_take_their_name_when_they_are_whole(tmp_path, monkeypatch):
+    moved, replace = {}, os.replace
+
+    def watched(source, target):
+        moved[target] = json.loads(source.read_text(encoding="utf-8"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    path = write_results(tmp_path, {"n": 1}, datetime(2030, 1, 2, 3, 4, 59))
+    assert moved[path] == {"n": 1}
+
+
+def test_results_without_a_name_leave_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dsfast.suite.results._claim", full)
+    with pytest.raises(UserError, match=r"the results cannot be written: No space left on device$"):
+        write_results(tmp_path, {"n": 1}, datetime(2030, 1, 2, 3, 4, 59))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_summary_is_shown_where_the_results_cannot_be_written(failing_run, tmp_path, monkeypatch, capsys):
@@ -692,7 +731,9 @@ def test_with_a_gpu_alone_both_its_tests_run_there(monkeypatch):
     assert full.title == "Test 3: full training on the GPU (500 steps)"
     assert (fast.config.suite.target_seconds, full.config.suite.target_seconds) == (75.0, 75.0 * 500 / 200)
     monkeypatch.setattr(suite, "_why_unfit", lambda: None)
-    assert list(suite.choose_configs(parsed())[0]) == ["cpu", "gpu"]
+    both, _ = suite.choose_configs(parsed())
+    plans = suite.make_plans(both, load_prompts(), True)
+    assert [(plan.name, plan.device) for plan in plans] == [("cpu", "cpu"), ("gpu", "gpu"), ("full", "gpu")]
 
 
 def test_the_configs_device_decides_and_a_contradiction_is_an_error(tmp_path):
