@@ -49,6 +49,14 @@ def test_batched_continuations_equal_single_ones(model, tokenizer):
     assert len(set(alone)) > 1
 
 
+def test_special_tokens_are_no_part_of_a_continuation(tokenizer, monkeypatch):
+    answer = tokenizer.encode(" The Sun", add_special_tokens=False).ids
+    monkeypatch.setattr(
+        probes, "generate_ids", lambda model, prompts, *_, eos_id: [[0, *answer, eos_id] for _ in prompts]
+    )
+    assert continue_greedily(None, tokenizer, ["x", "y"], 6) == [tokenizer.decode(answer)] * 2
+
+
 def test_ask_gives_what_generate_gives(model, tokenizer):
     prompts = [Prompt(text, "oxygen", priority="low") for text in TEXTS]
     results = ask(model, tokenizer, prompts, 5)

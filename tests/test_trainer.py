@@ -35,6 +35,7 @@ from dsfast.train.interrupt import StopSignals
 from dsfast.train.metrics import MetricsFile, read_metrics
 from dsfast.train.optimizer import learning_rate_scale
 from dsfast.train.progress import TrainingProgress
+from dsfast.train.runtime import peak_memory_bytes
 
 
 def tiny_trainer(output_dir=None, **changes) -> Trainer:
@@ -196,6 +197,14 @@ def test_result_metrics_and_folder(tmp_path, capsys):
 def test_the_result_tells_the_most_memory_that_the_device_held(monkeypatch):
     monkeypatch.setattr("dsfast.train.loop.peak_memory_bytes", lambda device: {"cpu": 12345}[device.type])
     assert tiny_trainer().train(quiet=True).peak_memory_bytes == 12345
+
+
+def test_the_most_memory_is_the_processs_peak_or_what_torch_has_taken_of_a_gpu(monkeypatch):
+    status = "VmPeak:\t    9000 kB\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/self/status": status}[str(path)])
+    assert peak_memory_bytes(torch.device("cpu")) == 2 * 2**20
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: {"cuda": 12345}[device.type])
+    assert peak_memory_bytes(torch.device("cuda")) == 12345
 
 
 def test_the_time_left_goes_by_the_steps_of_this_run():
