@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_config, tiny_dataset
 from torch import nn
 from unreadable import unreadable
 
+from dsfast.data import train_tokenizer
 from dsfast.errors import UserError
 from dsfast.files import write_json
 from dsfast.model import DeepseekV3
@@ -118,6 +121,25 @@ def test_newest_complete_checkpoint_is_taken(tmp_path):
     assert ckpt.find_checkpoint(tmp_path / "step-000007").name == "step-000007"
 
 
+def test_a_copy_and_an_older_one_that_is_not_complete_are_passed_over_without_a_word(tmp_path):
+    saved(tmp_path, 7)
+    for name in ("step-000005", "step-000009-copy"):
+        (tmp_path / name).mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ckpt.find_checkpoint(tmp_path).name == "step-000007"
+    assert [path.name for path in ckpt.checkpoints(tmp_path)] == ["step-000005", "step-000007"]
+
+
+def test_what_a_kill_left_of_the_same_step_is_written_anew(tmp_path):
+    left = tmp_path / ".step-000007.partial"
+    left.mkdir()
+    (left / "other.json").write_text("{}")
+    path = saved(tmp_path)
+    assert sorted(p.name for p in path.iterdir()) == sorted([*ckpt.FILES, "manifest.json"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_checkpoint_is_never_overwritten(tmp_path):
     path = saved(tmp_path)
     before = (path / "manifest.json").read_bytes()
@@ -161,9 +183,10 @@ def test_foreign_folders_are_refused(tmp_path):
         (tmp_path / "manifest.json").write_text(f'{{"format_version": 1, "data": {{}}, "files": {files}}}')
         with pytest.raises(UserError, match=r"manifest.json: files: expected sha256 and bytes for 'model.safetensors'"):
             ckpt.load_checkpoint(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format_version": 1, "data": {}, "files": null}')
-    with pytest.raises(UserError, match=r"manifest.json: expected the objects 'data' and 'files'"):
-        ckpt.load_checkpoint(tmp_path)
+    for objects in ('"data": {}, "files": null', '"data": [], "files": {}', '"files": {}'):
+        (tmp_path / "manifest.json").write_text(f'{{"format_version": 1, {objects}}}')
+        with pytest.raises(UserError, match=r"manifest.json: expected the objects 'data' and 'files'"):
+            ckpt.load_checkpoint(tmp_path)
 
 
 def refresh_manifest(path: Path) -> None:
@@ -186,6 +209,36 @@ def test_another_shape_names_file_tensor_expected_and_found(tmp_path):
     ):
         ckpt.load_training_state(other, model, build_optimizer(model, config.train))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_tensor_that_has_no_place_is_named(tmp_path, name):
+    path = saved(tmp_path)
+    save_file(ckpt._read_tensors(path / name) | {"more": torch.zeros(2, 3)}, path / name)
+    refresh_manifest(path)
+    model = DeepseekV3(tiny_config().model)
+    with pytest.raises(UserError, match=rf"{name}: tensor 'more' \(float32 \[2, 3\]\) has no place in this model$"):
+        ckpt.load_training_state(path, model, build_optimizer(model, tiny_config().train))
+
+
+def test_a_tokenizer_reads_no_special_token_in_a_text(tmp_path):
+    tokenizer = train_tokenizer(["x"], 259)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    found = ckpt._load_tokenizer(tmp_path / "tokenizer.json").encode("a<|eos|>").ids
+    assert found == tokenizer.encode("a<|eos|>").ids
+    assert min(found) > 2
+
+
+def test_of_more_gpus_than_are_here_the_states_of_those_that_are_come_back(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state_all", lambda: [torch.full((4,), n, dtype=torch.uint8) for n in range(3)]
+    )
+    ckpt.restore_random_states(json.loads(json.dumps(ckpt.random_states())))
+    assert [state.tolist() for state in given] == [[0] * 4, [1] * 4]
 
 
 def test_garbage_with_a_right_manifest_is_still_one_line(tmp_path):
