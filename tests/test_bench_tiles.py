@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -94,6 +95,28 @@ def test_candidates_stay_within_bounds():
                 assert name in ("stages", "resident") or number & (number - 1) == 0, found
 
 
+class AllFields(NamedTuple):
+    bn: int
+    warps: int
+    stages: int
+    resident: int
+    groups: int
+    ahead: bool
+
+
+def test_each_field_has_its_steps_its_bounds_and_what_it_takes():
+    """Fewer groups and fewer warps take more, as a larger tile does; what is resident or a choice of two takes nothing."""
+    shipped = AllFields(16, 8, 5, 3, 4, False)
+    one = ({"bn": 32}, {"warps": 4}, {"stages": 4}, {"resident": 2}, {"resident": 4}, {"groups": 2}, {"ahead": True})
+    two = (
+        {"bn": 32, "stages": 4},
+        {"warps": 4, "stages": 4},
+        {"groups": 2, "stages": 4},
+        *({"resident": n, "ahead": True} for n in (2, 4)),
+    )
+    assert of(shipped) == {shipped._replace(**change) for change in (*one, *two)}
+
+
 def test_of_a_choice_the_other_one_is_tried():
     shipped = mla_decode.Tiles(64, 8, 2, 0, 1)
     assert shipped._replace(ahead=True) in of(shipped)
@@ -102,6 +125,7 @@ def test_of_a_choice_the_other_one_is_tried():
 
 def test_tiles_of_attention_divide_each_other_as_its_kernels_want():
     assert {x for x in of(Tiles(64, 64, 8, 2), "mla_attention._LARGE['forward'][320]") if x.bs > x.bt} == set()
+    assert {x for x in of(Tiles(64, 64, 8, 2), "mla_attention._LARGE['backward_q'][320]") if x.bs > x.bt} == set()
     assert {x for x in of(Tiles(64, 64, 8, 2), "mla_attention._LARGE['backward_kv'][320]") if x.bt > x.bs} == set()
 
 
@@ -146,6 +170,34 @@ def test_every_part_has_passes_and_the_constants_it_names(part):
         values |= vars(importlib.import_module(f"dsfast.triton_kernels.{name}"))
     for value in (values[name] for name in CONSTANTS.get(part, ())):
         assert type(value) is int or {"bn", "warps"} <= value._asdict().keys()
+
+
+def launched_by(part: str, kernel: str, **changes) -> list[dict]:
+    """What each launch of a kernel is given; `changes` are of the tiny case's arguments, by their places."""
+    case = cases.build(part, "tiny", rehearsal=True)
+    arguments = cases.draw(case.timed, "cpu", torch.bfloat16)
+    for place, change in changes.items():
+        arguments[int(place[1:])] = change(arguments[int(place[1:])])
+    found = launched.launches(part, arguments, start=False)
+    return [launch.arguments for launch in found if launch.kernel.__name__ == kernel]
+
+
+def test_passes_are_those_of_a_training_step_and_of_an_evaluation():
+    """Gradients of the residual and of each reader are read; the head's loss is made with and without gradients."""
+    (norm,) = launched_by("norm", "backward_kernel")
+    assert isinstance(norm["dh"], torch.Tensor)
+    for uses in (1, 2, 3):
+        (output,) = launched_by("output", "backward_kernel", _5=lambda _, uses=uses: uses)
+        assert [output[name] is not None for name in ("dy", "dy_2", "dy_3")] == [n < uses for n in range(3)]
+    assert [forward["GRADS"] for forward in launched_by("head", "forward_kernel")] == [True, False]
+
+
+def test_what_has_nothing_to_do_is_no_launch():
+    def none(x):
+        return x[:0]
+
+    assert launched_by("output", "forward_kernel")
+    assert launched_by("output", "forward_kernel", _0=none, _2=none) == []
 
 
 def test_what_is_replaced_is_put_back_whatever_happens():
@@ -308,7 +360,32 @@ def test_candidates_run_on_the_memory_of_the_shipped_ones():
         assert all(x is ours.arguments[name] for name, x in launch.arguments.items() if isinstance(x, torch.Tensor))
 
 
+def test_only_tensors_of_the_same_shape_are_exchanged():
+    case = cases.build("norm", "tiny", rehearsal=True)
+    arguments = cases.draw(case.timed, "cpu", torch.bfloat16)
+    fewer = [x[:5] if isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in arguments]
+    shipped, other = (launched.launches("norm", given, start=False)[0] for given in (arguments, fewer))
+    other.arguments["weight"] = other.arguments["weight"].clone()
+    found = tuning._on_the_memory_of(other, shipped).arguments
+    assert found["weight"] is shipped.arguments["weight"]
+    assert all(found[name] is other.arguments[name] for name in ("x", "residual", "y", "h", "rstd"))
+
+
 # compiled
+
+
+def launches_of(*kernels: str) -> dict:
+    return {f"{name} 1": SimpleNamespace(kernel=SimpleNamespace(__name__=name)) for name in kernels}
+
+
+def test_other_launches_are_compiled_of_the_most_promising_and_their_faults_count(monkeypatch):
+    """One fault of a candidate is enough, whatever its other launches are."""
+    monkeypatch.setattr(tuning, "compile_named", lambda launch, chip, name: (None, ["spilled"] if name == "b" else []))
+    ours, *others = (tuning.Trial(value, launches_of("a", "b", "c")) for value in range(4))
+    dropped = []
+    left = tuner(chip="sm_90", most=2).compiled(ours, others, dropped)
+    assert [trial.value for trial in left] == [3]
+    assert dropped == [{"tiles": 1, "reason": "spilled"}, {"tiles": 2, "reason": "spilled"}]
 
 
 def fake_compiler(monkeypatch, faults) -> list:
@@ -356,11 +433,21 @@ def test_what_spills_for_certain_is_not_even_compiled(monkeypatch):
 
 
 @pytest.mark.usefixtures("nothing_started")
+def test_an_entry_of_which_nothing_is_left_has_a_row_that_says_why(monkeypatch):
+    monkeypatch.setattr(tuning, "_too_many_sums", lambda value: "too many")
+    row = last(tuner().rows())[ENTRY]
+    assert [one["shipped"] for one in row["candidates"]] == [True]
+    assert "too many" in {one["reason"] for one in row["dropped"]}
+
+
+@pytest.mark.usefixtures("nothing_started")
 def test_only_the_most_promising_are_timed(monkeypatch):
     fake_compiler(monkeypatch, lambda launch, warps: [])
     row = last(tuner("attention", chip="sm_90", most=2).rows())["mla_attention._LARGE['forward'][96]"]
     assert len(row["candidates"]) == 3
     assert {one["reason"] for one in row["dropped"]} == {"beyond the 2 most promising"}
+    tried = candidates(Entry("mla_attention._LARGE['forward'][96]", mla_attention._LARGE["forward"], 96))
+    assert 2 + len(row["dropped"]) == len(tried)
     assert [one["shipped"] for one in row["candidates"]].count(True) == 1
 
 
