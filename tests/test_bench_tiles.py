@@ -268,18 +268,20 @@ def test_candidates_are_timed_beside_the_shipped_tiles_and_the_fastest_stands_fi
 
 
 @pytest.mark.usefixtures("nothing_started")
-def test_short_launches_are_timed_in_a_graph():
+@pytest.mark.parametrize(("seconds", "in_a_graph", "median"), [(9.9e-4, True, 1e-6), (1e-3, False, 1e-3)])
+def test_launches_below_a_millisecond_are_timed_in_a_graph(seconds, in_a_graph, median):
     class Clock(HostClock):
         on_gpu = True
 
         def seconds(self, call):
-            return 1e-5
+            return seconds
 
         def graph_seconds(self, call):
             return 1e-6
 
     row = last(tuner(clock=Clock()).rows())[ENTRY]
-    assert {(found["in_a_graph"], found["seconds"]["median"]) for found in row["candidates"]} == {(True, 1e-6)}
+    found = {(one["in_a_graph"], one["seconds"]["median"]) for one in row["candidates"]}
+    assert found == {(in_a_graph, median)}
 
 
 @pytest.mark.usefixtures("nothing_started")
@@ -371,7 +373,40 @@ def test_only_tensors_of_the_same_shape_are_exchanged():
     assert all(found[name] is other.arguments[name] for name in ("x", "residual", "y", "h", "rstd"))
 
 
+def test_a_launch_that_the_shipped_tiles_alone_need_is_in_their_time(monkeypatch):
+    found = tuner("output")
+    shipped = found.launches(start=False)
+    *kept, alone = shipped
+    monkeypatch.setattr(Tuner, "launches", lambda tuner, start: {name: shipped[name] for name in kept})
+    ours, [other], dropped = found.trials(Entry("", {"tiles": 8}, "tiles"), shipped)
+    assert (list(ours.launches), list(other.launches)) == ([alone], [])
+    assert {one["reason"] for one in dropped} == {tuning.SAME}
+
+
 # compiled
+
+
+@pytest.mark.parametrize(
+    ("programs", "warps", "registers", "repeated", "expected"),
+    [
+        (
+            1057,
+            4,
+            128,
+            None,
+            3 * 528 / 1057,
+        ),  # four programs a multiprocessor, of 132: two whole rounds and one program
+        (264, 4, 255, None, 12 / 8),  # two, with 8 warps of the 12 that hide what they wait for
+        (528, 4, 128, 2.0, 2.0),
+    ],
+)
+def test_an_estimate_is_of_operands_idle_multiprocessors_waits_and_work_done_twice(
+    programs, warps, registers, repeated, expected
+):
+    compiled = Compiled("a", "sm_90", registers, 0, 1024, 1, 1, repeated, False, ())
+    launch = SimpleNamespace(options={"num_warps": warps}, grid=(programs,))
+    trial = tuning.Trial(Tiles(64, 128, warps, 2), {"a 1": launch}, [compiled])
+    assert trial.estimate() == pytest.approx((1 / 64 + 1 / 128) * expected)
 
 
 def launches_of(*kernels: str) -> dict:
