@@ -4,6 +4,7 @@ interpreter. No time is judged here."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from dsfast.bench import __main__ as bench
 from dsfast.bench import timing
@@ -733,7 +735,8 @@ class TestTheRecallPart:
         rows = self.found(monkeypatch, low, high)
         figure = next(figure for figure in figures(rows) if figure["what"] == "recall as on the CPU, seeds")
         assert (figure["got"], figure["met"]) == (got, met)
-        assert "recall, seed 4, CPU, taught phrasings: 97.0% " in plain(document(run_document(rows)))
+        shown = plain(document(run_document(rows)))
+        assert f"recall, seed 4, CPU, taught phrasings: 97.0% ({low:.1%} .. {high:.1%})" in shown
 
     def test_only_on_request(self):
         assert "recall" not in run.choose_parts(None)
@@ -765,6 +768,27 @@ def test_each_figure_of_a_variant_is_shown_in_its_unit():
         "us": "2.0", "quartiles": "1.5 .. 2.5", "in a graph": "1.0", "launches": "3", "TB/s": "3.25", "TFLOP/s": "400.0",
         "of bound": "50%", "tokens/s": "12,345", "over dsfast": "1.25 x",
     }  # fmt: skip
+
+
+def test_a_figure_is_shown_with_what_was_asked_what_came_of_it_and_the_bound():
+    row = {
+        "what": "norm", "asked": "20", "stretch": "12", "met": "yes", "got": 12.5, "unit": "us", "bound_seconds": 2.5e-6,
+        "bound_share": 0.2,
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    show._figures(
+        console, [row, row | {"got": None, "met": "not measured", "bound_seconds": None, "bound_share": None}]
+    )
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert "norm 20 12 12.50 us yes 2.5 20%" in lines
+    assert "norm 20 12 - not measured" in lines
+
+
+def test_what_failed_stands_out_from_what_was_not_measured(monkeypatch):
+    said = []
+    monkeypatch.setattr(show, "_say", lambda console, text, style: said.append((text, style)))
+    show._not_done(None, {name: {"status": name} for name in ("done", "failed: x", run.OUT_OF_TIME)})
+    assert said == [("failed: x: failed: x", "red"), (f"{run.OUT_OF_TIME}: {run.OUT_OF_TIME}", "yellow")]
 
 
 def run_document(rows: list) -> dict:
@@ -836,7 +860,27 @@ def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):
     assert [Path(path).name for path in asked["marked gpu"] if path.endswith(".py")][:2] == list(gpu_tests.FIRST)
     kernels = {Path(path).name for path in asked["kernels"] if path.endswith(".py")}
     assert {"test_triton_rope.py", "test_mla_project.py", "test_mla_output.py", "test_after_step.py"} <= kernels
-    assert not kernels & set(gpu_tests.NOT_ON_A_GPU)
+    assert not kernels & {"test_triton_compile.py", "test_watched.py"}
+    marks = {name: [arguments[arguments.index(flag) + 1] for flag in ("-m", "-k")] for name, arguments in asked.items()}
+    assert marks == {
+        "marked gpu": ["gpu and not slow", "not in_the_interpreter"],
+        "kernels": ["not gpu and not slow", "not in_the_interpreter"],
+    }
+
+
+@pytest.mark.parametrize(("seconds", "first", "all_of_it"), [(120.0, 50.0, 100.0), (30.0, 7.5, 15.0)])
+def test_whole_steps_have_half_of_the_time_and_some_is_left_to_end_in(seconds, first, all_of_it, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(gpu_tests, "time", SimpleNamespace(perf_counter=lambda: 7.0))
+    monkeypatch.setattr(gpu_tests, "run_pytest", lambda name, arguments, seconds, root: asked.update({name: seconds}))
+    list(gpu_tests.run_tests(seconds))
+    assert asked == {"marked gpu": first, "kernels": all_of_it}
+
+
+@pytest.mark.parametrize(("processors", "expected"), [(1, "1"), (8, "8"), (64, "16")])
+def test_so_many_tests_share_the_gpu(processors, expected, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    assert gpu_tests._together() == ["-n", expected]
 
 
 def test_all_parts_compile_at_once_before_the_first_is_timed(monkeypatch):
@@ -1004,13 +1048,14 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
     found = run.run_gpu(("norm",), 100, False, lambda text: None, lambda found, said: None)
     timed = run_tiny("norm")
     timed["passes"]["forward"]["variants"]["eager"] = {"failed": "RuntimeError: no"}
-    timed["passes"]["forward"]["variants"]["dsfast"]["graph_seconds"] = 1.25e-6
-    failing = gpu_tests._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c"]}
+    timed["passes"]["forward"]["variants"]["dsfast"] |= {"graph_seconds": 1.25e-6, "graph_reason": "memory"}
+    failing = gpu_tests._row("kernels", "failed", "") | {"counts": {"failures": 1}, "failures": ["a::b: c", "a::d: e"]}
     timed["fallbacks"] = [{"operator": "decode_step", "device": "cuda", "reason": "capture failed"}]
     found["rows"] += [timed, failing, {**timed, "check": "output: error 1", "passes": {}}]
     shown = plain(document(found))
-    for text in ("copy 4.00 TB/s", "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
-                 "missing: norm tiny: liger: ", "failed: a::b: c",
+    for text in ("copy 4.00 TB/s", "at 8192: bfloat16 800, tf32 400, float32 50 TFLOP/s",
+                 "norm tiny", "the bound", "1.2", "failed: forward: eager: RuntimeError: no",
+                 "missing: norm tiny: liger: ", "failed: a::b: c", "failed: a::d: e", "not captured: forward: dsfast: memory",
                  "fell back: norm tiny: decode_step: capture failed", "dsfast: output: error 1",
                  "attention: not measured: not asked for (--only)", "Figures asked for on an H200"):  # fmt: skip
         assert text in shown
@@ -1020,13 +1065,28 @@ def test_everything_found_is_shown(parts_run, monkeypatch):
 # the tests as a part
 
 
-def test_tests_are_counted_and_failures_named(tmp_path):
-    (tmp_path / "test_a.py").write_text("def test_good(): pass\n\ndef test_bad(): assert 1 == 2\n", encoding="utf-8")
+TESTS = """
+import os, pytest
+
+@pytest.fixture
+def broken():
+    raise ValueError
+
+def test_good(): assert "TRITON_INTERPRET" not in os.environ
+def test_bad(): assert 1 == 2
+def test_none(broken): pass
+"""
+
+
+def test_tests_are_counted_and_failures_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "test_a.py").write_text(TESTS, encoding="utf-8")
     found = gpu_tests.run_pytest("kernels", [str(tmp_path)], 60, tmp_path)
     assert found["status"] == "failed"
-    assert found["counts"] == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
-    [failure] = found["failures"]
+    assert found["counts"] == {"tests": 3, "failures": 1, "errors": 1, "skipped": 0}
+    failure, error = found["failures"]
     assert "::test_bad: " in failure
+    assert "::test_none: " in error
     assert not run.sound({"parts": {}, "rows": [found]})
 
 

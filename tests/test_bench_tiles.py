@@ -561,10 +561,10 @@ def test_rows_are_looked_at_while_a_process_runs(monkeypatch):
 def test_everything_found_is_shown():
     spread = {"median": 2e-6, "lower": 1e-6, "upper": 3e-6, "count": 5}
     facts = {"tiles": {"bt": 128, "bs": 64}, "shipped": True, "registers": 99, "shared": 1024, "estimate": 0.5}
-    timed = {"seconds": spread, "of_shipped": 0.875, "launches": {"a 1": 1.5e-6, "b 1": 5e-7}}
+    timed = {"seconds": spread, "of_shipped": 0.875, "launches": {"a 1": 1.5e-6, "b 1": 5e-7, "c 1": 3e-7}}
     rows = [
         {"part": "head", "case": "V3", "entry": "m._LARGE['a'][1]", "kernels": ["a 1", "b 1"], "status": "timed",
-         "candidates": [facts | timed],
+         "candidates": [facts | timed, facts | timed | {"launches": dict.fromkeys("abcd", 7.7e-6)}],
          "dropped": [{"tiles": {"bt": 16}, "reason": "spilled"}, {"tiles": 7, "reason": "spilled"}]},
         {"part": "head", "case": "V3", "entry": "m.B", "status": tuning.OUT_OF_TIME},
     ]  # fmt: skip
@@ -575,9 +575,10 @@ def test_everything_found_is_shown():
     })  # fmt: skip
     for text in (
         "Measured: nothing, triton 3", "head V3  m._LARGE['a'][1]: a 1, b 1", "bt 128 bs 64 (shipped)", "2.0", "0.875 x",
-        "1.5 + 0.5", "99", "dropped: bt 16; 7: spilled", f"head V3  m.B: {run.OUT_OF_TIME}", "head V3: failed: x",
+        "1.5 + 0.5 + 0.3", "99", "dropped: bt 16; 7: spilled", f"head V3  m.B: {run.OUT_OF_TIME}", "head V3: failed: x",
     ):  # fmt: skip
         assert text in shown
+    assert "7.7" not in shown, "four launches are too many for a line"
 
 
 def command(out, *arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess:
