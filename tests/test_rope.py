@@ -44,7 +44,6 @@ class TestSplitAndTurn(OperatorContract):
     )
     tiny = split_and_turn_case("tiny", 3, 2, 3, 5, 4, 5)
     linear = True
-    dtypes_not_named = frozenset({"kv"})  # the complaint is that cos has not the dtype of kv
     bad_arguments = (
         bad(r"rope: q must have shape \[N, H, Dn \+ Dr\], got \[3, 7\]", q=lambda q: q[:, 0]),
         bad(r"rope: kv must have shape \[3, R \+ Dr\], got \[2, 9\]", kv=lambda kv: kv[:2]),

@@ -685,11 +685,12 @@ def test_results_take_their_name_when_they_are_whole(tmp_path, monkeypatch):
     assert moved[path] == {"n": 1}
 
 
-def test_results_without_a_name_leave_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["dsfast.suite.results._claim", "os.replace"])
+def test_results_without_a_name_leave_nothing(step, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dsfast.suite.results._claim", full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(UserError, match=r"the results cannot be written: No space left on device$"):
         write_results(tmp_path, {"n": 1}, datetime(2030, 1, 2, 3, 4, 59))
     assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,7 @@ def split_and_turn(
     dr = 2 * cos.size(-1)
     expect_shape("rope", "q", q, "N", "H", "Dn + Dr")
     expect_shape("rope", "kv", kv, q.size(0), "R + Dr")
+    expect_dtype("rope", q.dtype, q.device, kv=kv)
     for argument, x in (("q", q), ("kv", kv)):
         if x.size(-1) < dr:
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
@@ -102,7 +103,6 @@ def split_and_turn(
         k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
         return q_nope, turn(q_rope, cos, sin, positions), latent, k_rope
     _check(q_rope, cos, sin, positions)
-    expect_dtype("rope", q.dtype, q.device, kv=kv)
     if not in_place:
         return _SplitAndTurn.apply(q, kv, cos, sin, positions)
     torch.ops.dsfast.rope_pair_(q_rope, k_rope, cos, sin, positions)

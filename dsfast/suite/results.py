@@ -22,10 +22,18 @@ def write_results(folder: Path, results: dict[str, Any], now: datetime) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(whole, results)
         try:
-            path = _claim(folder, now)
-            os.replace(whole, path)
+            return _named(whole, folder, now)
         finally:
             whole.unlink(missing_ok=True)
+
+
+def _named(whole: Path, folder: Path, now: datetime) -> Path:
+    path = _claim(folder, now)
+    try:
+        os.replace(whole, path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 
