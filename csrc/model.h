@@ -6,16 +6,16 @@
 
 namespace dsfast {
 
-// Shape letters as in dsfast/model/: D model width, H heads, R latent rank, Dn / Dr / Dv widths of plain key, rotary
-// key and value, E experts, I widths of the MLPs, V vocabulary.
+// Shape letters as in dsfast/model/: D model width, H heads, Q rank of the queries (query_rank), R that of the latent,
+// Dn / Dr / Dv widths of plain key, rotary key and value, E experts, I their width (expert_width), V vocabulary.
 struct Layer {
   const float *input_norm, *mlp_norm;           // [D]
-  const float *q_a, *q_a_norm;                  // [q_rank, D], [q_rank]; unused where q_rank is 0
-  const float* q;                               // [H (Dn + Dr), q_rank or D]
+  const float *q_a, *q_a_norm;                  // [Q, D], [Q]; unused where query_rank is 0
+  const float* q;                               // [H (Dn + Dr), Q or D]
   const float *kv_a, *kv_a_norm;                // [R + Dr, D], [R]
   const float *kv_b, *o;                        // [H (Dn + Dv), R], [D, H Dv]
   const float *router, *router_bias;            // [E, D], [E]; null in a dense layer
-  const float *experts_gate_up, *experts_down;  // [E, 2 expert_width, D], [E, D, expert_width]
+  const float *experts_gate_up, *experts_down;  // [E, 2 I, D], [E, D, I]
   const float *gate_up, *down;                  // [2 width, D], [D, width]: the dense MLP or shared experts
   int64_t width;                                // 0: no shared experts
 };

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ def native_build() -> dict[str, Any]:
         "compiled": list(module.compiled) if module else [],
         "supported_here": list(module.supported) if module else [],
         "runs": module.isa if module else None,
-        "bfloat16": "none"
-        if not hasattr(module, "bfloat16")
-        else "fast"
-        if native.fast_bfloat16()
-        else "slower than float32",
+        "bfloat16": _bfloat16(module),
     }
+
+
+def _bfloat16(module: ModuleType | None) -> str:
+    if not hasattr(module, "bfloat16"):
+        return "none"
+    return "fast" if native.fast_bfloat16() else "slower than float32"
 
 
 def caches() -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_dataset
 from torch import nn
 from unreadable import unreadable
@@ -80,7 +80,7 @@ def test_training_state_round_trip(tmp_path):
     assert random.random() == draws[0]
     assert np.random.rand() == draws[1]
     assert torch.equal(torch.rand(3), draws[2])
-    stored = ckpt._read_tensors(path / "optimizer.safetensors")
+    stored = load_file(path / "optimizer.safetensors")
     assert any(tensor.count_nonzero() for name, tensor in stored.items() if name.startswith("muon."))
     for name, tensor in optimizer.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
@@ -214,7 +214,7 @@ def test_another_shape_names_file_tensor_expected_and_found(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_a_tensor_that_has_no_place_is_named(tmp_path, name):
     path = saved(tmp_path)
-    save_file(ckpt._read_tensors(path / name) | {"more": torch.zeros(2, 3)}, path / name)
+    save_file(load_file(path / name) | {"more": torch.zeros(2, 3)}, path / name)
     refresh_manifest(path)
     model = DeepseekV3(tiny_config().model)
     with pytest.raises(UserError, match=rf"{name}: tensor 'more' \(float32 \[2, 3\]\) has no place in this model$"):

@@ -100,7 +100,7 @@ def _attend_dv_ahead(
     BT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """`_attend_dv` for all blocks of queries from token begin, at least SIDE, to end - 1, none of them masked. The next block's
-    scores, of the part without position, are asked for before this one's become ds, as in mla_attention's forward pass.
+    scores, of the part without position, are asked for before this one's become ds.
 
     One round more, the first, only asks for them: p is 0, and nothing is stored. Asked for before the loop they would keep their
     block of queries in shared memory, of which nothing is left.

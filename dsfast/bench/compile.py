@@ -135,8 +135,7 @@ def _compiled(planned: Sequence[Example]) -> Iterator[Json]:
 
 
 def compile_example(example: Example) -> Json:
-    """The fields of `example`; registers, spills, shared, matrix and copies as in dsfast.triton_kernels.ahead.Compiled, if
-    it compiles; and `faults`, the limits it breaks."""
+    """The fields of `example`, those of dsfast.triton_kernels.ahead.Compiled if it compiles, and `faults`, limits it breaks."""
     compiled, faults = compile_named(example.launch(), example.chip, example.kernel)
     return {**(asdict(compiled) if compiled else {}), **example._asdict(), "faults": faults}
 

@@ -7,7 +7,6 @@ from dsfast.model.huggingface import export_huggingface, import_huggingface, why
 from dsfast.model.native_step import NativeStep
 from dsfast.model.precision import (
     FixedWeights,
-    Precision,
     any_native_products,
     copy_all,
     gpu_has_bfloat16,
@@ -19,7 +18,6 @@ __all__ = [
     "DeepseekV3",
     "FixedWeights",
     "NativeStep",
-    "Precision",
     "any_native_products",
     "captured",
     "copy_all",

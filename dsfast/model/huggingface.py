@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -27,6 +26,7 @@ from dsfast.huggingface_config import FIXED
 from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.generate import special_id
+from dsfast.model.tensors import read_tensors, write_tensors
 from dsfast.tokens import BOS, EOS, PAD
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -54,10 +54,9 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UserError(f"{out}: expected a new or an empty folder, but something is there")
             partial.mkdir(parents=True)
-            save_file(_tensors_on_disk(model), partial / "model.safetensors", metadata={"format": "pt"})
-            write_json(partial / "config.json", _config(model, special))
-            # safetensors lets only the owner read
-            shutil.copymode(partial / "config.json", partial / "model.safetensors")
+            config, weights = partial / "config.json", partial / "model.safetensors"
+            write_json(config, _config(model, special))
+            write_tensors(weights, _tensors_on_disk(model), config, {"format": "pt"})
             write_json(partial / "generation_config.json", {f"{name}_token_id": i for name, i in special.items()})
             _write_tokenizer(partial, tokenizer, special["bos"], model.config.max_position_embeddings)
             os.replace(partial, out)
@@ -165,8 +164,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no .safetensors file in it")
     stored: dict[str, Tensor] = {}
     for file in files:
-        with os_errors_as(f"{file}: not a readable safetensors file", SafetensorError):
-            loaded = load_file(file)
+        loaded = read_tensors(file)
         if twice := stored.keys() & loaded.keys():
             raise UserError(f"{file}: tensor {min(twice)!r} stands in another .safetensors file too")
         stored |= loaded

@@ -17,7 +17,9 @@ from dsfast.model.moe import DeepseekMoE
 from dsfast.model.rope import softmax_scale
 from dsfast.ops import native
 
-FORWARD = frozenset(ops.OPERATORS) - {"linear_cross_entropy", "adamw", "muon", "newton_schulz"}
+FORWARD = frozenset({
+    "embedding", "rms_norm", "rope", "mla_attention", "mla_decode", "moe_route", "moe_experts", "swiglu_mlp",
+})  # fmt: skip
 """The operators a forward pass without loss is made of: not the head's loss, not the optimizers'."""
 AGREEMENT = 1e-3
 """How far, relatively, what a call gives may be from what dsfast/model says. Rounding makes 1e-5 of gradients, 1e-6 of logits."""

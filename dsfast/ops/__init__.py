@@ -1,4 +1,4 @@
-"""The operators of a DeepSeek-V3 model. Each module holds the maths, the reference, the schema, the dispatch, the backward."""
+"""The operators of a DeepSeek-V3 model. Each one's module holds its maths, reference, schema, dispatch and backward."""
 
 from dsfast.ops.adamw import adamw, clip_factor, grad_clip, grad_norm
 from dsfast.ops.after_step import record_step, update_bias

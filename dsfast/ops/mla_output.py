@@ -5,9 +5,9 @@
 
 N tokens, D model width, H heads of values of width Dv.
 
-As operators these are 2 launches on a GPU and 5 backward, each of which takes a microsecond or two beside its work. Where a model
-is narrow they are 1 and 4, of which the layers before wait for one (dsfast.ops.narrow): the model calls it where
-`outputs_at_once` says that the GPU's kernel takes it.
+As operators these are 2 launches on a GPU and 4 backward, more where cuBLAS splits a product, each of which takes a microsecond
+or two beside its work. Where a model is narrow they are 1 and 4, of which the layers before wait for one (dsfast.ops.narrow): the
+model calls it where `outputs_at_once` says that the GPU's kernel takes it.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@
 
 N tokens, D model width, H heads, R latent rank, Dn / Dr / Dv widths of plain key, rotary key and value, P positions.
 
-As operators these are 7 launches on a GPU and 15 backward, each of which takes a microsecond or two beside its work. Where a
-model is narrow, so that a tile and what it is multiplied by fit into one program, they are 1 and 4, of which the layers before
-wait for one (dsfast.ops.narrow): the model calls it where `projects_at_once` says that the GPU's kernel takes it.
+As operators these are 6 launches on a GPU and 12 backward, more where cuBLAS splits a product, each of which takes a microsecond
+or two beside its work. Where a model is narrow, so that a tile and what it is multiplied by fit into one program, they are 1 and
+4, of which the layers before wait for one (dsfast.ops.narrow): the model calls it where `projects_at_once` says that the GPU's
+kernel takes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m dsfast.suite`: train the 500K model, verify it, question it, time it; write a results file.
 
-Exit status: 0 all tests passed, 1 some failed, 2 the suite could not run.
+Exit status: 0 all tests passed, 1 some failed, 2 it could not run, or a GPU or a file failed on the way.
 """
 
 from __future__ import annotations

@@ -2,16 +2,14 @@
 
 from dsfast.errors import Interrupted
 from dsfast.train.checkpoint import load_checkpoint
-from dsfast.train.loop import StepReport, Trainer, TrainingError, TrainResult
-from dsfast.train.optimizer import build_optimizer, learning_rate_scale
+from dsfast.train.loop import Trainer, TrainingError, TrainResult
+from dsfast.train.optimizer import build_optimizer
 
 __all__ = [
     "Interrupted",
-    "StepReport",
     "TrainResult",
     "Trainer",
     "TrainingError",
     "build_optimizer",
-    "learning_rate_scale",
     "load_checkpoint",
 ]

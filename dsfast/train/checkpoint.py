@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from dsfast.data import reading_no_special_tokens
 from dsfast.errors import UserError
 from dsfast.files import os_errors_as, read_json, write_json
 from dsfast.model import DeepseekV3
+from dsfast.model.tensors import read_tensors, write_tensors
 from dsfast.train.optimizer import Optimizer
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -74,13 +74,11 @@ def save_checkpoint(
     try:
         with os_errors_as(f"{final}: cannot be written", SafetensorError):
             partial.mkdir(parents=True)
-            save_file(_cpu(unique_tensors(model)), partial / "model.safetensors")
-            save_file(_cpu(optimizer.state_dict()), partial / "optimizer.safetensors")
-            write_json(partial / "state.json", asdict(state))
             write_json(partial / "config.json", config.to_dict())
+            write_json(partial / "state.json", asdict(state))
             (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-            for name in FILES:  # safetensors lets only the owner read
-                shutil.copymode(partial / "config.json", partial / name)
+            for name, tensors in (("model", unique_tensors(model)), ("optimizer", optimizer.state_dict())):
+                write_tensors(partial / f"{name}.safetensors", _cpu(tensors), partial / "config.json")
             files = {name: _fingerprint(partial / name) for name in FILES}
             write_json(
                 partial / "manifest.json", {"format_version": FORMAT_VERSION, "data": data_manifest, "files": files}
@@ -149,7 +147,7 @@ def load_training_state(path: str | Path, model: nn.Module, optimizer: Optimizer
     path = find_checkpoint(path)
     _verify(path)
     file = path / "optimizer.safetensors"
-    moments = _read_tensors(file)
+    moments = read_tensors(file)
     _check_tensors(optimizer.state_dict(), moments, file)
     try:
         state = TrainingState(**read_json(path / "state.json"))
@@ -235,7 +233,7 @@ def _verify(path: Path) -> None:
 
 
 def _load_model(file: Path, model: nn.Module) -> None:
-    tensors, expected = _read_tensors(file), unique_tensors(model)
+    tensors, expected = read_tensors(file), unique_tensors(model)
     _check_tensors(expected, tensors, file)
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
@@ -255,11 +253,6 @@ def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: 
 
 def _describe(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    with os_errors_as(f"{file}: not a readable safetensors file", SafetensorError):
-        return load_file(file)
 
 
 def _load_tokenizer(file: Path) -> Tokenizer:

@@ -14,6 +14,7 @@ from dsfast.bench.peers.operators import causal_attention, choose_experts, embed
 from dsfast.config import ModelConfig
 from dsfast.model import DeepseekV3
 from dsfast.model.attention import LATENT_NORM_EPS
+from dsfast.model.moe import choice_of
 from dsfast.model.rope import softmax_scale
 
 
@@ -82,9 +83,7 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
-        self.choice = (
-            c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, c.scoring_func,
-        )  # fmt: skip
+        self.choice = choice_of(c)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] -> weights and expert numbers, [N, K]."""
