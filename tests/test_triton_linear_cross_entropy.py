@@ -225,6 +225,26 @@ def test_exponentials_of_the_logits_themselves(largest, first, right, grads, mon
 
 
 @on_device
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_benchmark_has_a_softmax_with_a_maximum_beside_the_one_without(width, monkeypatch):
+    from dsfast.triton_kernels import linear_cross_entropy as kernels
+
+    from dsfast.bench.gpu.peers import PEERS
+    from dsfast.bench.gpu.peers.peer import RefusedError
+
+    peer, arguments = PEERS["head"]["with a maximum"], on_the_device(drawn(linear_cross_entropy_case("", 9, width, 67)))
+    with ops.use("triton"):
+        expected = ops.linear_cross_entropy(*arguments)
+        taken = without_maximum(monkeypatch, kernels)
+        if width == WIDE:
+            with pytest.raises(RefusedError, match="has a maximum here too"):
+                peer.prepare(arguments, (0, 1))
+            return
+        assert torch.equal(peer.prepare(arguments, (0, 1)).run(), expected)
+    assert not taken
+
+
+@on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("programs", "words"), [(528, 331), (1, 331), (1, 64), (2, 63)], ids=str)
 def test_no_maximum_is_needed(programs, words, dtype, monkeypatch):

@@ -210,6 +210,28 @@ def test_the_benchmark_has_scores_made_anew_beside_those_kept(widths, monkeypatc
 
 
 @on_device
+@pytest.mark.parametrize("widths", [(64, 64, 64), (32, 16, 32)], ids=str)
+def test_the_benchmark_has_a_softmax_with_a_maximum_beside_the_one_without(widths, monkeypatch):
+    from dsfast.triton_kernels import mla_attention as kernels
+
+    from dsfast.bench.gpu.peers import PEERS
+    from dsfast.bench.gpu.peers.peer import RefusedError
+
+    tensors, cu_seqlens, scale, _ = make_inputs([150, 20], widths, torch.float16)
+    peer, arguments = PEERS["attention"]["with a maximum"], [*tensors, cu_seqlens, scale]
+    expected, *_ = kernels.forward(*arguments)
+    taken = without_maximum(monkeypatch, kernels)
+    if widths[0] == 32:
+        with pytest.raises(RefusedError, match="has a maximum here too"):
+            peer.prepare(arguments, range(5))
+        return
+    with ops.use("triton"):
+        found = peer.prepare(arguments, range(5)).run()
+    assert torch.equal(found, expected)
+    assert not taken
+
+
+@on_device
 def test_widest():
     """All three kernels have tiles of their own there, half as long and with 8 warps: scores pass a condition."""
     assert_as_good_as_eager(*make_inputs([70, 0, 59, 3], (136, 8, 136), torch.float16, heads=1))

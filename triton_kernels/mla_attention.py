@@ -457,6 +457,11 @@ def tiles(kernel: str, dtype: torch.dtype, widths: tuple[int, int, int], large: 
     return row_of(by_measure, widths)
 
 
+def without_maximum(dtype: torch.dtype, widths: tuple[int, int, int], large: int) -> bool:
+    """Whether the forward pass is RAW at widths Dn, Dr, Dv. Narrow heads would have fewer programs on a multiprocessor."""
+    return takes_raw(dtype, large) and measure(*widths) > _NARROW
+
+
 def forward(q_nope, q_rope, k_nope, k_rope, v, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
     """Shapes as dsfast.ops.mla_attention -> o [N, H, Dv] contiguous, and softmax float32, of `softmax_shape`: each query's
     largest score in units of log 2, and log2 of the sum of its exponentials relative to that; in 16 bits their sum.
@@ -534,7 +539,7 @@ def _launch(kernel, large: int, arguments: dict) -> Launch:
         "BS": bs,
         "STAGES": stages,
         "APART": apart,
-        "RAW": takes_raw(arguments["v"].dtype, large) and measure(*widths_of(arguments)) > _NARROW,
+        "RAW": without_maximum(arguments["v"].dtype, widths_of(arguments), large),
         "OPAQUE": _opaque(itemsize, large),
     }
     grid = (triton.cdiv(arguments["N"], tile) * arguments["H"],)

@@ -24,6 +24,7 @@ from dsfast.bench.gpu.peers.peer import (
     no_gpu,
     plain,
     reference,
+    with_maximum,
 )
 from dsfast.bench.gpu.replaced import replaced
 from dsfast.bench.peers import operators as eager
@@ -181,6 +182,14 @@ def _scores_anew(arguments: list, differentiable: Sequence[int]) -> Prepared:
     return direct(_ScoresAnew.apply, arguments, differentiable)
 
 
+def _raw(arguments: list) -> bool:
+    from dsfast.triton_kernels import launch, mla_attention
+
+    v = arguments[4]
+    widths = tuple(arguments[i].size(2) for i in (0, 1, 4))
+    return mla_attention.without_maximum(v.dtype, widths, launch.large_tiles(v.device))
+
+
 def _expanded_decode(arguments: list, differentiable: Sequence[int]) -> Prepared:
     """Keys and values of every head in memory, as a cache without absorption has them."""
     q_nope, q_rope, latent, k_rope, _, up, scale, *pages = arguments
@@ -208,6 +217,7 @@ PEERS: dict[str, dict[str, GpuPeer]] = {
         },
         "varlen": GpuPeer("torch.nn.attention.varlen", _varlen, _no_varlen),
         "scores anew": GpuPeer("dsfast's kernels that make scores twice and keep none", _scores_anew, triton.missing),
+        "with a maximum": with_maximum("mla_attention", _raw, ops.mla_attention),
         "eager": plain("the reference, scores in memory", reference("mla_attention", ops.mla_attention)),
         "compile": compiled_by("torch.compile of scaled_dot_product_attention with its expanding", _compiled_attention),
     },

@@ -10,7 +10,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional
 
-from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, compiled_by, direct, no_liger, plain
+from dsfast import ops
+from dsfast.bench.gpu.peers.peer import GpuPeer, Prepared, compiled_by, direct, no_liger, plain, with_maximum
 from dsfast.bench.peers import operators as eager
 
 CHUNK = 1024
@@ -39,11 +40,20 @@ def _liger_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
+def _raw(arguments: list) -> bool:
+    from dsfast.triton_kernels import launch, linear_cross_entropy
+
+    hidden, weight = arguments[:2]
+    narrow = linear_cross_entropy.narrow(weight.size(1), hidden.dtype)
+    return narrow and linear_cross_entropy.takes_raw(hidden.dtype, launch.large_tiles(hidden.device))
+
+
 PEERS: dict[str, dict[str, GpuPeer]] = {
     "head": {
         "eager chunked": plain(f"cross_entropy, {CHUNK} rows at a time", partial(chunked_head, summed_loss)),
         "compile chunked": compiled_by("torch.compile of a chunk", _compiled_chunks),
         "liger": plain("LigerFusedLinearCrossEntropyLoss()", _liger_head, no_liger),
+        "with a maximum": with_maximum("linear_cross_entropy", _raw, ops.linear_cross_entropy),
         "eager": plain("all logits at once", eager.linear_cross_entropy),
     },
 }

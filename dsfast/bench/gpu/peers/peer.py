@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dsfast import ops
 from dsfast.bench.gpu.cases import identity
+from dsfast.bench.gpu.replaced import replaced
+from dsfast.ops import triton
 
 
 class RefusedError(Exception):
@@ -71,6 +74,22 @@ def no_gpu() -> str:
 
 def no_liger() -> str:
     return ("" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed") or no_gpu()
+
+
+def with_maximum(kernels: str, raw: Callable[..., bool], function: Callable) -> GpuPeer:
+    """dsfast's `function` with a maximum in the softmax of `kernels`, a module of dsfast.triton_kernels; raw(arguments): whether
+    it has none else."""
+
+    def run(*arguments):
+        with replaced(import_module(f"dsfast.triton_kernels.{kernels}"), "takes_raw", lambda dtype, large: False):
+            return function(*arguments)
+
+    def prepare(arguments: list, differentiable: Sequence[int]) -> Prepared:
+        if not raw(arguments):
+            raise RefusedError("dsfast has a maximum here too")
+        return direct(run, arguments, differentiable)
+
+    return GpuPeer("dsfast's kernels with a maximum in the softmax", prepare, triton.missing)
 
 
 def reference(operator: str, function: Callable) -> Callable:
