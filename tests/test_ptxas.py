@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dsfast.triton_kernels import ptxas as module
-from dsfast.triton_kernels.ptxas import RIGHT, PtxasError, use_right_ptxas
+from dsfast.triton_kernels.ptxas import RIGHT, PtxasError, right_ptxas, use_right_ptxas
 from dsfast.triton_kernels.version import numbers
 
 from dsfast.errors import UserError
@@ -161,6 +161,33 @@ def test_one_that_is_not_there_is_refused(shipped, of_old_tritons, gone):
     os.remove(paths[gone])
     with pytest.raises(PtxasError, match=r"Cannot find ptxas.*; for this GPU Triton needs a ptxas 12\.9"):
         use_right_ptxas(ARCH)
+
+
+@pytest.mark.parametrize("before", [None, "named"])
+def test_behind_a_compilation_for_that_chip_others_have_what_they_had(
+    before, shipped, of_old_tritons, monkeypatch, tmp_path
+):
+    """What is compiled for sm_80 does not depend on what was compiled before it; not behind an error either."""
+    from triton.backends.nvidia import compiler
+
+    paths = shipped(ptxas="12.8", ptxas_blackwell="12.9")
+    if before:
+        monkeypatch.setattr(module, "_TORCHS", tmp_path / "torchs")
+        monkeypatch.setenv("TRITON_PTXAS_PATH", before := ptxas(tmp_path / "torchs", "12.6"))
+
+    def fails() -> None:
+        with right_ptxas(ARCH):
+            assert compiler.get_ptxas(ARCH).path == paths["ptxas_blackwell"]
+            assert "12.9" in compiler.get_ptxas_version(ARCH)
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert os.environ.get("TRITON_PTXAS_PATH") == before
+        assert ("12.6" if before else "12.8") in compiler.get_ptxas_version(80)
+    with right_ptxas(80):
+        assert os.environ.get("TRITON_PTXAS_PATH") == before
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_100", "an AMD GPU"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
@@ -188,11 +189,19 @@ def test_registers_in_memory_are_counted(chip):
     assert any("bytes of registers spilled" in fault for fault in compiled.faults(launch))
 
 
-def test_machine_code_is_made_by_a_ptxas_that_is_right(monkeypatch):
-    launch, asked = rms_norm.example_launches("500K", torch.bfloat16, 0)["forward_kernel"], []
-    monkeypatch.setattr(ahead, "use_right_ptxas", asked.append)
-    monkeypatch.setattr(triton, "compile", lambda source, target, options: list(asked))
-    assert [compiled_kernel(launch, chip) for chip in ("sm_90", "sm_80", "gfx942")] == [[90], [90, 80], [90, 80]]
+def test_machine_code_is_made_by_a_ptxas_that_is_right_for_its_chip(monkeypatch):
+    launch, inside = rms_norm.example_launches("500K", torch.bfloat16, 0)["forward_kernel"], []
+
+    @contextmanager
+    def noted(arch):
+        inside.append(arch)
+        yield
+        inside.remove(arch)
+
+    monkeypatch.setattr(ahead, "right_ptxas", noted)
+    monkeypatch.setattr(triton, "compile", lambda source, target, options: list(inside))
+    assert [compiled_kernel(launch, chip) for chip in ("sm_90", "sm_80", "gfx942")] == [[90], [80], []]
+    assert not inside
 
 
 SASS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import triton
 from dsfast.triton_kernels.launch import Launch
 from dsfast.triton_kernels.limits import CHIPS, SPILLS
-from dsfast.triton_kernels.ptxas import use_right_ptxas
+from dsfast.triton_kernels.ptxas import right_ptxas
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -63,9 +64,8 @@ def compiled_kernel(launch: Launch, chip: str) -> triton.compiler.CompiledKernel
     """Compile `launch`, whose tensors may lie on the meta device, for `chip` (a name in limits.CHIPS)."""
     target = CHIPS[chip]
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    if target.backend == "cuda":
-        use_right_ptxas(target.arch)
-    return triton.compile(_source(launch), target=gpu, options=launch.options)
+    with right_ptxas(target.arch) if target.backend == "cuda" else nullcontext():
+        return triton.compile(_source(launch), target=gpu, options=launch.options)
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:

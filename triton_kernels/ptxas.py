@@ -8,6 +8,8 @@ warp groups are then made from garbage, without a word, though the PTX is right.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -33,8 +35,24 @@ def use_right_ptxas(arch: int) -> None:
 
     Raises PtxasError where the user names an older one in the environment, and where Triton brings none.
     """
-    if torch.version.hip or arch // 10 != 9:
-        return
+    if not torch.version.hip and arch // 10 == 9:
+        _take(_right(arch))
+
+
+@contextmanager
+def right_ptxas(arch: int) -> Iterator[None]:
+    """Inside, what `use_right_ptxas` does; behind it Triton takes for other chips what it would have taken."""
+    before = os.environ.get(_NAMING[0])
+    try:
+        use_right_ptxas.__wrapped__(arch)
+        yield
+    finally:
+        if os.environ.get(_NAMING[0]) != before:
+            _take(before)
+
+
+def _right(arch: int) -> str:
+    """Its path. Raises PtxasError."""
     from triton import knobs
     from triton.backends.nvidia import compiler
 
@@ -43,8 +61,7 @@ def use_right_ptxas(arch: int) -> None:
     try:
         own = compiler.get_ptxas(arch)
         if numbers(own.version) >= RIGHT:
-            _take(own.path)
-            return
+            return own.path
         reason = f"{own.path} is ptxas {own.version}, which compiles some kernels wrongly"
         newer = None if any(map(os.environ.get, _NAMING)) else knobs.nvidia.ptxas_blackwell
     except RuntimeError as error:  # Triton finds no such file
@@ -54,11 +71,15 @@ def use_right_ptxas(arch: int) -> None:
             f"{reason}; for this GPU Triton needs a ptxas {'.'.join(map(str, RIGHT))} or newer: name one in"
             f" {_NAMING[0]}, or install a newer triton and leave {' and '.join(_NAMING)} unset"
         )
-    _take(newer.path)
+    return newer.path
 
 
-def _take(path: str) -> None:
+def _take(path: str | None) -> None:
+    """None: none is named."""
     from triton.backends.nvidia import compiler
 
-    os.environ[_NAMING[0]] = path  # torch.compile names none where one is named
+    if path is None:
+        del os.environ[_NAMING[0]]
+    else:
+        os.environ[_NAMING[0]] = path  # torch.compile names none where one is named
     compiler.get_ptxas_version.cache_clear()  # the version is part of a kernel's name in Triton's cache
