@@ -861,11 +861,19 @@ def test_the_kernels_tests_are_those_of_the_contract(monkeypatch):
     kernels = {Path(path).name for path in asked["kernels"] if path.endswith(".py")}
     assert {"test_triton_rope.py", "test_mla_project.py", "test_mla_output.py", "test_after_step.py"} <= kernels
     assert not kernels & {"test_triton_compile.py", "test_watched.py"}
+    others = "not (in_the_interpreter or whenever_its_branches_run or those_of_the_native_path or on_a_gpu_that_is_not_there)"
     marks = {name: [arguments[arguments.index(flag) + 1] for flag in ("-m", "-k")] for name, arguments in asked.items()}
     assert marks == {
-        "marked gpu": ["gpu and not slow", "not in_the_interpreter"],
-        "kernels": ["not gpu and not slow", "not in_the_interpreter"],
+        "marked gpu": ["gpu and not slow", others],
+        "kernels": ["not gpu and not slow", others],
     }
+
+
+@pytest.mark.parametrize("part", gpu_tests.WITHOUT_A_GPU)
+def test_names_of_tests_that_need_no_gpu_are_those_of_tests(part):
+    own = Path(__file__)
+    files = (path.read_text(encoding="utf-8") for path in own.parent.glob("test_*.py") if path != own)
+    assert any(re.search(rf"^(def )?test\w*{part}\b", text, re.MULTILINE) for text in files)
 
 
 @pytest.mark.parametrize(("seconds", "first", "all_of_it"), [(120.0, 50.0, 100.0), (30.0, 7.5, 15.0)])

@@ -217,6 +217,9 @@ SASS = """
         /*0090*/                   UIMAD.WIDE.U32 UR16, UR6, 0x8, URZ ;
         /*00a0*/                   ULDC.128 UR20, c[0x0][0x210] ;
         /*00b0*/                   UIADD3 UR16, UR17, UR23, URZ ;
+        /*00c0*/                   ULOP3.LUT UP0, UR30, UR16, 0x1, URZ, 0xc0, !UPT ;
+        /*00d0*/                   ULOP3.LUT UR31, UR30, 0x1, URZ, 0xc0, !UPT ;
+        /*00e0*/                   UISETP.NE.AND UP1, UPT, UR31, UR30, UPT ;
 """
 
 
@@ -226,6 +229,8 @@ def test_registers_that_nothing_has_set_are_found(base, found):
     assert unset(SASS.format(base=base)) == found
     right = SASS.format(base=base).replace("R100, gdesc[UR12]", "R100, gdesc[UR24]")
     assert unset(right) == (*found, "HGMMA.64x32x16.F32.BF16 R24, R100, gdesc[UR24].tnspB, R24")
+    tested = "UISETP.NE.AND UP1, UPT, UR31, UR{}, UPT"
+    assert unset(SASS.format(base=base).replace(tested.format(30), tested.format(32))) == (*found, tested.format(32))
     shared = SASS.format(base=base).replace("R24, R100, gdesc[UR12].tnspB", "R24, gdesc[UR12].tnspA.tnspB")
     assert unset(shared) == (*found, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR12].tnspA.tnspB, R24")
 

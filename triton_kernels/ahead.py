@@ -89,6 +89,8 @@ def unset(sass: str) -> tuple[str, ...]:
     written, found = set(), []
     for text in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass, re.MULTILINE):
         name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+        if name.startswith("ULOP3"):  # may set a predicate as well, which stands first
+            operands = re.sub(r"^\s*UP\w+,", "", operands)
         first, *others = (operand.strip() for operand in operands.split(","))
         target = re.fullmatch(r"UR(\d+)", first)
         if not _read_uniform(others if target else [first, *others]) <= written:

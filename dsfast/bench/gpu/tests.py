@@ -19,6 +19,10 @@ from dsfast.info import ROOT
 
 NOT_ON_A_GPU = ("test_triton_compile.py", "test_watched.py")
 """The one is for chips that are not there, the other for the interpreter."""
+WITHOUT_A_GPU = (
+    "in_the_interpreter", "whenever_its_branches_run", "those_of_the_native_path", "on_a_gpu_that_is_not_there",
+)  # fmt: skip
+"""Parts of the names of tests whose work is done by a process that has none."""
 ENDING = 10.0  # seconds to end in
 MOST_TOGETHER = 16
 FIRST = ("test_triton_step.py", "test_device_decode.py")
@@ -47,7 +51,7 @@ def run_tests(seconds: float, root: Path = ROOT) -> Iterator[Json]:
         ("marked gpu", "gpu and not slow", sorted(tests, key=_importance), 0.5),
         ("kernels", "not gpu and not slow", kernels, 1.0),
     ):
-        chosen = ["-m", marks, "-k", "not in_the_interpreter", *_together(), *map(str, paths)]
+        chosen = ["-m", marks, "-k", f"not ({' or '.join(WITHOUT_A_GPU)})", *_together(), *map(str, paths)]
         yield run_pytest(name, chosen, (end - time.perf_counter()) * share, root)
 
 
