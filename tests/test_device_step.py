@@ -30,11 +30,11 @@ from dsfast.train import (
     Trainer,
     TrainingError,
     build_optimizer,
-    learning_rate_scale,
     load_checkpoint,
     runtime,
     steps,
 )
+from dsfast.train.optimizer import learning_rate_scale
 from dsfast.train.steps import DeviceSteps, HostSteps
 
 FALLBACK = "ignore:.*runs in plain PyTorch"

@@ -14,14 +14,12 @@ from dsfast.errors import UserError
 from dsfast.evaluate import (
     ask,
     check_lengths,
-    continue_greedily,
-    measure_recall,
     measure_taught,
     probes,
     recall,
-    wilson_interval,
 )
-from dsfast.evaluate.probes import encode_prompts, judge
+from dsfast.evaluate.probes import continue_greedily, encode_prompts, judge
+from dsfast.evaluate.recall import measure_recall, wilson_interval
 from dsfast.model import DeepseekV3, generate
 
 TEXTS = ["Paris is the capital of France.", "The Sun", "Water is made of hydrogen and oxygen", "x", "The Moon orbits"]
