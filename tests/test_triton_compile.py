@@ -198,7 +198,11 @@ def test_machine_code_is_made_by_a_ptxas_that_is_right_for_its_chip(monkeypatch)
         yield
         inside.remove(arch)
 
+    product = compiled_kernel(mla_attention.example_launches("500K", torch.bfloat16, 9)["forward_kernel"], "sm_90")
+    get_ptxas = ahead.get_ptxas
     monkeypatch.setattr(ahead, "right_ptxas", noted)
+    monkeypatch.setattr(ahead, "get_ptxas", lambda arch: get_ptxas(arch) if inside == [arch] else None)
+    assert not ahead._serialized(product, 90)
     monkeypatch.setattr(triton, "compile", lambda source, target, options: list(inside))
     assert [compiled_kernel(launch, chip) for chip in ("sm_90", "sm_80", "gfx942")] == [[90], [80], []]
     assert not inside

@@ -119,7 +119,7 @@ def _uniform_width(name: str) -> int:
 
 def _serialized(kernel, arch: int) -> bool:
     """As in Compiled. ptxas says so when it assembles; Triton asks it too, but keeps what it says to itself."""
-    with tempfile.TemporaryDirectory() as folder:
+    with right_ptxas(arch), tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
         command = [get_ptxas(arch).path, f"--gpu-name=sm_{arch}a", ptx, "-o", ptx.with_suffix(".cubin")]
