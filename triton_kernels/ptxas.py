@@ -35,8 +35,7 @@ def use_right_ptxas(arch: int) -> None:
 
     Raises PtxasError where the user names an older one in the environment, and where Triton brings none.
     """
-    if not torch.version.hip and arch // 10 == 9:
-        _take(_right(arch))
+    _take_right(arch)
 
 
 @contextmanager
@@ -44,11 +43,16 @@ def right_ptxas(arch: int) -> Iterator[None]:
     """Inside, what `use_right_ptxas` does; behind it Triton takes for other chips what it would have taken."""
     before = os.environ.get(_NAMING[0])
     try:
-        use_right_ptxas.__wrapped__(arch)
+        _take_right(arch)
         yield
     finally:
         if os.environ.get(_NAMING[0]) != before:
             _take(before)
+
+
+def _take_right(arch: int) -> None:
+    if not torch.version.hip and arch // 10 == 9:
+        _take(_right(arch))
 
 
 def _right(arch: int) -> str:

@@ -31,9 +31,8 @@ its peers, experts over 75, decode 22. "bounds" comes before them all. For the t
 BUDGET = 450
 """Seconds: with what starting and writing take, below 8 minutes."""
 LEAST = 10.0  # seconds below which no part is started
-RESERVED = (
-    120.0  # seconds of a budget, or a quarter of it where that is less, that are the tests', where they are asked for
-)
+RESERVED = 120.0
+"""Seconds of a budget, or a quarter of it where that is less, that are the tests', where they are asked for."""
 SHARE = 100.0  # seconds that one part may take, but for the tests
 SHARES = {"recall": 580.0}
 """In place of it: of whole runs on the CPU."""
