@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Two at a time, by files in tests/conftest.py's order; threads that wait must sleep then, or they take the cores from those that work.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 # Without kernels there is no stamp: the next make tries to build them again.
 STAMP = @if $(RUN) -c "import dsfast._native" 2> /dev/null; then touch $@; else \
 	echo "The kernels could not be built: everything runs in plain PyTorch, slower. To see why: $(RUN) -m pip install -v -e ."; fi
@@ -43,10 +44,10 @@ $(VENV)/bin/python:
 # pip builds the extension; the stamps are older than any changed source, so a changed kernel is built before it runs.
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing dsfast into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
-	$(RUN) -m pip install --quiet -e .
+	$(INSTALL) -e .
 	$(STAMP)
 
 $(VENV)/installed-%: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing dsfast[$*] into $(VENV) and building its kernels (a minute or two; torch is the largest part) ..."
-	$(RUN) -m pip install --quiet -e ".[$*]"
+	$(INSTALL) -e ".[$*]"
 	$(STAMP)
