@@ -191,12 +191,14 @@ def test_registers_in_memory_are_counted(chip):
 
 def test_machine_code_is_made_by_a_ptxas_that_is_right_for_its_chip(monkeypatch):
     launch, inside = rms_norm.example_launches("500K", torch.bfloat16, 0)["forward_kernel"], []
+    right_ptxas = ahead.right_ptxas
 
     @contextmanager
     def noted(arch):
-        inside.append(arch)
-        yield
-        inside.remove(arch)
+        with right_ptxas(arch):
+            inside.append(arch)
+            yield
+            inside.remove(arch)
 
     product = compiled_kernel(mla_attention.example_launches("500K", torch.bfloat16, 9)["forward_kernel"], "sm_90")
     get_ptxas = ahead.get_ptxas
