@@ -39,6 +39,12 @@ def needs_native() -> None:
         pytest.skip(reason)
 
 
+def needs_bfloat16() -> None:
+    needs_native()
+    if not hasattr(native.module(), "bfloat16"):
+        pytest.skip(f"the kernels run as {native.module().isa}, which has no bfloat16")
+
+
 def drawn(case: Case, seed: int = 0) -> list:
     return list(case.make_inputs(torch.Generator().manual_seed(seed)))
 

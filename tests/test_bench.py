@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
-from operator_cases import needs_native
+from operator_cases import needs_bfloat16, needs_native
 from rich.console import Console
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -365,7 +365,7 @@ def test_a_speedup_is_how_many_times_as_fast_as_eager_it_is(monkeypatch):
 @pytest.mark.parametrize("spoil", [1.0, 1.05])
 def test_products_of_bfloat16_are_an_implementation_of_their_own(spoil, monkeypatch):
     """Where the processor is fast at them; held to eager's error in bfloat16, not beyond."""
-    needs_native()
+    needs_bfloat16()
     monkeypatch.setattr(kernels.native, "fast_bfloat16", lambda: True)
     case = build("swiglu_mlp")
 
@@ -374,8 +374,6 @@ def test_products_of_bfloat16_are_an_implementation_of_their_own(spoil, monkeypa
         rounded = native._products.get() == torch.bfloat16 and arguments[0].dtype == torch.float32  # not eager
         return case.case.function(*arguments) * (spoil if rounded else 1.0)
 
-    if not hasattr(native.module(), "bfloat16"):
-        pytest.skip("bfloat16 products take AVX2 at least")
     bench_case = dataclasses.replace(case, case=dataclasses.replace(case.case, function=function))
     row = kernels.run_case(bench_case, CEILINGS, 1)
     right = spoil == 1.0
@@ -820,6 +818,7 @@ def test_step_writes_and_shows_every_figure(config_file: Path, tmp_path: Path, c
 
 @pytest.mark.filterwarnings("ignore:runtime.dtype 'bfloat16' is slower here")
 def test_step_in_bfloat16_meets_the_peers_loss_but_for_rounding(config_file: Path, tmp_path: Path):
+    needs_bfloat16()
     out = tmp_path / "out.json"
     arguments = ["step", "--config", str(config_file), "--batch", "2", "--length", "8", "--repeats", "1"]
     assert run_command(bench.main, [*arguments, "--peers", "eager", "--dtype", "bfloat16", "--json", str(out)]) == 0

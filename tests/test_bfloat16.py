@@ -9,7 +9,7 @@ from inspect import getsource
 
 import pytest
 import torch
-from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_native
+from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_bfloat16
 from test_native_build import run_python
 from test_native_step import LARGE, LARGE_AFTER_A, by_autograd, flat, in_one_call
 from tiny import tiny_config, tiny_dataset
@@ -44,9 +44,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def bfloat16():
-    needs_native()
-    if not hasattr(native.module(), "bfloat16"):
-        pytest.skip(f"the kernels run as {native.module().isa}, which has no bfloat16")
+    needs_bfloat16()
 
 
 def test_the_operators_made_of_products_are_those_that_take_kernels_of_them():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operator_cases import needs_native
+from operator_cases import needs_bfloat16
 
 from dsfast import ops
 from dsfast.ops import cases, checks, native
@@ -53,7 +53,7 @@ def test_bfloat16_is_checked_where_the_model_computes_in_it():
 
 def test_kernels_are_checked_in_float32_too_where_their_products_are_of_bfloat16(monkeypatch):
     """By which a result that is off by a thousandth is right."""
-    needs_native()
+    needs_bfloat16()
     found = ops.check_all("cpu", products=torch.bfloat16, operators=("swiglu_mlp", "rope"))
     assert [row for row in found if not row["passed"]] == []
     by = Counter((row["operator"], row["implementation"]) for row in found)
@@ -178,7 +178,7 @@ def test_what_is_too_far_off_or_no_number_is_a_difference(found):
 
 def test_products_of_bfloat16_are_held_to_eagers_of_the_same_numbers():
     """Eager's own error would else be that of rounding what it is given as well, and allow for more."""
-    needs_native()
+    needs_bfloat16()
     case, seen = cases.swiglu_mlp_case("", 4, 3, 2), []
 
     def function(x, gate_up, down):
