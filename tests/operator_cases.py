@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, ClassVar
 
 import pytest
@@ -176,6 +177,12 @@ class RecordCalls(TorchDispatchMode):
 def bad(match: str, error: type[Exception] = ValueError, **changes):
     """A call that must raise `error` with a message matching `match`: `changes` replaces arguments of the tiny case."""
     return pytest.param(match, error, changes, id=match)
+
+
+def contract(operator: str):
+    """The class with the operator's cases."""
+    name = "Test" + "".join(word.capitalize() for word in operator.split("_"))
+    return getattr(import_module(f"test_{operator}"), name)
 
 
 # The contract ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from inspect import getsource
 
 import pytest
 import torch
-from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, drawn, needs_bfloat16
+from operator_cases import DRAWS, EDGES, assert_bitwise_equal, assert_passed, contract, drawn, needs_bfloat16
 from test_native_build import run_python
 from test_native_step import LARGE, LARGE_AFTER_A, by_autograd, flat, in_one_call
 from tiny import tiny_config, tiny_dataset
@@ -27,12 +27,6 @@ from dsfast.train import Trainer
 BF16, FP32 = torch.bfloat16, torch.float32
 LAST_NAN = struct.unpack("f", b"\xff\xff\xff\x7f")[0]  # one more in its bits is -0
 SLOWER = "ignore:runtime.dtype 'bfloat16' is slower here"
-
-
-def contract(operator: str):
-    """The class with the operator's cases."""
-    name = "Test" + "".join(word.capitalize() for word in operator.split("_"))
-    return getattr(import_module(f"test_{operator}"), name)
 
 
 CASES = [

@@ -7,11 +7,14 @@ import warnings
 
 import pytest
 import torch
-from operator_cases import needs_native
+from operator_cases import contract, drawn, needs_native
+from tiny_models import random_model
+from torch.autograd import forward_ad
 
 from dsfast import ops
 from dsfast.errors import UserError
 from dsfast.ops import native, triton
+from dsfast.ops.checks import as_tuple
 
 X, WEIGHT = torch.ones(2, 3), torch.ones(3)
 
@@ -232,3 +235,70 @@ class TestConfigured:
 def test_what_holds_no_floating_point_numbers_is_refused():
     with pytest.raises(TypeError, match=r"rms_norm: expected floating-point numbers, got torch.int32"):
         ops.rms_norm(X.int(), WEIGHT.int(), 1e-6)
+
+
+class TestDerivativesOfNoBackwardPass:
+    """Forward mode and torch.func's transforms, in which the kernels' part of a derivative would be missing."""
+
+    @pytest.mark.parametrize("operator", [name for name in ops.OPERATORS if contract(name).tiny.differentiable])
+    @pytest.mark.filterwarnings("ignore")
+    def test_agree_with_the_backward_pass_of_the_kernels(self, operator):
+        needs_native()
+        case = contract(operator).tiny
+        arguments, generator = drawn(case), torch.Generator().manual_seed(1)
+        given = [arguments[i].detach() for i in case.differentiable]
+        tangents = [torch.randn(x.shape, generator=generator) for x in given]
+
+        def function(*given):
+            """A sum of the outputs, each number with a factor of its own."""
+            filled = dict(zip(case.differentiable, given, strict=True))
+            outputs = as_tuple(case.function(*(filled.get(i, x) for i, x in enumerate(arguments))))
+            return sum(
+                (y * torch.arange(1.0, y.numel() + 1).view(y.shape)).sum() for y in outputs if y.is_floating_point()
+            )
+
+        leaves = [x.clone().requires_grad_() for x in given]
+        gradients = torch.autograd.grad(function(*leaves), leaves)
+        assert ops.fallbacks() == []
+        by_transform = torch.func.grad(function, tuple(range(len(given))))(*given)
+        assert {row["operator"] for row in ops.fallbacks()} == {operator}
+        for found, expected in zip(by_transform, gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        along = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+        with forward_ad.dual_level():
+            dual = function(*map(forward_ad.make_dual, given, tangents))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along, rtol=1e-4, atol=1e-4)
+        _, found = torch.func.jvp(function, tuple(given), tuple(tangents))
+        torch.testing.assert_close(found, along, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_gradients_of_a_model(self):
+        needs_native()
+        model = random_model()
+        input_ids = torch.randint(3, model.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+        model(input_ids).square().sum().backward()
+        assert ops.fallbacks() == []
+        weights = dict(model.named_parameters())
+        found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (input_ids,)).square().sum())(weights)
+        for name, parameter in weights.items():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+    def test_the_reason_is_said(self):
+        needs_native()
+        with pytest.warns(ops.FallbackWarning, match="rms_norm runs in plain PyTorch: .* forward mode or torch.func's"):
+            torch.func.grad(lambda x: ops.rms_norm(x, WEIGHT, 1e-6).sum())(X)
+        with (
+            ops.use("native"),
+            pytest.raises(UserError, match=r"rms_norm: implementation 'native' cannot run: .* torch\.func's"),
+        ):
+            torch.func.vmap(torch.func.grad(lambda x: ops.rms_norm(x, WEIGHT, 1e-6).sum()))(X[None])
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_what_makes_no_derivative_takes_the_kernels(self):
+        needs_native()
+        y = torch.func.vmap(lambda x: ops.rms_norm(x, WEIGHT, 1e-6))(X[None])
+        assert torch.equal(y[0], ops.rms_norm(X, WEIGHT, 1e-6))
+        with forward_ad.dual_level():
+            pass
+        ops.rms_norm(X, WEIGHT, 1e-6)
+        assert ops.fallbacks() == []

@@ -110,10 +110,9 @@ def test_nothing_behind_an_input_or_working_memory_is_touched():
 
 AT_THE_END_OF_MEMORY = """
 import ctypes, mmap, sys
-from importlib import import_module
 sys.path.insert(0, "tests")
 import torch
-from operator_cases import drawn, run_native
+from operator_cases import contract, drawn, run_native
 from test_native_step import WITHOUT_MTP, flat, in_one_call
 from tiny_models import random_model
 from torch.utils._pytree import tree_map_only
@@ -132,11 +131,9 @@ def at_the_end(x):
     return torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=end - size).view(x.shape).copy_(x)
 
 for operator in ops.OPERATORS:
-    name = "Test" + "".join(word.capitalize() for word in operator.split("_"))
-    contract = getattr(import_module(f"test_{operator}"), name)
     rounded = hasattr(native.module(), "bfloat16") and operator in native.OF_PRODUCTS
     for products in [torch.float32, torch.bfloat16][: 1 + rounded]:
-        for case in (contract.tiny, *contract.cases[::2]):
+        for case in (contract(operator).tiny, *contract(operator).cases[::2]):
             with ops.products_in(products):
                 run_native(case, tree_map_only(torch.Tensor, at_the_end, drawn(case)))
 

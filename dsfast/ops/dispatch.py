@@ -15,6 +15,8 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 from dsfast.config import OPERATORS, Implementation
 from dsfast.errors import UserError, expect_known
@@ -86,7 +88,7 @@ IN_FLOAT32 = ("moe_route", "adamw", "muon")
 
 
 def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str, not_triton: str) -> str:
-    refused = not_triton if _OF_DEVICE.get(device) == "triton" else not_native
+    refused = _derived_otherwise() or (not_triton if _OF_DEVICE.get(device) == "triton" else not_native)
     implementation, reason = _resolve(operator, device, dtype, refused=refused)
     if implementation == "reference" and reason:
         note_fallback(operator, device, "runs in plain PyTorch", reason, stacklevel=5)
@@ -98,6 +100,18 @@ def _choose(operator: str, device: str, dtype: torch.dtype, not_native: str, not
 # torch.compile makes the choice, and gives its warning, when it traces. This is what torch.compiler.assume_constant_result
 # does, but that imports torch._dynamo: 2.6 s and 160 MB for everyone who imports dsfast.
 _choose._dynamo_marked_constant = True
+
+
+_DERIVING = (TransformType.Grad, TransformType.Jvp)
+
+
+def _derived_otherwise() -> str:
+    """Why the kernels are not for a derivative that is made here but by no backward pass, or "": without their part it would
+    silently be wrong."""
+    levels = get_interpreter_stack()
+    if forward_ad._current_level < 0 and not (levels and any(level.key() in _DERIVING for level in levels)):
+        return ""
+    return "the kernels have derivatives for a backward pass, not for forward mode or torch.func's transforms"
 
 
 def note_fallback(operator: str, device: str, what: str, reason: str, stacklevel: int = 2) -> None:
