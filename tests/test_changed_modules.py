@@ -13,7 +13,7 @@ from torch import nn
 
 from dsfast import ops
 from dsfast.errors import UserError
-from dsfast.model import captured, generate_ids
+from dsfast.model import captured, generate_ids, loss_in
 from dsfast.model.changed import note_changed
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.layers import RMSNorm, StreamNorm, is_plain
@@ -266,6 +266,29 @@ def test_a_gpu_records_no_step_of_them(monkeypatch):
     hook(model)
     launch = steps.steps_of(trainer)
     assert launch("a step") == "a step"
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_gpu_goes_step_by_step_where_a_parameter_has_hooks(register, monkeypatch):
+    """A recorded step has copies of the weights in 16 bits, and what a hook does in Python is not replayed."""
+    monkeypatch.setattr(steps, "DeviceSteps", lambda trainer, launch: launch)
+    trainer = SimpleNamespace(device=torch.device("cuda"), model=random_model())
+    handle = getattr(trainer.model.norm.weight, register)(lambda *_: None)
+    with pytest.warns(ops.FallbackWarning, match=r"is not made: parameter 'norm\.weight' has hooks"):
+        assert isinstance(steps.steps_of(trainer), steps.HostSteps)
+    handle.remove()
+    assert steps.steps_of(trainer).func is captured
+
+
+def test_steps_that_cast_weights_ask_a_parameters_hooks():
+    model, seen = random_model(), []
+    model.norm.weight.register_hook(lambda gradient: 0 * gradient)
+    model.norm.weight.register_post_accumulate_grad_hook(seen.append)
+    ids = torch.tensor([[5, 6, 7]])
+    loss_in(torch.bfloat16, model, 0.0, ids, ids).backward()
+    assert not model.norm.weight.grad.any()
+    assert model.layers[0].input_layernorm.weight.grad.any()
+    assert seen == [model.norm.weight]
 
 
 @pytest.mark.gpu

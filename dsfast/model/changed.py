@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from operator import attrgetter
+
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dsfast import ops
@@ -19,6 +21,7 @@ OWN_MODULES = frozenset({
     DecoderLayer, DeepseekMoE, DeepseekV3, Embedding, Experts, MultiHeadLatentAttention, MultiTokenPrediction, RMSNorm,
     RotaryTables, Router, StreamNorm, SwiGLU, nn.Linear, nn.ModuleList,
 })  # fmt: skip
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _STANDS_FOR_THE_MODEL = {"cpu": "the whole-model call", "cuda": "the CUDA graph"}
 
 
@@ -32,6 +35,22 @@ def note_changed(model: DeepseekV3) -> bool:
     device = model.embed_tokens.weight.device.type
     ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason)
     return True
+
+
+def note_hooked(model: DeepseekV3) -> bool:
+    """Whether parameters have hooks, which a step in a CUDA graph, with its copies of the weights, passes by; says which in a
+    warning."""
+    hooked = [name for name, parameter in model.named_parameters() if has_hooks(parameter)]
+    if hooked:
+        device = model.embed_tokens.weight.device.type
+        reason = f"parameter {hooked[0]!r} has hooks: each step is launched by itself, more slowly"
+        ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason)
+    return bool(hooked)
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether a backward pass is to do more with its gradient than to make it."""
+    return any(_HOOKS(parameter))
 
 
 def _is_own(module: nn.Module, config: ModelConfig) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import pairwise
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from dsfast.model.changed import has_hooks
 from dsfast.model.deepseek_v3 import DeepseekV3
 from dsfast.model.native_model import FORWARD, NativeModel, runs_natively
 from dsfast.ops import native
@@ -30,7 +30,6 @@ PARTS = (
 MOST_UNEVEN = 1.5
 """A thread's share of the tokens, times the threads, above which the operators' own division of the work is better."""
 _ALIGNMENT = 16  # floats of a cache line
-_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class NativeStep:
@@ -61,7 +60,7 @@ class NativeStep:
         """
         if self.model.mtp or not all(p.requires_grad and p.is_contiguous() for p in self._parameters):
             return False
-        if any(any(_HOOKS(parameter)) for parameter in self._parameters):
+        if any(map(has_hooks, self._parameters)):
             return False
         if any(x.dtype != torch.int64 for x in (ids, labels, positions)) or cu_seqlens.dtype != torch.int32:
             return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsfast.model import captured
-from dsfast.model.changed import note_changed
+from dsfast.model.changed import note_changed, note_hooked
 from dsfast.train.device_step import Batches, DeviceStep, read, row_elements
 from dsfast.train.optimizer import learning_rate_scale
 
@@ -27,7 +27,7 @@ Done = tuple["StepReport", list[Tensor]]
 
 def steps_of(trainer: Trainer) -> HostSteps | DeviceSteps:
     """The way the trainer's device does its steps."""
-    if trainer.device.type != "cuda":
+    if trainer.device.type != "cuda" or note_hooked(trainer.model):
         return HostSteps(trainer)
     if note_changed(trainer.model):  # what hooks do in Python is done as a step is recorded, not as it is replayed
         return DeviceSteps(trainer, lambda step: step)
@@ -38,7 +38,7 @@ class HostSteps:
     """One step after the other, each with its batch from the data set, its numbers known as it returns."""
 
     preparation_seconds = busy_seconds = None
-    """There is nothing to prepare, and no device but the host."""
+    """There is nothing to prepare, and nothing beside which the host works."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
