@@ -300,3 +300,23 @@ def test_bad_labels_and_positions_are_refused():
         model(ids, torch.full((2, 4), 263))
     with pytest.raises(UserError, match=r"positions: expected the shape of input_ids \[2, 4\], of int64, got list"):
         model(ids, [[0, 1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:.*runs in plain PyTorch")
+def test_a_model_made_in_another_default_dtype_is_as_one_that_was_cast(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = random_model(embedding_rank=8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    cast = random_model(embedding_rank=8).to(dtype)
+    cast.load_state_dict(model.state_dict())
+    assert [(name, b.dtype) for name, b in model.named_buffers()] == [
+        (name, b.dtype) for name, b in cast.named_buffers()
+    ]
+    ids = random_ids(model, 2, 9)
+    assert torch.equal(model(ids), cast(ids))
+    rows = DeepseekV3(tiny_config(embedding_rank=8).model).embed_tokens.projection
+    torch.testing.assert_close(rows @ rows.T, torch.eye(8), rtol=0, atol=1e-5)

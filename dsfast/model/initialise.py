@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from dsfast.config import ModelConfig
@@ -26,7 +27,9 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
         if id(parameter) in norms:
             continue
         if name == "embed_tokens.projection":
-            nn.init.orthogonal_(parameter)
+            wide = torch.promote_types(parameter.dtype, torch.float32)  # PyTorch factorises none in 16 bits
+            with torch.no_grad():
+                parameter.copy_(nn.init.orthogonal_(torch.empty_like(parameter, dtype=wide)))
         elif config.zero_init_output and name.endswith(_OUTPUTS):
             nn.init.zeros_(parameter)
         elif name == "embed_tokens.weight" and config.embedding_initializer_range is not None:

@@ -46,7 +46,7 @@ class Router(Float32Buffers):
         c = config
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
         self.choice = choice_of(c)
-        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> ops.Routing:
