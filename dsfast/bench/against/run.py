@@ -30,8 +30,8 @@ SIDES = ("now", "before")
 TURNS = 20
 """In how many turns a side does its steps. The first is not timed, of these and of others."""
 PROCESSES, PROCESS_TURNS = 3, 9
-"""Of each side, one after the other, in which the operators are timed; how many turns each has of an operator, and a process on a
-GPU, where a turn is a whole run."""
+"""Of each side, one after the other, in which operators and generation are timed, as where a process has its memory makes a
+difference; how many turns each has of one, and a process on a GPU, where a turn is a whole run."""
 GENERATED = {"one sequence": 1, "32 sequences": 32}
 NEW_TOKENS = 64
 NOISE = 0.04
@@ -118,8 +118,7 @@ def run_operators(
     trees: dict[str, Path], configs: dict[str, Path], names: Sequence[str], size: str, progress: Progress
 ) -> Json:  # fmt: skip
     """The operators `names` at a size of `bench kernels`, with the kernels and products that the config in each side's file
-    takes: forward, and with backward where there is one, in turns; in PROCESSES of each side one after the other, as where a
-    process has its memory makes a difference.
+    takes: forward, and with backward where there is one, in turns; in PROCESSES of each side.
 
     Returns `timed` and `problems` as `run_against`, and `bits`, operator -> "the same", "others", "of other inputs" where the
     trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
@@ -157,7 +156,7 @@ def run_against(
     trees: dict[str, Path], configs: dict[str, Path], changes: Json, seeds: Sequence[int], progress: Progress
 ) -> Json:  # fmt: skip
     """For each seed the run of both SIDES, each by the code of its tree and the config in its file, with the same `changes` to
-    it, "train.steps" among them; in turns, and then generation in turns, and the checkpoints' answers.
+    it, "train.steps" among them, in turns, and the checkpoints' answers; and generation in turns.
 
     Returns `seeds`, what `_one_seed` finds for each, without the pairs of turns; `timed`, of a step and of generation, both
     sides' seconds, how many times as fast "now" is, and whether that is more than noise; `learnt`, the sides' means over the
@@ -168,17 +167,18 @@ def run_against(
     try:
         for seed in seeds:
             found.append(_one_seed(trees, configs, changes | {"seed": seed}, progress))
+        generated = _generation(trees, configs, changes, progress)
     except SideFailedError as error:
         return {"status": "failed", "reason": str(error)}
-    pairs = [one.pop("pairs") for one in found]
-    timed = {name: _compared([of_seed[name] for of_seed in pairs]) for name in pairs[0]}
+    timed = {"a step": _compared([one.pop("pairs") for one in found])}
+    timed |= {name: _compared(pairs) for name, pairs in generated.items()}
     learnt = {side: _means([one[side] for one in found]) for side in SIDES}
     problems, doubts = slower(timed) + learns_less(learnt), too_good(learnt)
     return {"seeds": found, "timed": timed, "learnt": learnt, "problems": problems, "doubts": doubts}
 
 
 def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress) -> Json:
-    """Each side's losses and what it knows afterwards; `pairs` of turns, of steps and of generation."""
+    """Each side's losses and what it knows afterwards; `pairs` of turns of steps."""
     seed, steps = changes["seed"], changes["train.steps"]
     turn = ceil(steps / TURNS)
     runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
@@ -187,15 +187,27 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
         whole_runs = ready["now"]["device"] == "cuda"
         progress(f"seed {seed}: {steps} steps of each side, in turns")
         trained = _turns(sides, PROCESS_TURNS if whole_runs else ceil(steps / turn), "train")
-        pairs = {"a step": _pairs(trained)}
-        for name, batch in GENERATED.items():
-            progress(f"seed {seed}: generation, {name}")
-            pairs[name] = _pairs(_turns(sides, TURNS, "generate", batch=batch, tokens=NEW_TOKENS))
         last = trained[-1:] if whole_runs else trained
         losses = {name: [loss for turn in last for loss in turn[name]["losses"]] for name in SIDES}
         found = {name: _known(side, Path(folder) / name, losses[name]) for name, side in sides.items()}
         calls = sides["now"].ask("one_calls")["calls"]  # which take memory, so after it was measured
-    return {"seed": seed, "pairs": pairs, "apart": apart(losses["now"], losses["before"]), "one_calls": calls, **found}
+    parted = apart(losses["now"], losses["before"])
+    return {"seed": seed, "pairs": _pairs(trained), "apart": parted, "one_calls": calls, **found}
+
+
+def _generation(
+    trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress
+) -> dict[str, list[list[Pair]]]:
+    """The pairs of turns of GENERATED in each of PROCESSES, by the model that training begins with."""
+    runs = {side: {"config": str(config), "changes": changes, "turn": 1} for side, config in configs.items()}
+    pairs: dict[str, list[list[Pair]]] = {name: [] for name in GENERATED}
+    for process in range(PROCESSES):
+        with both_sides(trees, runs) as (sides, _):
+            for name, batch in GENERATED.items():
+                progress(f"generation, {name}, process {process + 1} of {PROCESSES}")
+                turns = _turns(sides, PROCESS_TURNS, "generate", batch=batch, tokens=NEW_TOKENS)
+                pairs[name].append(_pairs(turns))
+    return pairs
 
 
 def _turns(
