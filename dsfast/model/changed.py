@@ -31,9 +31,7 @@ def note_changed(model: DeepseekV3) -> bool:
         return False
     changed = [name for name, module in model.named_modules() if not _is_own(module, model.config)]
     where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
-    reason = f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly"
-    device = model.embed_tokens.weight.device.type
-    ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason)
+    _note(model, f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly")
     return True
 
 
@@ -42,15 +40,19 @@ def note_hooked(model: DeepseekV3) -> bool:
     warning."""
     hooked = [name for name, parameter in model.named_parameters() if has_hooks(parameter)]
     if hooked:
-        device = model.embed_tokens.weight.device.type
-        reason = f"parameter {hooked[0]!r} has hooks: each step is launched by itself, more slowly"
-        ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason)
+        _note(model, f"parameter {hooked[0]!r} has hooks: each step is launched by itself, more slowly")
     return bool(hooked)
 
 
 def has_hooks(parameter: Tensor) -> bool:
     """Whether a backward pass is to do more with its gradient than to make it."""
     return any(_HOOKS(parameter))
+
+
+def _note(model: DeepseekV3, reason: str) -> None:
+    """Warn that what would stand for the model on its device is not made."""
+    device = model.embed_tokens.weight.device.type
+    ops.note_fallback(_STANDS_FOR_THE_MODEL[device], device, "is not made", reason, stacklevel=3)
 
 
 def _is_own(module: nn.Module, config: ModelConfig) -> bool:

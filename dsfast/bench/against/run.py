@@ -114,6 +114,11 @@ def both_sides(trees: dict[str, Path], runs: dict[str, Json]) -> Iterator[tuple[
         yield sides, ready
 
 
+def _runs(configs: dict[str, Path], changes: Json, turn: int) -> dict[str, Json]:
+    """What `both_sides` makes each side's `side.Run` with."""
+    return {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
+
+
 def run_operators(
     trees: dict[str, Path], configs: dict[str, Path], names: Sequence[str], size: str, progress: Progress
 ) -> Json:  # fmt: skip
@@ -124,7 +129,7 @@ def run_operators(
     trees draw different ones, or "not in the other tree". Of a tree that fails `status` and `reason`.
     """
     pairs: dict[str, list[list[Pair]]] = {}
-    runs = {side: {"config": str(config), "changes": {}, "turn": 1} for side, config in configs.items()}
+    runs = _runs(configs, {}, turn=1)
     try:
         for process in range(PROCESSES):
             with both_sides(trees, runs) as (sides, ready):
@@ -181,7 +186,7 @@ def _one_seed(trees: dict[str, Path], configs: dict[str, Path], changes: Json, p
     """Each side's losses and what it knows afterwards; `pairs` of turns of steps."""
     seed, steps = changes["seed"], changes["train.steps"]
     turn = ceil(steps / TURNS)
-    runs = {side: {"config": str(config), "changes": changes, "turn": turn} for side, config in configs.items()}
+    runs = _runs(configs, changes, turn)
     with TemporaryDirectory() as folder, both_sides(trees, runs) as (sides, ready):
         sides["now"].ask("check_prompts")
         whole_runs = ready["now"]["device"] == "cuda"
@@ -199,7 +204,7 @@ def _generation(
     trees: dict[str, Path], configs: dict[str, Path], changes: Json, progress: Progress
 ) -> dict[str, list[list[Pair]]]:
     """The pairs of turns of GENERATED in each of PROCESSES, by the model that training begins with."""
-    runs = {side: {"config": str(config), "changes": changes, "turn": 1} for side, config in configs.items()}
+    runs = _runs(configs, changes, turn=1)
     pairs: dict[str, list[list[Pair]]] = {name: [] for name in GENERATED}
     for process in range(PROCESSES):
         with both_sides(trees, runs) as (sides, _):
