@@ -373,7 +373,7 @@ class TrainedSide:
 
 @pytest.mark.parametrize(
     ("device", "losses"),
-    [("cpu", [*range(100, 70, -1)]), ("cuda", [102 - 2 * run.PROCESS_TURNS, 101 - 2 * run.PROCESS_TURNS])],
+    [("cpu", [*range(100, 70, -1)]), ("cuda", [102 - 2 * run.GPU_TURNS, 101 - 2 * run.GPU_TURNS])],
 )
 def test_the_losses_are_those_of_all_turns_or_of_a_gpus_last(device, losses, monkeypatch):
     """Of 30 steps, two a turn on a CPU; a turn on a GPU has trained anew."""
@@ -456,11 +456,20 @@ def test_a_verdict_needs_the_median_on_one_side():
     assert run._compared([[run.Pair(2.0, 3.0, 0.0)]])["median_of_ratios"] == 1.5
 
 
-def test_processes_that_say_different_things_give_no_verdict():
-    twice, half = pairs(8, 2.0), pairs(2, 0.5)
-    assert run._compared([twice, twice])["verdict"] == "faster"
-    assert run._compared([twice, twice, half])["verdict"] == "unclear"
-    assert run._compared([twice, twice, half])["interval"] == (2.0, 2.0)
+def test_a_change_is_more_than_what_processes_lie_apart():
+    def verdict(*medians: float) -> str:
+        found = run._compared([pairs(4, ratio) for ratio in medians])
+        assert found["processes_apart"] == max(medians) - min(medians)
+        return found["verdict"]
+
+    assert verdict(2.0, 2.0) == verdict(1.1, 1.11, 1.12, 1.1, 1.09, 1.1) == "faster"
+    assert verdict(1.19, 1.2, 1.2, 1.2, 1.2, 1.58) == "faster"
+    assert verdict(1.19, 1.2, 1.2, 1.2, 1.2, 1.60) == "unclear"
+    assert verdict(0.81, 0.8, 0.8, 0.8, 0.8, 0.43) == "slower"
+    assert verdict(0.81, 0.8, 0.8, 0.8, 0.8, 0.40) == "unclear"
+    assert verdict(1.06, 1.06, 1.12) == verdict(1.08, 1.1, 1.12, 1.1, 1.02, 1.23) == "as fast"  # of none more than WIDE
+    assert verdict(1.1, 1.1, 1.17) == "faster"
+    assert verdict(2.0, 2.0, 0.5) == "unclear"
 
 
 def test_pairs_that_waited_are_left_out():

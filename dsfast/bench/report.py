@@ -227,8 +227,8 @@ class Reporter:
         self.console.print(table)
         self._say(
             "Now is: before / now, the median of the pairs and where it lies by 95%. Faster, slower: all of that on one side of"
-            f" 1, the median by more than {NOISE:.0%}, and each pair of processes says so; as fast: all within {WIDE:.0%} of 1;"
-            " unclear: neither, as where a machine has other work or a run few steps."
+            f" 1, the median by more than {NOISE:.0%} and than by how much processes of the same code differ, as they do here; as"
+            f" fast: all within {WIDE:.0%} of 1; unclear: neither, as where a machine has other work or a run few steps."
         )
         waited = {name: c for name, c in results["timed"].items() if c["left_out"]}
         if waited:
