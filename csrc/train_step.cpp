@@ -9,9 +9,9 @@
 namespace DSFAST_ISA {
 namespace {
 
-constexpr int64_t SEGMENT = 256;     // tokens; a longer document is a segment of its own
-constexpr int64_t MOST = 4096;       // tokens of a segment where many experts
-constexpr int64_t EACH_EXPERT = 64;  // are to get so many each, on average
+// Tokens of a segment; a longer document is one of its own. All weights and gradients pass the cache once for each, so
+// it has a token for so many of them at least, and so many tokens for each expert.
+constexpr int64_t SEGMENT = 256, MOST = 4096, WEIGHTS_A_TOKEN = 8192, TOKENS_AN_EXPERT = 32;
 
 // One segment on its way through the model and back.
 struct Pass {
@@ -305,7 +305,9 @@ int64_t document_from(const int32_t* cu_seqlens, int64_t S, int64_t token) {
   return d;
 }
 
-int64_t segment_tokens(const Model& m) { return largest(SEGMENT, least(MOST, EACH_EXPERT * m.experts / m.chosen)); }
+int64_t segment_tokens(const Model& m, int64_t weights) {
+  return largest(SEGMENT, least(MOST, largest(TOKENS_AN_EXPERT * m.experts, weights / WEIGHTS_A_TOKEN)));
+}
 
 // f(document, documents) for the segments of the documents begin .. end, of `most` tokens if they can be.
 template <class F>
@@ -337,7 +339,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
     Clock& clock = clocks[thread] = Clock{};
     const int64_t begin = document_from(cu_seqlens, S, first_token), end = document_from(cu_seqlens, S, last_token);
     int64_t most = 0;
-    for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, segment_tokens(m, size), [&](int64_t d, int64_t documents) {
       const int64_t n = cu_seqlens[d + documents] - cu_seqlens[d];
       most = largest(most, n);
     });
@@ -351,7 +353,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
     for (int64_t i = 0; i < load_size; ++i) memory.loads[i] = 0;
     float* own = partials.of[thread] = dsfast::scratch(size, dsfast::GRADIENTS);
     clear(own, size);
-    for_segments(cu_seqlens, begin, end, segment_tokens(m), [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, segment_tokens(m, size), [&](int64_t d, int64_t documents) {
       const int32_t base = cu_seqlens[d];
       const int64_t n = cu_seqlens[d + documents] - base;
       if (n == 0) return;
