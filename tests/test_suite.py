@@ -311,7 +311,7 @@ def test_performance_is_in_times_the_target_seconds_an_answer_and_1e9_bytes():
     session = session_of(**{"suite.target_seconds": 12.0})
     session.result = TrainResult(
         steps=10, final_loss=1.0, seconds=36.0, preparation_seconds=None, utilisation=None, tokens_per_second=480.0,
-        peak_memory_bytes=3 * 10**9, skipped_steps=0, checkpoint=None, losses=[1.0],
+        peak_memory_bytes=3 * 10**9, skipped_steps=0, checkpoint=None, experts_used=[], losses=[1.0],
     )  # fmt: skip
     [one], two = probes("r"), probes("rw")
     session.probes = {"fast": [dataclasses.replace(one, seconds=0.4)], "full": two}

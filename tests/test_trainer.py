@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from dsfast.suite import __main__ as suite
 from dsfast.train import Interrupted, Trainer, TrainingError, TrainResult, build_optimizer, load_checkpoint
 from dsfast.train.__main__ import main
 from dsfast.train.interrupt import StopSignals
-from dsfast.train.metrics import MetricsFile, read_metrics
+from dsfast.train.metrics import MetricsFile, experts_used, read_metrics
 from dsfast.train.optimizer import learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.runtime import peak_memory_bytes
@@ -114,7 +115,7 @@ def test_a_model_whose_layers_are_all_dense_is_trained(whole_step, tmp_path):
     trainer, batch = tiny_trainer(tmp_path / "run", **changes), tiny_dataset().rows.batch(0, 3)
     losses = [trainer.train_batch(batch).loss for _ in range(7)]
     assert losses[-1] < losses[0] - 0.1
-    trainer.train(quiet=True)
+    assert trainer.train(quiet=True).experts_used == []
     assert [line["expert_load"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [[]] * 3
 
 
@@ -180,6 +181,7 @@ def test_result_metrics_and_folder(tmp_path, capsys):
     last = trainer.model.routers()[0].load / (48 * 2)
     assert lines[-1]["expert_load"] == [pytest.approx(last.tolist())]
     assert last.tolist() != last.flip(0).tolist()
+    assert result.experts_used == [pytest.approx(1 / float(last.square().sum()))]
     assert (result.steps, result.skipped_steps, result.final_loss) == (10, 0, result.losses[-1])
     assert result.checkpoint == folder / "step-000010"
     assert result.tokens_per_second == pytest.approx(480 / result.seconds)
@@ -526,12 +528,36 @@ def test_a_run_that_learnt_nothing_is_an_error_that_says_so(tmp_path, monkeypatc
 
 def test_a_last_loss_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
     losses = [6.0, 5.0, math.nan]
-    result = TrainResult(3, math.nan, 1.0, None, None, 144.0, 2**30, 1, tmp_path / "run", losses)
+    result = TrainResult(3, math.nan, 1.0, None, None, 144.0, 2**30, 1, tmp_path / "run", [], losses)
     monkeypatch.setattr("dsfast.train.__main__.Trainer", lambda *given: SimpleNamespace(train=lambda resume: result))
     with pytest.raises(
         TrainingError, match=r"^nothing was learnt: 1 of 3 steps were skipped, .* the last loss is nan;"
     ):
         main(["--config", str(write_text_run(tmp_path)), "--output-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("load", "used"),
+    [((8, 8, 8, 8), 4.0), ((0, 32, 0, 0), 1.0), ((0, 16, 16, 0), 2.0), ((3, 1), 1.6), ((0, 0, 0), 0.0)],
+)
+def test_experts_are_used_as_evenly_as_so_many(load, used):
+    assert experts_used(torch.tensor(load)) == used
+
+
+@pytest.mark.parametrize(("used", "warned"), [([2.0, 1.21], False), ([2.0, 1.19], True), ([], False)])
+def test_a_router_that_uses_few_experts_is_told_of(used, warned, tmp_path, monkeypatch, capsys):
+    result = TrainResult(1, 5.0, 1.0, None, None, 144.0, 2**30, 0, tmp_path / "run", used, [5.0])
+    monkeypatch.setattr("dsfast.train.__main__.Trainer", lambda *given: SimpleNamespace(train=lambda resume: result))
+    config = write_text_run(tmp_path, **{"model.n_routed_experts": 2, "train.bias_update_speed": 0.002})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert run_command(main, ["--config", str(config), "--output-dir", str(tmp_path / "run")]) == 0
+    assert ("experts used 2.0, 1.2 of 2; checkpoint" in capsys.readouterr().out) == bool(used)
+    expected = (
+        "the last step's tokens met 2 experts as unevenly as if there were 1.2 (1 / the sum of squared shares); a "
+        "train.bias_update_speed above 0.002 evens that out sooner"
+    )
+    assert [str(warning.message) for warning in said] == [expected] * warned
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def kernels(session: Session) -> Details:
 def training(session: Session) -> Details:
     """The run itself. Tokens per second are those of the whole run; the losses are one per step.
 
-    preparation_seconds and utilisation: as in `TrainResult`; whole_step: the last step was one native call.
+    preparation_seconds, utilisation and experts_used: as in `TrainResult`; whole_step: the last step was one native call.
     """
     device = session.plan.config.runtime.device
     if device == "cuda":  # the kernels' comparisons, and a test before this one, are not the run's memory
@@ -135,6 +135,7 @@ def training(session: Session) -> Details:
         "skipped_steps": result.skipped_steps,
         "checkpoint": str(result.checkpoint),
         "final_loss": result.final_loss,
+        "experts_used": result.experts_used,
         "losses": result.losses,
         "whole_step": session.trainer.gradients.in_one_call,
         "precision": {name: str(dtype) for name, dtype in session.trainer.precision._asdict().items()},

@@ -25,7 +25,7 @@ from dsfast.ops import native
 from dsfast.train import checkpoint as ckpt
 from dsfast.train.gradients import Gradients
 from dsfast.train.interrupt import StopSignals
-from dsfast.train.metrics import MetricsFile
+from dsfast.train.metrics import MetricsFile, experts_used
 from dsfast.train.optimizer import build_optimizer, learning_rate_scale
 from dsfast.train.progress import TrainingProgress
 from dsfast.train.run_folder import METRICS, check_same_run, run_folder
@@ -61,6 +61,7 @@ class TrainResult:
     seconds: wall time, checkpoints written included, preparation not. On a GPU, and None on a CPU: preparation_seconds before
     that, in which batches were loaded, kernels compiled or read from the cache and the step recorded; utilisation, the share of
     the steps' own seconds in which the GPU, by its clock, had steps to do (None too where they are launched kernel by kernel).
+    experts_used: `metrics.experts_used` of each router in the last step.
     """
 
     steps: int
@@ -72,6 +73,7 @@ class TrainResult:
     peak_memory_bytes: int
     skipped_steps: int
     checkpoint: Path | None
+    experts_used: list[float]
     losses: list[float] = field(repr=False)
 
 
@@ -162,11 +164,11 @@ class Trainer:
             steps = self.steps()
             steps.prepare()
             started = perf_counter()
-            reports, saved = self._run(steps, signals, quiet)
+            reports, loads, saved = self._run(steps, signals, quiet)
         if signals.received is not None:
             where = f"saved as {saved}" if saved else "nothing was saved"
             raise Interrupted(signals.received, f"stopped after step {self.steps_done} of {train.steps}; {where}")
-        return self._result(reports, perf_counter() - started, steps, saved)
+        return self._result(reports, loads, perf_counter() - started, steps, saved)
 
     def step(self, input_ids: Tensor, labels: Tensor) -> float:
         """One whole training step on rows of one's own, each a document; returns its loss.
@@ -238,9 +240,10 @@ class Trainer:
 
     def _run(
         self, steps: HostSteps | DeviceSteps, signals: StopSignals, quiet: bool
-    ) -> tuple[list[StepReport], Path | None]:
-        """The steps that are left, or those before a signal; with the last checkpoint written."""
-        train, folder, reports, saved = self.config.train, self.output_dir, [], None
+    ) -> tuple[list[StepReport], list[Tensor], Path | None]:
+        """The steps that are left, or those before a signal, the routers' loads in the last of them, and the last checkpoint
+        written."""
+        train, folder, reports, last_loads, saved = self.config.train, self.output_dir, [], [], None
         metrics = nullcontext() if folder is None else MetricsFile(folder / METRICS, self.steps_done)
         with metrics as metrics, TrainingProgress(self.steps_done, train.steps, train.log_every, quiet) as progress:
             progress.prepared(steps.preparation_seconds)
@@ -248,6 +251,7 @@ class Trainer:
             def record(done: Iterator[Done]) -> None:
                 for report, loads in done:
                     reports.append(report)
+                    last_loads[:] = loads
                     progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
                     if metrics is not None:
                         metrics.write(_metrics(report, loads))
@@ -259,10 +263,15 @@ class Trainer:
             record(steps.finish())  # a checkpoint is to hold the weights of the step it names
             if folder is not None and reports and saved is None:
                 saved = self.save()
-        return reports, saved
+        return reports, last_loads, saved
 
     def _result(
-        self, reports: list[StepReport], seconds: float, steps: HostSteps | DeviceSteps, saved: Path | None
+        self,
+        reports: list[StepReport],
+        loads: list[Tensor],
+        seconds: float,
+        steps: HostSteps | DeviceSteps,
+        saved: Path | None,
     ) -> TrainResult:
         busy, took = steps.busy_seconds, sum(report.seconds for report in reports)
         return TrainResult(
@@ -275,6 +284,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.device),
             skipped_steps=sum(report.skipped for report in reports),
             checkpoint=saved,
+            experts_used=[experts_used(load) for load in loads],
             losses=[report.loss for report in reports],
         )
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from dsfast.errors import UserError
 from dsfast.files import finite, os_errors_as, write_text
 
@@ -55,6 +57,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, keep_steps: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= keep_steps] if path.exists() else []
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def experts_used(load: Tensor) -> float:
+    """How many experts that were chosen equally often would share the work as those with this `load` [E], times chosen, do:
+    1 / the sum of the shares' squares. All of them where the loads are even, 1 where all fell on one, 0 where there was none."""
+    load = load.double()
+    total = float(load.sum())
+    return total**2 / float(load.square().sum()) if total else 0.0
 
 
 def relative_differences(losses: Sequence[float], others: Sequence[float]) -> list[float]:
