@@ -330,7 +330,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
   for (int64_t n = 0; n < N; ++n) counted += labels[n] != ignore_index;
   const float share = counted > 0 ? 1.0f / float(counted) : 0.0f;
   const Weights weights = filled_weights(m, threads);
-  const int64_t load_size = m.layer_count * m.experts;
+  const int64_t load_size = m.layer_count * m.experts, tokens = segment_tokens(m, size);
   double losses[MAX_THREADS] = {};
   Clock clocks[MAX_THREADS];
   Partials partials;
@@ -339,7 +339,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
     Clock& clock = clocks[thread] = Clock{};
     const int64_t begin = document_from(cu_seqlens, S, first_token), end = document_from(cu_seqlens, S, last_token);
     int64_t most = 0;
-    for_segments(cu_seqlens, begin, end, segment_tokens(m, size), [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, tokens, [&](int64_t d, int64_t documents) {
       const int64_t n = cu_seqlens[d + documents] - cu_seqlens[d];
       most = largest(most, n);
     });
@@ -353,7 +353,7 @@ float train_step(const Model* model, const Model* gradients, float* shared, int6
     for (int64_t i = 0; i < load_size; ++i) memory.loads[i] = 0;
     float* own = partials.of[thread] = dsfast::scratch(size, dsfast::GRADIENTS);
     clear(own, size);
-    for_segments(cu_seqlens, begin, end, segment_tokens(m, size), [&](int64_t d, int64_t documents) {
+    for_segments(cu_seqlens, begin, end, tokens, [&](int64_t d, int64_t documents) {
       const int32_t base = cu_seqlens[d];
       const int64_t n = cu_seqlens[d + documents] - base;
       if (n == 0) return;

@@ -179,6 +179,8 @@ class TestTheLoop:
             result = trainer.train()
             lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
             assert [line["loss"] for line in lines] == result.losses
+            squares = (sum(share**2 for share in shares) for shares in lines[-1]["expert_load"])
+            assert result.experts_used == pytest.approx([1 / total for total in squares])
             shown = capsys.readouterr().out.splitlines()
             assert [line.split(" in ")[0] for line in shown if "step " not in line[:5]] == ["prepared"] * (
                 name == "device"

@@ -164,11 +164,11 @@ class Trainer:
             steps = self.steps()
             steps.prepare()
             started = perf_counter()
-            reports, loads, saved = self._run(steps, signals, quiet)
+            reports, saved = self._run(steps, signals, quiet)
         if signals.received is not None:
             where = f"saved as {saved}" if saved else "nothing was saved"
             raise Interrupted(signals.received, f"stopped after step {self.steps_done} of {train.steps}; {where}")
-        return self._result(reports, loads, perf_counter() - started, steps, saved)
+        return self._result(reports, perf_counter() - started, steps, saved)
 
     def step(self, input_ids: Tensor, labels: Tensor) -> float:
         """One whole training step on rows of one's own, each a document; returns its loss.
@@ -240,10 +240,9 @@ class Trainer:
 
     def _run(
         self, steps: HostSteps | DeviceSteps, signals: StopSignals, quiet: bool
-    ) -> tuple[list[StepReport], list[Tensor], Path | None]:
-        """The steps that are left, or those before a signal, the routers' loads in the last of them, and the last checkpoint
-        written."""
-        train, folder, reports, last_loads, saved = self.config.train, self.output_dir, [], [], None
+    ) -> tuple[list[StepReport], Path | None]:
+        """The steps that are left, or those before a signal; with the last checkpoint written."""
+        train, folder, reports, saved = self.config.train, self.output_dir, [], None
         metrics = nullcontext() if folder is None else MetricsFile(folder / METRICS, self.steps_done)
         with metrics as metrics, TrainingProgress(self.steps_done, train.steps, train.log_every, quiet) as progress:
             progress.prepared(steps.preparation_seconds)
@@ -251,7 +250,6 @@ class Trainer:
             def record(done: Iterator[Done]) -> None:
                 for report, loads in done:
                     reports.append(report)
-                    last_loads[:] = loads
                     progress.update(report.step, report.loss, report.lr, report.tokens / report.seconds)
                     if metrics is not None:
                         metrics.write(_metrics(report, loads))
@@ -263,15 +261,10 @@ class Trainer:
             record(steps.finish())  # a checkpoint is to hold the weights of the step it names
             if folder is not None and reports and saved is None:
                 saved = self.save()
-        return reports, last_loads, saved
+        return reports, saved
 
     def _result(
-        self,
-        reports: list[StepReport],
-        loads: list[Tensor],
-        seconds: float,
-        steps: HostSteps | DeviceSteps,
-        saved: Path | None,
+        self, reports: list[StepReport], seconds: float, steps: HostSteps | DeviceSteps, saved: Path | None
     ) -> TrainResult:
         busy, took = steps.busy_seconds, sum(report.seconds for report in reports)
         return TrainResult(
@@ -284,7 +277,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.device),
             skipped_steps=sum(report.skipped for report in reports),
             checkpoint=saved,
-            experts_used=[experts_used(load) for load in loads],
+            experts_used=[experts_used(router.load) for router in self.model.routers()],
             losses=[report.loss for report in reports],
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsfast.errors import UserError
@@ -62,7 +63,7 @@ def _truncate(path: Path, keep_steps: int) -> None:
 def experts_used(load: Tensor) -> float:
     """How many experts that were chosen equally often would share the work as those with this `load` [E], times chosen, do:
     1 / the sum of the shares' squares. All of them where the loads are even, 1 where all fell on one, 0 where there was none."""
-    load = load.double()
+    load = load.to("cpu", torch.float64)
     total = float(load.sum())
     return total**2 / float(load.square().sum()) if total else 0.0
 

@@ -291,7 +291,7 @@ def _compared(processes: Sequence[Sequence[Pair]]) -> Json:
     ratio, interval = summary["median_of_ratios"], median_interval(list(chain(*ratios)))
     each = [median(of_process) for of_process in ratios]
     span = max(each) - min(each)
-    chance = max(NOISE, OF_APART * span / (len(each) - 1)) if len(each) > 1 else NOISE
+    chance = max(NOISE, OF_APART * span / max(1, len(each) - 1))
     if interval is None:
         verdict = "too few turns"
     elif not enough:
