@@ -45,7 +45,7 @@ def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str],
 
 
 def _difference(rows: Sequence[Json]) -> float:
-    """Of the mean over `rows` of dsfast's mean losses from the reference's, as a part of that."""
+    """How far the mean over `rows` of dsfast's mean losses is from the reference's, as a part of that."""
     ours, reference = (fmean(row[name]["mean_loss"] for row in rows) for name in ("dsfast", "reference"))
     return ours / reference - 1
 
