@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from dsfast.triton_kernels import ahead, mla_attention, mla_attention_kept, mla_decode, pieces, rms_norm
+from dsfast.triton_kernels import ahead, mla_attention, mla_attention_kept, mla_decode, moe_route, pieces, rms_norm
 from dsfast.triton_kernels import launch as launch_module
 from dsfast.triton_kernels.ahead import compile_launch, compiled_kernel, unset
 from dsfast.triton_kernels.limits import CHIPS
@@ -290,6 +290,17 @@ def test_kept_gradients_are_stored_16_bytes_at_a_time(size):
     """By triton 3.6 a mask that it knows nothing of makes it 2 bytes at a time."""
     for launch in mla_attention_kept.example_launches(size, torch.bfloat16, CHIPS["sm_90"].large).values():
         assert not re.search(r"\bst\.global\S*\.b16\b", compiled_kernel(launch, "sm_90").asm["ptx"])
+
+
+@pytest.mark.parametrize("size", ["DeepSeek-V3", "few experts"])
+def test_choices_are_counted_without_a_mask(size):
+    """Triton reshapes what a histogram takes, and its mask, each as suits itself: a mask may then be another place's. That shows
+    in no interpreter, and on a GPU only where some places hold no choice."""
+    launches = moe_route.example_launches(size, torch.float32, CHIPS["sm_90"].large)
+    for name in {"forward_kernel", "forward_kernel, from tokens"} & launches.keys():
+        histograms = re.findall(r"tt\.histogram (.*) :", compiled_kernel(launches[name], "sm_90").asm["ttir"])
+        assert len(histograms) == 1
+        assert "," not in histograms[0]
 
 
 def test_the_next_places_of_a_cache_are_on_their_way_beside_both_products():

@@ -191,8 +191,11 @@ def forward_kernel(
     tl.store(indices + p_out, b_chosen.to(tl.int64), mask=m_k)
     p_parts = parts + tl.program_id(0).to(tl.int64) * (G * S)
     if T < G:  # each token has experts of its own in a column
-        m_k = tl.reshape(tl.broadcast_to(m_k, [BN, KP]), [BN * KP])
-        b_count, bins = tl.histogram(tl.reshape(b_chosen, [BN * KP]), EP, m_k), tl.arange(0, EP)
+        # No mask: each of the two would be reshaped as suits itself, and another place's. What is none counts for expert 0.
+        nowhere = BN * KP - K * tl.minimum(N - tl.program_id(0) * BN, BN)
+        bins = tl.arange(0, EP)
+        b_count = tl.histogram(tl.reshape(tl.where(m_k, b_chosen, 0), [BN * KP]), EP)
+        b_count -= tl.where(bins == 0, nowhere, 0)
         tl.store(p_parts + bins, b_count.to(tl.int8), mask=bins < G * S)
     else:
         b_count = tl.sum(((b_key == TAKEN) & (n < N)).to(tl.int32), 0, keep_dims=True)
