@@ -215,27 +215,7 @@ class Reporter:
         if "status" in results:
             self._say(f"✗ failed: {results['reason']}", "red")
             return
-        before = f"{settings['revision']} ({settings['commit'][:12]})"
-        table = _table(f"Now beside {before}, in turns",
-                       "", "now ms", "before ms", "now is", "95%", "verdict")  # fmt: skip
-        for name, c in results["timed"].items():
-            medians = (_milliseconds(c[side]["median"]) for side in ("first", "other"))
-            interval = "{:.3f} .. {:.3f}".format(*c["interval"]) if c["interval"] else ""
-            table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
-        self.console.print(table)
-        self._say(
-            "Now is: before / now, the median of the pairs and where it lies by 95%. Faster, slower: all of that on one side of"
-            f" 1, the median by more than {NOISE:.0%} and than by how much processes of the same code differ, as they do here; as"
-            f" fast: all within {WIDE:.0%} of 1; unclear: neither, as where a machine has other work or a run few steps."
-        )
-        waited = {name: c for name, c in results["timed"].items() if c["left_out"]}
-        if waited:
-            few = ", ".join(f"{name}: {c['left_out']} of {len(c['pairs'])}" for name, c in waited.items())
-            self._say(
-                f"Pairs of turns left out, as other work took the processors: {few}. Where that is more than half of a"
-                " process's, figures are of all and unclear.",
-                "yellow",
-            )
+        self._times_in_turns(settings, results["timed"])
         if "bits" in results:
             for bits, names in groupby(sorted(results["bits"], key=results["bits"].get), results["bits"].get):
                 self._say(f"Bits of results and gradients: {bits}: {', '.join(names)}.")
@@ -247,6 +227,33 @@ class Reporter:
             self._say(f"✗ worse: {problem}", "red")
         for doubt in results.get("doubts", []):
             self._say(f"? {doubt}", "yellow")
+        self._numbers(results)
+
+    def _times_in_turns(self, settings: Json, timed: Json) -> None:
+        before = f"{settings['revision']} ({settings['commit'][:12]})"
+        table = _table(f"Now beside {before}, in turns",
+                       "", "now ms", "before ms", "now is", "95%", "verdict")  # fmt: skip
+        for name, c in timed.items():
+            medians = (_milliseconds(c[side]["median"]) for side in ("first", "other"))
+            interval = "{:.3f} .. {:.3f}".format(*c["interval"]) if c["interval"] else ""
+            table.add_row(name, *medians, f"{c['median_of_ratios']:.3f} x", interval, c["verdict"])
+        self.console.print(table)
+        self._say(
+            "Now is: before / now, the median of the pairs and where it lies by 95%. Faster, slower: all of that on one side of"
+            f" 1, the median by more than {NOISE:.0%} and than by how much processes of the same code differ, as they do here; as"
+            f" fast: all within {WIDE:.0%} of 1; unclear: neither, as where a machine has other work or a run few steps."
+        )
+        waited = {name: c for name, c in timed.items() if c["left_out"]}
+        if waited:
+            few = ", ".join(f"{name}: {c['left_out']} of {len(c['pairs'])}" for name, c in waited.items())
+            self._say(
+                f"Pairs of turns left out, as other work took the processors: {few}. Where that is more than half of a"
+                " process's, figures are of all and unclear.",
+                "yellow",
+            )
+
+    def _numbers(self, results: Json) -> None:
+        """Whether the working tree's operators are right, where that was looked at."""
         wrong = results.get("wrong")
         if wrong == []:
             where = "Where bits differ, the" if "bits" in results else "The"

@@ -20,7 +20,7 @@ from dsfast.bench.peers import GPU_PEERS
 from dsfast.bench.step import FirstSteps, attempt
 from dsfast.bench.timing import repeat, spread, take_turns
 from dsfast.bench.workload import comparable, matrix_flops, random_batch
-from dsfast.config import Config, default_config
+from dsfast.config import Config, ModelConfig, default_config
 from dsfast.data import Batch, Dataset
 from dsfast.files import Json
 from dsfast.model import DeepseekV3, generate_ids, precision_of
@@ -64,10 +64,7 @@ def run_step(
     config = comparable(whole_config(rehearsal))
     batch, length = (1, 8) if rehearsal else (config.train.batch_size, config.data.sequence_length)
     rows = random_batch(config, batch, length)
-    missing = {
-        name: peer.unavailable(config.model) or (no_gpu() if part == "compiled" else "")
-        for name, peer in GPU_PEERS.items() if (name in _COMPILED) == (part == "compiled")
-    }  # fmt: skip
+    missing = _peers(part, config.model)
     replays = (1 + len(WAYS)) * max(WARM_CALLS, rounds)
     trainer = trainer_on(config, *rows, steps=2 + replays)
     rows = [x.to(trainer.device) for x in rows]
@@ -107,6 +104,15 @@ def run_step(
                 calls[name] = call
                 row["passes"]["step"] = timed()
             yield row
+
+
+def _peers(part: str, model: ModelConfig) -> dict[str, str]:
+    """The peers of a part, and why one cannot run, "" if it can."""
+    return {
+        name: peer.unavailable(model) or (no_gpu() if part == "compiled" else "")
+        for name, peer in GPU_PEERS.items()
+        if (name in _COMPILED) == (part == "compiled")
+    }
 
 
 def _recordings(step: DeviceStep) -> dict[str, Callable[[], object]]:
