@@ -1,5 +1,6 @@
 """The tests that every operator's Triton kernels pass: on a GPU where there is one, and everywhere in Triton's interpreter,
-in a process of its own because triton reads TRITON_INTERPRET when it is imported.
+in a process of its own because triton reads TRITON_INTERPRET when it is imported. Where DSFAST_PTX_MACHINE is set, what is
+compiled of them runs on tests/ptx_machine.py in the interpreter's place.
 
 A file tests/test_triton_X.py holds a subclass of TritonContract, and `test_in_the_interpreter = in_the_interpreter(__file__)`.
 """
@@ -26,6 +27,10 @@ from dsfast.ops.cases import Case
 from dsfast.ops.checks import IN_FLOAT32, check_draws, compare, evaluate
 from dsfast.ops.triton import INTERPRETED, kept_kernels
 
+ON_THE_MACHINE = INTERPRETED and "DSFAST_PTX_MACHINE" in os.environ
+if ON_THE_MACHINE:
+    del os.environ["TRITON_INTERPRET"]  # dsfast has read it, Triton is to compile
+
 pytest.importorskip("triton")
 
 # Deterministic algorithms make torch ask for it before cuBLAS runs on a GPU; cuBLAS reads it when it starts.
@@ -33,14 +38,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bf16 on a GPU alone: the interpreter's bf16 products are wrong.
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if INTERPRETED and not ON_THE_MACHINE else 3]
 
 on_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="needs a GPU; without one it runs in the interpreter's process",
 )
 
-if INTERPRETED:
+if ON_THE_MACHINE:
+    from ptx_machine import CHIP, run_launch
+
+    launch.Launch.run = run_launch
+    launch.INTERPRETED_AS = CHIPS[os.environ.get("DSFAST_INTERPRETED_CHIP", CHIP)].large
+elif INTERPRETED:
     from interpreted import set_up_interpreter
     from watched import watch_launches
 

@@ -1,0 +1,112 @@
+"""What Triton compiles of the kernels for an NVIDIA GPU, run on tests/ptx_machine.py; and that machine itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dsfast.triton_kernels import moe_route, rms_norm
+from ptx_machine import LaunchError, run_launch
+
+from dsfast import ops
+from dsfast.ops.triton import INTERPRETED
+
+OPERATORS = sorted(
+    path.name for path in Path(__file__).parent.glob("test_triton_*.py") if "(TritonContract)" in path.read_text()
+)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton is to compile")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", OPERATORS)
+def test_every_operator_as_it_is_compiled(file):
+    """By the tiles of an sm_80, in float32, float16 and bfloat16."""
+    path = Path(__file__).with_name(file)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "not gpu and not slow",
+        "-k",
+        "against_float64",
+        "-p",
+        "no:cacheprovider",
+        path,
+    ]
+    machine = {"TRITON_INTERPRET": "1", "DSFAST_PTX_MACHINE": "1"}
+    child = subprocess.run(command, env={**os.environ, **machine}, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+
+
+def routed(n: int, experts: int, top_k: int, *groups: int, run) -> None:
+    """Routes n tokens by the compiled kernels, with `run`, and holds the choice and its order to plain PyTorch's."""
+    random = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(n, experts, generator=random), torch.randn(experts, generator=random)
+    choice = top_k, *groups, True, 2.5
+    found = moe_route._outputs(logits, top_k, torch.float32)
+    for launch in moe_route.forward_launches(logits, bias, *choice, "sigmoid", *found):
+        run(launch)
+    with ops.use("reference"):
+        weights, *expected = ops.moe_route(logits, bias, *choice)
+    torch.testing.assert_close(found[0], weights)
+    for mine, right in zip(found[1:], expected, strict=True):
+        assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "choice", [(41, 8, 3, 4, 2), (9, 256, 8, 8, 4)], ids=["no power of two of choices", "DeepSeek-V3"]
+)
+def test_choices_are_counted_and_sorted(choice, seed):
+    routed(*choice, run=partial(run_launch, seed=seed))
+
+
+def test_threads_that_wait_for_nobody_are_found():
+    without_barriers = partial(run_launch, change=lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx))
+    with pytest.raises(AssertionError):
+        routed(41, 8, 3, 4, 2, run=without_barriers)
+
+
+def normed(change=str, **arguments) -> None:
+    """Normalises by the compiled kernel, some of whose `arguments` are others, and holds that to PyTorch's own operator."""
+    x, weight, y, rstd = torch.randn(5, 40), torch.randn(40), torch.empty(5, 40), torch.empty(5)
+    launch = rms_norm.forward_launch(x, weight, 1e-6, None, y, None, rstd)
+    launch.arguments.update(arguments)
+    run_launch(launch, change=change)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (40,), weight, 1e-6))
+
+
+def test_a_norm():
+    normed()
+
+
+def test_rows_beyond_a_tensor_are_found():
+    with pytest.raises(LaunchError, match="outside of every tensor"):
+        normed(N=2**20)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (r"sqrt\.rn", "sin.approx", "the machine does not know sin"),
+        (r"shfl\.sync\.bfly", "setp.lt.u32 %p999, %tid.x, 5;\n@%p999 shfl.sync.bfly", "not by all threads"),
+        (r"%tid\.x", "%laneid", "does not know %laneid"),
+    ],
+)
+def test_what_the_machine_does_not_know_is_an_error(old, new, said):
+    def changed(ptx: str) -> str:
+        assert re.search(old, ptx)
+        return re.sub(old, new, ptx)
+
+    with pytest.raises(LaunchError, match=said):
+        normed(change=changed)
