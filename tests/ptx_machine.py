@@ -529,15 +529,16 @@ class Machine:
     def do_mma(self, parts, to, a, b, c):
         """[16, 16] [16, 8] + [16, 8]. A thread's row is a quarter of its number, its columns are the rest's, two neighbours."""
         self._together()
-        if parts[2] != "m16n8k16" or parts[5] != parts[6] or parts[5] not in ("bf16", "f16"):
+        _, _, shape, *_, kind, other, _ = parts
+        if shape != "m16n8k16" or kind != other or kind not in ("bf16", "f16"):
             raise LaunchError("the machine knows products of 16 bits alone")
         left, right = np.zeros((2, len(self.at) // THREADS, 16, 16))
         row, column = np.arange(THREADS) // 4, np.arange(THREADS) % 4 * 2
         for half in range(2):
             for n, operand in enumerate(a):
-                left[:, row + n % 2 * 8, column + half + n // 2 * 8] = self._halves(operand, parts[5])[:, :, half]
+                left[:, row + n % 2 * 8, column + half + n // 2 * 8] = self._halves(operand, kind)[:, :, half]
             for n, operand in enumerate(b):
-                right[:, column + half + n * 8, row] = self._halves(operand, parts[5])[:, :, half]
+                right[:, column + half + n * 8, row] = self._halves(operand, kind)[:, :, half]
         product = left @ right[:, :, :8]
         for n, target in enumerate(to):
             part = product[:, row + n // 2 * 8, column + n % 2].reshape(-1)

@@ -71,6 +71,18 @@ def test_choices_are_counted_and_sorted(choice, seed):
     routed(*choice, run=partial(run_launch, seed=seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_16_bits(dtype):
+    random = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=random).to(dtype) for shape in ((33, 150), (8, 150)))
+    logits = torch.empty(33, 8)
+    found = moe_route._outputs(logits, 2, dtype)
+    launches = moe_route.forward_launches(logits, torch.zeros(8), 2, 1, 1, True, 1.0, "sigmoid", *found, (x, w))
+    assert launches[0].arguments["BK"] < 150
+    run_launch(launches[0])
+    torch.testing.assert_close(logits, x.float() @ w.float().T)
+
+
 def test_threads_that_wait_for_nobody_are_found():
     without_barriers = partial(run_launch, change=lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx))
     with pytest.raises(AssertionError):
