@@ -458,6 +458,11 @@ class Machine:
         negative = (parts[-1][0] == "s") & (length > 0) & (part >> np.maximum(length - 1, 0) & 1 == 1)
         self._put(to, np.where(negative, part - (1 << length), part).astype(TYPES[parts[-1]]))
 
+    def do_popc(self, parts, to, source):
+        size = np.dtype(TYPES[parts[-1]]).itemsize
+        bits = np.unpackbits(self._bits(source, size).view(np.uint8).reshape(-1, size), 1)
+        self._put(to, bits.sum(1, dtype=np.uint32))
+
     def do_prmt(self, parts, to, a, b, choice):
         """Four bytes of those of a and b, as many bits of `choice` each, of which the highest asks for a byte of its sign."""
         bytes_of = np.stack([self._bits(x, 4) for x in (a, b)], 1).view(np.int8)
