@@ -33,7 +33,7 @@ class TestMoeRoute(TritonContract):
         moe_route_case("all experts chosen", 13, 7, 7),
         moe_route_case("normalised top 1: the weight is constant, the gradient 0", 11, 6, 1, norm_topk_prob=True),
         moe_route_case("2 of 3 groups of 7: neither is a power of two", 41, 21, 4, 3, 2, True),
-        moe_route_case("2 of 4 groups of 2: no power of two of choices", 41, 8, 3, 4, 2),
+        moe_route_case("1 of 8 groups: no power of two of choices, three tiles", 41, 64, 5, 8, 1),
         moe_route_case("groups of one expert: a group's score is one value", 23, 8, 2, 8, 3),
         moe_route_case("all experts of the groups taken", 19, 15, 6, 5, 2),
         moe_route_case("all groups: no limit", 17, 12, 5, 4, 4),
