@@ -116,6 +116,40 @@ def test_import_passes_over_a_head_that_repeats_the_embedding(tmp_path, tokenize
         assert torch.equal(import_huggingface(tmp_path)(ids), model(ids))
 
 
+COPIES = {
+    "lm_head.weight": ({}, "model.embed_tokens.weight"),
+    "model.layers.2.embed_tokens.weight": ({"tie_word_embeddings": False}, "model.embed_tokens.weight"),
+    "model.layers.3.embed_tokens.weight": ({}, "model.embed_tokens.weight"),
+    "model.layers.2.shared_head.head.weight": ({}, "model.embed_tokens.weight"),
+    "model.layers.3.shared_head.head.weight": ({"tie_word_embeddings": False}, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_import_passes_over_copies_and_refuses_what_differs_from_them(name, tmp_path, tokenizer):
+    """In another file and another dtype too, in the last of many rows, and beside a tensor that holds NaN."""
+    changes, original = COPIES[name]
+    model = random_model(**changes, vocab_size=50_021, num_nextn_predict_layers=2)
+    with torch.no_grad():
+        for weight in (model.embed_tokens.weight, *([model.lm_head.weight] if model.lm_head else [])):
+            weight[0, 0] = float("nan")
+    export_huggingface(model, tokenizer, tmp_path)
+    file, shard = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    tensors = load_file(file)
+    copy = tensors.pop(name, tensors[original].clone())
+    save_file(tensors, file)
+    for same in (copy, copy.double()):
+        save_file({name: same}, shard)
+        imported = import_huggingface(tmp_path).embed_tokens.weight
+        torch.testing.assert_close(imported, model.embed_tokens.weight, rtol=0, atol=0, equal_nan=True)
+    changed = copy.clone()
+    changed[-1, -1] += 0.25
+    for wrong in (changed, changed.bfloat16(), copy[:-1].contiguous()):
+        save_file({name: wrong}, shard)
+        with pytest.raises(UserError, match=f": tensor '{name}' must repeat '{original}', .* but differs from it$"):
+            import_huggingface(tmp_path)
+
+
 def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch):
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):

@@ -33,6 +33,7 @@ from dsfast.triton_kernels.launch import dtype_name
 _OWN_FIELDS = ("embedding_rank", "embedding_initializer_range", "zero_init_output")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+_PART = 2**20
 
 
 def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | Path) -> None:
@@ -80,15 +81,13 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
     """The model in `folder`, float32 on the CPU, in evaluation mode, with a dense embedding.
 
     Raises UserError for a config dsfast does not support and for missing, unknown, repeated, quantised, misshapen or unreadable
-    tensors.
+    tensors, and for a tied head, or an MTP layer's embedding or head, that differs from what it stands for.
     """
     folder = Path(folder)
     model = DeepseekV3(replace(load_config(folder / "config.json").model, embedding_rank=None))
     stored = _read_tensors(folder)
     with torch.no_grad():
         views = _views(model)
-        for name in [name for name in stored if name not in views and _repeated(name, model)]:
-            del stored[name]
         scales = [name for name in stored if name.endswith("weight_scale_inv")]
         quantised = scales or [name for name in views.keys() & stored.keys() if stored[name].dtype not in _DTYPES]
         if quantised:
@@ -96,6 +95,7 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
                 f"{folder}: the weights are quantised, as {min(quantised)!r} shows; they are to be converted first, to one of "
                 f"{', '.join(map(dtype_name, _DTYPES))}"
             )
+        _drop_repeats(stored, model, folder)
         for problem, names in (("missing", views.keys() - stored.keys()), ("unknown", stored.keys() - views.keys())):
             if names:
                 raise UserError(f"{folder}: {len(names)} tensors are {problem}, among them {min(names)!r}")
@@ -151,11 +151,34 @@ def _tensors_on_disk(model: DeepseekV3) -> dict[str, Tensor]:
     return {name: view.detach().cpu().clone(memory_format=torch.contiguous_format) for name, view in views.items()}
 
 
-def _repeated(name: str, model: DeepseekV3) -> bool:
-    """Whether a stored tensor without a view only repeats another: a tied head, or an MTP layer's embedding and head."""
-    mtp_layers = range(len(model.layers), len(model.layers) + len(model.mtp))
-    copies = {f"model.layers.{number}.{copy}" for number in mtp_layers for copy in _MTP_COPIES}
-    return name in copies or name == "lm_head.weight"
+def _drop_repeats(stored: dict[str, Tensor], model: DeepseekV3, folder: Path) -> None:
+    """Take out what only repeats another tensor. Raises UserError where one that should does not: it has no place in a model."""
+    for name, original in _repeats(model).items():
+        if name in stored and original in stored and not _same_values(stored[name], stored[original]):
+            raise UserError(
+                f"{folder}: tensor {name!r} must repeat {original!r}, with which the model shares it, but differs from it"
+            )
+        stored.pop(name, None)
+
+
+def _repeats(model: DeepseekV3) -> dict[str, str]:
+    """Stored tensors without a view, and what each repeats: a tied head, and the MTP layers' embeddings and heads."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    repeats = {}
+    if model.lm_head is None:
+        repeats[head], head = embedding, embedding
+    for number in range(len(model.layers), len(model.layers) + len(model.mtp)):
+        for copy, original in zip(_MTP_COPIES, (embedding, head), strict=True):
+            repeats[f"model.layers.{number}.{copy}"] = original
+    return repeats
+
+
+def _same_values(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both say the same in float32, NaN in the same places too; a part at a time, for matrices of gigabytes."""
+    if tensor.shape != other.shape:
+        return False
+    parts = zip(tensor.flatten().split(_PART), other.flatten().split(_PART), strict=True)
+    return all(torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True) for a, b in parts)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
