@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dsfast.errors import UserError, choices
 from dsfast.files import read_json
-from dsfast.huggingface_config import model_section
+from dsfast.huggingface_config import SCALING_TYPES, model_section
 
 OPERATORS = (
     "rms_norm", "rope", "embedding", "mla_attention", "mla_decode", "moe_route", "moe_experts", "swiglu_mlp",
@@ -348,7 +348,6 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("at most", 4096, ("runtime.threads",)),
     ("above", 0, ("suite.target_seconds",)),
 )
-_SCALING_TYPES = ("type", "rope_type")  # older and newer name
 _SCALING_FROM_0 = ("mscale", "mscale_all_dim", "attention_factor")
 _SCALING_ABOVE_0 = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _MOST_PARAMETERS = 10**12
@@ -376,12 +375,14 @@ def _model_rules(m: ModelConfig) -> list[tuple[bool, str]]:
 
 
 def _scaling_rules(scaling: dict[str, float | str]) -> list[tuple[bool, str]]:
-    scaling_type = scaling.get("type", scaling.get("rope_type", "yarn"))
-    known = (*_SCALING_TYPES, *_SCALING_ABOVE_0, *_SCALING_FROM_0)
-    numbers = [(name, value) for name, value in scaling.items() if name not in _SCALING_TYPES]
+    kinds = [scaling[name] for name in SCALING_TYPES if name in scaling] or ["yarn"]
+    known = (*SCALING_TYPES, *_SCALING_ABOVE_0, *_SCALING_FROM_0)
+    numbers = [(name, value) for name, value in scaling.items() if name not in SCALING_TYPES]
     return [
         *((name in known, f"model.rope_scaling: unknown key {name!r}; {choices(known)}") for name in scaling),
-        (scaling_type == "yarn", f"model.rope_scaling.type is {scaling_type!r}; known: yarn"),
+        (kinds[0] == kinds[-1],
+         f"model.rope_scaling: type and rope_type mean the same, but are {kinds[0]!r} and {kinds[-1]!r}; expected one of them"),
+        (kinds[0] == "yarn", f"model.rope_scaling.type is {kinds[0]!r}; known: yarn"),
         ("factor" in scaling, "model.rope_scaling needs the key 'factor'"),
         *((isinstance(value, float), f"model.rope_scaling.{name} must be a number, got {value!r}") for name, value in numbers),
         *((_in_range(value, name in _SCALING_FROM_0),

@@ -14,6 +14,8 @@ _IGNORED = {
     "quantization_config", "qk_head_dim", "return_dict", "seq_aux", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
+SCALING_TYPES = ("type", "rope_type")
+"""The older and the newer name of what a rope_scaling is."""
 # Keys that dsfast supports at one value only.
 FIXED = {
     "attention_bias": False,
@@ -36,12 +38,20 @@ def model_section(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: num_key_value_heads is {heads}; with latent attention it must equal num_attention_heads"
         )
-    rope = model.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
-    if rope is None:
-        return model
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters must be an object or null, got {rope!r:.80}")
-    model["rope_theta"] = rope.get("rope_theta", 10000.0)
-    if rope.get("rope_type", "default") != "default":
-        model["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    _separate_rope(model, where)
     return model
+
+
+def _separate_rope(model: dict[str, Any], where: str) -> None:
+    """Put theta and scaling where ModelConfig has them. transformers 5 writes both into rope_parameters; it reads rope_scaling
+    in its place where that is given too, and the theta beside them where they have none."""
+    parameters = model.pop("rope_parameters", None)
+    if parameters is not None and not isinstance(parameters, dict):
+        raise UserError(f"{where}: rope_parameters must be an object or null, got {parameters!r:.80}")
+    rope = model.get("rope_scaling") or parameters
+    if not isinstance(rope, dict):
+        return
+    if "rope_theta" in rope:
+        model["rope_theta"] = rope["rope_theta"]
+    scaled = any(rope.get(name, "default") != "default" for name in SCALING_TYPES)
+    model["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None

@@ -163,6 +163,10 @@ RELATIONS = {
     "more dense layers than layers": ({"model.first_k_dense_replace": 3}, r"first_k_dense_replace must be 0\.\.2, got 3"),
     "another scaling": ({"model.rope_scaling": {"type": "linear", "factor": 2}}, "type is 'linear'; known: yarn"),
     "another scaling, new name": ({"model.rope_scaling": {"rope_type": "longrope", "factor": 2}}, "known: yarn"),
+    "scaling of two kinds": (
+        {"model.rope_scaling": YARN | {"rope_type": "linear"}},
+        "type and rope_type mean the same, but are 'yarn' and 'linear'; expected one of them$",
+    ),
     "scaling without a factor": ({"model.rope_scaling": {"type": "yarn"}}, "needs the key 'factor'"),
     "scaling by an unknown key": ({"model.rope_scaling": YARN | {"betafast": 32}}, "rope_scaling: unknown key 'betafast'"),
     "scaling by a text": ({"model.rope_scaling": YARN | {"factor": "8"}}, "rope_scaling.factor must be a number, got '8'"),
@@ -459,6 +463,19 @@ class TestPublished:
             ({"rope_parameters": 3}, "rope_parameters must be an object or null, got 3"),
             ({"rope_parameters": "yarn"}, "rope_parameters must be an object or null, got 'yarn'"),
             ({"rope_parameters": {"rope_theta": "a"}}, "model.rope_theta must be a number"),
+            (
+                {"rope_parameters": {"type": "yarn", "rope_type": "default", "factor": 2}},
+                "model.rope_scaling: type and rope_type ",
+            ),
+            (
+                {"rope_parameters": {"type": "default", "rope_type": "yarn", "factor": 2}},
+                "model.rope_scaling: type and rope_type ",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2}},
+                "model.rope_scaling: type and rope_type ",
+            ),
+            ({"rope_scaling": 3}, "model.rope_scaling must be an object, got int 3"),
             (
                 {"rope_parameters": {"rope_type": "llama3", "factor": 2}},
                 "model.rope_scaling.type is 'llama3'; known: yarn",

@@ -7,14 +7,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import GROUPS, VARIANTS, YARN, random_ids, random_model, tiny_config
+from tiny_models import GROUPS, SIZES, VARIANTS, YARN, random_ids, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsfast import import_huggingface
 from dsfast.command import run_command
+from dsfast.config import load_config
 from dsfast.errors import UserError
 from dsfast.export import main
 from dsfast.model import export_huggingface, generate_ids
+from dsfast.model.rope import RotaryTables
 from dsfast.tokens import BOS, EOS, PAD
 from dsfast.train.checkpoint import TrainingState, save_checkpoint
 from dsfast.train.optimizer import build_optimizer
@@ -186,6 +188,45 @@ def test_config_json_says_what_other_readers_need(tmp_path, tokenizer):
     assert config["rope_scaling"]["original_max_position_embeddings"] == 16
     assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn"
     assert not {"embedding_rank", "embedding_initializer_range", "zero_init_output"} & config.keys()
+
+
+THETA, SCALED = {"rope_theta": 500.0}, {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7}
+ROPES = {
+    "nothing": {},
+    "theta beside": THETA,
+    "theta beside null": THETA | {"rope_parameters": None},
+    "theta beside nothing": THETA | {"rope_parameters": {}},
+    "theta beside a default": THETA | {"rope_parameters": {"rope_type": "default"}},
+    "theta within": {"rope_parameters": {"rope_type": "default", **THETA}},
+    "theta within and beside": {"rope_theta": 20.0, "rope_parameters": {"rope_type": "default", **THETA}},
+    "yarn, theta beside": THETA | {"rope_parameters": {"rope_type": "yarn", **SCALED}},
+    "yarn by the older key": {"rope_parameters": {"type": "yarn", **SCALED, **THETA}},
+    "yarn by both keys": {"rope_parameters": {"type": "yarn", "rope_type": "yarn", **SCALED}},
+    "yarn in rope_scaling": THETA | {"rope_scaling": {"type": "yarn", **SCALED}},
+    "yarn in rope_scaling with theta": {"rope_scaling": {"rope_type": "yarn", **SCALED, **THETA}},
+    "rope_scaling that is a default": {"rope_scaling": {"rope_type": "default", **THETA}},
+    "rope_scaling and rope_parameters": {
+        "rope_theta": 20.0, "rope_scaling": {"type": "yarn", **SCALED},
+        "rope_parameters": {"rope_type": "yarn", "factor": 2.0, **THETA},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_rope_is_read_as_transformers_reads_it(rope, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **SIZES, **rope}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    inverse, scale = oracle_frequencies(theirs)
+    config = load_config(tmp_path / "config.json").model
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (config.rope_scaling is not None) == (theirs.rope_parameters["rope_type"] == "yarn")
+    torch.testing.assert_close(RotaryTables(config).cos, (torch.arange(263)[:, None] * inverse).cos().float() * scale)
+
+
+def oracle_frequencies(config) -> tuple[torch.Tensor, float]:
+    """Radians per position of each pair in transformers' model, and what it multiplies the tables by."""
+    rotary = transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3RotaryEmbedding(config)
+    return rotary.inv_freq.double(), rotary.attention_scaling
 
 
 def test_transformers_tokenizes_as_generate_does(tmp_path, tokenizer):
