@@ -16,7 +16,7 @@ from dsfast.config import load_config
 from dsfast.errors import UserError
 from dsfast.export import main
 from dsfast.model import export_huggingface, generate_ids
-from dsfast.model.rope import RotaryTables
+from dsfast.model.rope import RotaryTables, _frequencies
 from dsfast.tokens import BOS, EOS, PAD
 from dsfast.train.checkpoint import TrainingState, save_checkpoint
 from dsfast.train.optimizer import build_optimizer
@@ -221,6 +221,28 @@ def test_rope_is_read_as_transformers_reads_it(rope, tmp_path):
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (config.rope_scaling is not None) == (theirs.rope_parameters["rope_type"] == "yarn")
     torch.testing.assert_close(RotaryTables(config).cos, (torch.arange(263)[:, None] * inverse).cos().float() * scale)
+
+
+RAMPS = {
+    "blended over several pairs": (50.0, 160, 4, 1),
+    "both ends at pair 0": (10000.0, 16, 40, 2.6),
+    "both ends at the last": (10.0, 500, 1, 0.9),
+    "the last at -1": (10000.0, 16, 40, 30),
+    "both ends above the last pair": (1.5, 10**6, 4, 1),
+    "the first above the last pair": (1.9, 3000, 4, 1),
+    "the last far below 0": (20.0, 16, 900, 500),
+    "the ends exchanged": (50.0, 160, 1, 20),
+}
+
+
+@pytest.mark.parametrize(("theta", "context", "fast", "slow"), RAMPS.values(), ids=RAMPS)
+def test_yarn_slows_the_pairs_that_transformers_slows(theta, context, fast, slow):
+    scaling = {"factor": 40.0, "original_max_position_embeddings": context, "beta_fast": fast, "beta_slow": slow}
+    config = tiny_config(qk_rope_head_dim=14, rope_theta=theta, rope_scaling=scaling).model
+    rope = {"rope_type": "yarn", "rope_theta": theta, **scaling}
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "qk_rope_head_dim": 14, "max_position_embeddings": 263}
+    inverse, _ = oracle_frequencies(transformers.DeepseekV3Config(**sizes, rope_parameters=rope))
+    torch.testing.assert_close(_frequencies(config), inverse, rtol=1e-6, atol=0)
 
 
 def oracle_frequencies(config) -> tuple[torch.Tensor, float]:

@@ -67,7 +67,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
     low = max(math.floor(pair_turning(scaling.get("beta_fast", 32.0))), 0)
     high = min(math.ceil(pair_turning(scaling.get("beta_slow", 1.0))), width - 1)
     pairs = torch.arange(width // 2, dtype=torch.float64)
-    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    slowed = ((pairs - low) / (high - low or 1e-3)).clamp(0, 1)  # falling where high < low, as in transformers
     return plain * (1 - slowed) + plain / scaling["factor"] * slowed
 
 
