@@ -34,19 +34,31 @@ def os_errors_as(message: str, *others: type[Exception]) -> Iterator[None]:
 
 def check_output_file(path: str, argument: str) -> Path:
     """`path`, given as `argument`, as a Path; of a link, what it leads to. Raises UserError where a file could not be written
-    there, and for what is none, such as a pipe: the file that is written takes its place."""
+    there, and for what is none, such as a pipe, or where this process's standard output or error goes: the file that is written
+    takes its place."""
     target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     with os_errors_as(f"{argument} {path}: cannot be written"):
         if os.path.isdir(path):
             raise UserError(f"{argument} {path}: expected a file, this is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{argument} {path}: expected a file, this is a device or a pipe")
+        if _takes_what_is_printed(path):
+            raise UserError(f"{argument} {path}: expected another file than the one that takes what is printed")
         _try_out(target.parent)
         with suppress(FileNotFoundError):
             target.lstat()  # a name that is too long for a file
         if target.is_file():
             target.open("ab").close()
     return target
+
+
+def _takes_what_is_printed(path: str) -> bool:
+    """Whether this process's standard output or error goes to the file at `path`."""
+    for stream in (1, 2):
+        with suppress(OSError):  # no such file, or a stream that is closed
+            if os.path.samestat(os.stat(path), os.fstat(stream)):
+                return True
+    return False
 
 
 def check_output_folder(path: str, argument: str) -> Path:

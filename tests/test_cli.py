@@ -196,6 +196,29 @@ def test_an_output_that_cannot_be_written_at_all_is_one_line_and_2():
     assert re.fullmatch(r"error: standard output cannot be written: Bad file descriptor; .*\n", child.stderr)
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "log.txt", "link"])
+def test_a_file_that_takes_what_is_printed_is_no_output_file(name, tmp_path):
+    log = tmp_path / "log.txt"
+    (tmp_path / "link").symlink_to(log)
+    command = [sys.executable, "-m", "dsfast", "evaluate", "--checkpoint", "absent", "--json", name]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("w") as out:
+        child = subprocess.run(command, stdout=out, stderr=out, timeout=60, cwd=tmp_path, env=environment)
+    expected = f"error: --json {name}: expected another file than the one that takes what is printed\n"
+    assert (child.returncode, log.read_text()) == (2, expected)
+
+
+@pytest.mark.parametrize(
+    ("streams", "status"), [("> log.txt", 1), ("2> log.txt", 1), ("> other.txt", 0), (">&-", 0), ("2>&- >&-", 0)]
+)
+def test_an_output_file_is_compared_with_each_stream_that_is_open(streams, status, tmp_path):
+    (tmp_path / "log.txt").write_text("before")
+    code = "from dsfast.files import check_output_file as check; check('log.txt', '--json'), check('new.txt', '--json')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f'"{sys.executable}" -c "{code}" {streams}'
+    assert subprocess.run(command, shell=True, timeout=60, cwd=tmp_path, env=environment).returncode == status
+
+
 def test_text_that_the_output_cannot_hold_is_written_as_escapes():
     code = "from dsfast.command import run_command as run; import sys; sys.exit(run(lambda a: print('\u00e9'), []))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
