@@ -590,7 +590,13 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("line", [b"5", b"{}", b'{"step": "3"}', b"{", b"\xff\xfe", b"[]", b'{"step": true}'])
+DEEP = b'{"step": 2, "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"{}", b'{"step": "3"}', b"{", b"\xff\xfe", b"[]", b'{"step": true}', pytest.param(DEEP, id="deep")],
+)
 def test_a_line_of_the_metrics_that_is_no_steps_is_one_line_of_an_error(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')

@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         try:
             values = json.loads(text)
-        except ValueError:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError):  # not JSON, or nested too deeply for Python; or not UTF-8
             values = None
         if not isinstance(values, dict) or type(values.get("step")) is not int:
             raise UserError(f'{path}: line {number}: expected one JSON object per step, with its number as "step"')
