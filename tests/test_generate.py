@@ -431,6 +431,8 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
         ([[True]], "^prompt: expected token ids 0 .. 60, got True$"),
         ([["a"]], "^prompt: expected token ids 0 .. 60, got 'a'$"),
         ([5], "^prompt: expected a list of token ids, got int$"),
+        (torch.tensor([[1, 2]]), "^prompts: expected a list of lists of token ids, got Tensor$"),
+        (None, "^prompts: expected a list of lists of token ids, got NoneType$"),
     ],
 )
 def test_what_is_no_token_id_is_refused(implementation, prompts, message):

@@ -132,6 +132,8 @@ def _check(model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, tem
         raise UserError(f"temperature: expected a number of at least 0, got {str(temperature)[:60]}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UserError(f"seed: expected a whole number 0 .. {2**63 - 1}, got {seed!r}")
+    if not isinstance(prompts, list | tuple):
+        raise UserError(f"prompts: expected a list of lists of token ids, got {type(prompts).__name__}")
     if not prompts:
         raise UserError("prompts: expected at least one, got none")
     for number, prompt in enumerate(prompts):
