@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,38 @@ def test_bad_labels_and_positions_are_refused():
         model(ids, torch.full((2, 4), 263))
     with pytest.raises(UserError, match=r"positions: expected the shape of input_ids \[2, 4\], of int64, got list"):
         model(ids, [[0, 1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("boundaries", [[], [0], [0, 7], [1, 8], [0, 9], [0, 5, 3, 8], list(range(1, 30))], ids=str)
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_boundaries_that_do_not_rise_from_0_to_the_last_token_are_refused(boundaries, own_positions):
+    model = random_model()
+    ids, cu_seqlens = random_ids(model, 2, 4), torch.tensor(boundaries, dtype=torch.int32)
+    positions = torch.arange(4).repeat(2, 1) if own_positions else None
+    expected = rf"^cu_seqlens: expected .*, rising from 0 to 8, .*, got {re.escape(str(boundaries[:20]))}$"
+    with pytest.raises(UserError, match=expected):
+        model(ids, positions, cu_seqlens)
+    with pytest.raises(UserError, match=expected):
+        model.loss(ids, ids, positions, cu_seqlens)
+
+
+def test_empty_documents_and_rows_without_tokens_are_possible():
+    model = random_model()
+    ids = random_ids(model, 2, 4)
+    with torch.no_grad():
+        apart = model(ids, cu_seqlens=torch.tensor([0, 0, 4, 4, 8, 8], dtype=torch.int32))
+        assert torch.equal(apart, model(ids))
+        assert model(ids[:, :0], cu_seqlens=torch.tensor([0], dtype=torch.int32)).shape == (2, 0, 61)
+
+
+def test_boundaries_elsewhere_are_not_looked_at():
+    """Only their number: a device would be waited for."""
+    with torch.device("meta"):
+        model = DeepseekV3(tiny_config().model)
+        ids, boundaries = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    assert model.flatten(ids, ids, None, boundaries)[3] is boundaries
+    with pytest.raises(UserError, match=r"^cu_seqlens: expected .* to 8, the number of tokens, got \[0\]$"):
+        model(ids, cu_seqlens=boundaries[:0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -22,6 +22,7 @@ from dsfast.model.initialise import initialise
 from dsfast.model.layers import StreamNorm, is_plain
 from dsfast.model.moe import Experts, Router
 from dsfast.model.rope import RotaryTables
+from dsfast.ops.mla_attention import rises
 from dsfast.tokens import IGNORED
 from dsfast.triton_kernels.launch import dtype_name
 
@@ -52,7 +53,8 @@ class DeepseekV3(nn.Module):
 
         `positions` [B, T] int64 and `cu_seqlens` [S + 1] int32 describe packed documents (dsfast.data.Batch); without
         `cu_seqlens` every row is one document, without `positions` they count from 0 in each document.
-        Raises UserError for a row longer than max_position_embeddings and, on the CPU, for ids out of range.
+        Raises UserError for a row longer than max_position_embeddings and, on the CPU, for ids out of range and for `cu_seqlens`
+        that do not rise from 0 to B T.
         """
         ids, positions, cu_seqlens = self._checked_tokens(input_ids, positions, cu_seqlens)
         hidden = self.hidden(self.embed_tokens(ids), positions, cu_seqlens)
@@ -183,6 +185,7 @@ class DeepseekV3(nn.Module):
         device, n = input_ids.device, input_ids.numel()
         if cu_seqlens is not None:
             _expect_tensor("cu_seqlens", cu_seqlens, "[S + 1]", torch.int32)
+            _check_boundaries(cu_seqlens, n)
         if positions is not None:
             _expect_beside("positions", positions, input_ids)
             _check_range("positions", positions, limit)
@@ -240,6 +243,16 @@ def _check_range(name: str, values: Tensor, limit: int) -> None:
     low, high = (bound.item() for bound in torch.aminmax(values))
     if low < 0 or high >= limit:
         raise UserError(f"{name}: expected 0 .. {limit - 1}, got {low if low < 0 else high}")
+
+
+def _check_boundaries(cu_seqlens: Tensor, end: int) -> None:
+    """Raise UserError unless they rise from 0 to `end`. Where `_check_range` looks; at how many they are, everywhere."""
+    looked_at = cu_seqlens.is_cpu and not torch.compiler.is_compiling()
+    if not cu_seqlens.numel() or (looked_at and not rises(cu_seqlens.tolist(), end)):
+        found = cu_seqlens[:20].tolist() if looked_at else _shape(cu_seqlens)
+        raise UserError(
+            f"cu_seqlens: expected where documents begin, rising from 0 to {end}, the number of tokens, got {found}"
+        )
 
 
 def _shape(tensor: Tensor) -> str:
