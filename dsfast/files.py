@@ -120,6 +120,12 @@ def cache_folder() -> Path:
         raise UserError("no home folder is known to keep a cache in; set DSFAST_CACHE to a folder") from None
 
 
+def expect_possible_name(path: str | Path) -> None:
+    """Raise UserError for what the operating system would take for the end of a name."""
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: no file can have this name")
+
+
 def read_json(path: str | Path) -> Any:
     """A JSON file without what Python's parser lets through: duplicate keys, NaN, Infinity, halves of surrogate pairs.
 
@@ -135,8 +141,7 @@ def read_json(path: str | Path) -> Any:
     def no_constants(text: str) -> Any:
         raise UserError(f"{path}: {text} is not a JSON number; expected a finite number")
 
-    if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: no file can have this name")
+    expect_possible_name(path)
     try:
         text = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
         values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)

@@ -384,6 +384,12 @@ def test_export_wants_a_folder_of_its_own(where, tmp_path, monkeypatch):
         export_huggingface(random_model(), None, where)
 
 
+def test_a_folder_that_cannot_be(tokenizer):
+    for use in (import_huggingface, lambda name: export_huggingface(random_model(), tokenizer, name)):
+        with pytest.raises(UserError, match=r"no file can have this name$"):
+            use("a\0b")
+
+
 def test_export_follows_a_link_to_an_empty_folder(tmp_path, tokenizer):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")

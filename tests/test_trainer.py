@@ -473,6 +473,12 @@ def test_output_folder_rules(tmp_path):
     tiny_trainer(tmp_path / "empty").train(quiet=True)
 
 
+@pytest.mark.parametrize("use", [Trainer.train, Trainer.save])
+def test_an_output_folder_that_cannot_be(use):
+    with pytest.raises(UserError, match=r"^'a\\x00b': no file can have this name$"):
+        use(tiny_trainer("a\0b"))
+
+
 def test_too_little_data_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="too few articles for one batch"):
         tiny_trainer(tmp_path / "run", **{"train.batch_size": 99}).train(quiet=True)

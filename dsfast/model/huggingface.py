@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsfast.config import ModelConfig, load_config
 from dsfast.errors import UserError
-from dsfast.files import os_errors_as, write_json, write_text
+from dsfast.files import expect_possible_name, os_errors_as, write_json, write_text
 from dsfast.huggingface_config import FIXED
 from dsfast.model.decoder import DecoderLayer
 from dsfast.model.deepseek_v3 import DeepseekV3
@@ -44,6 +44,7 @@ def export_huggingface(model: DeepseekV3, tokenizer: Tokenizer, out_dir: str | P
     """
     if reason := why_not_exported(model.config):
         raise UserError(f"{out_dir}: {reason}; it cannot be exported")
+    expect_possible_name(out_dir)
     with os_errors_as(f"{out_dir}: cannot be written", RuntimeError):  # a loop of links, a working folder that is gone
         out, here = Path(out_dir).resolve(), Path.cwd()
     if out in (here, Path(out.anchor)):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dsfast.config import Config, load_config
 from dsfast.data import reading_no_special_tokens
 from dsfast.errors import UserError
-from dsfast.files import os_errors_as, read_json, write_json
+from dsfast.files import expect_possible_name, os_errors_as, read_json, write_json
 from dsfast.model import DeepseekV3
 from dsfast.model.tensors import read_tensors, write_tensors
 from dsfast.train.optimizer import Optimizer
@@ -66,6 +66,7 @@ def save_checkpoint(
 
     Raises UserError when it exists already or cannot be written.
     """
+    expect_possible_name(run_dir)
     final = Path(run_dir) / f"step-{state.step:06d}"
     partial = final.with_name(f".{final.name}{_PARTIAL}")
     if final.exists():

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsfast.config import Config, load_config
 from dsfast.errors import UserError
-from dsfast.files import for_one_run, os_errors_as, write_json
+from dsfast.files import expect_possible_name, for_one_run, os_errors_as, write_json
 from dsfast.train.checkpoint import checkpoint_step, checkpoints, read_manifest
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
@@ -20,7 +20,8 @@ RUN_FILES = (METRICS, CONFIG)
 
 
 def expect_utf8(folder: Path) -> None:
-    """Raise UserError for a folder from which no checkpoint could be read again."""
+    """Raise UserError for a folder from which no checkpoint could be read again, or that cannot be."""
+    expect_possible_name(folder)
     with os_errors_as(f"{folder}: cannot be used as output folder", RuntimeError):  # RuntimeError: a loop of links
         try:
             os.fsencode(folder.resolve()).decode()
