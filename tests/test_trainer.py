@@ -110,6 +110,34 @@ def test_a_step_makes_gradients_where_the_caller_wants_none(whole_step):
 
 
 @pytest.mark.parametrize("whole_step", [True, False])
+def test_training_in_inference_mode_is_as_without(whole_step, tmp_path):
+    """Rows made in it, a trainer made in it, and one made before; whole runs, single steps and a run that goes on."""
+    changes = {"runtime.whole_step": whole_step, "train.steps": 4}
+    rows = tiny_dataset().rows.batch(0, 3)
+    expected, before = tiny_trainer(**changes), tiny_trainer(tmp_path / "run", **changes)
+    expected.step(rows.input_ids, rows.labels)
+    expected.train(quiet=True)
+    with torch.inference_mode():
+        made_in_it = tiny_trainer(**changes)
+        for trainer in (before, made_in_it):
+            trainer.step(rows.input_ids.clone(), rows.labels.clone())
+            trainer.train(quiet=True)
+            assert torch.is_inference_mode_enabled()
+            assert same(weights(trainer), weights(expected))
+        further = tiny_trainer(tmp_path / "run", **changes | {"train.steps": 6})
+        assert further.train(resume=tmp_path / "run", quiet=True).steps == 6
+    made_in_it.step(rows.input_ids, rows.labels)
+    model = DeepseekV3(tiny_config().model)
+    with torch.inference_mode():
+        assert Trainer(tiny_config(), model=model).step(rows.input_ids, rows.labels) > 0
+        model = DeepseekV3(tiny_config().model)
+    with pytest.raises(
+        UserError, match=r"^model: embed_tokens\.weight was made under torch\.inference_mode; expected "
+    ):
+        Trainer(tiny_config(), model=model)
+
+
+@pytest.mark.parametrize("whole_step", [True, False])
 def test_a_model_whose_layers_are_all_dense_is_trained(whole_step, tmp_path):
     changes = {"model.first_k_dense_replace": 2, "runtime.whole_step": whole_step}
     trainer, batch = tiny_trainer(tmp_path / "run", **changes), tiny_dataset().rows.batch(0, 3)

@@ -89,6 +89,7 @@ class Trainer:
     tokens, and for a model that this machine's memory cannot hold.
     """
 
+    @torch.inference_mode(False)  # else its weights could never be trained
     def __init__(
         self,
         config: Config,
@@ -137,6 +138,7 @@ class Trainer:
     def dataset(self) -> Dataset:
         return build_dataset(self.config.data, self.config.model.vocab_size, self.config.seed, self._tokenizer)
 
+    @torch.inference_mode(False)
     def train(self, resume: str | Path | None = None, quiet: bool = False) -> TrainResult:
         """Train up to config.train.steps; `resume` names a checkpoint, or a run folder whose newest one is continued.
 
@@ -221,10 +223,10 @@ class Trainer:
     @contextmanager
     def kernels(self) -> Iterator[None]:
         """The operators as config.runtime selects them, and what their products multiply; with derivatives, also where the
-        caller has switched them off."""
+        caller has switched them off by torch.no_grad or torch.inference_mode."""
         runtime = self.config.runtime
         operators = ops.configured(runtime.kernels, runtime.device)
-        with operators, native.products_in(self.precision.products), torch.enable_grad():
+        with operators, native.products_in(self.precision.products), torch.inference_mode(False), torch.enable_grad():
             yield
 
     def save(self) -> Path:
@@ -283,7 +285,8 @@ class Trainer:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         arguments = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
-        return tuple(None if x is None else x.to(self.device, non_blocking=True) for x in arguments)
+        own = (x.clone() if x is not None and x.is_inference() else x for x in arguments)  # autograd keeps no others
+        return tuple(None if x is None else x.to(self.device, non_blocking=True) for x in own)
 
     def _check_parameters(self) -> None:
         """Raise UserError unless the model's parameters are those that the optimizer was made for, all of them trained."""
@@ -335,6 +338,8 @@ def _check_model(model: DeepseekV3, config: Config) -> None:
             raise UserError(f"model: expected a parameter for each name, but {first} and {name} are one")
         if parameter.dtype != torch.float32:
             raise UserError(f"model: expected weights in float32, got {name} in {dtype_name(parameter.dtype)}")
+        if parameter.is_inference():
+            raise UserError(f"model: {name} was made under torch.inference_mode; expected weights that can be trained")
         if not parameter.requires_grad:
             raise UserError(f"model: all its parameters are trained, but {name} does not require a gradient")
 
