@@ -69,6 +69,20 @@ def test_round_trip_is_bitwise(tmp_path):
     assert len({(path / name).stat().st_mode for name in ckpt.FILES}) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_checkpoint_is_read_whatever_the_default_dtype_is(dtype, tmp_path):
+    path = saved(tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded, _, _ = ckpt.load_checkpoint(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    stored = load_file(path / "model.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)  # their dtypes too
+    assert torch.equal(loaded.rope.cos, DeepseekV3(tiny_config().model).rope.cos)
+
+
 def test_training_state_round_trip(tmp_path):
     path = saved(tmp_path)
     draws = (random.random(), np.random.rand(), torch.rand(3))

@@ -152,6 +152,22 @@ def test_import_passes_over_copies_and_refuses_what_differs_from_them(name, tmp_
             import_huggingface(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_import_is_float32_whatever_the_default_dtype_is(dtype, tmp_path, tokenizer):
+    model = random_model(num_nextn_predict_layers=1, rope_scaling=YARN)
+    export_huggingface(model, tokenizer, tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        again = import_huggingface(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in (*again.parameters(), *again.buffers())} == {
+        tensor.dtype for tensor in (*model.parameters(), *model.buffers())
+    }
+    ids = random_ids(model, 2, 19)
+    assert torch.equal(again(ids), model(ids))
+
+
 def test_mtp_modules_are_those_of_transformers(tmp_path, tokenizer, monkeypatch):
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):

@@ -86,6 +86,7 @@ def import_huggingface(folder: str | Path) -> DeepseekV3:
     """
     folder = Path(folder)
     model = DeepseekV3(replace(load_config(folder / "config.json").model, embedding_rank=None))
+    model.float()  # whatever torch's default dtype is
     stored = _read_tensors(folder)
     with torch.no_grad():
         views = _views(model)

@@ -131,14 +131,14 @@ def checkpoint_step(path: Path) -> int:
 
 
 def load_checkpoint(path: str | Path) -> tuple[DeepseekV3, Tokenizer, Config]:
-    """(model on the CPU, in evaluation mode; tokenizer; config) of a checkpoint or of a run folder's newest one.
+    """(model in float32 on the CPU, in evaluation mode; tokenizer; config) of a checkpoint or of a run folder's newest one.
 
     Raises UserError when a file is missing, damaged or foreign, or a tensor has another shape than the config says.
     """
     path = find_checkpoint(path)
     _verify(path)
     config = load_config(path / "config.json")
-    model = DeepseekV3(config.model)
+    model = DeepseekV3(config.model).float()  # whatever torch's default dtype is
     _load_model(path / "model.safetensors", model)
     return model.eval(), _load_tokenizer(path / "tokenizer.json"), config
 
