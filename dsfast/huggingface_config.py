@@ -25,10 +25,16 @@ FIXED = {
     "rope_interleave": True,
     "topk_method": "noaux_tc",
 }
+# Keys that transformers takes other defaults for. Its count of MTP modules is not asked for: it leaves them out of the model.
+_NEEDED = ("first_k_dense_replace", "n_group", "q_lora_rank", "routed_scaling_factor", "topk_group")
 
 
 def model_section(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The keys of ModelConfig, not yet checked. Raises UserError for what dsfast does not support; `where` is the file."""
+    if missing := [name for name in _NEEDED if name not in values]:
+        raise UserError(
+            f"{where}: expected the keys {', '.join(missing)}, whose defaults differ between transformers and dsfast"
+        )
     model = {name: value for name, value in values.items() if name not in _IGNORED}
     for name, supported in FIXED.items():
         if model.pop(name, supported) != supported:

@@ -110,9 +110,14 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+DEFAULTS = {
+    "first_k_dense_replace": 0, "n_group": 1, "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_group": 1,
+}  # fmt: skip
+
+
 def published(folder: Path, **changes) -> Path:
     """A flat config as Hugging Face writes them."""
-    return write(folder, json.dumps({"model_type": "deepseek_v3", **SIZES, **changes}))
+    return write(folder, json.dumps({"model_type": "deepseek_v3", **DEFAULTS, **SIZES, **changes}))
 
 
 class TestBounds:
@@ -488,6 +493,23 @@ class TestPublished:
     def test_refused(self, changes, message, tmp_path):
         with pytest.raises(UserError, match=rf"run\.json: {message}"):
             load_config(published(tmp_path, **changes))
+
+    @pytest.mark.parametrize("missing", [["q_lora_rank"], ["n_group", "topk_group"], [*DEFAULTS]], ids=str)
+    def test_keys_with_another_default_in_transformers_are_needed(self, missing, tmp_path):
+        fields = {
+            name: value for name, value in json.loads(published(tmp_path).read_text()).items() if name not in missing
+        }
+        expected = (
+            f"run.json: expected the keys {', '.join(missing)}, whose defaults differ between transformers and dsfast$"
+        )
+        with pytest.raises(UserError, match=expected):
+            load_config(write(tmp_path, json.dumps(fields)))
+
+    def test_the_keys_needed_are_those_with_another_default_in_transformers(self):
+        theirs = pytest.importorskip("transformers").DeepseekV3Config()
+        own = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.default is not dataclasses.MISSING}
+        differ = {name for name, default in own.items() if getattr(theirs, name, default) != default}
+        assert differ - {"num_nextn_predict_layers", "rope_scaling"} == DEFAULTS.keys()
 
     def test_another_model_type_is_no_published_config(self, tmp_path):
         with pytest.raises(UserError, match=r"run\.json: model_type is 'llama'; expected 'deepseek_v3'"):

@@ -230,7 +230,14 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_rope_is_read_as_transformers_reads_it(rope, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **SIZES, **rope}))
+    sizes = {
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **SIZES, **sizes, **rope}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     inverse, scale = oracle_frequencies(theirs)
     config = load_config(tmp_path / "config.json").model
