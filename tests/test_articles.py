@@ -163,6 +163,19 @@ def test_a_folder_gives_one_document_a_file(tmp_path):
     assert read_texts(str(tmp_path), 10) == ["first", "second still"]
 
 
+@pytest.mark.parametrize("goal", ["absent", "b.txt"])
+def test_a_folder_with_a_broken_link_is_refused(tmp_path, goal):
+    """A link to what is not there, or to itself; one that leads to a text is read, and what is no .txt is passed over."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "c.txt").symlink_to("a.md")
+    (tmp_path / "a.md").write_text("two")
+    (tmp_path / "b.md").symlink_to("absent")
+    assert read_texts(str(tmp_path), 10) == ["one", "two"]
+    (tmp_path / "b.txt").symlink_to(goal)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b\.txt: expected a text file, this is a broken link$"):
+        read_texts(str(tmp_path), 10)
+
+
 def test_a_jsonl_file_gives_one_document_a_line(tmp_path):
     path = tmp_path / "mine.jsonl"
     lines = [{"text": "one", "title": 3, "url": "One"}, {"text": "two\u2028more"}]

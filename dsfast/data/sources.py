@@ -23,8 +23,8 @@ ENCYCLOPEDIA = "encyclopedia"
 def read_texts(source: str, max_texts: int) -> list[str]:
     """The first `max_texts` distinct, non-empty documents of a user's `source`, with a warning where there are more.
 
-    Raises UserError for a source of no known kind, what cannot be read, text that is not UTF-8 (file and byte), a
-    broken line of JSON (file and line) and a source without any text.
+    Raises UserError for a source of no known kind, what cannot be read or is a broken link, text that is not UTF-8 (file and
+    byte), a broken line of JSON (file and line) and a source without any text.
     """
     path = Path(source)
     try:
@@ -56,7 +56,7 @@ def without_repeats(texts: Iterable[str]) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[str]:
     """Texts as they stand in the source."""
     if path.is_dir():
-        yield from (_read_text(file) for file in sorted(path.iterdir()) if file.match("*.txt") and file.is_file())
+        yield from map(_read_text, _files(path))
     elif path.suffix == ".txt" and path.is_file():
         yield from re.split(r"\n\s*\n", _read_text(path))
     elif path.suffix == ".jsonl" and path.is_file():
@@ -66,6 +66,15 @@ def _documents(path: Path) -> Iterator[str]:
             f"data.source: expected '{ENCYCLOPEDIA}', an existing .txt or .jsonl file, or a folder of .txt files (by its whole"
             f" name, or as seen from {Path.cwd()}), got '{path}'"
         )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The .txt files in it, in order of name. Raises UserError for a link to one that is not there."""
+    for file in sorted(file for file in folder.iterdir() if file.match("*.txt")):
+        if file.is_symlink() and not file.exists():
+            raise UserError(f"{file}: expected a text file, this is a broken link")
+        if file.is_file():
+            yield file
 
 
 def _read_text(path: Path) -> str:
