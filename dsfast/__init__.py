@@ -15,12 +15,15 @@ if (_TREE / "triton_kernels" / "__init__.py").exists():
     __path__.append(str(_TREE))
 
 try:
-    from dsfast import ops
-    from dsfast.config import Config, load_config
-    from dsfast.errors import UserError
-    from dsfast.generate import generate
-    from dsfast.model import DeepseekV3, generate_ids, import_huggingface
-    from dsfast.train import Trainer, load_checkpoint
+    from dsfast.command import ctrl_c_ends_at_once
+
+    with ctrl_c_ends_at_once():
+        from dsfast import ops
+        from dsfast.config import Config, load_config
+        from dsfast.errors import UserError
+        from dsfast.generate import generate
+        from dsfast.model import DeepseekV3, generate_ids, import_huggingface
+        from dsfast.train import Trainer, load_checkpoint
 finally:
     if _COLLECTED:
         gc.enable()

@@ -24,6 +24,30 @@ EXIT_BROKEN_PIPE = 141
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@contextmanager
+def ctrl_c_ends_at_once() -> Iterator[None]:
+    """Inside, where the process was started as a command of dsfast, SIGINT ends it: an import of torch can swallow Python's
+    KeyboardInterrupt, and go on with the half of a module. A program that imports dsfast keeps its own way, and so does what
+    ignores the signal."""
+    if not _is_a_command() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_a_command() -> bool:
+    """Whether this process was started as `python -m dsfast...` or by the script `dsfast`, as shows while dsfast is imported."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # stands there while Python looks for the module
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+        return module.split(".")[0] == "dsfast"
+    return os.path.basename(program) == "dsfast"
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors, which come out as one line like all others; options are not abbreviated."""
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,51 @@ def test_every_command_has_a_main():
 
 def test_the_commands_are_those_promised():
     assert set(cli.COMMANDS) == {"suite", "train", "generate", "evaluate", "export", "bench", "info"}
+
+
+SWALLOWS = """
+import os, signal, sys, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+except KeyboardInterrupt:
+    pass
+os.write(1, b"went on")
+os._exit(0)
+"""
+STARTS = {
+    "a command": (["-m", "dsfast", "info"], True),
+    "a command's own module": (["-m", "dsfast.train", "--config", "absent"], True),
+    "the script": (["bin/dsfast", "info"], True),
+    "a program": (["program.py", "-m", "dsfast"], False),
+    "a line": (["-c", "import dsfast", "-m", "dsfast"], False),
+    "a package": (["-m", "package.dsfast", "-m", "dsfast"], False),
+    "a command that ignores it": (["-m", "dsfast", "info"], None),
+}
+
+
+@pytest.mark.parametrize(("arguments", "ends"), STARTS.values(), ids=STARTS)
+def test_ctrl_c_ends_a_command_that_is_still_importing(arguments, ends, tmp_path):
+    """A torch that is interrupted and swallows that stands in for the real one. Programs that import dsfast are left alone."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "torch.py").write_text(SWALLOWS)
+    for program in ("bin/dsfast", "program.py", "package/__init__.py"):
+        (tmp_path / program).write_text("from dsfast.cli import main")
+    (tmp_path / "package" / "dsfast.py").touch()
+    ignored = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ends is None else None
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ways = {"cwd": tmp_path, "env": environment, "preexec_fn": ignored, "timeout": 60}
+    child = subprocess.run([sys.executable, *arguments], capture_output=True, **ways)
+    expected = (-signal.SIGINT, b"", b"") if ends else (0, b"went on", b"")
+    assert (child.returncode, child.stdout, child.stderr) == expected
+
+
+def test_a_command_that_is_imported_has_pythons_way_with_ctrl_c():
+    """So that a run finishes its step, and anything else says that it was interrupted."""
+    code = "import sys, signal; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'dsfast.info']; import dsfast;"
+    child = run(code=code + "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+    assert (child.returncode, child.stdout) == (0, "True\n")
 
 
 def test_run_command_gives_the_mains_status():
