@@ -20,7 +20,6 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import triton
 from dsfast.triton_kernels import ahead
 from dsfast.triton_kernels.launch import Launch
 from guard import living_tensors
@@ -559,18 +558,13 @@ def run_launch(launch: Launch, seed: int = 0, change: Callable[[str], str] = str
     """What `Launch.run` does on a GPU, on CPU tensors. change: is given the kernel's PTX, and what it returns runs."""
     if 0 in launch.grid:
         return
-    source, values = ahead._source(launch), []
-    for position, name in enumerate(launch.kernel.arg_names):
+    kernel, values = ahead.compiled_kernel(launch, CHIP), []
+    for name, kind in kernel.src.signature.items():
         value = launch.arguments[name]
-        if source.signature[name] == "constexpr":
-            continue
-        if isinstance(value, Tensor):
-            value = value.data_ptr()
-            if value % 16:
-                source.attrs.pop((position,), None)
-        values.append(float(value) if source.signature[name] == "fp32" else int(value))
-    gpu = ahead.GPUTarget("cuda", ahead.CHIPS[CHIP].arch, THREADS)
-    kernel = triton.compile(source, target=gpu, options=launch.options)
+        if kind != "constexpr":
+            values.append(
+                value.data_ptr() if isinstance(value, Tensor) else float(value) if kind == "fp32" else int(value)
+            )
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in living_tensors() if x.device.type == "cpu"
     }

@@ -152,7 +152,8 @@ def _source(launch: Launch) -> ASTSource:
             signature[name] = _POINTERS[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
-        aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        place = value.data_ptr() if isinstance(value, Tensor) else value  # 0 on the meta device
+        aligned = type(place) is int and place % 16 == 0
         if aligned and signature[name] != "constexpr" and name not in general:
             attributes[position,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
