@@ -125,7 +125,16 @@ class _Inside(TorchDispatchMode):
 def living_tensors() -> list[Tensor]:
     """All on the CPU that have memory."""
     found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
-    return [x for x in found if x.is_cpu and x.layout == torch.strided]
+    return [x for x in found if x.is_cpu and x.layout == torch.strided and _has_memory(x)]
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Not where torch.compile has made it while tracing."""
+    try:
+        x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def kept_memory(call: Callable[[], object]) -> list[Tensor]:

@@ -565,9 +565,7 @@ def run_launch(launch: Launch, seed: int = 0, change: Callable[[str], str] = str
             values.append(
                 value.data_ptr() if isinstance(value, Tensor) else float(value) if kind == "fp32" else int(value)
             )
-    storages = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in living_tensors() if x.device.type == "cpu"
-    }
+    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in living_tensors())}
     memory = Memory({address: size for address, size in storages.items() if size})
     threads = THREADS * launch.options["num_warps"]
     program = parse(change(kernel.asm["ptx"]))
