@@ -16,7 +16,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +24,9 @@ from dsfast.triton_kernels import ahead
 from dsfast.triton_kernels.launch import Launch
 from guard import living_tensors
 from torch import Tensor
+from watched import THREADS, LaunchError, Memory
 
 CHIP = "sm_80"
-THREADS = 32  # of a warp
 TYPES = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
@@ -45,10 +45,6 @@ WITHIN_A_WARP = {
     "add": np.add, "max": np.maximum, "min": np.minimum, "or": np.bitwise_or, "and": np.bitwise_and, "xor": np.bitwise_xor,
 }  # fmt: skip
 RUNS, WAITS, ENDED = range(3)
-
-
-class LaunchError(AssertionError):
-    """A launch that does what it may not, or an instruction that the machine does not know."""
 
 
 class Address(NamedTuple):
@@ -121,24 +117,6 @@ def _operand(text: str) -> Any:
     return text
 
 
-class Memory:
-    """The storages of tensors, {address: bytes}, as one array of bytes."""
-
-    def __init__(self, storages: dict[int, int]):
-        self._begins = np.array(sorted(storages), np.int64)
-        self._ends = self._begins + np.array([storages[begin] for begin in self._begins.tolist()], np.int64)
-        self._low = int(self._begins.min()) // 64 * 64
-        size = (int(self._ends.max()) - self._low + 63) // 64 * 64
-        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._low))
-
-    def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Where `size` bytes at each address are among `bytes`. Raises LaunchError where they are not in one storage."""
-        storage = np.searchsorted(self._begins, addresses, "right") - 1
-        if np.any(storage < 0) or np.any(addresses + size > self._ends[storage]):
-            raise LaunchError("outside of every tensor")
-        return addresses - self._low
-
-
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Rounded to nearest, ties to even; NaN is 0x7fff."""
     bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -159,10 +137,25 @@ def in_float64(function: Callable) -> Callable:
     return lambda *values: function(*(x.astype(np.float64) for x in values))
 
 
+def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of a quotient rounded towards zero; what divides by zero is anything."""
+    return np.fmod(a, np.where(b == 0, b.dtype.type(1), b))
+
+
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of integers rounded towards zero; what divides by zero is anything."""
-    b = np.where(b == 0, b.dtype.type(1), b)
-    return ((a - np.fmod(a, b)) // b) if a.dtype.kind in "iu" else a / b
+    """Of integers rounded towards zero, likewise."""
+    if a.dtype.kind == "f":
+        return a / b
+    return (a - remainder(a, b)) // np.where(b == 0, b.dtype.type(1), b)
+
+
+ARITHMETIC = {
+    "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "div": quotient, "rem": remainder,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "sqrt": np.sqrt,
+    "ex2": in_float64(np.exp2), "lg2": in_float64(np.log2), "rcp": in_float64(np.reciprocal),
+    "rsqrt": in_float64(lambda x: 1 / np.sqrt(x)), "fma": in_float64(lambda a, b, c: a * b + c),
+}  # fmt: skip
+"""Instructions that compute one function of their operands; the others are methods of the machine."""
 
 
 class Machine:
@@ -186,6 +179,9 @@ class Machine:
         self.shared_size, self.shared_stride = shared, (shared + 63) // 64 * 64
         self.shared = np.full(programs * self.shared_stride, 0xFF, np.uint8)  # NaN until it is written
         self.parameters = dict(zip(program.parameters, [*values, *[0] * len(program.parameters)], strict=False))
+        self.low = int(memory.begins.min()) // 64 * 64
+        size = (int(memory.ends.max()) - self.low + 63) // 64 * 64
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.low))
         self.random = np.random.default_rng(seed)
         self.at = lane
         """The lanes at work."""
@@ -224,7 +220,10 @@ class Machine:
         self.state[lanes] = ENDED
 
     def _do(self, instruction: Instruction) -> None:
-        function = getattr(self, f"do_{instruction.name}", None)
+        if instruction.name in ARITHMETIC:
+            function = partial(self._compute, ARITHMETIC[instruction.name])
+        else:
+            function = getattr(self, f"do_{instruction.name}", None)
         if function is None:
             raise LaunchError(f"the machine does not know {instruction.text}")
         try:
@@ -284,7 +283,9 @@ class Machine:
                 raise LaunchError("outside of the shared memory")
             memory, at = self.shared, at + self.block[self.at] * self.shared_stride
         else:
-            memory, at = self.memory.bytes, self.memory.places(at, size * count)
+            if not np.all(self.memory.holds(at, at + size * count)):
+                raise LaunchError("outside of every tensor")
+            memory, at = self.bytes, at - self.low
         return memory.view(BITS[size]), (at // size)[:, None] + np.arange(count)
 
     def _together(self) -> None:
@@ -366,76 +367,30 @@ class Machine:
             result = to_bfloat16(result)
         self._put(to, flush(result.astype(TYPES[kind])) if kind in TYPES and kind != "bf16" else result)
 
-    def do_add(self, parts, *operands):
-        self._compute(np.add, parts, *operands)
-
-    def do_sub(self, parts, *operands):
-        self._compute(np.subtract, parts, *operands)
-
-    def do_neg(self, parts, *operands):
-        self._compute(np.negative, parts, *operands)
-
-    def do_abs(self, parts, *operands):
-        self._compute(np.abs, parts, *operands)
-
-    def do_and(self, parts, *operands):
-        self._compute(np.bitwise_and, parts, *operands)
-
-    def do_or(self, parts, *operands):
-        self._compute(np.bitwise_or, parts, *operands)
-
-    def do_xor(self, parts, *operands):
-        self._compute(np.bitwise_xor, parts, *operands)
-
-    def do_not(self, parts, *operands):
-        self._compute(np.invert, parts, *operands)
-
     def do_min(self, parts, *operands):
         self._compute(np.minimum if "NaN" in parts else np.fmin, parts, *operands)
 
     def do_max(self, parts, *operands):
         self._compute(np.maximum if "NaN" in parts else np.fmax, parts, *operands)
 
-    def do_div(self, parts, *operands):
-        self._compute(quotient, parts, *operands)
-
-    def do_rem(self, parts, *operands):
-        self._compute(lambda a, b: np.fmod(a, np.where(b == 0, b.dtype.type(1), b)), parts, *operands)
-
-    def do_ex2(self, parts, *operands):
-        self._compute(in_float64(np.exp2), parts, *operands)
-
-    def do_lg2(self, parts, *operands):
-        self._compute(in_float64(np.log2), parts, *operands)
-
-    def do_rcp(self, parts, *operands):
-        self._compute(in_float64(np.reciprocal), parts, *operands)
-
-    def do_sqrt(self, parts, *operands):
-        self._compute(np.sqrt, parts, *operands)
-
-    def do_rsqrt(self, parts, *operands):
-        self._compute(in_float64(lambda x: 1 / np.sqrt(x)), parts, *operands)
-
-    def do_fma(self, parts, *operands):
-        self._compute(in_float64(lambda a, b, c: a * b + c), parts, *operands)
-
     def do_mul(self, parts, to, a, b):
-        self.do_mad(parts, to, a, b, 0)
+        if "wide" in parts:
+            self._put(to, self._wide_product(parts[-1], a, b))
+        elif "hi" in parts:
+            self._put(to, (self._wide_product(parts[-1], a, b) >> int(parts[-1][1:])).astype(TYPES[parts[-1]]))
+        else:
+            self._compute(np.multiply, parts, to, a, b)
 
     def do_mad(self, parts, to, a, b, c):
-        kind = parts[-1]
-        if not {"wide", "hi"} & set(parts):
-            self._compute(
-                np.multiply if c == 0 else lambda a, b, c: a * b + c, parts, to, *((a, b) if c == 0 else (a, b, c))
-            )
-            return
-        wide = f"{kind[0]}{2 * int(kind[1:])}"
-        product = np.multiply(*(self._get(x, kind).astype(TYPES[wide]) for x in (a, b)))
-        if "hi" in parts:
-            self._put(to, (product >> int(kind[1:])).astype(TYPES[kind]))
+        if "wide" in parts:
+            product = self._wide_product(parts[-1], a, b)
+            self._put(to, product + self._bits(c, product.itemsize).view(product.dtype))
         else:
-            self._put(to, product + self._get(c, wide))
+            self._compute(lambda a, b, c: a * b + c, parts, to, a, b, c)
+
+    def _wide_product(self, kind: str, a: Any, b: Any) -> np.ndarray:
+        """Of integers, in twice as many bits."""
+        return np.multiply(*(self._get(x, kind).astype(TYPES[f"{kind[0]}{2 * int(kind[1:])}"]) for x in (a, b)))
 
     def _shift(self, function: Callable, parts, to, source, count) -> None:
         value, by = self._get(source, parts[-1]), self._bits(count, 4)
@@ -565,8 +520,7 @@ def run_launch(launch: Launch, seed: int = 0, change: Callable[[str], str] = str
             values.append(
                 value.data_ptr() if isinstance(value, Tensor) else float(value) if kind == "fp32" else int(value)
             )
-    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in living_tensors())}
-    memory = Memory({address: size for address, size in storages.items() if size})
+    memory = Memory.of(living_tensors())
     threads = THREADS * launch.options["num_warps"]
     program = parse(change(kernel.asm["ptx"]))
     try:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from dsfast.triton_kernels import moe_route, rms_norm
-from ptx_machine import LaunchError, run_launch
+from ptx_machine import run_launch
+from triton_contract import pass_in_a_process
+from watched import LaunchError
 
 from dsfast import ops
 from dsfast.ops.triton import INTERPRETED
@@ -30,22 +29,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton is to compile")
 @pytest.mark.parametrize("file", OPERATORS)
 def test_every_operator_as_it_is_compiled(file):
     """By the tiles of an sm_80, in float32, float16 and bfloat16."""
-    path = Path(__file__).with_name(file)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "not gpu and not slow",
-        "-k",
-        "against_float64",
-        "-p",
-        "no:cacheprovider",
-        path,
-    ]
-    machine = {"TRITON_INTERPRET": "1", "DSFAST_PTX_MACHINE": "1"}
-    child = subprocess.run(command, env={**os.environ, **machine}, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+    path = str(Path(__file__).with_name(file))
+    pass_in_a_process(path, "-m", "not gpu and not slow", "-k", "against_float64", DSFAST_PTX_MACHINE="1")
 
 
 def routed(n: int, experts: int, top_k: int, *groups: int, run) -> None:

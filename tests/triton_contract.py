@@ -105,12 +105,17 @@ def in_the_interpreter(path: str, other_chips: tuple[str, ...] = ()):
         ("which", "chip"), [("not slow", "sm_90"), *(pytest.param(*run, marks=pytest.mark.slow) for run in slow)]
     )
     def test(which, chip):
-        command = [sys.executable, "-m", "pytest", "-m", f"{which} and not gpu", "-p", "no:cacheprovider", path]
-        interpreted = {"TRITON_INTERPRET": "1", "DSFAST_INTERPRETED_CHIP": chip}
-        child = subprocess.run(command, env={**os.environ, **interpreted}, capture_output=True, text=True, check=False)
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+        pass_in_a_process(path, "-m", f"{which} and not gpu", DSFAST_INTERPRETED_CHIP=chip)
 
     return test
+
+
+def pass_in_a_process(path: str, *flags: str, **environment: str) -> None:
+    """The tests of `path` pass in a process of the interpreter's with this environment; flags: pytest's."""
+    command = [sys.executable, "-m", "pytest", *flags, "-p", "no:cacheprovider", path]
+    interpreted = {**os.environ, "TRITON_INTERPRET": "1", **environment}
+    child = subprocess.run(command, env=interpreted, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 
 def small_tiles_of_narrow_experts(monkeypatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import nan
 from statistics import fmean
 
@@ -37,9 +37,10 @@ def run_learning(config: Config, seeds: Iterable[int], progress: Callable[[str],
             progress(f"seed {seed}: {name}")
             runs[name] = _run(config.replace(**{"seed": seed, **changes}))
         rows.append({"seed": seed, **runs, "difference": _difference([runs])})
-    problems = _problems(rows)
+    difference = _difference(rows)
+    problems = _problems(rows, difference)
     return {
-        "tolerance": TOLERANCE, "seeds": rows, "difference": _difference(rows), "problems": problems,
+        "tolerance": TOLERANCE, "seeds": rows, "difference": difference, "problems": problems,
         "status": "wrong" if problems else "right",
     }  # fmt: skip
 
@@ -50,7 +51,21 @@ def _difference(rows: Sequence[Json]) -> float:
     return ours / reference - 1
 
 
-def _problems(rows: Sequence[Json]) -> list[str]:
+def mean_recall(runs: Sequence[Json]) -> dict[str, float | None]:
+    """Phrasings -> the part of the questions answered, the mean of `runs`; None where none were asked."""
+    recalls = {name: [run["recall"][name] for run in runs] for name in runs[0]["recall"]}
+    return {name: None if None in each else fmean(one["fraction"] for one in each) for name, each in recalls.items()}
+
+
+def less_recall(now: dict[str, float | None], before: dict[str, float | None]) -> Iterator[tuple[str, float, float]]:
+    """(phrasings, now, before) where less is answered, by more than RECALL."""
+    for name, recall in now.items():
+        was = before.get(name)
+        if None not in (recall, was) and recall < was - RECALL:
+            yield name, recall, was
+
+
+def _problems(rows: Sequence[Json], difference: float) -> list[str]:
     """Runs that failed; else mean losses that are off by more than LOSS, or over all seeds TOLERANCE, and recall that is lower
     over all seeds by more than RECALL."""
     failed = [
@@ -66,15 +81,13 @@ def _problems(rows: Sequence[Json]) -> list[str]:
         for row in rows
         if not abs(row["difference"]) <= LOSS
     ]
-    if not abs(difference := _difference(rows)) <= TOLERANCE:
+    if not abs(difference) <= TOLERANCE:
         found.append(f"the mean loss of the last {LAST} steps differs by {difference:+.2%} over the seeds")
-    for name in ("taught", "heldout"):
-        ours, reference = ([row[side]["recall"][name] for row in rows] for side in ("dsfast", "reference"))
-        if None not in ours + reference:
-            recall, was = (fmean(one["fraction"] for one in side) for side in (ours, reference))
-            if recall < was - RECALL:
-                found.append(f"recall in {name} phrasings is {recall:.1%}, in plain PyTorch {was:.1%}")
-    return found
+    ours, reference = (mean_recall([row[side] for row in rows]) for side in ("dsfast", "reference"))
+    return found + [
+        f"recall in {name} phrasings is {recall:.1%}, in plain PyTorch {was:.1%}"
+        for name, recall, was in less_recall(ours, reference)
+    ]
 
 
 def _run(config: Config) -> Json:

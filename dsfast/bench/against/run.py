@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from dsfast.bench.learning import LAST, LOSS, RECALL
+from dsfast.bench.learning import LAST, LOSS, less_recall, mean_recall
 from dsfast.bench.timing import BUDGET, FEWEST, summarise
 from dsfast.config import OPERATORS, Config
 from dsfast.errors import UserError
@@ -318,14 +318,8 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
 
 def _means(found: Sequence[Json]) -> Json:
     """Over the seeds: the mean loss, the prompts answered, the part of the questions; None where none were asked."""
-    recalls = {name: [one["recall"][name] for one in found] for name in found[0]["recall"]}
-    return {
-        "mean_loss": fmean(one["mean_loss"] for one in found),
-        "exact": fmean(one["exact"] for one in found),
-        "recall": {
-            name: None if None in all_ else fmean(one["fraction"] for one in all_) for name, all_ in recalls.items()
-        },
-    }
+    means = {name: fmean(one[name] for one in found) for name in ("mean_loss", "exact")}
+    return means | {"recall": mean_recall(found)}
 
 
 def wrong_numbers(config: Config, found: Json, progress: Progress) -> list[str] | None:
@@ -374,8 +368,6 @@ def learns_less(learnt: Json) -> list[str]:
     (now, before), found = (learnt[side] for side in SIDES), []
     if isfinite(before["mean_loss"]) and not now["mean_loss"] <= before["mean_loss"] * (1 + LOSS):  # nor is a NaN
         found.append(f"the mean loss of the last steps is {now['mean_loss']:.4f} and was {before['mean_loss']:.4f}")
-    for name, recall in now["recall"].items():
-        was = before["recall"].get(name)
-        if None not in (recall, was) and recall < was - RECALL:
-            found.append(f"recall in {name} phrasings is {recall:.1%} and was {was:.1%}")
+    for name, recall, was in less_recall(now["recall"], before["recall"]):
+        found.append(f"recall in {name} phrasings is {recall:.1%} and was {was:.1%}")
     return found
