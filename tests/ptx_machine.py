@@ -6,17 +6,23 @@ threads waits at a barrier or has ended; then another, drawn at random: what lac
 Threads of a warp whose ways part run those furthest back first. A LaunchError is raised where a launch reads or writes outside
 of every tensor or of its shared memory, or where threads of a warp that have to be together are not.
 
-Not as on a GPU: asynchronous copies are done at once; exp2, log2 and square roots are numpy's, rounded once; sums of matrix
-products too. It knows the instructions that the kernels here are compiled to for an sm_80, and stops at others.
+Asynchronous copies and products (wgmma) are done at once or not before they are waited for, as it falls out; until then what
+they write is NaN. A warp does its quarter of a warp group's product by itself.
+
+Not as on a GPU: exp2, log2 and square roots are numpy's, rounded once; sums of matrix products too. Fences order nothing: what
+the compiler has to put in for the matrix units' sake is not looked for. It knows the instructions that the kernels here are
+compiled to for an sm_80 and an sm_90, and stops at others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +32,7 @@ from guard import living_tensors
 from torch import Tensor
 from watched import THREADS, LaunchError, Memory
 
-CHIP = "sm_80"
+CHIP = os.environ.get("DSFAST_INTERPRETED_CHIP", "sm_80")
 TYPES = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
@@ -45,6 +51,7 @@ WITHIN_A_WARP = {
     "add": np.add, "max": np.maximum, "min": np.minimum, "or": np.bitwise_or, "and": np.bitwise_and, "xor": np.bitwise_xor,
 }  # fmt: skip
 RUNS, WAITS, ENDED = range(3)
+ROW, COLUMN = np.arange(THREADS) // 4, np.arange(THREADS) % 4 * 2
 
 
 class Address(NamedTuple):
@@ -78,6 +85,40 @@ class Program:
     @cached_property
     def joins(self) -> set[int]:
         return set(self.labels.values())
+
+
+class Pending(NamedTuple):
+    """What `lanes` have begun and wait for by its `group`; finish(rows) does it for those that were at these places among the
+    lanes at work when it began."""
+
+    lanes: np.ndarray
+    group: np.ndarray
+    rows: np.ndarray
+    finish: Callable[[np.ndarray], None]
+
+
+class Asynchronous:
+    """What threads begin in groups and wait for later: copies or matrix products."""
+
+    def __init__(self, lanes: int):
+        self.groups = np.zeros(lanes, np.int64)
+        """How many a lane has closed."""
+        self.pending: list[Pending] = []
+
+    def begin(self, lanes: np.ndarray, finish: Callable[[np.ndarray], None]) -> None:
+        self.pending.append(Pending(lanes, self.groups[lanes], np.arange(len(lanes)), finish))
+
+    def finished(self, lanes: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, Callable[[], None]]]:
+        """Which of `lanes` have to do what, in the order in which it began, so that at most so many closed groups are left."""
+        here = np.zeros(len(self.groups), bool)
+        here[lanes] = True
+        begun, self.pending = self.pending, []
+        for one in begun:
+            due = here[one.lanes] & (one.group < self.groups[one.lanes] - most)
+            if due.any():
+                yield one.lanes[due], partial(one.finish, one.rows[due])
+            if not due.all():
+                self.pending.append(Pending(one.lanes[~due], one.group[~due], one.rows[~due], one.finish))
 
 
 @cache
@@ -183,6 +224,12 @@ class Machine:
         size = (int(memory.ends.max()) - self.low + 63) // 64 * 64
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.low))
         self.random = np.random.default_rng(seed)
+        self.copies, self.products = Asynchronous(len(lane)), Asynchronous(len(lane))
+        self.products_wait = bool(self.random.integers(2))
+        self.sums: dict[str, np.ndarray] = {}
+        """Of products, by the register that will have them."""
+        self.unfinished: dict[str, np.ndarray] = {}
+        """How many products of each lane a register waits for."""
         self.at = lane
         """The lanes at work."""
         self.next, self.state = np.zeros(len(lane), np.int64), np.full(len(lane), RUNS, np.int8)
@@ -325,17 +372,40 @@ class Machine:
         self._put(to, np.array(before, values.dtype))
 
     def do_cp(self, parts, to=None, source=None, size=0, wanted=None):
-        """Asynchronous copies; what stands for waiting for them does nothing."""
-        if not isinstance(to, Address):
-            return
+        """Asynchronous copies, where not `wanted` of zeros, and waiting for them."""
+        if "commit_group" in parts:
+            self.copies.groups[self.at] += 1
+        elif "wait_group" in parts:
+            self._finish(self.copies, to)
+        else:
+            cell = min(size, 8)
+            memory, cells = self._cells(("shared",), to, cell, size // cell)
+            values = self._copied(source, size, wanted)
+            if self.random.integers(2):
+                memory[cells] = values
+                return
+
+            def arrive(rows):
+                memory[cells[rows]] = values[rows]
+
+            memory[cells] = BITS[cell](2 ** (8 * cell) - 1)
+            self.copies.begin(self.at, arrive)
+
+    def _copied(self, source: Address, size: int, wanted: Any) -> np.ndarray:
         lanes, cell = self.at, min(size, 8)
-        there = lanes if wanted is None else lanes[self._bits(wanted, 4) != 0]
-        memory, cells = self._cells(("shared",), to, cell, size // cell)
-        memory[cells] = 0
-        self.at = there
-        memory, cells = self._cells(("shared",), to, cell, size // cell)
-        origin, places = self._cells(("global",), source, cell, size // cell)
-        memory[cells] = origin[places]
+        there = np.full(len(lanes), True) if wanted is None else self._bits(wanted, 4) != 0
+        values = np.zeros((len(lanes), size // cell), BITS[cell])
+        self.at = lanes[there]
+        memory, places = self._cells(("global",), source, cell, size // cell)
+        values[there] = memory[places]
+        self.at = lanes
+        return values
+
+    def _finish(self, begun: Asynchronous, most: int) -> None:
+        """For the lanes at work, until at most so many groups are left."""
+        lanes = self.at
+        for self.at, finish in begun.finished(lanes, most):
+            finish()
         self.at = lanes
 
     def do_mov(self, parts, to, source):
@@ -368,6 +438,13 @@ class Machine:
         self._put(to, flush(result.astype(TYPES[kind])) if kind in TYPES and kind != "bf16" else result)
 
     def do_min(self, parts, *operands):
+        if "xorsign" in parts:  # of both without their signs, with the sign of the product
+            self._compute(
+                lambda a, b: np.copysign(np.minimum(abs(a), abs(b)), np.copysign(b, a) * np.copysign(1, b)),
+                parts,
+                *operands,
+            )
+            return
         self._compute(np.minimum if "NaN" in parts else np.fmin, parts, *operands)
 
     def do_max(self, parts, *operands):
@@ -485,35 +562,137 @@ class Machine:
                 matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1))
             self._put(target, matrix.view(np.uint32).reshape(-1))
 
+    def do_stmatrix(self, parts, address, sources):
+        """The same back."""
+        self._together()
+        lanes = self.at
+        for n, source in enumerate(sources):
+            matrix = self._bits(source, 4).view(np.uint16).reshape(-1, 8, 8)
+            self.at = lanes.reshape(-1, THREADS)[:, 8 * n : 8 * n + 8].reshape(-1)
+            memory, cells = self._cells(("shared",), address, 2, 8)
+            memory[cells] = (matrix.transpose(0, 2, 1) if "trans" in parts else matrix).reshape(-1, 8)
+            self.at = lanes
+
+    # matrix products. A thread's row is a quarter of its number, its columns are the rest's, two neighbours
+
     def do_mma(self, parts, to, a, b, c):
-        """[16, 16] [16, 8] + [16, 8]. A thread's row is a quarter of its number, its columns are the rest's, two neighbours."""
+        """[16, 16] [16, 8] + [16, 8]."""
         self._together()
         _, _, shape, *_, kind, other, _ = parts
-        if shape != "m16n8k16" or kind != other or kind not in ("bf16", "f16"):
+        if shape != "m16n8k16" or kind != other:
             raise LaunchError("the machine knows products of 16 bits alone")
-        left, right = np.zeros((2, len(self.at) // THREADS, 16, 16))
-        row, column = np.arange(THREADS) // 4, np.arange(THREADS) % 4 * 2
-        for half in range(2):
-            for n, operand in enumerate(a):
-                left[:, row + n % 2 * 8, column + half + n // 2 * 8] = self._halves(operand, kind)[:, :, half]
-            for n, operand in enumerate(b):
-                right[:, column + half + n * 8, row] = self._halves(operand, kind)[:, :, half]
-        product = left @ right[:, :, :8]
+        right = np.zeros((len(self.at) // THREADS, 16, 8))
+        for n, operand in enumerate(b):
+            for half in range(2):
+                right[:, COLUMN + half + n * 8, ROW] = self._halves(operand, kind)[:, :, half]
+        product = self._left(a, kind) @ right
         for n, target in enumerate(to):
-            part = product[:, row + n // 2 * 8, column + n % 2].reshape(-1)
-            self._put(target, (part + self._get(c[n], "f32")).astype(np.float32))
+            self._put(target, (self._get(c[n], "f32") + self._sums_of_a_thread(product, n)).astype(np.float32))
+
+    def do_wgmma(self, parts, *operands):
+        """[64, 16] [16, N] + [64, N] of four warps, begun or waited for."""
+        self._together()
+        if "commit_group" in parts:
+            self.products.groups[self.at] += 1
+        elif "wait_group" in parts:
+            self._finish(self.products, *operands)
+        elif "mma_async" in parts:
+            self._begin_product(parts, *operands)
+
+    def do_fence(self, parts):
+        pass
+
+    def _begin_product(self, parts, to, a, b, adds, sign_a, sign_b, *turned):
+        """a: registers or a descriptor, b: a descriptor; `turned`: whether the descriptors' rows are the other dimension."""
+        *_, shape, result, kind, other = parts
+        if not re.fullmatch(r"m64n\d+k16", shape) or (result, kind, sign_a, sign_b) != ("f32", other, 1, 1):
+            raise LaunchError("the machine knows products of 16 bits alone")
+        adds = self._predicate(adds)
+        first = 16 * (self.warp[self.at][::THREADS] % 4)
+        left = None if isinstance(a, list) else self._described(a, first, 16, turned[0])
+        right = self._described(b, 0 * first, 2 * len(to), turned[-1])
+        for name in to:
+            register = self._register(name)
+            sums = self.sums.setdefault(name, np.zeros(len(register), np.float32))
+            unfinished = self.unfinished.setdefault(name, np.zeros(len(register), np.int64))
+            idle = self.at[unfinished[self.at] == 0]
+            sums[idle] = register[idle].view(np.float32)
+            unfinished[self.at] += 1
+            register[self.at] = 2**32 - 1  # NaN
+
+        def multiply(rows):
+            warps = rows[::THREADS] // THREADS
+            matrices = [self._shared_matrix(kind, cells[warps]) for cells in (left, right) if cells is not None]
+            product = (self._left(a, kind) if left is None else matrices[0]) @ matrices[-1].transpose(0, 2, 1)
+            for n, name in enumerate(to):
+                before = np.where(adds[rows], self.sums[name][self.at], np.float32(0))
+                self.sums[name][self.at] = before + self._sums_of_a_thread(product, n)
+
+        def finish(rows):
+            if self.products_wait:
+                multiply(rows)
+            for name in to:
+                self.unfinished[name][self.at] -= 1
+                done = self.at[self.unfinished[name][self.at] == 0]
+                self._register(name)[done] = self.sums[name][done].view(np.uint32)
+
+        if not self.products_wait:
+            multiply(np.arange(len(self.at)))
+        self.products.begin(self.at, finish)
+
+    def _described(self, descriptor: str, first: np.ndarray, count: int, turned: int) -> np.ndarray:
+        """Where a matrix lies in the shared memory: its rows from `first` on, one for each warp, 16 numbers each, as indices
+        [warps, count, 16] of cells of 16 bits. A row is along the sum; `turned`: in memory its numbers are those of one column.
+        Rows of memory are 32, 64 or 128 bytes, of which blocks of 16 change places by the row's number."""
+        bits = self._bits(descriptor, 8).astype(np.int64)[::THREADS, None, None]
+        begin, leading, stride = ((bits >> place & 0x3FFF) << 4 for place in (0, 16, 32))
+        if np.any(bits >> 62 & 3 == 0) or np.any(bits >> 49 & 7):
+            raise LaunchError("the machine knows matrices with swizzled rows alone, from a row's beginning on")
+        width = 256 >> (bits >> 62 & 3)
+        row, column = (first[:, None] + np.arange(count))[:, :, None], np.arange(16)
+        if turned:
+            at = begin + row * 2 // width * leading + row * 2 % width + column // 8 * stride + column % 8 * width
+        else:
+            at = begin + row // 8 * stride + row % 8 * width + column * 2
+        at = at ^ (at >> 7 & width // 16 - 1) << 4
+        if np.any((at < 0) | (at + 2 > self.shared_size)):
+            raise LaunchError("outside of the shared memory")
+        return (at + self.block[self.at][::THREADS, None, None] * self.shared_stride) // 2
+
+    def _shared_matrix(self, kind: str, cells: np.ndarray) -> np.ndarray:
+        return self._numbers(self.shared.view(np.uint16)[cells], kind).astype(np.float64)
+
+    def _left(self, operands: list, kind: str) -> np.ndarray:
+        """[warps, 16, 16]."""
+        matrix = np.zeros((len(self.at) // THREADS, 16, 16))
+        for n, operand in enumerate(operands):
+            for half in range(2):
+                matrix[:, ROW + n % 2 * 8, COLUMN + half + n // 2 * 8] = self._halves(operand, kind)[:, :, half]
+        return matrix
+
+    def _sums_of_a_thread(self, product: np.ndarray, n: int) -> np.ndarray:
+        """What [warps, 16, N] has for each thread's register n."""
+        return product[:, ROW + n % 4 // 2 * 8, COLUMN + n % 2 + n // 4 * 8].reshape(-1)
 
     def _halves(self, operand: str, kind: str) -> np.ndarray:
         """[warps, threads, 2]."""
-        halves = self._bits(operand, 4).view(np.uint16).reshape(-1, THREADS, 2)
-        return from_bfloat16(halves) if kind == "bf16" else halves.view(np.float16)
+        return self._numbers(self._bits(operand, 4).view(np.uint16).reshape(-1, THREADS, 2), kind)
+
+    def _numbers(self, bits: np.ndarray, kind: str) -> np.ndarray:
+        if kind not in ("bf16", "f16"):
+            raise LaunchError("the machine knows products of 16 bits alone")
+        return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16)
 
 
-def run_launch(launch: Launch, seed: int = 0, change: Callable[[str], str] = str) -> None:
-    """What `Launch.run` does on a GPU, on CPU tensors. change: is given the kernel's PTX, and what it returns runs."""
+_seeds = count()
+
+
+def run_launch(launch: Launch, seed: int | None = None, change: Callable[[str], str] = str, chip: str = CHIP) -> None:
+    """What `Launch.run` does on a GPU, on CPU tensors. seed: another one each time, unless it is given. change: is given the
+    kernel's PTX, and what it returns runs."""
     if 0 in launch.grid:
         return
-    kernel, values = ahead.compiled_kernel(launch, CHIP), []
+    kernel, values = ahead.compiled_kernel(launch, chip), []
     for name, kind in kernel.src.signature.items():
         value = launch.arguments[name]
         if kind != "constexpr":
@@ -521,7 +700,7 @@ def run_launch(launch: Launch, seed: int = 0, change: Callable[[str], str] = str
                 value.data_ptr() if isinstance(value, Tensor) else float(value) if kind == "fp32" else int(value)
             )
     memory = Memory.of(living_tensors())
-    threads = THREADS * launch.options["num_warps"]
+    threads, seed = THREADS * launch.options["num_warps"], next(_seeds) if seed is None else seed
     program = parse(change(kernel.asm["ptx"]))
     try:
         Machine(program, launch.grid, threads, kernel.metadata.shared, values, memory, seed).run()

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dsfast.triton_kernels import moe_route, rms_norm
+from dsfast.triton_kernels import mla_attention, moe_route, rms_norm
+from dsfast.triton_kernels.limits import CHIPS
 from ptx_machine import run_launch
 from triton_contract import pass_in_a_process
 from watched import LaunchError
@@ -26,11 +27,13 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton is to compile")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", OPERATORS)
-def test_every_operator_as_it_is_compiled(file):
-    """By the tiles of an sm_80, in float32, float16 and bfloat16."""
+def test_every_operator_as_it_is_compiled(file, chip):
+    """By the chip's own tiles, in float32, float16 and bfloat16."""
     path = str(Path(__file__).with_name(file))
-    pass_in_a_process(path, "-m", "not gpu and not slow", "-k", "against_float64", DSFAST_PTX_MACHINE="1")
+    machine = {"DSFAST_PTX_MACHINE": "1", "DSFAST_INTERPRETED_CHIP": chip}
+    pass_in_a_process(path, "-m", "not gpu and not slow", "-k", "against_float64", **machine)
 
 
 def routed(n: int, experts: int, top_k: int, *groups: int, run) -> None:
@@ -72,6 +75,59 @@ def test_threads_that_wait_for_nobody_are_found():
     without_barriers = partial(run_launch, change=lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx))
     with pytest.raises(AssertionError):
         routed(41, 64, 5, 8, 1, run=without_barriers)
+
+
+def attended(chip: str, seed: int, change=str) -> None:
+    """Attends by the compiled kernel of the 500K model's widths, and holds that to PyTorch in float64."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {
+        "q_nope": (150, 2, 32),
+        "q_rope": (150, 2, 16),
+        "k_nope": (150, 2, 32),
+        "k_rope": (150, 16),
+        "v": (150, 2, 32),
+    }
+    arguments = [torch.randn(*shape, generator=random).bfloat16() for shape in shapes.values()]
+    boundaries, scale = torch.tensor([0, 50, 150], dtype=torch.int32), 0.3
+    o, softmax = torch.empty(150, 2, 32, dtype=torch.bfloat16), torch.empty(mla_attention.softmax_shape(arguments[0]))
+    launch = mla_attention.forward_launch(*arguments, boundaries, scale, o, softmax, CHIPS[chip].large)
+
+    def seen(ptx: str) -> str:
+        assert "cp.async" in ptx
+        assert ("wgmma.mma_async" in ptx) == (chip == "sm_90")
+        return change(ptx)
+
+    run_launch(launch, seed=seed, change=seen, chip=chip)
+    with ops.use("reference"):
+        expected = ops.mla_attention(*(x.double() for x in arguments), boundaries, scale)
+    torch.testing.assert_close(o.double(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_copies_and_products_are_waited_for(chip, seed):
+    attended(chip, seed)
+
+
+@pytest.mark.parametrize(
+    ("chip", "left_out"),
+    [
+        ("sm_80", r"cp\.async\.wait_group\s+\d+;"),
+        ("sm_90", r"cp\.async\.wait_group\s+\d+;"),
+        ("sm_90", r"wgmma\.wait_group\.sync\.aligned\s+\d+;"),
+        ("sm_80", r"bar\.sync\s+0;"),
+        ("sm_90", r"bar\.sync\s+0;"),
+    ],
+)
+def test_waits_that_are_missing_are_found(chip, left_out):
+    def wrong(seed: int) -> bool:
+        try:
+            attended(chip, seed, lambda ptx: re.sub(left_out, "", ptx))
+        except AssertionError:
+            return True
+        return False
+
+    assert any(map(wrong, range(4)))
 
 
 def normed(change=str, **arguments) -> None:
