@@ -310,8 +310,9 @@ class Machine:
         return self._bits(operand, np.dtype(TYPES[kind]).itemsize).view(TYPES[kind])
 
     def _put(self, operand: str, value: np.ndarray) -> None:
-        """Bits that a register has more of repeat the sign of a signed integer and are else zero. "_" is no register."""
-        if operand == "_":
+        """Bits that a register has more of repeat the sign of a signed integer and are else zero. What is no register takes the
+        part of a number that is not wanted."""
+        if not operand.startswith("%"):
             return
         register = self._register(operand)
         if value.dtype.kind == "i":
@@ -425,11 +426,10 @@ class Machine:
     def _compute(self, function: Callable, parts, to, *operands) -> None:
         """`function` of the operands in the type that `parts` end with, of both halves where it is one of two."""
         kind = parts[-1]
-        if kind in ("bf16x2", "f16x2"):
-            halves = [self._bits(x, 4).view(np.uint16) for x in operands]
-            numbers = [from_bfloat16(x) if kind == "bf16x2" else x.view(np.float16) for x in halves]
-            result = function(*numbers)
-            self._put(to, (to_bfloat16(result) if kind == "bf16x2" else result.astype(np.float16)).view(np.uint32))
+        if kind.endswith("x2"):
+            halves = [self._bits(x, 4).view(TYPES.get(kind[:-2], np.uint16)) for x in operands]
+            result = function(*(map(from_bfloat16, halves) if kind == "bf16x2" else halves))
+            self._put(to, (to_bfloat16(result) if kind == "bf16x2" else result).view(np.uint32))
             return
         flush = flushed if "ftz" in parts else np.asarray
         result = function(*(flush(self._get(x, kind)) for x in operands))
