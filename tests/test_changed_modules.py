@@ -18,6 +18,7 @@ from dsfast.model.changed import note_changed
 from dsfast.model.decode import OperatorDecoder
 from dsfast.model.layers import RMSNorm, StreamNorm, is_plain
 from dsfast.model.moe import DeepseekMoE
+from dsfast.model.native_model import runs_natively
 from dsfast.train import steps
 
 CHANGED = r"module '[\w.]+' is not dsfast's own, or has hooks"
@@ -312,3 +313,43 @@ def test_the_module_is_named_and_a_plain_model_is_not_warned_of():
         assert note_changed(model)
     handle.remove()
     assert not note_changed(model)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "rope.cos"])
+def test_tensors_of_other_shapes_are_left_to_the_operators(name):
+    needs_native()
+    model = random_model()
+    assert runs_natively(model)
+    module, _, last = name.rpartition(".")
+    owner = model.get_submodule(module)
+    cut = getattr(owner, last).detach()[:-1].clone()
+    setattr(owner, last, nn.Parameter(cut) if last == "weight" else cut)
+    with pytest.warns(ops.FallbackWarning, match="other shapes than the config's"):
+        assert not runs_natively(model)
+
+
+def test_a_smaller_vocabulary_generates():
+    needs_native()
+    model = random_model()
+    model.embed_tokens.weight = nn.Parameter(model.embed_tokens.weight.detach()[:-3].clone())
+    with pytest.warns(ops.FallbackWarning, match="other shapes"):
+        found = generate_ids(model, [[3, 4, 5]], 4)
+    assert found == generate_ids(model, [[3, 4, 5]], 4, decoder_type=OperatorDecoder)
+
+
+def test_a_router_bias_of_another_dtype_is_left_to_the_operators():
+    model = random_model()
+    for router in model.routers():
+        router.e_score_correction_bias = router.e_score_correction_bias.bfloat16()
+    assert not runs_natively(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["q_proj", "kv_a_proj_with_mqa"])
+def test_what_a_hook_keeps_is_not_turned(name):
+    model, seen = random_model(), []
+    hooked = model.layers[0].self_attn.get_submodule(name)
+    hooked.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model(torch.tensor([[3, 4, 5, 6]]))
+    ((x, y),) = seen
+    torch.testing.assert_close(y, x @ hooked.weight.T)

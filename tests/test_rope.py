@@ -148,3 +148,13 @@ class TestInPlace:
         assert torch.equal(kv, before)
         # A rotation keeps lengths: half the gradient is the key itself.
         torch.testing.assert_close(kv.grad / 2, torch.cat([torch.zeros(5, 5), before[:, 5:]], 1))
+
+
+def test_autograd_sees_what_is_turned_in_place():
+    leaf, (_, *rest) = torch.randn(4, 2, 6, requires_grad=True), drawn(rope_case("", 4, 2, 6, 5))
+    x = leaf * 1
+    z = (x * x).sum()
+    with torch.no_grad():
+        ops.rope_(x, *rest)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()

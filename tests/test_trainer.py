@@ -741,3 +741,12 @@ def test_bfloat16_without_a_kernel_that_computes_in_it_is_refused():
         Trainer(tiny_config(**changes))
     auto = tiny_config(**{**changes, "runtime.dtype": "auto"})
     assert precision_of(auto.runtime).products == torch.float32
+
+
+def test_a_loss_under_inference_mode_between_two_steps_is_allowed():
+    trainer = Trainer(tiny_config(), None, tiny_dataset())
+    ids = torch.arange(3, 19)[None]
+    trainer.step(ids, ids)
+    with torch.inference_mode():
+        trainer.model.loss(ids, ids)
+    assert math.isfinite(trainer.step(ids, ids))

@@ -50,8 +50,14 @@ class MultiHeadLatentAttention(nn.Module):
         `cu_seqlens` None: one new token for each sequence of `cache`, which then is required.
         """
         q, kv = self._queries(x_q), self.kv_a_proj_with_mqa(x_kv)
+        makers = (
+            self.q_proj if hasattr(self, "q_proj") else self.q_b_proj,
+            self.kv_a_proj_with_mqa,
+        )  # others may keep them
         # [N, H, Dn], [N, H, Dr], [N, R], [N, Dr]
-        q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions, in_place=True)
+        q_nope, q_rope, latent, k_rope = ops.split_and_turn(
+            q, kv, *rope, positions, in_place=all(map(is_plain, makers))
+        )
         latent = self.kv_a_layernorm(latent)
         if cache is not None:
             cache.write(latent, k_rope)

@@ -11,7 +11,7 @@ from dsfast import ops
 from dsfast.config import ModelConfig
 from dsfast.model.attention import LATENT_NORM_EPS, MultiHeadLatentAttention
 from dsfast.model.decoder import DecoderLayer, MultiTokenPrediction
-from dsfast.model.deepseek_v3 import DeepseekV3
+from dsfast.model.deepseek_v3 import DeepseekV3, shapes
 from dsfast.model.embedding import Embedding
 from dsfast.model.layers import RMSNorm, StreamNorm, is_unchanged
 from dsfast.model.moe import DeepseekMoE, Experts, Router, SwiGLU, choice_of
@@ -26,13 +26,23 @@ _STANDS_FOR_THE_MODEL = {"cpu": "the whole-model call", "cuda": "the CUDA graph"
 
 
 def note_changed(model: DeepseekV3) -> bool:
-    """Whether modules are not dsfast's own, or have hooks, so that nothing may stand for the model; says which in a warning."""
-    if not _has_any_global_hook() and all(_is_own(module, model.config) for module in model.modules()):
+    """Whether modules are not dsfast's own or have hooks, or tensors have another shape than they were made with, so that nothing
+    may stand for the model; says which in a warning."""
+    if _has_any_global_hook() or not all(_is_own(module, model.config) for module in model.modules()):
+        changed = [name for name, module in model.named_modules() if not _is_own(module, model.config)]
+        where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
+        reason = f"{where} is not dsfast's own, or has hooks"
+    elif not _has_its_shapes(model):
+        reason = "weights or buffers have other shapes than the config's"
+    else:
         return False
-    changed = [name for name, module in model.named_modules() if not _is_own(module, model.config)]
-    where = f"module {changed[0]!r}" if changed and changed[0] else "the model"
-    _note(model, f"{where} is not dsfast's own, or has hooks: the operators run one by one, more slowly")
+    _note(model, f"{reason}: the operators run one by one, more slowly")
     return True
+
+
+def _has_its_shapes(model: DeepseekV3) -> bool:
+    (beside, layers), (beside_made, layers_made) = shapes(model), model.made
+    return beside == beside_made and layers <= layers_made
 
 
 def note_hooked(model: DeepseekV3) -> bool:

@@ -6,6 +6,7 @@ Inside the model the tokens of all rows stand in one line [N, D]; `cu_seqlens` s
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ from dsfast.model.rope import RotaryTables
 from dsfast.ops.mla_attention import rises
 from dsfast.tokens import IGNORED
 from dsfast.triton_kernels.launch import dtype_name
+
+
+def shapes(model: DeepseekV3) -> tuple[tuple[torch.Size, ...], set[tuple[torch.Size, ...]]]:
+    """What shapes parameters and buffers have beside the layers, and in any of these, of which there may be more or fewer."""
+    beside = (model.rope, model.embed_tokens, model.norm, model.lm_head, *model.mtp)
+    return _shapes(*(x for x in beside if x is not None)), {_shapes(layer) for layer in model.layers}
+
+
+def _shapes(*modules: nn.Module) -> tuple[torch.Size, ...]:
+    parts = chain.from_iterable(module.modules() for module in modules)
+    tensors = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in parts)
+    return tuple(x.shape for x in tensors if x is not None)
 
 
 class DeepseekV3(nn.Module):
@@ -47,6 +60,8 @@ class DeepseekV3(nn.Module):
         self.kept = LastValue()
         """What generation keeps between calls."""
         initialise(self, c)
+        self.made = shapes(self)
+        """What C++ and CUDA graphs, which know addresses alone, count on."""
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """input_ids [B, T] int64 -> logits [B, T, V].

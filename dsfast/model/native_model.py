@@ -30,7 +30,8 @@ def runs_natively(model: DeepseekV3, operators: frozenset[str] = FORWARD) -> boo
     of dsfast/model, without hooks, which a call would pass by. Where only these are in the way a warning says so."""
     modules = list(model.modules())
     weights = (w for module in modules for w in module._parameters.values() if w is not None)
-    if not all(w.is_cpu and w.dtype == torch.float32 for w in weights):
+    buffers = (b for module in modules for b in module._buffers.values() if b is not None and b.is_floating_point())
+    if not all(w.is_cpu and w.dtype == torch.float32 for w in (*weights, *buffers)):
         return False
     if not all(row["implementation"] == "native" for row in ops.report("cpu") if row["operator"] in operators):
         return False

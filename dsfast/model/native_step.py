@@ -88,7 +88,7 @@ class NativeStep:
             parameter.grad = gradient
         for router, load in zip(self._routers, self._loads, strict=True):
             if router is not None:
-                router.load.copy_(load)
+                router.load = load.clone()
         return loss
 
     def thread_seconds(self) -> dict[str, tuple[float, float]]:

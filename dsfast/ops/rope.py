@@ -61,7 +61,14 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         expect_range("rope", "positions", positions, cos.size(0))
         return x.copy_(rope_reference(x, cos, sin, positions))
     torch.ops.dsfast.rope_(x, cos, sin, positions)
+    _note_written(x)
     return x
+
+
+def _note_written(*tensors: Tensor) -> None:
+    """Tell autograd, which does not see what the kernels write, that what it may have saved of them is gone."""
+    if not torch.compiler.is_compiling():  # which sees it
+        torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def _not_triton(dr: int) -> str:
@@ -106,6 +113,7 @@ def split_and_turn(
     if not in_place:
         return _SplitAndTurn.apply(q, kv, cos, sin, positions)
     torch.ops.dsfast.rope_pair_(q_rope, k_rope, cos, sin, positions)
+    _note_written(q_rope, k_rope)
     return q_nope, q_rope, latent, k_rope
 
 
