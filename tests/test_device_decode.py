@@ -174,21 +174,22 @@ class TestWhereItEnds:
             by_device(random_model(), [[1, 61]], 1)
 
 
+class OnAGpu(torch.nn.Parameter):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda")
+
+
 def test_it_is_the_gpus_own_and_no_other_devices():
     model = random_model()
     with ops.use("reference"):
         assert _own_decoder(model) is OperatorDecoder
-    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-    on_a_gpu = SimpleNamespace(
-        embed_tokens=SimpleNamespace(weight=weight),
-        config=model.config,
-        modules=model.modules,
-        named_modules=model.named_modules,
-    )
-    assert _own_decoder(on_a_gpu) is DeviceDecoder
+    model.embed_tokens.weight = OnAGpu(model.embed_tokens.weight)
+    assert _own_decoder(model) is DeviceDecoder
     model.norm.register_forward_hook(lambda *_: None)
     with pytest.warns(ops.FallbackWarning, match="the CUDA graph is not made: module 'norm' is not dsfast's own"):
-        assert _own_decoder(on_a_gpu) is OperatorDecoder
+        assert _own_decoder(model) is OperatorDecoder
 
 
 class TestWhatIsKept:
