@@ -226,6 +226,19 @@ def test_rotary_tables_are_cast_once_for_a_dtype_and_a_device():
     assert [table.device.type for table in tables(torch.bfloat16)] == ["meta"] * 2
 
 
+def test_a_model_begun_on_the_meta_device_computes_what_another_does():
+    """Its weights come from a state dict, which has no rotary tables."""
+    model = random_model()
+    with torch.device("meta"):
+        begun = DeepseekV3(model.config)
+    begun.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(begun.rope.cos, model.rope.cos)
+    assert torch.equal(begun.rope.sin, model.rope.sin)
+    ids = random_ids(model, 2, 9)
+    with torch.no_grad():
+        assert torch.equal(begun(ids), model(ids))
+
+
 def test_initialisation_follows_the_config_and_the_seed():
     def build(seed: int) -> DeepseekV3:
         torch.manual_seed(seed)

@@ -23,11 +23,20 @@ class RotaryTables(Float32Buffers):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        angles = _positions(config) * _frequencies(config)
-        factor = _table_factor(config)
-        self.register_buffer("cos", (angles.cos() * factor).float(), persistent=False)
-        self.register_buffer("sin", (angles.sin() * factor).float(), persistent=False)
+        self._config = config
+        for name, table in zip(("cos", "sin"), _tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self._cast: dict[tuple[torch.dtype, torch.device], Tables] = {}
+
+    def _apply(self, fn, recurse: bool = True):
+        """Where a model leaves the meta device its tables are made: no checkpoint has them."""
+        unmade = self.cos.is_meta
+        super()._apply(fn, recurse)
+        if unmade and not self.cos.is_meta:
+            with torch.device("cpu"):
+                made = _tables(self._config)
+            self.cos, self.sin = (table.to(self.cos.device) for table in made)
+        return self
 
     def forward(self, dtype: torch.dtype) -> Tables:
         """(cos, sin) in the dtype of what they will turn; the same tensors in every call: a CUDA graph keeps their addresses."""
@@ -38,6 +47,12 @@ class RotaryTables(Float32Buffers):
             with torch.inference_mode(False):  # else a first use in generation would forbid later ones in training
                 self._cast[key] = self.cos.to(dtype), self.sin.to(dtype)
         return self._cast[key]
+
+
+def _tables(config: ModelConfig) -> Tables:
+    """In float32, of angles in float64."""
+    angles, factor = _positions(config) * _frequencies(config), _table_factor(config)
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 def softmax_scale(config: ModelConfig) -> float:
