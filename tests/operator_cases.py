@@ -188,6 +188,29 @@ def contract(operator: str):
 # The contract ------------------------------------------------------------------------------------------------------------
 
 
+class _GivesNoGradient(torch.autograd.Function):
+    """Its input; its backward pass gives None, as some functions of users do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def assert_no_gradient_goes_on(case: Case, arguments: Sequence) -> None:
+    """Where none comes to the operator's outputs, and a backward pass goes through it all the same."""
+    leaves = list(arguments)
+    for i in case.differentiable:
+        leaves[i] = arguments[i].detach().requires_grad_()
+    outputs = case.function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(_GivesNoGradient.apply(x).sum() for x in outputs if x.requires_grad).backward()
+    assert all(leaves[i].grad is None or not leaves[i].grad.any() for i in case.differentiable)
+
+
 class OperatorContract:
     """`cases`: the name of each says why it is there. `tiny`: an odd, small case that shows all of the operator.
 
@@ -240,6 +263,12 @@ class OperatorContract:
             arguments[position].requires_grad_()
         with ops.use("reference"):
             assert torch.autograd.gradcheck(case.function, arguments)
+
+    def test_no_gradient_of_its_outputs(self):
+        if self.tiny.differentiable:
+            with ops.use("native"):
+                needs_native()
+                assert_no_gradient_goes_on(self.tiny, drawn(self.tiny))
 
     def test_views_as_inputs_and_gradients(self, sampled_case, layout):
         needs_native()

@@ -82,6 +82,8 @@ class TestBias:
                 ops.update_bias([bias[:4]], loads, 0.1)
             with pytest.raises(TypeError, match=r"update_bias: biases must be torch.float32 on"):
                 ops.update_bias([bias.double()], loads, 0.1)
+            with pytest.raises(ValueError, match=r"update_bias: biases, .*, must be contiguous, got strides \(2,\)"):
+                ops.update_bias([torch.zeros(10, device=DEVICE)[::2]], loads, 0.1)
             with pytest.raises(TypeError, match=r"update_bias: loads must be torch.int64 on"):
                 ops.update_bias([bias], loads.int(), 0.1)
             with pytest.raises(TypeError, match=r"update_bias: clip_scale must be torch.float32 on"):
@@ -148,6 +150,7 @@ class TestRecord:
             for other, match in (
                 (measured[:, :3], r"measured must have shape \[P, 4\], got \[4, 3\]"),
                 (measured[:3], r"loads must have shape \[3, 2, 3\], got \[4, 2, 3\]"),
+                (measured.repeat(1, 2)[:, ::2], r"measured, .*, must be contiguous, got strides \(8, 2\)"),
             ):
                 memory.measured = other
                 with pytest.raises(ValueError, match=f"record_step: {match}"):

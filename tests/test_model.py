@@ -222,6 +222,12 @@ def test_rotary_tables_are_cast_once_for_a_dtype_and_a_device():
     assert tables(torch.float16)[0].dtype == torch.float16
     model.to("cpu")
     assert all(a is b for a, b in zip(tables(torch.bfloat16), cast, strict=True))
+    tables.cos.mul_(2)
+    tables.sin = tables.sin + 1
+    assert all(a is b for a, b in zip(tables(torch.bfloat16), cast, strict=True))
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(cast, (tables.cos, tables.sin), strict=True))
+    tables.cos, tables.sin = tables.cos[:5], tables.sin[:5]
+    assert tables(torch.bfloat16)[0].shape == tables.cos.shape
     model.to("meta")
     assert [table.device.type for table in tables(torch.bfloat16)] == ["meta"] * 2
 

@@ -477,4 +477,13 @@ def test_operator_takes_the_kernels():
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, leaves, do), gradients, strict=True))
 
 
+@on_device
+@pytest.mark.parametrize("widths", [WIDTHS["500K model"], WIDTHS["DeepSeek-V3"]], ids=["500K", "V3"])
+@pytest.mark.parametrize("boundaries", [[-300, 100], [0, -70, 50, -90, 100], [20, 100], [0, 300], [60, 20]], ids=str)
+def test_wrong_boundaries_read_nothing_outside(boundaries, widths):
+    """Every launch is watched for that."""
+    tensors, _, scale, do = make_inputs([100], widths, torch.float16)
+    run_kernels(tensors, torch.tensor(boundaries, dtype=torch.int32, device=DEVICE), scale, do)
+
+
 test_in_the_interpreter = in_the_interpreter(__file__, ("sm_80", "sm_100"))

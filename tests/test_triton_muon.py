@@ -108,6 +108,15 @@ def test_matrices_too_large_for_the_chip_are_orthogonalised_by_pytorch():
 
 
 @on_device
+def test_nothing_is_changed_where_they_are_refused():
+    params, grads, momenta, *others = on_the_device(drawn(muon_case("large", (40, 45), (3, 5))))
+    before = [x.clone() for x in (*params, *momenta)]
+    with ops.use("triton"), pytest.raises(UserError, match=r"newton_schulz: .* takes up to 32 rows"):
+        ops.muon(params, grads, momenta, *others, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*params, *momenta), strict=True))
+
+
+@on_device
 def test_iterates_in_what_it_is_told():
     """A float16 iteration of the float32 momenta, as eager's."""
     arguments = on_the_device(drawn(TestMuon.tiny))

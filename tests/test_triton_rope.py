@@ -150,4 +150,20 @@ def test_what_does_not_fit_together_is_refused_before_both_are_turned():
             ops.split_and_turn(q, kv.double(), cos, sin, positions)
 
 
+@on_device
+@pytest.mark.parametrize(("heads", "width"), [(2, 0), (0, 4)])
+def test_nothing_to_turn(heads, width):
+    q, kv, *tables = inputs(split_and_turn_case("", 3, heads, 3, 5, width, 7))
+    q.requires_grad_()
+    kv.requires_grad_()
+    with poisoned(), ops.use("triton", "rope"):
+        outputs = ops.split_and_turn(q, kv, *tables)
+        sum(x.sum() for x in outputs).backward()
+    with ops.use("reference"):
+        expected = ops.split_and_turn(q, kv, *tables)
+        wanted = torch.autograd.grad(sum(x.sum() for x in expected), (q, kv))
+    for found, right in zip((*outputs, q.grad, kv.grad), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(found, right)
+
+
 test_in_the_interpreter = in_the_interpreter(__file__)

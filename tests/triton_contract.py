@@ -18,7 +18,16 @@ import pytest
 import torch
 from dsfast.triton_kernels import launch
 from dsfast.triton_kernels.limits import CHIPS
-from operator_cases import DRAWS, LAYOUTS, assert_bitwise_equal, assert_passed, drawn, expanded, with_gradient_layout
+from operator_cases import (
+    DRAWS,
+    LAYOUTS,
+    assert_bitwise_equal,
+    assert_no_gradient_goes_on,
+    assert_passed,
+    drawn,
+    expanded,
+    with_gradient_layout,
+)  # fmt: skip
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -182,6 +191,12 @@ class TritonContract:
         function = with_gradient_layout(case.function, layout)
         with poisoned():
             assert_passed(check_draws(case.operator, function, draws, case.differentiable, ["triton"], case=case.name))
+
+    @on_device
+    def test_no_gradient_of_its_outputs(self):
+        if self.tiny.differentiable:
+            with ops.use("triton", self.tiny.operator):
+                assert_no_gradient_goes_on(self.tiny, on_the_device(drawn(self.tiny)))
 
     @on_device
     def test_same_bits_twice_and_inputs_left_alone(self, case):

@@ -21,7 +21,8 @@ Row = TypeVar("Row")
 
 @triton.jit
 def documents_of(cu_seqlens, i, S, STEPS):
-    """First token of each document that tokens `i` lie in, and the token after its last. STEPS >= log2 S."""
+    """First token of each document that tokens `i` lie in, and the token after its last. STEPS >= log2 S. Of wrong boundaries
+    none is in front of token 0: nothing is read there."""
     low = i * 0
     high = low + S
     for _ in range(STEPS):
@@ -30,7 +31,7 @@ def documents_of(cu_seqlens, i, S, STEPS):
         reached = tl.load(cu_seqlens + middle) <= i
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
-    return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
+    return tl.maximum(tl.load(cu_seqlens + low), 0), tl.maximum(tl.load(cu_seqlens + low + 1), 0)
 
 
 @triton.jit

@@ -56,9 +56,10 @@ def generate_ids(
 ) -> list[list[int]]:
     """Continue each of `prompts` (token ids, any lengths from 1 on); the new ids alone, without `eos_id`.
 
-    Greedy continuations do not depend on which prompts share the batch. `decoder_type`: in place of the device's own. On a GPU
-    a model generates for one call at a time, and keeps the memory of the last for the next. Otherwise as `generate`; raises
-    UserError also where a GPU fails or has too little memory.
+    Greedy continuations do not depend on which prompts share the batch; of a model in 16 bits on a GPU only up to the first token
+    at which two come as near as a rounding. `decoder_type`: in place of the device's own. On a GPU a model generates for one call
+    at a time, and keeps the memory of the last for the next. Otherwise as `generate`; raises UserError also where a GPU fails or
+    has too little memory.
     """
     _check(model, prompts, max_new_tokens, temperature, seed)
     packed = Prompts.pack(prompts)

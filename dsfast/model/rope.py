@@ -7,6 +7,7 @@ that turn less than `beta_slow` times over the original context, keeps those abo
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class RotaryTables(Float32Buffers):
         self._config = config
         for name, table in zip(("cos", "sin"), _tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
-        self._cast: dict[tuple[torch.dtype, torch.device], Tables] = {}
+        self._cast: dict[tuple[torch.dtype, torch.device], _Cast] = {}
 
     def _apply(self, fn, recurse: bool = True):
         """Where a model leaves the meta device its tables are made: no checkpoint has them."""
@@ -39,14 +40,36 @@ class RotaryTables(Float32Buffers):
         return self
 
     def forward(self, dtype: torch.dtype) -> Tables:
-        """(cos, sin) in the dtype of what they will turn; the same tensors in every call: a CUDA graph keeps their addresses."""
-        key = dtype, self.cos.device
+        """(cos, sin) in the dtype of what they will turn; the same tensors in every call: a CUDA graph keeps their addresses.
+        Where `cos` and `sin` have changed they are filled anew."""
+        own, key = (self.cos, self.sin), (dtype, self.cos.device)
         if dtype == self.cos.dtype:
-            return self.cos, self.sin
-        if key not in self._cast:
+            return own
+        cast = self._cast.get(key)
+        if cast is None or not cast.is_of(own):
             with torch.inference_mode(False):  # else a first use in generation would forbid later ones in training
-                self._cast[key] = self.cos.to(dtype), self.sin.to(dtype)
-        return self._cast[key]
+                tables = tuple(x.to(dtype) for x in own)
+                if cast is not None and cast.tables[0].shape == self.cos.shape:
+                    tables = tuple(old.copy_(new) for old, new in zip(cast.tables, tables, strict=True))
+            cast = self._cast[key] = _Cast(own, _versions(own), tables)
+        return cast.tables
+
+
+class _Cast(NamedTuple):
+    """`tables` in another dtype than those they are `of`, and what version of these."""
+
+    of: Tables
+    versions: tuple[int | None, ...]
+    tables: Tables
+
+    def is_of(self, tables: Tables) -> bool:
+        """Whether they are of `tables` as these are now."""
+        return self.versions == _versions(tables) and all(a is b for a, b in zip(self.of, tables, strict=True))
+
+
+def _versions(tables: Tables) -> tuple[int | None, ...]:
+    """How often each was written to; None where PyTorch does not count."""
+    return tuple(None if x.is_inference() else x._version for x in tables)
 
 
 def _tables(config: ModelConfig) -> Tables:

@@ -33,6 +33,7 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
     for bias in biases:
         expect_shape("update_bias", "biases", bias, loads.size(1))
         expect_dtype("update_bias", torch.float32, loads.device, biases=bias)
+        _expect_contiguous("update_bias", biases=bias)
     expect_dtype("update_bias", torch.int64, loads.device, loads=loads)
     expect_on_device("update_bias", loads.device, clip_scale=clip_scale)
     if not biases:
@@ -43,6 +44,13 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
         update_bias_reference(biases, loads, speed, clip_scale)
     else:
         torch.ops.dsfast.update_bias(biases, loads, speed, *or_tensor(clip_scale))
+
+
+def _expect_contiguous(operator: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless each tensor, which is written to, is contiguous."""
+    for argument, x in tensors.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{operator}: {argument}, written in place, must be contiguous, got strides {x.stride()}")
 
 
 def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor) -> None:
@@ -70,6 +78,7 @@ def record_step(
     expect_dtype("record_step", torch.int64, device, place=place, update=update, loads=loads, load=load)
     expect_dtype("record_step", torch.float64, device, measured=measured, norm=norm, lr_scale=lr_scale)
     expect_dtype("record_step", torch.float32, device, clip_scale=clip_scale)
+    _expect_contiguous("record_step", measured=measured, loads=loads)
     arguments = (place, update, measured, loads, loss, norm, lr_scale, clip_scale, load)
     if choose("adamw", clip_scale) == "reference":
         record_step_reference(*arguments)

@@ -39,7 +39,7 @@ def use(implementation: str, *operators: str) -> Iterator[None]:
     """Run `operators` (all of them if none is named) with `implementation` inside the block.
 
     Raises UserError for an unknown implementation or operator; running an operator raises UserError where the
-    implementation named cannot run on the tensor's device.
+    implementation named cannot run on the tensor's device. What torch.compile has traced keeps what was selected then.
     """
     _check_names(implementation, operators)
     with _select(dict.fromkeys(operators or OPERATORS, implementation)):

@@ -25,8 +25,17 @@ def define(schema: str, *, cpu: Callable | None, fake: Callable, cuda: Callable 
 
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused."""
-    torch.library.register_autograd(f"dsfast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    """Register the derivative of `dsfast::name`; that of `dsfast::name_backward`, where there is one, is refused.
+
+    backward is called where at least one output has a gradient: autograd may come without, from a function that gives none.
+    """
+
+    def backward_of_some(ctx, *gradients):
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *gradients)
+
+    torch.library.register_autograd(f"dsfast::{name}", backward_of_some, setup_context=setup_context, lib=_LIBRARY)
     if hasattr(torch.ops.dsfast, f"{name}_backward"):
         why = f"dsfast::{name} has first derivatives only; ops.use('reference') has second ones"
         _refuse(f"{name}_backward", why)

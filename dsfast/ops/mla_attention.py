@@ -42,7 +42,8 @@ def mla_attention(
 
     k_rope may also be that expanded to [N, H, Dr], as `mla_project` gives it: then its gradient is each head's, unsummed.
     cu_seqlens rises from 0 to N; equal neighbours are empty documents. Views whose last dimension is contiguous are read in
-    place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices.
+    place. Raises ValueError for other shapes or boundaries, TypeError for mixed dtypes or devices. On a GPU boundaries are not
+    looked at, as that would wait for it: of wrong ones come wrong numbers, or NaN, but nothing outside the tensors is read.
     """
     _check(q_nope, q_rope, k_nope, k_rope, v)
     expect_shape("mla_attention", "cu_seqlens", cu_seqlens, "S + 1")

@@ -105,7 +105,7 @@ def split_and_turn(
         if x.size(-1) < dr:
             raise ValueError(f"rope: {argument} must have rows of at least Dr = {dr} columns, got {x.size(-1)}")
     (q_nope, q_rope), (latent, k_rope) = _parts(dr, q, kv)
-    if choose("rope", q, not_triton=_not_triton(dr)) != "triton":
+    if choose("rope", q, not_triton=_not_triton(dr)) != "triton" or not q_rope.numel():
         turn = rope_ if in_place else rope
         k_rope = turn(k_rope.unsqueeze(1), cos, sin, positions).squeeze(1)
         return q_nope, turn(q_rope, cos, sin, positions), latent, k_rope
