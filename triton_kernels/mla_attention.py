@@ -51,7 +51,7 @@ from dsfast.triton_kernels.attention_pieces import (
 )
 from dsfast.triton_kernels.launch import Launch, large_tiles
 from dsfast.triton_kernels.pieces import (
-    BY_3_6,
+    BY_3_7,
     LOG2E,
     UNSEEN,
     fits,
@@ -405,20 +405,20 @@ _LARGE = {
         96: Tiles(64, 64, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
-        576: Tiles(128, 32, 8, 2) if BY_3_6 else Tiles(64, 32, 8, 2),
+        576: Tiles(128, 32, 8, 2) if BY_3_7 else Tiles(64, 32, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_q": {
         80: Tiles(64, 32, 4, 3),
         192: Tiles(128, 64, 8, 3),
         320: Tiles(128, 64, 8, 3),
-        576: Tiles(32, 32, 8, 2) if BY_3_6 else Tiles(64, 16, 8, 2),
+        576: Tiles(32, 32, 8, 2) if BY_3_7 else Tiles(64, 16, 8, 2),
         _REST: Tiles(32, 16, 8, 2),
     },
     "backward_kv": {
         96: Tiles(32, 64, 4, 1),
         192: Tiles(32, 128, 8, 3),
-        320: Tiles(32, 128, 8, 2) if BY_3_6 else Tiles(64, 64, 8, 3),
+        320: Tiles(32, 128, 8, 2) if BY_3_7 else Tiles(64, 64, 8, 3),
         _REST: Tiles(16, 32, 8, 2),
     },
 }
@@ -533,7 +533,7 @@ def _launch(kernel, large: int, arguments: dict) -> Launch:
     # are too few: every warp would hold the same sums, whole rows, and spill.
     least = 2 * tile if itemsize == 2 and tile < 64 and name != "forward" else 0
     widths = {letters: max(arguments[letters], least) for letters in ("DN", "DR", "DV")}
-    apart = not BY_3_6 and large == 9 and itemsize == 2 and warps == 8 and tile == 64
+    apart = not BY_3_7 and large == 9 and itemsize == 2 and warps == 8 and tile == 64
     tiling = {
         "BT": bt,
         "BS": bs,

@@ -32,7 +32,7 @@ from dsfast.triton_kernels.attention_pieces import (
     within,
 )
 from dsfast.triton_kernels.launch import Launch
-from dsfast.triton_kernels.pieces import BY_3_6, LOG2E, load_tile, opaque, options, store_rows, swizzle
+from dsfast.triton_kernels.pieces import BY_3_7, LOG2E, load_tile, opaque, options, store_rows, swizzle
 from torch import Tensor
 
 KEPT = 2**31
@@ -238,7 +238,7 @@ _NARROWEST = 192  # `measure` up to which making scores anew takes few enough re
 _LARGE = {"scores": {320: Block(64, 8, 3)}, "product": {320: Block(64, 16, 3)}}
 # Sums lie in tensor memory; a thread of 16 warps has too few registers for the rest. Triton 3.6 spills with 64 queries.
 _SM_100 = {
-    "scores": {320: Block(32 if BY_3_6 else 64, 8, 3)},
+    "scores": {320: Block(32 if BY_3_7 else 64, 8, 3)},
     "product": {320: Block(64, 8, 3)},
 }
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, large_tiles, multiprocessors, on_meta, padded
 from dsfast.triton_kernels.limits import MULTIPROCESSORS
-from dsfast.triton_kernels.pieces import BY_3_6, LOG2E, UNSEEN, opaque, options
+from dsfast.triton_kernels.pieces import BY_3_7, LOG2E, UNSEEN, opaque, options
 from torch import Tensor
 
 _UNSPECIALIZED = ("C", "SPLITS", "PAGES")  # change from batch to batch and must not cause a new compilation
@@ -353,7 +353,7 @@ def plan(
     tiles = by_rows[bh][min(w for w in by_rows[bh] if w >= width)]
     if page % tiles.bn and width > 192:  # addresses for each row: beside so many sums there are no registers for 64
         tiles = tiles._replace(bn=min(32, tiles.bn))
-    if page and BY_3_6:  # 40 bytes spill where places are AHEAD
+    if page and BY_3_7:  # 40 bytes spill where places are AHEAD
         tiles = tiles._replace(ahead=False)
     splits = _splits(b * triton.cdiv(h, bh), c, processors * tiles.resident)
     absorb = max(r, dn, dv) <= ABSORBED_WIDTH

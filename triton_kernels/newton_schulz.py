@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from dsfast.triton_kernels.launch import Launch, large_tiles, padded
-from dsfast.triton_kernels.pieces import BY_3_6, options
+from dsfast.triton_kernels.pieces import BY_3_7, options
 from torch import Tensor
 
 COLUMNS = {2: 64, 4: 32}
@@ -153,7 +153,7 @@ def launch(x: Tensor, out: Tensor, shapes: Sequence[int], abc, eps: float, itera
     warps = 8 if br > 64 else 4
     whole = bool(large) and x.element_size() == 2 and br * bc <= IN_REGISTERS[warps]
     # On sm_100 triton 3.6 wants 640 columns of its tensor memory for these, which has 512.
-    whole = whole and not (large == 10 and warps == 8 and BY_3_6)
+    whole = whole and not (large == 10 and warps == 8 and BY_3_7)
     bc = bc if whole else COLUMNS[x.element_size()]
     sizes = {"STACKS": tuple(stacks), "COUNT": len(stacks) // 4, "BR": br, "BC": bc, "WHOLE": whole}
     arguments = {"x": x, "out": out, **numbers, **sizes}

@@ -16,8 +16,8 @@ LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 UNSEEN = tl.constexpr(-3.4028234663852886e38)
 _SUMMED = 8192  # elements in a step of sum_kernel: 64 for each thread
 
-BY_3_6 = numbers(triton.__version__) == (3, 6)
-"""Whether this is the oldest triton that is taken, which cannot compile some kernels as the later ones do."""
+BY_3_7 = numbers(triton.__version__) <= (3, 7)
+"""Whether this is triton 3.6 or 3.7, which cannot compile some kernels as the later ones do."""
 
 
 def options(warps: int, stages: int = 1) -> dict[str, int | bool]:
