@@ -50,14 +50,9 @@ class MultiHeadLatentAttention(nn.Module):
         `cu_seqlens` None: one new token for each sequence of `cache`, which then is required.
         """
         q, kv = self._queries(x_q), self.kv_a_proj_with_mqa(x_kv)
-        makers = (
-            self.q_proj if hasattr(self, "q_proj") else self.q_b_proj,
-            self.kv_a_proj_with_mqa,
-        )  # others may keep them
+        ours = is_plain(self._query_proj()) and is_plain(self.kv_a_proj_with_mqa)  # others may keep what they made
         # [N, H, Dn], [N, H, Dr], [N, R], [N, Dr]
-        q_nope, q_rope, latent, k_rope = ops.split_and_turn(
-            q, kv, *rope, positions, in_place=all(map(is_plain, makers))
-        )
+        q_nope, q_rope, latent, k_rope = ops.split_and_turn(q, kv, *rope, positions, in_place=ours)
         latent = self.kv_a_layernorm(latent)
         if cache is not None:
             cache.write(latent, k_rope)
@@ -71,9 +66,13 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _queries(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, H, Dn + Dr]."""
-        compressed = not hasattr(self, "q_proj")
-        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
-        return queries.unflatten(-1, (self.heads, -1))
+        if not hasattr(self, "q_proj"):
+            x = self.q_a_layernorm(self.q_a_proj(x))
+        return self._query_proj()(x).unflatten(-1, (self.heads, -1))
+
+    def _query_proj(self) -> nn.Module:
+        """What makes the queries, of x or of the compressed x."""
+        return self.q_proj if hasattr(self, "q_proj") else self.q_b_proj
 
     def _absorbed(self, latent: Tensor) -> Tensor:
         """What `kv_b_proj` multiplies by, [H, Dn + Dv, R]: its weight, or what a module in its place makes of unit vectors.

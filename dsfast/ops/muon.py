@@ -24,7 +24,7 @@ from dsfast.ops import native, triton
 from dsfast.ops.device_numbers import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import define, expect_dtype, expect_shape
-from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape, chosen, newton_schulz, orthogonal_reference
+from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape, newton_schulz, orthogonal_reference, too_large
 
 RMS = 0.2
 """Root mean square of an update of AdamW's, by experience."""
@@ -151,7 +151,8 @@ def _muon_cuda(
     _, sizes, begins, lengths, stacks = _layout_of(params, parts)
     grads = [None if g is None else g.contiguous() for g in grads]
     table = triton.launcher("muon", "table_for")(params, grads, momenta, sizes, begins, lengths)
-    chosen(params[0].new_empty(0, dtype=dtype), stacks)  # raises, if it does, before anything is changed
+    like = params[0].new_empty(0, dtype=dtype)
+    choose("newton_schulz", like, not_triton=too_large(like, stacks))  # raises, if it does, before anything is changed
     update = triton.launcher("muon", "momentum")(table, momentum, clip_scale, device_clip_scale, dtype)
     direction = newton_schulz(update, stacks)  # of large matrices PyTorch's, said aloud
     triton.launcher("muon", "apply")(table, direction, lr, lr_scale, device_lr_scale, weight_decay, device_clip_scale)

@@ -61,17 +61,12 @@ def newton_schulz(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
     if any(n < 0 or not 0 <= rows <= cols for n, rows, cols in shapes):
         raise ValueError(f"newton_schulz: shapes must be (n, R, C) with 0 <= R <= C, got {list(shapes)}")
     expect_shape("newton_schulz", "x", x, sum(math.prod(shape) for shape in shapes))
-    if chosen(x, shapes) == "reference":
+    if choose("newton_schulz", x, not_triton=too_large(x, shapes)) == "reference":
         return newton_schulz_reference(x, shapes)
     return torch.ops.dsfast.newton_schulz(x, [size for shape in shapes for size in shape])
 
 
-def chosen(x: Tensor, shapes: Sequence[Shape]) -> str:
-    """The implementation that x, of which the dtype and device count alone, is given to; raises as `ops.choose` does."""
-    return choose("newton_schulz", x, not_triton=_too_large(x, shapes))
-
-
-def _too_large(x: Tensor, shapes: Sequence[Shape]) -> str:
+def too_large(x: Tensor, shapes: Sequence[Shape]) -> str:
     """Why the Triton kernel does not take them, or ""."""
     rows = max([0, *(shape[1] for shape in shapes)])
     most = ON_CHIP.get(x.element_size(), rows)
