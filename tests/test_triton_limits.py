@@ -94,8 +94,8 @@ def test_what_just_reaches_a_limit_is_taken_and_nothing_is_not():
         assert "take a positive scale, got" in at["mla_attention"]._not_triton(*wide(16, 16, 16), scale)
     assert at["mla_decode"]._not_triton(*wide(1000, 128)) == ""
     for x, rows in ((wide(1)[0], 32), (wide(1, dtype=HALF)[0], 128)):
-        assert at["newton_schulz"]._too_large(x, [(1, rows, 200)]) == ""
-        assert f"up to {rows} rows" in at["newton_schulz"]._too_large(x, [(1, 2, 3), (1, rows + 1, 200)])
+        assert at["newton_schulz"].too_large(x, [(1, rows, 200)]) == ""
+        assert f"up to {rows} rows" in at["newton_schulz"].too_large(x, [(1, 2, 3), (1, rows + 1, 200)])
     assert at["rms_norm"]._not_triton(wide(8192)[0][0]) == ""
     assert "from 1 to 8192, got 0" in at["rms_norm"]._not_triton(wide(0)[0][0])
     assert at["rope"]._not_triton(4096) == ""
