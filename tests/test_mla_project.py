@@ -222,6 +222,7 @@ class TestWhereItIsTaken(TakenContract):
         (8, lambda x: x[:32], ValueError, r"must be 2 heads of Dn \+ 16, those of kv_b, 32, 2 heads of Dn \+ Dv"),
         (4, lambda x: x[:, 1:], ValueError, r"mla_project: q must have shape \[H \(Dn \+ Dr\), 16\], got \[64, 15\]"),
         (8, lambda x: x[1:], ValueError, r"those of kv_b, 63, 2 heads of Dn \+ Dv"),
+        (9, lambda x: 0, ValueError, r"mla_project: heads must be from 1 on, got 0"),
         (10, lambda x: x[0], ValueError, r"mla_project: cos must have shape \[P, Dr / 2\], got \[8\]"),
         (11, lambda x: x[1:], ValueError, r"mla_project: sin must have shape \[11, 8\], got \[10, 8\]"),
         (12, lambda x: x.int(), TypeError, r"mla_project: positions must be torch.int64 on"),

@@ -31,6 +31,8 @@ BEYOND = {
     "attention, wider": (mla_attention_case("", (5,), 1, 256, 64, 320), HALF, "up to 576, got 832"),
     "attention without rope": (mla_attention_case("", (5,), 1, 8, 0, 8), SINGLE, "Dn, Dr and Dv from 1 on, got 0"),
     "decode": (mla_decode_case("", (2, 3), 3, 1, 1536, 16, 64, 16), HALF, "up to 1152, got 2112"),
+    "experts without a width": (moe_experts_case("", 3, 4, 2, 2, 0), SINGLE, "take I from 1 on, got 0"),
+    "an MLP without a width": (swiglu_mlp_case("", 3, 4, 0), SINGLE, "take I from 1 on, got 0"),
     "norm": (rms_norm_case("", 2, 8193), SINGLE, "take D from 1 to 8192, got 8193"),
     "rope": (rope_case("", 2, 1, 4098, 3), SINGLE, "takes Dr up to 4096, got 4098"),
     "both": (split_and_turn_case("", 2, 1, 3, 5, 4098, 3), SINGLE, "takes Dr up to 4096, got 4098"),

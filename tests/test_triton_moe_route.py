@@ -58,6 +58,7 @@ class TestRouteTokens(TritonContract):
         route_tokens_case("no tokens", 0, 5, 4, 2),
         route_tokens_case("the 500K model: top 1 of 2, one token above a tile", 33, 128, 2, 1),
         route_tokens_case("one token, one column", 1, 1, 5, 2),
+        route_tokens_case("no columns", 3, 0, 5, 2),
         route_tokens_case("one expert", 7, 9, 1, 1, norm_topk_prob=True),
         route_tokens_case("16 experts: no place is empty; one column above a step", 33, 65, 16, 5, norm_topk_prob=True),
         route_tokens_case("2 of 3 groups of 4, all of which fit", 41, 19, 12, 4, 3, 2, True),

@@ -529,7 +529,7 @@ def tokens_backward_launches(
     widest = 64 if x.itemsize == 2 else 32
     bn, bd = min(widest, max(16, 128 // kp)), min(widest, padded(d))  # bn KP FEW: 16 numbers for a thread, up to KP = 8
     blocks = triton.cdiv(d, bd)
-    shares, steps = splits(blocks, max(1, triton.cdiv(n, bn)))
+    shares, steps = splits(blocks, triton.cdiv(n, bn))
     parts = x.new_empty(shares, e, d, dtype=torch.float32)
     arguments = {
         "dweights": dweights, "x": x, "w": weight, "logits": logits, "indices": indices, "dx": dx, "parts": parts,

@@ -33,10 +33,11 @@ def takes_raw(dtype: torch.dtype, large: int) -> bool:
 
 def splits(tiles: int, steps: int, programs: int | None = None) -> tuple[int, int]:
     """(number of splits, steps of each) of a loop of `steps`, so that `tiles` programs become up to `programs` (None: PROGRAMS);
-    none is empty.
+    none is empty, and where there is nothing to do there is one.
 
     It depends on the sizes alone and not on the chip, so that the sums are the same bits everywhere.
     """
+    tiles, steps = max(1, tiles), max(1, steps)
     per = triton.cdiv(steps, min(steps, max(1, (programs or PROGRAMS) // tiles)))
     return triton.cdiv(steps, per), per
 

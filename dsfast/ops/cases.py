@@ -116,7 +116,7 @@ def mla_decode_case(
         cache = (b, c) if page is None else (b * (c // page), page)
         queries_and_cache = (_normal(g, *shape) for shape in ((b, h, dn), (b, h, dr), (*cache, r), (*cache, dr)))
         held = torch.tensor(lengths, dtype=torch.int64)
-        arguments = *queries_and_cache, held, _normal(g, h, dn + dv, r, scale=r**-0.5), (dn + dr) ** -0.5
+        arguments = *queries_and_cache, held, _weight(g, h, dn + dv, r), (dn + dr) ** -0.5
         return arguments if page is None else (*arguments, torch.randperm(cache[0], generator=g).view(b, c // page))
 
     return Case("mla_decode", name, mla_decode, make_inputs)
@@ -136,7 +136,7 @@ def route_tokens_case(
     *scoring_func: str,
 ) -> Case:  # fmt: skip
     def make_inputs(g: Generator) -> tuple:
-        x, weight, bias = _normal(g, n, d), _normal(g, e, d, scale=d**-0.5), _normal(g, e, scale=0.1)
+        x, weight, bias = _normal(g, n, d), _weight(g, e, d), _normal(g, e, scale=0.1)
         return x, weight, bias, k, n_group, topk_group, norm_topk_prob, 2.5, *scoring_func
 
     return Case("moe_route", name, routed_tokens, make_inputs, (0, 1))
@@ -156,7 +156,7 @@ def moe_experts_case(name: str, n: int, d: int, k: int, e: int, i: int, used: Se
         among = torch.tensor(range(e) if used is None else used, dtype=torch.int64)
         indices = among[torch.rand(n, len(among), generator=g).argsort(1)[:, :k]]
         weights = torch.rand(n, k, generator=g) + 0.1
-        gate_up, down = _normal(g, e, 2 * i, d, scale=d**-0.5), _normal(g, e, d, i, scale=i**-0.5)
+        gate_up, down = _weight(g, e, 2 * i, d), _weight(g, e, d, i)
         return _normal(g, n, d), weights, indices, gate_up, down
 
     return Case("moe_experts", name, moe_experts, make_inputs, (0, 1, 3, 4))
@@ -164,7 +164,7 @@ def moe_experts_case(name: str, n: int, d: int, k: int, e: int, i: int, used: Se
 
 def swiglu_mlp_case(name: str, n: int, d: int, i: int) -> Case:
     def make_inputs(g: Generator) -> tuple:
-        return _normal(g, n, d), _normal(g, 2 * i, d, scale=d**-0.5), _normal(g, d, i, scale=i**-0.5)
+        return _normal(g, n, d), _weight(g, 2 * i, d), _weight(g, d, i)
 
     return Case("swiglu_mlp", name, swiglu_mlp, make_inputs, (0, 1, 2))
 
@@ -176,7 +176,7 @@ def linear_cross_entropy_case(name: str, n: int, r: int, v: int, counted: float 
         labels = torch.randint(v, (n,), generator=g)
         labels[torch.rand(n, generator=g) >= counted] = -100
         inputs = _normal(g, n, d or r), _normal(g, v, r, scale=2 * r**-0.5), labels
-        return inputs if d is None else (*inputs, -100, 0.0, _normal(g, r, d, scale=d**-0.5))
+        return inputs if d is None else (*inputs, -100, 0.0, _weight(g, r, d))
 
     return Case("linear_cross_entropy", name, linear_cross_entropy, make_inputs, (0, 1) if d is None else (0, 1, 5))
 
@@ -260,8 +260,8 @@ def mla_project_case(
         angles = torch.arange(places)[:, None] * 100.0 ** (-torch.arange(dr // 2) / (dr // 2))
         delta, before = _normal(g, n, d), _normal(g, n, d) if residual else None
         norm, latent_norm = 1 + 0.2 * _normal(g, d), 1 + 0.2 * _normal(g, r)
-        q, kv_a = _normal(g, h * (dn + dr), d, scale=d**-0.5), _normal(g, r + dr, d, scale=d**-0.5)
-        kv_b, positions = _normal(g, h * (dn + dv), r, scale=r**-0.5), torch.randint(places, (n,), generator=g)
+        q, kv_a = _weight(g, h * (dn + dr), d), _weight(g, r + dr, d)
+        kv_b, positions = _weight(g, h * (dn + dv), r), torch.randint(places, (n,), generator=g)
         return delta, before, norm, 1e-6, q, kv_a, latent_norm, 1e-5, kv_b, h, angles.cos(), angles.sin(), positions
 
     return Case("mla_attention", name, function, make_inputs, (0, *([1] if residual else []), 2, 4, 5, 6, 8))
@@ -271,9 +271,14 @@ def mla_output_case(
     name: str, n: int, d: int, c: int, uses: int = 1, function: Callable[..., Any] = mla_output
 ) -> Case:
     def make_inputs(g: Generator) -> tuple:
-        return _normal(g, n, c), _normal(g, d, c, scale=c**-0.5), _normal(g, n, d), 1 + 0.2 * _normal(g, d), 1e-6, uses
+        return _normal(g, n, c), _weight(g, d, c), _normal(g, n, d), 1 + 0.2 * _normal(g, d), 1e-6, uses
 
     return Case("mla_attention", name, function, make_inputs, (0, 1, 2, 3))
+
+
+def _weight(generator: Generator, *shape: int) -> Tensor:
+    """Of a matrix product, [..., inputs]."""
+    return _normal(generator, *shape, scale=max(1, shape[-1]) ** -0.5)
 
 
 def _normal(generator: Generator, *shape: int, scale: float = 1.0) -> Tensor:

@@ -92,6 +92,8 @@ def _check(delta, residual, norm, q, kv_a, latent_norm, kv_b, heads, cos, sin, p
     expect_shape("mla_project", "positions", positions, delta.size(0))
     expect_shape("mla_project", "q", q, "H (Dn + Dr)", delta.size(1))
     expect_shape("mla_project", "kv_b", kv_b, "H (Dn + Dv)", latent_norm.size(0))
+    if heads < 1:
+        raise ValueError(f"mla_project: heads must be from 1 on, got {heads}")
     r, dn, dr, dv = _widths(q, latent_norm, kv_b, heads, cos)
     expect_shape("mla_project", "kv_a", kv_a, r + dr, delta.size(1))
     if min(dn, dr, dv) < 1 or q.size(0) % heads or kv_b.size(0) % heads:

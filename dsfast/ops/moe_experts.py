@@ -16,7 +16,7 @@ from dsfast.ops import native, triton
 from dsfast.ops.dispatch import choose
 from dsfast.ops.library import autograd, define, expect_dtype, expect_range, expect_shape, rows
 from dsfast.ops.moe_route import sort_slots
-from dsfast.ops.swiglu_mlp import swiglu_mlp_reference
+from dsfast.ops.swiglu_mlp import not_triton, swiglu_mlp_reference
 
 
 def moe_experts_reference(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def moe_experts(
         expect_shape("moe_experts", "order", order, indices.numel())
         expect_shape("moe_experts", "offsets", offsets, down.size(0) + 1)
         expect_dtype("moe_experts", torch.int32, x.device, order=order, offsets=offsets)
-    if choose("moe_experts", x) == "reference":
+    if choose("moe_experts", x, not_triton=not_triton(down)) == "reference":
         expect_range("moe_experts", "indices", indices, down.size(0))
         y = moe_experts_reference(x, weights, indices, gate_up, down)
         return y if base is None else y + base

@@ -29,9 +29,14 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     expect_shape("swiglu_mlp", "down", down, x.size(1), "I")
     expect_shape("swiglu_mlp", "gate_up", gate_up, 2 * down.size(1), x.size(1))
     expect_dtype("swiglu_mlp", x.dtype, x.device, gate_up=gate_up, down=down)
-    if choose("swiglu_mlp", x) == "reference":
+    if choose("swiglu_mlp", x, not_triton=not_triton(down)) == "reference":
         return swiglu_mlp_reference(x, gate_up, down)
     return torch.ops.dsfast.swiglu_mlp(x, gate_up, down)[0]
+
+
+def not_triton(down: Tensor) -> str:
+    """Why the Triton kernels do not take an MLP, or experts, with such a `down` [..., I], or ""."""
+    return "" if down.size(-1) else "the Triton kernels take I from 1 on, got 0"
 
 
 def _forward_cpu(x, gate_up, down):
