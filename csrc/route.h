@@ -58,7 +58,7 @@ DSFAST_INLINE void take_out(vint at, int32_t* keys, int64_t count) {
     for (int i = 0; i < W; ++i) keys[at[i] * W + i] = TAKEN;
 }
 
-// Makes -inf of the keys outside the topk_group best groups. `group` is working memory [n_group][W].
+// Takes out the keys outside the topk_group best groups. `group` is working memory [n_group][W].
 inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk_group, int32_t* group) {
   const int64_t size = E / n_group;
   for (int64_t g = 0; g < n_group; ++g) {
@@ -73,7 +73,7 @@ inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk
   for (int64_t k = 0; k < topk_group; ++k) take_out(best_lanes(group, n_group), group, n_group);
   for (int64_t e = 0; e < E; ++e) {
     const vint kept = load(group + e / size * W) == TAKEN;
-    store(keys + e * W, kept ? load(keys + e * W) : splat(NONE));
+    store(keys + e * W, kept ? load(keys + e * W) : splat(TAKEN));
   }
 }
 

@@ -165,6 +165,11 @@ class TestChoice:
         assert indices.tolist() == [expected] * 20
         assert counts.tolist() == [20 * (e in expected) for e in range(experts)]
 
+    def test_experts_that_a_bias_forbids_are_taken_before_those_of_other_groups(self, implementation):
+        bias = [0.0, 0.0, 0.0, -math.inf, 1.0, 1.0]
+        _, indices, *_ = self.route(implementation, [[0.5] * 6] * 20, bias, 3, 2, 1, False, 1.0)
+        assert indices.tolist() == [[4, 5, 3]] * 20
+
     @pytest.mark.parametrize("at", range(4))
     def test_nan_is_chosen_so_that_it_shows(self, implementation, at):
         logits = [1.0, 3.0, 2.0, 0.0]
@@ -207,11 +212,13 @@ def test_ties_and_nan_in_every_lane(tokens, choice):
     generator = torch.Generator().manual_seed(experts + tokens)
     values = torch.tensor([0.0, -0.0, 90.0, 90.0, math.nan])  # whose scores, 1/2 and 1, PyTorch has exactly as well
     logits = values[torch.randint(0, 5, (tokens, experts), generator=generator)]
-    bias = torch.tensor([0.0, 0.25, -0.5])[torch.randint(0, 3, (experts,), generator=generator)]
+    bias = torch.tensor([0.0, 0.25, -0.5, -math.inf])[torch.randint(0, 4, (experts,), generator=generator)]
+    with ops.use("reference"):
+        of_reference = ops.moe_route(logits, bias, top_k, n_group, topk_group, False, 1.0).indices
     with ops.use("native"):
         weights, indices, counts, *_ = ops.moe_route(logits, bias, top_k, n_group, topk_group, False, 1.0)
         alone = [ops.moe_route(row[None], bias, top_k, n_group, topk_group, False, 1.0)[1][0] for row in logits]
-    assert indices.tolist() == chosen_one_by_one(logits, bias, top_k, n_group, topk_group)
+    assert indices.tolist() == of_reference.tolist() == chosen_one_by_one(logits, bias, top_k, n_group, topk_group)
     assert torch.equal(indices, torch.stack(alone))
     assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=experts))
     torch.testing.assert_close(weights, logits.sigmoid().gather(1, indices), equal_nan=True)

@@ -148,6 +148,13 @@ def test_negative_biased_scores_still_beat_the_groups_left_out(bias):
 
 
 @on_device
+def test_experts_that_a_bias_forbids_are_taken_before_those_of_other_groups():
+    _, indices, counts, *_ = route([[0.5] * 6] * 5, [0.0, 0.0, 0.0, float("-inf"), 1.0, 1.0], 3, 2, 1, False, 1.0)
+    assert indices.tolist() == [[4, 5, 3]] * 5
+    assert counts.tolist() == [0, 0, 0, 5, 5, 5]
+
+
+@on_device
 @pytest.mark.parametrize("nan", [float("nan"), -float("nan")], ids=["nan", "-nan"])
 def test_nan_is_chosen_so_that_it_shows(nan):
     """The lowest of two NaN, also where a group is chosen for it; the other tokens are as they would be."""

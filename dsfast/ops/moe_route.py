@@ -5,7 +5,8 @@
     weight      = score of the chosen, divided by their sum if norm_topk_prob, times scaling
 
 N tokens, D model width, E experts, K chosen (top_k), G groups (n_group). The logits of a layer's router are x weight^T. The bias
-steers the choice only: it has no gradient and is not in the weights. Equal values: the lower index wins.
+steers the choice only: it has no gradient and is not in the weights. Equal values: the lower index wins. Experts with a bias of
+-inf come last in their group: they are chosen where too few others are in the groups taken.
 
 A slot is one (token, choice) pair, n K + k. The experts work on the slots sorted by expert, those of one expert in their order:
 expert e has the slots order[offsets[e]:offsets[e + 1]].
@@ -66,11 +67,14 @@ def route_tokens_reference(x, weight, bias, *choice):
 
 
 def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    if topk_group == n_group:
+        return _top(biased, top_k)
     grouped_NGe = biased.unflatten(1, (n_group, -1))
     group_score = grouped_NGe.topk(min(2, grouped_NGe.size(2)), dim=2).values.sum(2)
     best = _top(group_score, topk_group)
-    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, best, True)
-    return _top(grouped_NGe.masked_fill(~kept[..., None], float("-inf")).flatten(1), top_k)
+    kept = torch.zeros_like(group_score, dtype=torch.int8).scatter(1, best, 1)
+    order = _top(biased, biased.size(1))
+    return order.gather(1, _top(kept.gather(1, order // grouped_NGe.size(2)), top_k))
 
 
 def _top(values: Tensor, k: int) -> Tensor:
