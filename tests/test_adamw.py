@@ -36,8 +36,8 @@ class TestAdamw(OperatorContract):
         bad(r"adamw: exp_avg_sqs must have shape \[3, 2\], got \[2, 3\]", exp_avg_sqs=lambda v: [v[0].T, v[1]]),
         bad("adamw: grads must be torch.float32 on cpu, got", TypeError, grads=lambda g: [g[0], g[1].double()]),
         bad("adamw: params must be torch.float32 on cpu, got", TypeError, params=lambda p: [p[0], p[1].double()]),
-        bad("updated in place and must be contiguous", params=lambda p: [torch.empty(2, 3).T, p[1]]),
-        bad("updated in place and must be contiguous", exp_avgs=lambda m: [torch.empty(2, 3).T, m[1]]),
+        bad("adamw: params, written in place, must be contiguous", params=lambda p: [torch.empty(2, 3).T, p[1]]),
+        bad("adamw: exp_avgs, written in place, must be contiguous", exp_avgs=lambda m: [torch.empty(2, 3).T, m[1]]),
     )
 
     @staticmethod

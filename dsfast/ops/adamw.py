@@ -16,7 +16,7 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.device_numbers import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import define, expect_dtype, expect_shape
+from dsfast.ops.library import define, expect_contiguous, expect_dtype, expect_shape
 
 
 def adamw_reference(
@@ -85,8 +85,7 @@ def _refuse(params, grads, exp_avgs, exp_avg_sqs) -> None:
         for name, x in (("grads", grad), ("exp_avgs", m), ("exp_avg_sqs", v)):
             expect_shape("adamw", name, x, *p.shape)
         expect_dtype("adamw", params[0].dtype, params[0].device, params=p, grads=grad, exp_avgs=m, exp_avg_sqs=v)
-        if not (p.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
-            raise ValueError("adamw: params, exp_avgs and exp_avg_sqs are updated in place and must be contiguous")
+        expect_contiguous("adamw", params=p, exp_avgs=m, exp_avg_sqs=v)
 
 
 def _expect_counted(step: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsfast.ops import triton
 from dsfast.ops.device_numbers import expect_on_device, or_tensor
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import define, expect_dtype, expect_shape
+from dsfast.ops.library import define, expect_contiguous, expect_dtype, expect_shape
 
 MOST_EXPERTS = 2048
 """That the Triton kernel of `update_bias` takes."""
@@ -33,7 +33,7 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
     for bias in biases:
         expect_shape("update_bias", "biases", bias, loads.size(1))
         expect_dtype("update_bias", torch.float32, loads.device, biases=bias)
-        _expect_contiguous("update_bias", biases=bias)
+        expect_contiguous("update_bias", biases=bias)
     expect_dtype("update_bias", torch.int64, loads.device, loads=loads)
     expect_on_device("update_bias", loads.device, clip_scale=clip_scale)
     if not biases:
@@ -44,13 +44,6 @@ def update_bias(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scal
         update_bias_reference(biases, loads, speed, clip_scale)
     else:
         torch.ops.dsfast.update_bias(biases, loads, speed, *or_tensor(clip_scale))
-
-
-def _expect_contiguous(operator: str, **tensors: Tensor) -> None:
-    """Raise ValueError unless each tensor, which is written to, is contiguous."""
-    for argument, x in tensors.items():
-        if not x.is_contiguous():
-            raise ValueError(f"{operator}: {argument}, written in place, must be contiguous, got strides {x.stride()}")
 
 
 def update_bias_reference(biases: Sequence[Tensor], loads: Tensor, speed: float, clip_scale: float | Tensor) -> None:
@@ -78,7 +71,7 @@ def record_step(
     expect_dtype("record_step", torch.int64, device, place=place, update=update, loads=loads, load=load)
     expect_dtype("record_step", torch.float64, device, measured=measured, norm=norm, lr_scale=lr_scale)
     expect_dtype("record_step", torch.float32, device, clip_scale=clip_scale)
-    _expect_contiguous("record_step", measured=measured, loads=loads)
+    expect_contiguous("record_step", measured=measured, loads=loads)
     arguments = (place, update, measured, loads, loss, norm, lr_scale, clip_scale, load)
     if choose("adamw", clip_scale) == "reference":
         record_step_reference(*arguments)

@@ -70,6 +70,13 @@ def expect_dtype(operator: str, dtype: torch.dtype, device: torch.device, **tens
             raise TypeError(f"{operator}: {argument} must be {dtype} on {device}, got {x.dtype} on {x.device}")
 
 
+def expect_contiguous(operator: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless each tensor, which is written to, is contiguous."""
+    for argument, x in tensors.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{operator}: {argument}, written in place, must be contiguous, got strides {x.stride()}")
+
+
 def expect_range(operator: str, argument: str, x: Tensor, limit: int, ignored: int | None = None) -> None:
     """Raise ValueError unless 0 <= x < limit (or x is `ignored`). The C++ kernels look themselves; a GPU is not waited for."""
     if x.is_cpu:

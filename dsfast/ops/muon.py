@@ -23,7 +23,7 @@ from torch import Tensor
 from dsfast.ops import native, triton
 from dsfast.ops.device_numbers import expect_on_device, only_if_finite, or_number, or_tensor
 from dsfast.ops.dispatch import choose
-from dsfast.ops.library import define, expect_dtype, expect_shape
+from dsfast.ops.library import define, expect_contiguous, expect_dtype, expect_shape
 from dsfast.ops.newton_schulz import EPS, ITERATIONS, A, B, C, Shape, newton_schulz, orthogonal_reference, too_large
 
 RMS = 0.2
@@ -91,8 +91,7 @@ def _expect_matrices(params, grads, momenta, parts) -> None:
             if x is not None and x.shape != w.shape:
                 expect_shape("muon", name, x, *w.shape)
         expect_dtype("muon", params[0].dtype, params[0].device, params=w, grads=grad, momenta=m)
-        if not (w.is_contiguous() and m.is_contiguous()):
-            raise ValueError("muon: params and momenta are updated in place and must be contiguous")
+        expect_contiguous("muon", params=w, momenta=m)
 
 
 class Layout(NamedTuple):
