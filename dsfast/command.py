@@ -77,9 +77,9 @@ def positive(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """As an argument's `type`."""
+    """One of up to 20 digits, as an argument's `type`."""
     if not re.fullmatch("[+-]?[0-9]{1,20}", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:80]!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of up to 20 digits, got {text[:80]!r}")
     return int(text)
 
 

@@ -297,8 +297,8 @@ def test_the_parser_complains_in_one_line():
     given = parser.parse_args(["--seed", "-7", "--rate", "1e-3", "--steps", "010"])
     assert (given.seed, given.rate, given.steps) == (-7, 1e-3, 10)
     for arguments, complaint in (
-        (["--seed", "x"], "argument --seed: expected a whole number, got 'x'"),
-        (["--seed", "1.5"], "argument --seed: expected a whole number, got '1.5'"),
+        (["--seed", "x"], "argument --seed: expected a whole number of up to 20 digits, got 'x'"),
+        (["--seed", "1.5"], "argument --seed: expected a whole number of up to 20 digits, got '1.5'"),
         (["--rate", "hot"], "argument --rate: expected a number, got 'hot'"),
         (["--steps", "0"], "argument --steps: expected a whole number from 1 to 999999, got '0'"),
     ):
@@ -370,7 +370,7 @@ def test_info_is_readable_text_too():
         (["--config", "{absent}"], "cannot be read"),
         (["--prompts", "{file}"], "prompts.json"),
         (["--seed", "-1"], "seed must be at least 0"),
-        (["--seed", "many"], "argument --seed: expected a whole number, got 'many'"),
+        (["--seed", "many"], "argument --seed: expected a whole number of up to 20 digits, got 'many'"),
     ],
 )
 def test_the_suite_refuses_bad_input_before_it_starts(arguments, complaint, tmp_path, capsys):

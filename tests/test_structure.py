@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,13 @@ DOCUMENTS = [
 PLACEHOLDER = re.compile(
     r"SUITE_EXCERPT|MEASURED_TABLE|LEAD:|\b(?:TODO|FIXME|TBD|XXX)\b|to be (?:measured|filled in|written)"
 )
-FOLDERS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+IGNORED = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
+FOLDERS = sorted(
+    path.name
+    for path in ROOT.iterdir()
+    if path.is_dir() and not path.name.startswith(".") and not any(fnmatch(path.name, pattern) for pattern in IGNORED)
+)
+"""Those of the project: what its commands make comes and goes."""
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 

@@ -28,16 +28,16 @@ from dsfast.tokens import IGNORED
 from dsfast.triton_kernels.launch import dtype_name
 
 
-def shapes(model: DeepseekV3) -> tuple[tuple[torch.Size, ...], set[tuple[torch.Size, ...]]]:
+def shapes(model: DeepseekV3) -> tuple[list[torch.Size], set[tuple[torch.Size, ...]]]:
     """What shapes parameters and buffers have beside the layers, and in any of these, of which there may be more or fewer."""
     beside = (model.rope, model.embed_tokens, model.norm, model.lm_head, *model.mtp)
-    return _shapes(*(x for x in beside if x is not None)), {_shapes(layer) for layer in model.layers}
+    return [shape for x in beside if x is not None for shape in _shapes(x)], {tuple(_shapes(x)) for x in model.layers}
 
 
-def _shapes(*modules: nn.Module) -> tuple[torch.Size, ...]:
-    parts = chain.from_iterable(module.modules() for module in modules)
-    tensors = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in parts)
-    return tuple(x.shape for x in tensors if x is not None)
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    tensors = (*module._parameters.values(), *module._buffers.values())  # `parameters` takes three times as long
+    below = chain.from_iterable(_shapes(x) for x in module._modules.values() if x is not None)
+    return [*(x.shape for x in tensors if x is not None), *below]
 
 
 class DeepseekV3(nn.Module):

@@ -277,7 +277,7 @@ def mla_output_case(
 
 
 def _weight(generator: Generator, *shape: int) -> Tensor:
-    """Of a matrix product, [..., inputs]."""
+    """Numbers to multiply by in a product, [..., inputs]."""
     return _normal(generator, *shape, scale=max(1, shape[-1]) ** -0.5)
 
 
