@@ -28,6 +28,8 @@ from dsfast.ops import native
 from dsfast.train.metrics import relative_differences
 
 ROOT = Path(__file__).parents[1]
+FEW = 2
+"""Processes of each side, where the command has `run.PROCESSES`."""
 GPU = ROOT / "configs/deepseek_v3_test_run_gpu.json"
 
 
@@ -45,6 +47,10 @@ def clone(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     # Turns that other tests beside these disturb are not to be left out: which they are would be chance.
     change(folder, "dsfast/bench/against/run.py", "WAITED = 0.05\n", "WAITED = inf\n")
+    # Each takes seconds to import what it times.
+    change(
+        folder, "dsfast/bench/against/run.py", "\nPROCESSES, PROCESS_TURNS = 6,", f"\nPROCESSES, PROCESS_TURNS = {FEW},"
+    )
     (folder / ".gitignore").write_text("*.so\n__pycache__/\n", encoding="utf-8")
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
@@ -206,7 +212,7 @@ def test_an_operator_that_is_slower_and_gives_other_bits_is_named(repository: Pa
     assert results["bits"] == {"rope": "others", "rms_norm": "the same", "new_one": "not in the other tree"}
     forward, backward = "rope", "rope, forward and backward"
     assert set(results["timed"]) == {forward, backward, "rms_norm", "rms_norm, forward and backward"}
-    assert len(results["timed"]["rms_norm"]["pairs"]) == run.PROCESSES * (run.PROCESS_TURNS - 1)
+    assert len(results["timed"]["rms_norm"]["pairs"]) == FEW * (run.PROCESS_TURNS - 1)
     for name, least in ((forward, 0.02), (backward, 0.04)):
         assert results["timed"][name]["verdict"] == "slower"
         assert results["timed"][name]["first"]["median"] > least > results["timed"][name]["other"]["median"]
@@ -499,14 +505,14 @@ def test_too_few_turns_are_too_few_however_many_are_left_out(quiet, disturbed):
 def test_what_is_left_out_is_said(repository: Path, tmp_path: Path):
     change(repository, "dsfast/bench/against/run.py", "WAITED = inf\n", "WAITED = -1\n")
     ended, found = against(repository, tmp_path, "--steps", "2")
-    timed = found["results"]["timed"]
+    timed, count = found["results"]["timed"], FEW * (run.PROCESS_TURNS - 1)
     assert {name: (one["verdict"], one["left_out"]) for name, one in timed.items()} == {
-        "a step": ("too few turns", 1), "one sequence": ("unclear", 24), "32 sequences": ("unclear", 24),
+        "a step": ("too few turns", 1), "one sequence": ("unclear", count), "32 sequences": ("unclear", count),
     }  # fmt: skip
     for one in timed.values():
         assert one["first"]["count"] == len(one["pairs"]) == one["left_out"]
         assert all(waited >= 0 for _, _, waited in one["pairs"])
-    each = "a step: 1 of 1, one sequence: 24 of 24, 32 sequences: 24 of 24."
+    each = f"a step: 1 of 1, one sequence: {count} of {count}, 32 sequences: {count} of {count}."
     said = " ".join(ended.stdout.split())
     assert f"Pairs of turns left out, as other work took the processors: {each}" in said
 
