@@ -35,7 +35,7 @@ def shapes(model: DeepseekV3) -> tuple[list[torch.Size], set[tuple[torch.Size, .
 
 
 def _shapes(module: nn.Module) -> list[torch.Size]:
-    tensors = (*module._parameters.values(), *module._buffers.values())  # `parameters` takes three times as long
+    tensors = (*module._parameters.values(), *module._buffers.values())  # walking by `modules` takes twice as long
     below = chain.from_iterable(_shapes(x) for x in module._modules.values() if x is not None)
     return [*(x.shape for x in tensors if x is not None), *below]
 

@@ -74,7 +74,8 @@ def _choose(biased: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor
     best = _top(group_score, topk_group)
     kept = torch.zeros_like(group_score, dtype=torch.int8).scatter(1, best, 1)
     order = _top(biased, biased.size(1))
-    return order.gather(1, _top(kept.gather(1, order // grouped_NGe.size(2)), top_k))
+    in_kept = kept.gather(1, order // grouped_NGe.size(2))
+    return order.gather(1, _top(in_kept, top_k))  # experts of kept groups first, in their order
 
 
 def _top(values: Tensor, k: int) -> Tensor:
