@@ -24,7 +24,8 @@ DSFAST_INLINE vint key_of(vfloat x) {
 }
 DSFAST_INLINE vfloat value_of(vint key) { return (vfloat)(key ^ ((key >> 31) & INT32_MAX)); }
 constexpr int32_t NONE = int32_t(0x807fffff);  // the key of -inf
-constexpr int32_t TAKEN = INT32_MIN;           // below all keys: not even where all that is left is -inf taken twice
+constexpr int32_t LEFT_OUT = NONE - 1;         // below all keys, with its group
+constexpr int32_t TAKEN = INT32_MIN;           // below these: not even where all that is left is -inf taken twice
 
 DSFAST_INLINE vint maximum(vint a, vint b) { return a > b ? a : b; }
 DSFAST_INLINE vint minimum(vint a, vint b) { return a < b ? a : b; }
@@ -58,7 +59,7 @@ DSFAST_INLINE void take_out(vint at, int32_t* keys, int64_t count) {
     for (int i = 0; i < W; ++i) keys[at[i] * W + i] = TAKEN;
 }
 
-// Takes out the keys outside the topk_group best groups. `group` is working memory [n_group][W].
+// Makes LEFT_OUT of the keys outside the topk_group best groups. `group` is working memory [n_group][W].
 inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk_group, int32_t* group) {
   const int64_t size = E / n_group;
   for (int64_t g = 0; g < n_group; ++g) {
@@ -73,7 +74,7 @@ inline void limit_groups(int32_t* keys, int64_t E, int64_t n_group, int64_t topk
   for (int64_t k = 0; k < topk_group; ++k) take_out(best_lanes(group, n_group), group, n_group);
   for (int64_t e = 0; e < E; ++e) {
     const vint kept = load(group + e / size * W) == TAKEN;
-    store(keys + e * W, kept ? load(keys + e * W) : splat(TAKEN));
+    store(keys + e * W, kept ? load(keys + e * W) : splat(LEFT_OUT));
   }
 }
 
